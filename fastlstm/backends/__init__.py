@@ -1,0 +1,1 @@
+"""The backends: each can be read, replaced or added whole. ``base.py`` holds the contract."""

@@ -1,0 +1,189 @@
+"""From a whole model to one layer: layers, dropout between them, and the zeros that stand for None.
+
+A backend that can run one layer inherits from :class:`LayeredBackend` and gets the rest from here. A
+backend with a better plan for the whole stack overrides `forward`, `backward` or `step` instead.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
+from fastlstm.cell import Cell
+from fastlstm.parameters import direction_names
+
+__all__ = ["LayeredBackend", "LayerGradients", "LayerResult", "Weights"]
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction, or their gradients."""
+
+    weight_ih: Array  # (4H, I)
+    weight_hh: Array  # (4H, H)
+    bias: Array | None  # (4H,)
+
+
+class LayerResult(NamedTuple):
+    """What one layer's forward pass gives back."""
+
+    y: Array  # (T, B, D*H)
+    h_n: Array  # (D, B, H)
+    c_n: Array  # (D, B, H)
+    tape: Any
+
+
+class LayerGradients(NamedTuple):
+    """What one layer's backward pass gives back."""
+
+    x: Array  # (T, B, I)
+    h0: Array  # (D, B, H)
+    c0: Array  # (D, B, H)
+    weights: Sequence[Weights]  # one per direction
+
+
+@dataclass(frozen=True)
+class StackTape:
+    """The tapes of all layers, and the dropout masks between them."""
+
+    shape: tuple[int, int]  # (T, B)
+    layers: list[Any]
+    masks: list[Array | None]  # masks[k] multiplied the input of layer k
+
+
+class LayeredBackend(ABC):
+    """A backend that runs a model layer by layer."""
+
+    name: str
+    xp: Any  # the array library's module
+
+    @abstractmethod
+    def layer_forward(
+        self,
+        weights: Sequence[Weights],  # one per direction
+        x: Array,  # (T, B, I), T and B at least 1
+        h0: Array,  # (D, B, H)
+        c0: Array,  # (D, B, H)
+        lengths: Array | None,  # (B,) int64 on the host
+        keep_tape: bool,
+    ) -> LayerResult:
+        """Run one layer, in all its directions."""
+
+    @abstractmethod
+    def layer_backward(
+        self,
+        weights: Sequence[Weights],
+        tape: Any,
+        dy: Array | None,  # (T, B, D*H)
+        dh_n: Array,  # (D, B, H)
+        dc_n: Array,  # (D, B, H)
+    ) -> LayerGradients:
+        """Back-propagate through one layer, in all its directions."""
+
+    def forward(
+        self,
+        cell: Cell,
+        params: Params,
+        x: Array,
+        h0: Array | None,
+        c0: Array | None,
+        lengths: Array | None,
+        dropout: Dropout | None,
+        keep_tape: bool,
+    ) -> ForwardResult:
+        """Run the whole sequence through all layers (see ``base.Backend.forward``)."""
+        steps, batch = x.shape[:2]
+        h0, c0 = self._states(cell, batch, x.dtype, h0, c0)
+        if steps == 0 or batch == 0:
+            y = self.xp.zeros((steps, batch, cell.output_size), x.dtype)
+            tape = StackTape((steps, batch), [], []) if keep_tape else None
+            return ForwardResult(y, self.xp.array(h0), self.xp.array(c0), tape)
+        h_n, c_n = self.xp.empty(h0.shape, x.dtype), self.xp.empty(c0.shape, x.dtype)
+        stack = StackTape((steps, batch), [], [])
+        for layer in range(cell.num_layers):
+            mask = dropout_mask(self.xp, dropout, layer, x) if layer and dropout else None
+            if mask is not None:
+                x = x * mask
+            rows = _layer_rows(cell, layer)
+            result = self.layer_forward(
+                layer_weights(cell, params, layer), x, h0[rows], c0[rows], lengths, keep_tape=keep_tape
+            )
+            x, h_n[rows], c_n[rows] = result.y, result.h_n, result.c_n
+            stack.layers.append(result.tape)
+            stack.masks.append(mask)
+        return ForwardResult(x, h_n, c_n, stack if keep_tape else None)
+
+    def backward(
+        self,
+        cell: Cell,
+        params: Params,
+        tape: StackTape,
+        dy: Array | None,
+        dh_n: Array | None,
+        dc_n: Array | None,
+    ) -> BackwardResult:
+        """Back-propagate through all layers (see ``base.Backend.backward``)."""
+        steps, batch = tape.shape
+        dtype = params["weight_hh_l0"].dtype.newbyteorder("=")
+        dh_n, dc_n = self._states(cell, batch, dtype, dh_n, dc_n)
+        if not tape.layers:
+            dx = self.xp.zeros((steps, batch, cell.input_size), dtype)
+            zeros = {name: self.xp.zeros(value.shape, dtype) for name, value in params.items()}
+            return BackwardResult(dx, self.xp.array(dh_n), self.xp.array(dc_n), zeros)
+        dh0, dc0 = self.xp.empty(dh_n.shape, dtype), self.xp.empty(dc_n.shape, dtype)
+        found: Params = {}
+        for layer in reversed(range(cell.num_layers)):
+            rows = _layer_rows(cell, layer)
+            grads = self.layer_backward(
+                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows]
+            )
+            dh0[rows], dc0[rows] = grads.h0, grads.c0
+            for direction, weights in enumerate(grads.weights):
+                for name, value in zip(direction_names(cell, layer, direction), weights, strict=True):
+                    if name is not None:
+                        found[name] = value
+            mask = tape.masks[layer]
+            dy = grads.x if mask is None else grads.x * mask
+        return BackwardResult(dy, dh0, dc0, {name: found[name] for name in params})
+
+    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
+        """Advance one time step (see ``base.Backend.step``)."""
+        result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
+        return result.h_n, result.c_n
+
+    def _states(self, cell: Cell, batch: int, dtype: Any, *given: Array | None) -> tuple[Array, ...]:
+        shape = (cell.num_layers * cell.num_directions, batch, cell.hidden_size)
+        return tuple(self.xp.zeros(shape, dtype) if value is None else value for value in given)
+
+
+def _layer_rows(cell: Cell, layer: int) -> slice:
+    """Rows of the state arrays that belong to one layer, all its directions."""
+    return slice(layer * cell.num_directions, (layer + 1) * cell.num_directions)
+
+
+def layer_weights(cell: Cell, params: Params, layer: int) -> list[Weights]:
+    """Return the parameters of one layer, one entry per direction."""
+    return [
+        Weights(*(None if name is None else params[name] for name in direction_names(cell, layer, direction)))
+        for direction in range(cell.num_directions)
+    ]
+
+
+def dropout_mask(xp: Any, dropout: Dropout, layer: int, like: Array) -> Array:
+    """Draw the inverted-dropout mask for the input of `layer`: 0 or 1/(1-p), shaped and typed as `like`.
+
+    The draws are those of the SplitMix64 generator (Steele, Lea and Flood 2014), taken by position in
+    place of one after the other: element number k of the mask is decided by output number k. A mask
+    therefore depends only on key, layer and shape, and is the same on every array library.
+    """
+    start = np.random.SeedSequence([dropout.key, layer]).generate_state(1, np.uint64)[0]
+    bits = xp.arange(1, like.size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    uniform = ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    scale = np.asarray(1.0 / (1.0 - dropout.probability), like.dtype)
+    return ((uniform >= dropout.probability) * scale).astype(like.dtype).reshape(like.shape)

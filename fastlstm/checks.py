@@ -1,0 +1,157 @@
+"""Every check of an argument, done before any work: nothing has been changed when one of these raises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlstm import parameters
+from fastlstm.backends.base import Array
+from fastlstm.cell import Cell
+from fastlstm.dispatch import kind_of
+from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
+
+__all__ = ["array", "lengths", "params", "state", "state_gradient"]
+
+
+def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
+    """Check one array against the model's parameters.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls this argument.
+    value : object
+        The argument.
+    like : array
+        One of the model's parameters, whose library, device and dtype are asked for.
+    shape : tuple of int or None
+        The size of each axis; None allows any.
+    axes : str
+        The axes' names, for the message.
+
+    Returns
+    -------
+    array
+        `value`, in native byte order.
+
+    Raises
+    ------
+    ArrayTypeError, DTypeError, ShapeError
+        With the argument's name, what was expected and what came.
+    """
+    if type(value) is not type(like):
+        _same_library(name, value, like)
+    if value.device != like.device:
+        raise ArrayTypeError(f"{name} is on {value.device}, but the parameters are on {like.device}")
+    if value.dtype != like.dtype:
+        value = _same_dtype(name, value, like)
+    if len(value.shape) != len(shape) or any(s not in (None, n) for n, s in zip(value.shape, shape, strict=True)):
+        expected = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ShapeError(f"{name} must have shape {axes} = ({expected}), got {tuple(value.shape)}")
+    return value
+
+
+def _same_library(name: str, value: Any, like: Array) -> None:
+    kind, expected = kind_of(name, value), kind_of("parameters", like)
+    if kind != expected:
+        raise ArrayTypeError(
+            f"{name} is a {kind.library} array, but the parameters are {expected.library} arrays: move the model with"
+            f" lstm.to({kind.library}) or the array with {expected.library}.asarray"
+        )
+
+
+def _same_dtype(name: str, value: Array, like: Array) -> Array:
+    if value.dtype.newbyteorder("=") == like.dtype:
+        return value.astype(like.dtype)
+    raise DTypeError(
+        f"{name} has dtype {value.dtype}, but the model is {like.dtype}: convert one of them, for example with"
+        f" {name}.astype({like.dtype.name!r})"
+    )
+
+
+def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
+    """Check the parameters of a model: names, one library and device, dtype and shapes; return them in order."""
+    shapes = parameters.shapes(cell)
+    if given.keys() != shapes.keys():
+        missing, unknown = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
+        raise ArgumentError(
+            "the parameters do not fit the model:"
+            + (f" missing {', '.join(missing)};" if missing else "")
+            + (f" unknown {', '.join(unknown)};" if unknown else "")
+        )
+    like = given["weight_ih_l0"]
+    kind_of("weight_ih_l0", like)
+    if like.dtype.newbyteorder("=") != cell.dtype:
+        raise DTypeError(f"parameter weight_ih_l0 has dtype {like.dtype}, but the model is {cell.dtype}")
+    if like.dtype != cell.dtype:
+        like = like.astype(cell.dtype)
+    return {name: array(name, given[name], like, shape, _axes(name)) for name, shape in shapes.items()}
+
+
+def _axes(name: str) -> str:
+    return "(4H,)" if name.startswith("bias") else "(4H, H)" if name.startswith("weight_hh") else "(4H, I)"
+
+
+def state(cell: Cell, given: Any, batch: int | None, like: Array) -> tuple[Array | None, Array | None]:
+    """Check an initial state `(h0, c0)`; `batch` is None for unbatched input, whose states have no batch axis."""
+    return _pair("state", ("h0", "c0"), cell, given, batch, like)
+
+
+def state_gradient(cell: Cell, given: Any, batch: int | None, like: Array) -> tuple[Array | None, Array | None]:
+    """Check the gradients `(dh_n, dc_n)` of the final states; either may be None."""
+    return _pair("dstate", ("dh_n", "dc_n"), cell, given, batch, like, optional=True)
+
+
+def _pair(
+    name: str,
+    parts: tuple[str, str],
+    cell: Cell,
+    given: Any,
+    batch: int | None,
+    like: Array,
+    optional: bool = False,
+) -> tuple[Array | None, Array | None]:
+    if given is None:
+        return None, None
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ArgumentError(f"{name} must be a pair ({parts[0]}, {parts[1]}), got {type(given).__qualname__}")
+    rows = cell.num_layers * cell.num_directions
+    shape = (rows, cell.hidden_size) if batch is None else (rows, batch, cell.hidden_size)
+    axes = "(L*D, H)" if batch is None else "(L*D, B, H)"
+    checked = []
+    for part, value in zip(parts, given, strict=True):
+        if value is None and optional:
+            checked.append(None)
+            continue
+        value = array(part, value, like, shape, axes)
+        checked.append(value if batch is not None else value[:, None])
+    return checked[0], checked[1]
+
+
+def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] | None:
+    """Check the lengths of a ragged batch; return them as (B,) int64 on the host, or None."""
+    if given is None:
+        return None
+    if batch is None:
+        raise ArgumentError("lengths need a batch: for one sequence, pass its first steps only")
+    if not isinstance(given, np.ndarray | Sequence) or isinstance(given, str | bytes):
+        raise ArrayTypeError(
+            f"lengths must be a NumPy array or a list, got {type(given).__module__}.{type(given).__qualname__}:"
+            " they are read on the host"
+        )
+    try:
+        values = np.asarray(given)
+    except ValueError as error:
+        raise ShapeError(f"lengths must have shape (B,) = ({batch},), got a ragged list") from error
+    if values.size == 0 and not isinstance(given, np.ndarray):
+        values = values.astype(np.int64)
+    if values.dtype.kind not in "iu":
+        raise DTypeError(f"lengths must be integers, got dtype {values.dtype}")
+    if values.shape != (batch,):
+        raise ShapeError(f"lengths must have shape (B,) = ({batch},), got {values.shape}")
+    if batch and (values.min() < 0 or values.max() > steps):
+        raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {values.min()} to {values.max()}")
+    return values.astype(np.int64)

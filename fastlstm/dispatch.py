@@ -1,0 +1,132 @@
+"""From the type of an array to the backend that runs it: one table, and nothing loaded before it is needed.
+
+What this file has to hold:
+
+- importing it loads neither Numba nor CuPy; a backend's module is imported at its first use;
+- no other file asks which backend runs: they call :func:`backend_for` and use what comes back;
+- ``FASTLSTM_BACKEND`` (read once, at import) or :func:`use_backend` force a backend for debugging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastlstm.errors import ArrayTypeError, BackendError
+
+if TYPE_CHECKING:
+    from fastlstm.backends.base import Backend
+
+__all__ = ["array_namespace", "backend_for", "backend_named", "kind_of", "use_backend"]
+
+
+class Kind(NamedTuple):
+    """One kind of array: the library it belongs to, and the backends that take it, the default first."""
+
+    library: str
+    backends: tuple[str, ...]
+
+
+# Numba's kernels are made of LLVM intrinsics, which the interpreter cannot run: with JIT off, the reference does.
+_NUMPY = ("reference",) if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0") else ("cpu", "reference")
+
+TABLE = {
+    ("numpy", "ndarray"): Kind("numpy", _NUMPY),
+    ("cupy", "ndarray"): Kind("cupy", ("cuda",)),
+}
+# Subclasses of ndarray that would silently lose their meaning.
+REFUSED = {
+    ("numpy", "MaskedArray"): "its mask would be lost; fill it (numpy.ma.filled) and pass lengths for ragged batches",
+    ("numpy", "matrix"): "pass numpy.asarray of it",
+}
+BACKENDS = ("cpu", "cuda", "reference")
+
+_forced: ContextVar[str | None] = ContextVar("fastlstm_backend", default=os.environ.get("FASTLSTM_BACKEND") or None)
+_kinds: dict[type, Kind] = {}
+_loaded: dict[str, Backend] = {}
+
+
+def kind_of(name: str, value: Any) -> Kind:
+    """Return the row of the table for `value`, an argument called `name`.
+
+    Raises
+    ------
+    ArrayTypeError
+        If `value` is no array of a library in the table.
+    """
+    kind = _kinds.get(type(value))
+    if kind is None:
+        for base in type(value).__mro__:
+            key = (base.__module__.partition(".")[0], base.__name__)
+            if key in REFUSED:
+                raise ArrayTypeError(f"{name} is a {'.'.join(key)}: {REFUSED[key]}")
+            if key in TABLE:
+                kind = _kinds[type(value)] = TABLE[key]
+                return kind
+        raise ArrayTypeError(
+            f"{name} must be a NumPy or CuPy array, got {type(value).__module__}.{type(value).__qualname__};"
+            f" convert it first, for example with numpy.asarray({name}, dtype=...)"
+        )
+    return kind
+
+
+def backend_for(value: Any) -> Backend:
+    """Return the backend that runs arrays such as `value`, importing it at its first use."""
+    kind = kind_of("array", value)
+    name = _forced.get() or kind.backends[0]
+    if name not in kind.backends:
+        raise BackendError(f"backend {name!r} was forced, but {kind.library} arrays run on {' or '.join(kind.backends)}")
+    return _loaded.get(name) or backend_named(name)
+
+
+def backend_named(name: str) -> Backend:
+    """Return the backend called `name`, importing it at its first use.
+
+    Raises
+    ------
+    BackendError
+        If there is no such backend, or it cannot run here; the message says what to install.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    if name not in _loaded:
+        if name == "cuda":
+            raise BackendError("this release has no CUDA backend yet: convert CuPy arrays with cupy.asnumpy(...)")
+        _loaded[name] = import_module(f"fastlstm.backends.{name}").BACKEND
+    return _loaded[name]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block, in this thread or task only.
+
+    Parameters
+    ----------
+    name : {"reference", "cpu", "cuda"}
+        The backend to use; it must take the arrays that it is given.
+
+    Examples
+    --------
+    >>> import numpy as np, fastlstm
+    >>> lstm = fastlstm.LSTM(3, 2, seed=0)
+    >>> with fastlstm.use_backend("reference"):
+    ...     y, (h_n, c_n) = lstm(np.ones((4, 1, 3), np.float32))
+    >>> y.shape
+    (4, 1, 2)
+    """
+    backend_named(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def array_namespace(value: Any) -> Any:
+    """Return the module whose functions work on `value`: ``numpy`` or ``cupy``, already imported by its owner."""
+    return sys.modules[kind_of("array", value).library]

@@ -1,0 +1,315 @@
+"""class LSTM: the parameters of a model and the calls on them. What people touch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastlstm import checks, dispatch, functional, interchange, parameters, storage
+from fastlstm.backends.base import Array, Dropout, Params
+from fastlstm.cell import Cell
+from fastlstm.errors import ArgumentError, ArrayTypeError
+from fastlstm.functional import Gradients, State, Tape
+
+__all__ = ["LSTM"]
+
+
+class LSTM:
+    """A long short-term memory network over NumPy or CuPy arrays.
+
+    The constructor and the call follow ``torch.nn.LSTM``. The equations are those of Hochreiter and
+    Schmidhuber (1997) with the forget gate of Gers, Schmidhuber and Cummins (2000); they stand in
+    :mod:`fastlstm.backends.reference`.
+
+    Parameters
+    ----------
+    input_size : int
+        Number of input features I.
+    hidden_size : int
+        Number of hidden units H.
+    num_layers : int
+        Number of stacked layers L.
+    bias : bool
+        Whether the pre-activations have a bias (one, where PyTorch adds two).
+    batch_first : bool
+        Whether input and output are (B, T, features) in place of (T, B, features); the states never are.
+    dropout : float
+        Probability in [0, 1) of dropping an output of every layer but the last; in :meth:`forward` only.
+    bidirectional : bool
+        Whether each layer also runs backwards in time; the outputs stand side by side.
+    proj_size : int
+        Must be 0: projections are not supported yet.
+    dtype : dtype
+        float32 or float64: the dtype of parameters, inputs and outputs.
+    seed : None, int, SeedSequence, BitGenerator or Generator
+        Determines the initial parameters and the dropout masks, as for :func:`numpy.random.default_rng`.
+
+    Attributes
+    ----------
+    params : dict of str to array
+        The live parameters: change their contents, or replace them with arrays of the same shape and dtype.
+    cell : Cell
+        Sizes, dtype and variant of the model.
+    batch_first : bool
+        As given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lstm = LSTM(input_size=3, hidden_size=8, seed=0)
+    >>> lstm
+    LSTM(3, 8, dtype=float32)  # 384 parameters
+    >>> x = np.ones((5, 2, 3), np.float32)  # 5 time steps, 2 sequences
+    >>> y, (h_n, c_n) = lstm(x)
+    >>> y.shape, h_n.shape
+    ((5, 2, 8), (1, 2, 8))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        dtype: Any = np.float32,
+        seed: Any = None,
+    ) -> None:
+        if proj_size != 0:
+            raise ArgumentError(f"proj_size must be 0, got {proj_size!r}: projections are not supported yet")
+        cell = Cell(input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype)
+        try:
+            rng = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"seed must suit numpy.random.default_rng, got {seed!r}") from error
+        self._assemble(cell, parameters.initialise(cell, rng), batch_first, int(rng.integers(2**63)))
+
+    def _assemble(self, cell: Cell, params: Params, batch_first: bool, dropout_key: int) -> LSTM:
+        if not isinstance(batch_first, bool | np.bool_):
+            raise ArgumentError(f"batch_first must be True or False, got {batch_first!r}")
+        self.cell = cell
+        self.params = params
+        self.batch_first = bool(batch_first)
+        self._dropout_key = dropout_key  # advances with each forward pass that draws masks
+        return self
+
+    @classmethod
+    def _from(cls, cell: Cell, params: Params, batch_first: bool, dropout_key: int = 0) -> LSTM:
+        return cls.__new__(cls)._assemble(cell, params, batch_first, dropout_key)
+
+    def __call__(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State]:
+        """Run the model for inference: no dropout, and nothing kept for a backward pass.
+
+        Parameters and results are those of :meth:`forward`, without the tape.
+        """
+        y, state, _ = functional.run(
+            self.cell, self.params, x, state, lengths, batch_first=self.batch_first, dropout=None, keep_tape=False
+        )
+        return y, state
+
+    def forward(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State, Tape]:
+        """Run the model for training, with dropout, and keep what :meth:`backward` needs.
+
+        Parameters
+        ----------
+        x : array, (T, B, I), (B, T, I) with `batch_first`, or (T, I)
+            The input: T time steps of B sequences with I features, in the model's dtype.
+        state : tuple of array, optional
+            ``(h0, c0)``, each (L*D, B, H), or (L*D, H) for unbatched input; zeros by default.
+        lengths : (B,) integers, optional
+            The length of each sequence, in 0..T, in any order; all T by default.
+
+        Returns
+        -------
+        y : array, (T, B, D*H), (B, T, D*H) or (T, D*H)
+            The hidden states of the last layer; zero past each sequence's length.
+        state : tuple of array
+            ``(h_n, c_n)``, shaped as `state`: each sequence's state at its own end. A sequence of length 0
+            returns its initial state.
+        tape : Tape
+            For :meth:`backward`. It refers to `x`, which must not be changed before that.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
+            Before any work, if an argument does not fit.
+        """
+        dropout = None
+        if self.cell.dropout and self.cell.num_layers > 1:
+            dropout = Dropout(self.cell.dropout, self._dropout_key)
+        y, state, tape = functional.run(
+            self.cell, self.params, x, state, lengths, batch_first=self.batch_first, dropout=dropout, keep_tape=True
+        )
+        self._dropout_key += dropout is not None
+        assert tape is not None
+        return y, state, tape
+
+    def backward(
+        self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None
+    ) -> Gradients:
+        """Back-propagate through the forward pass that left `tape`, with the parameters unchanged since.
+
+        Parameters
+        ----------
+        tape : Tape
+            From :meth:`forward`. It stays valid: a second call gives the same result.
+        dy : array or None
+            The loss's gradient by `y`, shaped as it; ignored past each length. None for zero.
+        dstate : tuple of array, optional
+            ``(dh_n, dc_n)``, the loss's gradients by the final states; either may be None.
+
+        Returns
+        -------
+        Gradients
+            ``grads.x``, ``grads.state = (dh0, dc0)`` and ``grads.params[name]``.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError
+            Before any work, if an argument does not fit or the tape is of another model.
+        """
+        if isinstance(tape, Tape) and tape.cell != self.cell:
+            raise ArgumentError(f"the tape is of another model: {tape.cell}")
+        return functional.lstm_backward(self.params, tape, dy, dstate)
+
+    def step(self, x_t: Array, state: State | None = None) -> tuple[Array, State]:
+        """Advance by one time step: streaming inference.
+
+        Parameters
+        ----------
+        x_t : array, (B, I) or (I,)
+            The input at this step.
+        state : tuple of array, optional
+            ``(h, c)``, each (L, B, H) or (L, H): what the step before returned; zeros by default.
+
+        Returns
+        -------
+        h : array, (B, H) or (H,)
+            The output at this step: the hidden state of the last layer.
+        state : tuple of array
+            The new ``(h, c)``; new arrays, the given ones are unchanged.
+
+        Raises
+        ------
+        ArgumentError
+            If the model is bidirectional.
+        ShapeError, DTypeError, ArrayTypeError, BackendError
+            Before any work, if an argument does not fit.
+        """
+        return functional.step(self.cell, self.params, x_t, state)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable numbers in the model."""
+        return sum(int(np.prod(shape)) for shape in parameters.shapes(self.cell).values())
+
+    def to(self, library: ModuleType) -> LSTM:
+        """Copy the model to another array library.
+
+        Parameters
+        ----------
+        library : module
+            ``numpy`` or ``cupy``. With ``cupy``, the parameters go to the current device.
+
+        Returns
+        -------
+        LSTM
+            The same model; it shares nothing with this one.
+        """
+        name = getattr(library, "__name__", None)
+        if name not in ("numpy", "cupy"):
+            raise ArrayTypeError(f"to() takes the module numpy or cupy, got {library!r}")
+        params = {key: library.array(_on_host(key, value) if name == "numpy" else value)
+                  for key, value in self.params.items()}  # fmt: skip
+        return self._from(self.cell, params, self.batch_first, self._dropout_key)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to a file in the safetensors format.
+
+        The file appears whole or not at all: it is written beside `path`, synced, and renamed over it.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Where to write; an existing file is replaced.
+        """
+        given = checks.params(self.cell, self.params)
+        params = {name: _on_host(name, value) for name, value in given.items()}
+        storage.save(path, self.cell, params, self.batch_first)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LSTM:
+        """Read a model that :meth:`save` wrote; its parameters are NumPy arrays.
+
+        Raises
+        ------
+        ModelFileError
+            If the file is broken, truncated or foreign; nothing large is allocated.
+        OSError
+            If the file cannot be opened.
+        """
+        cell, params, batch_first = storage.load(path)
+        return cls._from(cell, params, batch_first)
+
+    @classmethod
+    def from_torch_state_dict(
+        cls, state_dict: Mapping[str, Array], *, prefix: str = "", batch_first: bool = False, dropout: float = 0.0
+    ) -> LSTM:
+        """Build a model from the weights of a ``torch.nn.LSTM``.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to numpy.ndarray
+            ``{name: tensor.numpy() for name, tensor in module.state_dict().items()}``. PyTorch's two biases
+            are added.
+        prefix : str
+            What stands before each name, for an LSTM inside a larger module; names without it are left out.
+        batch_first, dropout
+            As in the constructor: a state dict does not hold them.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError
+            If the mapping is not that of a ``torch.nn.LSTM`` without projections.
+        """
+        cell, params = interchange.from_torch_state_dict(state_dict, prefix=prefix, dropout=dropout)
+        return cls._from(cell, params, batch_first)
+
+    def to_torch_state_dict(self, *, prefix: str = "") -> dict[str, np.ndarray[Any, Any]]:
+        """Return the weights under PyTorch's names: the inverse of :meth:`from_torch_state_dict`.
+
+        The bias goes to ``bias_ih``, and ``bias_hh`` is zero.
+        """
+        given = checks.params(self.cell, self.params)
+        params = {name: _on_host(name, value) for name, value in given.items()}
+        return interchange.to_torch_state_dict(self.cell, params, prefix=prefix)
+
+    def __repr__(self) -> str:
+        cell = self.cell
+        options = [
+            f"{name}={value!r}"
+            for name, value, default in (
+                ("num_layers", cell.num_layers, 1),
+                ("bias", cell.bias, True),
+                ("batch_first", self.batch_first, False),
+                ("dropout", cell.dropout, 0.0),
+                ("bidirectional", cell.bidirectional, False),
+            )
+            if value != default
+        ]
+        arguments = ", ".join([str(cell.input_size), str(cell.hidden_size), *options, f"dtype={cell.dtype.name}"])
+        return f"LSTM({arguments})  # {self.num_parameters:,} parameters"
+
+
+def _on_host(name: str, value: Array) -> np.ndarray[Any, Any]:
+    """Return a parameter as a NumPy array."""
+    host: np.ndarray[Any, Any] = value if dispatch.kind_of(name, value).library == "numpy" else value.get()
+    return host

@@ -1,0 +1,164 @@
+r"""sigmoid and tanh on vectors: no table, no branch, and proved accurate (sigmoid 3 ulp, tanh 2 ulp at most).
+
+Both rest on :math:`e^x = 2^n e^r` with :math:`n = \mathrm{rint}(x / \ln 2)` and
+:math:`|r| \le \ln 2 / 2`, where :math:`r = x - n \ln 2` is computed with ln 2 split in two (Cody and
+Waite 1980), and :math:`e^r - 1 = r + r^2 q(r)` with q a Taylor polynomial so long that its truncation
+error is far below the rounding error.
+
+``np.exp`` and ``np.tanh`` inside Numba call a scalar function for each element, about 12 ns; these take
+a fraction of one.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from fastlstm.kernels.cpu.simd import (
+    call_llvm,
+    copysign,
+    fma,
+    llvm_vector,
+    power_of_two,
+    rint,
+    select,
+)
+
+__all__ = ["sigmoid", "tanh"]
+
+_LOG2_E = 1.0 / math.log(2.0)
+
+# ln 2 in two parts; n times the first is exact for every n that occurs (Cody and Waite).
+_LN2_PARTS = {
+    types.float32: (0.693359375, -2.12194440054690583e-4),
+    types.float64: (6.93145751953125e-1, 1.42860682030941723212e-6),
+}
+# Terms of q(r) = (e^r - 1 - r) / r^2 = 1/2! + r/3! + ...; at |r| = ln 2 / 2 the first term left out is,
+# relative to r, 1.5e-8 in float32 (rounding error 6e-8) and 1.2e-17 in float64 (1.1e-16).
+_TERMS = {types.float32: 6, types.float64: 12}
+
+
+def _constant(dtype, value):
+    vector = llvm_vector(dtype)
+    return ir.Constant(vector, [value] * vector.count)
+
+
+@intrinsic
+def _reduced(typingctx, x, n):
+    """Return r = x - n ln 2."""
+
+    def codegen(context, builder, signature, args):
+        r, minus_n = args[0], builder.fneg(args[1])
+        for part in _LN2_PARTS[x.dtype]:
+            r = call_llvm(builder, "fma", x.dtype, [minus_n, _constant(x.dtype, part), r])
+        return r
+
+    return x(x, n), codegen
+
+
+def _horner(builder, dtype, x, coefficients):
+    """Emit the polynomial with these coefficients, lowest power first, by Horner's rule."""
+    value = _constant(dtype, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = call_llvm(builder, "fma", dtype, [value, x, _constant(dtype, coefficient)])
+    return value
+
+
+@intrinsic
+def _tail(typingctx, r):
+    """Return q(r)."""
+
+    def codegen(context, builder, signature, args):
+        return _horner(builder, r.dtype, args[0], [1.0 / math.factorial(k + 2) for k in range(_TERMS[r.dtype])])
+
+    return r(r), codegen
+
+
+def _raised_to(single, double):
+    """Make the function that raises x to at least `single` (float32) or `double` (float64); NaN stays NaN."""
+
+    @intrinsic
+    def raised(typingctx, x):
+        def codegen(context, builder, signature, args):
+            limit = _constant(x.dtype, single if x.dtype == types.float32 else double)
+            return builder.select(builder.fcmp_ordered("<", args[0], limit), limit, args[0])
+
+        return x(x), codegen
+
+    return raised
+
+
+# Below these, e^x is zero after rounding, or 1 - 2 e^x is one; the exponent then fits its bits.
+_raised_for_sigmoid = _raised_to(-105.0, -746.0)
+_raised_for_tanh = _raised_to(-40.0, -80.0)
+
+
+def _fraction(levels):
+    """Coefficients in z, lowest power first, of N and M with N / M = 3 + z / (5 + z / (7 + ...)), `levels` deep."""
+    upper, lower = [2.0 * levels + 1.0], [1.0]
+    for k in range(levels - 1, 0, -1):
+        shifted = [0.0, *lower]
+        width = max(len(upper), len(shifted))
+        padded = [u + [0.0] * (width - len(u)) for u in (upper, shifted)]
+        upper, lower = [(2 * k + 1) * u + v for u, v in zip(*padded, strict=True)], upper
+    while lower[-1] == 0.0:
+        lower.pop()
+    return upper, lower
+
+
+# Levels of the fraction; up to |x| = 0.7 the error left in tanh is 2e-9 and 5e-20, relative.
+_LEVELS = {types.float32: 4, types.float64: 8}
+
+
+def _fraction_part(which):
+    @intrinsic
+    def part(typingctx, z):
+        def codegen(context, builder, signature, args):
+            return _horner(builder, z.dtype, args[0], _fraction(_LEVELS[z.dtype])[which])
+
+        return z(z), codegen
+
+    return part
+
+
+_numerator, _denominator = _fraction_part(0), _fraction_part(1)
+
+
+@njit(forceinline=True)
+def sigmoid(a):
+    r"""Return :math:`1 / (1 + e^{-a})`, from :math:`e^{-|a|}`, which cannot overflow.
+
+    Subnormal results are right too: :math:`e^{-|a|}` is scaled by :math:`2^{n + 64}`, a normal number, and
+    then by :math:`2^{-64}`, which rounds once.
+    """
+    x = _raised_for_sigmoid(-abs(a))
+    n = rint(x * _LOG2_E)
+    r = _reduced(x, n)
+    e = fma(r * r, _tail(r), r) + 1.0
+    e = e * power_of_two(n + 64.0) * 5.421010862427522e-20
+    return select(a >= 0.0, 1.0, e) / (e + 1.0)
+
+
+@njit(forceinline=True)
+def tanh(a):
+    r"""Return the hyperbolic tangent as :math:`b - b q`, where the errors of the quotient q count little.
+
+    Below |a| = 0.7, :math:`b = |a|` and :math:`q = z / (z + 3 + z / (5 + z / (7 + \dots)))` with
+    :math:`z = a^2`, which is Lambert's continued fraction, rearranged; from there on, :math:`b = 1` and
+    :math:`q = 2e / (1 + e)` with :math:`e = e^{-2|a|}`. One division serves both.
+    """
+    size = abs(a)
+    near_zero = size < 0.7
+    z = size * size
+    m = z * _denominator(z)
+    x = _raised_for_tanh(size * -2.0)
+    n = rint(x * _LOG2_E)
+    r = _reduced(x, n)
+    s = power_of_two(n)
+    e = fma(s, fma(r * r, _tail(r), r), s)
+    q = select(near_zero, m, e + e) / select(near_zero, m + _numerator(z), e + 1.0)
+    b = select(near_zero, size, 1.0)
+    return copysign(fma(-b, q, b), a)

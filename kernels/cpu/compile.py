@@ -1,0 +1,48 @@
+"""How a kernel is compiled and cached.
+
+Numba's on-disk cache looks at the file of the function that it caches, and does not notice a change in
+another file that this one calls. The kernels call each other across files, so the stamp that decides
+whether a cached kernel is fresh is taken over all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+from fastlstm.kernels.cpu.simd import VECTOR_BYTES
+
+__all__ = ["cache_folder", "kernel"]
+
+
+def _stamp() -> str:
+    digest = hashlib.sha256(str(VECTOR_BYTES).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = _stamp()
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Compile a kernel at its first call, without the GIL, and keep it on disk for the next process.
+
+    Where no folder can be written, it is compiled in every process.
+    """
+    dispatcher = njit(nogil=True)(function)
+    try:
+        dispatcher.enable_caching()
+    except RuntimeError:  # Numba found no folder that it may write
+        return dispatcher
+    dispatcher._cache._cache_file._source_stamp = _STAMP
+    return dispatcher
+
+
+def cache_folder(dispatcher: Any) -> str | None:
+    """Return the folder in which a kernel is cached, None if it is not."""
+    return getattr(dispatcher._cache, "cache_path", None)

@@ -1,0 +1,78 @@
+"""The gate step of the LSTM, forward and backward, on one vector of hidden units.
+
+The equations are those of :mod:`fastlstm.backends.reference`, in the same symbols. On the tape, a vector
+of units keeps its five values side by side, :data:`TAPE` vectors: i, f, g, o and c.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from fastlstm.kernels.cpu.activations import sigmoid, tanh
+from fastlstm.kernels.cpu.simd import fma, load, load_first, offset, store
+
+__all__ = ["GATES", "TAPE", "gates_backward", "gates_forward"]
+
+GATES = 4  # i, f, g, o
+TAPE = 5  # i, f, g, o, c
+
+
+@njit(forceinline=True)
+def gates_forward(a, width, units, c_prev):
+    """Activate the gates and update the state.
+
+    Parameters
+    ----------
+    a : pointer, IN
+        The pre-activations: four vectors of `width` lanes, i, f, g, o.
+    width, units : int
+        Lanes of a vector, and how many of them are hidden units. The lanes beyond become harmless constants
+        even if the pre-activations there are NaN.
+    c_prev : Vector
+        The cell state before.
+
+    Returns
+    -------
+    tuple of Vector
+        i, f, g, o, c, h.
+    """
+    i = sigmoid(load_first(a, units))
+    f = sigmoid(load_first(offset(a, width), units))
+    g = tanh(load_first(offset(a, 2 * width), units))
+    o = sigmoid(load_first(offset(a, 3 * width), units))
+    c = fma(f, c_prev, i * g)
+    h = o * tanh(c)
+    return i, f, g, o, c, h
+
+
+@njit(forceinline=True)
+def gates_backward(dh, dc, tape, width, c_prev, da):
+    """Take the gradients by h and c back through one gate step.
+
+    Parameters
+    ----------
+    dh, dc : Vector
+        The loss's gradients by h and c of this time step.
+    tape : pointer, IN
+        Five vectors of `width` lanes: i, f, g, o, c.
+    width : int
+        Lanes of a vector.
+    c_prev : Vector
+        The cell state before.
+    da : pointer, OUT
+        The gradients by the pre-activations: four vectors, i, f, g, o.
+
+    Returns
+    -------
+    Vector
+        The gradient by `c_prev`.
+    """
+    i, f = load(tape), load(offset(tape, width))
+    g, o = load(offset(tape, 2 * width)), load(offset(tape, 3 * width))
+    tanh_c = tanh(load(offset(tape, 4 * width)))
+    dc = fma(dh * o, 1.0 - tanh_c * tanh_c, dc)
+    store(da, dc * g * (i * (1.0 - i)))
+    store(offset(da, width), dc * c_prev * (f * (1.0 - f)))
+    store(offset(da, 2 * width), dc * i * (1.0 - g * g))
+    store(offset(da, 3 * width), dh * tanh_c * (o * (1.0 - o)))
+    return dc * f

@@ -1,0 +1,434 @@
+"""Vectors for Numba: a small vocabulary of operations, each one LLVM instruction or a handful.
+
+A kernel written with it looks like the algorithm on one number, and runs on a whole register:
+
+>>> # h = o * tanh(c), for LANES hidden units at once
+>>> # store(h, load(o) * tanh(load(c)))
+
+===========================  ==============================================================================
+``address(array)``           pointer to the first element; ``p + n`` would be ``offset(p, n)``
+``offset(p, n)``             pointer n elements further
+``load(p)``, ``store(p,v)``  a whole vector from or to memory, no alignment needed
+``load_first(p, n)``         the first n lanes (the others zero); no other memory is touched
+``store_first(p, v, n)``     the first n lanes; no other memory is touched
+``peek(p)``, ``poke(p, s)``  one element
+``splat(p)``                 one element from memory into all lanes
+``fill(p, s)``               a scalar into all lanes; `p` gives the element type
+``v + w``, ``- * /``         lane by lane, without reassociation; one side may be a number
+``-v``, ``abs(v)``           lane by lane
+``fma(a, b, c)``             a * b + c, rounded once
+``rint(v)``                  to the nearest integer, ties to even
+``power_of_two(n)``          2**n for integral lanes with a normal result
+``v < w``, ``v >= w``        a mask, false where a lane is NaN
+``select(m, v, w)``          v where the mask is true, else w
+===========================  ==============================================================================
+
+Vectors have :data:`VECTOR_BYTES` bytes: the widest the host has, or ``FASTLSTM_VECTOR_BYTES`` (16, 32 or
+64) for tests of the others.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+__all__ = [
+    "REGISTERS",
+    "VECTOR_BYTES",
+    "Vector",
+    "address",
+    "fill",
+    "fma",
+    "lanes",
+    "load",
+    "load_first",
+    "offset",
+    "peek",
+    "poke",
+    "power_of_two",
+    "rint",
+    "select",
+    "splat",
+    "store",
+    "store_first",
+]
+
+
+def _host_vector_bytes() -> int:
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f") and features.get("avx512vl"):
+        return 64
+    return 32 if features.get("avx2") and features.get("fma") else 16
+
+
+VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes())
+# AVX2 and SSE have 16 vector registers; AVX-512 and NEON have 32.
+REGISTERS = 32 if VECTOR_BYTES == 64 or "aarch64" in llvm.get_process_triple() else 16
+
+
+def lanes(dtype: object) -> int:
+    """Number of elements of a vector of `dtype`, a NumPy dtype or a Numba type."""
+    itemsize = dtype.bitwidth // 8 if isinstance(dtype, types.Float) else dtype.itemsize  # type: ignore[attr-defined]
+    return VECTOR_BYTES // itemsize
+
+
+class Vector(types.Type):
+    """Numba's type of a vector register of float32 or float64."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype}, {lanes(dtype)})")
+
+
+class Mask(types.Type):
+    """Numba's type of a vector of truth values, one for each lane of a :class:`Vector`."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Mask({dtype}, {lanes(dtype)})")
+
+
+def _llvm_scalar(dtype: types.Float) -> ir.Type:
+    return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
+
+
+def llvm_vector(dtype: types.Float) -> ir.VectorType:
+    """LLVM's type of a :class:`Vector` of `dtype`."""
+    return ir.VectorType(_llvm_scalar(dtype), lanes(dtype))
+
+
+def _llvm_integers(dtype: types.Float) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(dtype.bitwidth), lanes(dtype))
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, llvm_vector(fe_type.dtype))
+
+
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, ir.VectorType(ir.IntType(1), lanes(fe_type.dtype)))
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def vector_pointer(builder, pointer, dtype):
+    """Cast a pointer to elements into one to vectors."""
+    return builder.bitcast(pointer, llvm_vector(dtype).as_pointer())
+
+
+def load_vector(builder, pointer, dtype):
+    """Emit an unaligned load: alignment of one element, because rows start anywhere."""
+    return builder.load(vector_pointer(builder, pointer, dtype), align=dtype.bitwidth // 8)
+
+
+def splat_scalar(builder, scalar, dtype):
+    """Emit a broadcast of an LLVM scalar to all lanes."""
+    vector = llvm_vector(dtype)
+    zero = ir.Constant(ir.IntType(32), 0)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, zero)
+    lane_map = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lane_map)
+
+
+@intrinsic
+def address(typingctx, array):
+    """Return a pointer to the first element of a C-contiguous array."""
+
+    def codegen(context, builder, signature, args):
+        return cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def offset(typingctx, pointer, n):
+    """Return the pointer `n` elements further; 64-bit arithmetic whatever the integer."""
+
+    def codegen(context, builder, signature, args):
+        n = context.cast(builder, args[1], signature.args[1], types.intp)
+        return builder.gep(args[0], [n])
+
+    return pointer(pointer, n), codegen
+
+
+@intrinsic
+def load(typingctx, pointer):
+    """Load a vector."""
+
+    def codegen(context, builder, signature, args):
+        return load_vector(builder, args[0], pointer.dtype)
+
+    return Vector(pointer.dtype)(pointer), codegen
+
+
+@intrinsic
+def store(typingctx, pointer, vector):
+    """Store a vector."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], vector_pointer(builder, args[0], pointer.dtype), align=pointer.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(pointer, vector), codegen
+
+
+def _first_lanes(context, builder, n, n_type, dtype):
+    """Emit the mask of the first `n` lanes."""
+    count, integer = lanes(dtype), ir.IntType(32)
+    n = context.cast(builder, n, n_type, types.int32)
+    vector = ir.VectorType(integer, count)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), n, ir.Constant(integer, 0))
+    n_everywhere = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0] * count))
+    return builder.icmp_signed("<", ir.Constant(vector, list(range(count))), n_everywhere)
+
+
+def _masked(builder, operation, dtype, arguments, result):
+    suffix = f"v{lanes(dtype)}f{dtype.bitwidth}.p0"
+    function_type = ir.FunctionType(result, [a.type for a in arguments])
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.masked.{operation}.{suffix}")
+    return builder.call(function, arguments)
+
+
+@intrinsic
+def load_first(typingctx, pointer, n):
+    """Load the first `n` lanes; the others are zero, and their memory is not touched."""
+
+    def codegen(context, builder, signature, args):
+        dtype, vector = pointer.dtype, llvm_vector(pointer.dtype)
+        mask = _first_lanes(context, builder, args[1], signature.args[1], dtype)
+        align = ir.Constant(ir.IntType(32), dtype.bitwidth // 8)
+        source = vector_pointer(builder, args[0], dtype)
+        return _masked(builder, "load", dtype, [source, align, mask, ir.Constant(vector, None)], vector)
+
+    return Vector(pointer.dtype)(pointer, n), codegen
+
+
+@intrinsic
+def store_first(typingctx, pointer, vector, n):
+    """Store the first `n` lanes; the memory of the others is not touched."""
+
+    def codegen(context, builder, signature, args):
+        dtype = pointer.dtype
+        mask = _first_lanes(context, builder, args[2], signature.args[2], dtype)
+        align = ir.Constant(ir.IntType(32), dtype.bitwidth // 8)
+        target = vector_pointer(builder, args[0], dtype)
+        _masked(builder, "store", dtype, [args[1], target, align, mask], ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(pointer, vector, n), codegen
+
+
+@intrinsic
+def peek(typingctx, pointer):
+    """Load one element."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(args[0])
+
+    return pointer.dtype(pointer), codegen
+
+
+@intrinsic
+def poke(typingctx, pointer, value):
+    """Store one element."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(context.cast(builder, args[1], signature.args[1], pointer.dtype), args[0])
+        return context.get_dummy_value()
+
+    return types.void(pointer, value), codegen
+
+
+@intrinsic
+def splat(typingctx, pointer):
+    """Load one element into all lanes."""
+
+    def codegen(context, builder, signature, args):
+        return splat_scalar(builder, builder.load(args[0]), pointer.dtype)
+
+    return Vector(pointer.dtype)(pointer), codegen
+
+
+@intrinsic
+def fill(typingctx, pointer, value):
+    """Put a scalar into all lanes; the pointer gives the element type only."""
+
+    def codegen(context, builder, signature, args):
+        return splat_scalar(builder, context.cast(builder, args[1], signature.args[1], pointer.dtype), pointer.dtype)
+
+    return Vector(pointer.dtype)(pointer, value), codegen
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------
+
+
+def _declare(operation, emit):
+    """Give a Python operator a meaning on two vectors, or on a vector and a number."""
+
+    @type_callable(operation)
+    def type_operation(context):
+        def typer(a, b):
+            vector = a if isinstance(a, Vector) else b
+            if isinstance(vector, Vector) and all(x == vector or isinstance(x, types.Number) for x in (a, b)):
+                return emit.result(vector.dtype)
+            return None
+
+        return typer
+
+    def implementation(context, builder, signature, args):
+        dtype = next(t.dtype for t in signature.args if isinstance(t, Vector))
+        operands = [
+            value if isinstance(t, Vector) else splat_scalar(builder, context.cast(builder, value, t, dtype), dtype)
+            for value, t in zip(args, signature.args, strict=True)
+        ]
+        return emit(builder, *operands)
+
+    for kinds in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(operation, *kinds)(implementation)
+
+
+class _Arithmetic:
+    result = Vector
+
+    def __init__(self, instruction):
+        self.instruction = instruction
+
+    def __call__(self, builder, a, b):
+        return getattr(builder, self.instruction)(a, b)
+
+
+class _Comparison:
+    result = Mask
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __call__(self, builder, a, b):
+        return builder.fcmp_ordered(self.sign, a, b)
+
+
+for _operation, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _declare(_operation, _Arithmetic(_instruction))
+_declare(operator.lt, _Comparison("<"))
+_declare(operator.ge, _Comparison(">="))
+
+
+def _unary(operation, llvm_name):
+    """Give a function of one vector its LLVM intrinsic."""
+
+    @type_callable(operation)
+    def type_operation(context):
+        def typer(a):
+            return a if isinstance(a, Vector) else None
+
+        return typer
+
+    @lower_builtin(operation, Vector)
+    def implementation(context, builder, signature, args):
+        return call_llvm(builder, llvm_name, signature.args[0].dtype, args)
+
+
+def call_llvm(builder, name, dtype, args):
+    """Emit a call of an LLVM intrinsic that maps vectors to a vector."""
+    vector = llvm_vector(dtype)
+    function_type = ir.FunctionType(vector, [vector] * len(args))
+    full_name = f"llvm.{name}.v{lanes(dtype)}f{dtype.bitwidth}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, full_name), args)
+
+
+_unary(abs, "fabs")
+
+
+@type_callable(operator.neg)
+def _type_neg(context):
+    def typer(a):
+        return a if isinstance(a, Vector) else None
+
+    return typer
+
+
+@lower_builtin(operator.neg, Vector)
+def _lower_neg(context, builder, signature, args):
+    return builder.fneg(args[0])
+
+
+@intrinsic
+def rint(typingctx, v):
+    """Round to the nearest integer, ties to even."""
+
+    def codegen(context, builder, signature, args):
+        return call_llvm(builder, "rint", v.dtype, args)
+
+    return v(v), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """Return a * b + c, rounded once; `b` and `c` may be numbers."""
+    vector = a if isinstance(a, Vector) else b
+
+    def codegen(context, builder, signature, args):
+        dtype = vector.dtype
+        operands = [
+            value if isinstance(t, Vector) else splat_scalar(builder, context.cast(builder, value, t, dtype), dtype)
+            for value, t in zip(args, signature.args, strict=True)
+        ]
+        return call_llvm(builder, "fma", dtype, operands)
+
+    return vector(a, b, c), codegen
+
+
+@intrinsic
+def copysign(typingctx, magnitude, sign):
+    """Return `magnitude` with the signs of `sign`."""
+
+    def codegen(context, builder, signature, args):
+        return call_llvm(builder, "copysign", magnitude.dtype, args)
+
+    return magnitude(magnitude, sign), codegen
+
+
+@intrinsic
+def power_of_two(typingctx, n):
+    """Return 2**n for integral lanes whose result is a normal number: the exponent bits, put in place."""
+    mantissa, bias = (23, 127) if n.dtype == types.float32 else (52, 1023)
+
+    def codegen(context, builder, signature, args):
+        integers = _llvm_integers(n.dtype)
+        exponent = builder.fptosi(args[0], integers)
+        exponent = builder.add(exponent, ir.Constant(integers, [bias] * integers.count))
+        bits = builder.shl(exponent, ir.Constant(integers, [mantissa] * integers.count))
+        return builder.bitcast(bits, llvm_vector(n.dtype))
+
+    return n(n), codegen
+
+
+@intrinsic
+def select(typingctx, mask, a, b):
+    """Return `a` where the mask is true, else `b`; either may be a number."""
+    dtype = mask.dtype
+
+    def codegen(context, builder, signature, args):
+        operands = [
+            value if isinstance(t, Vector) else splat_scalar(builder, context.cast(builder, value, t, dtype), dtype)
+            for value, t in zip(args[1:], signature.args[1:], strict=True)
+        ]
+        return builder.select(args[0], *operands)
+
+    return Vector(dtype)(mask, a, b), codegen
