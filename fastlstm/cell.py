@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,10 @@ class Cell:
         """Number of features that layer number `layer` reads: I for the first, D * H for the others."""
         return self.input_size if layer == 0 else self.output_size
 
+    def with_dtype(self, dtype: Any) -> Cell:
+        """Return the same cell in another dtype."""
+        return replace(self, dtype=np.dtype(dtype))
+
     def describe(self) -> dict[str, Any]:
         """All fields as plain Python values, for files and messages; ``Cell(**cell.describe())`` is equal."""
         return asdict(self) | {"dtype": self.dtype.name}
@@ -108,7 +112,7 @@ def _probability(name: str, value: Any) -> float:
 
 def _float_dtype(value: Any) -> np.dtype[Any]:
     try:
-        dtype = np.dtype(value).newbyteorder("=")
+        dtype: np.dtype[Any] = np.dtype(value).newbyteorder("=")
     except TypeError as error:
         raise DTypeError(f"dtype must be float32 or float64, got {value!r}") from error
     if dtype not in FLOAT_DTYPES:

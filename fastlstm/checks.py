@@ -121,13 +121,13 @@ def _pair(
     rows = cell.num_layers * cell.num_directions
     shape = (rows, cell.hidden_size) if batch is None else (rows, batch, cell.hidden_size)
     axes = "(L*D, H)" if batch is None else "(L*D, B, H)"
-    checked = []
+    checked: list[Array | None] = []
     for part, value in zip(parts, given, strict=True):
         if value is None and optional:
             checked.append(None)
             continue
-        value = array(part, value, like, shape, axes)
-        checked.append(value if batch is not None else value[:, None])
+        found = array(part, value, like, shape, axes)
+        checked.append(found if batch is not None else found[:, None])
     return checked[0], checked[1]
 
 

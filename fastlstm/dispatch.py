@@ -80,7 +80,9 @@ def backend_for(value: Any) -> Backend:
     kind = kind_of("array", value)
     name = _forced.get() or kind.backends[0]
     if name not in kind.backends:
-        raise BackendError(f"backend {name!r} was forced, but {kind.library} arrays run on {' or '.join(kind.backends)}")
+        raise BackendError(
+            f"backend {name!r} was forced, but {kind.library} arrays run on {' or '.join(kind.backends)}"
+        )
     return _loaded.get(name) or backend_named(name)
 
 
@@ -99,6 +101,11 @@ def backend_named(name: str) -> Backend:
             raise BackendError("this release has no CUDA backend yet: convert CuPy arrays with cupy.asnumpy(...)")
         _loaded[name] = import_module(f"fastlstm.backends.{name}").BACKEND
     return _loaded[name]
+
+
+def library_of(name: str) -> str:
+    """Return the array library whose arrays the backend called `name` takes."""
+    return next(kind.library for kind in TABLE.values() if name in kind.backends)
 
 
 @contextlib.contextmanager

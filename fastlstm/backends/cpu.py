@@ -193,7 +193,7 @@ def _direction_forward(
     arguments = (
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights),
         packing.pack(x, direction == 1, 1), h0, c0, packing.order, packing.lengths, packing.offsets, direction == 1,
-        y, direction, h_n, c_n, tape, h_rows,
+        y, direction, h_n, c_n, keep_tape, tape, h_rows,
         np.empty((batch, blocks * width), dtype),
         np.empty((blocks, inputs + hidden, GATES, width), dtype),
         np.empty((blocks, GATES, width), dtype),

@@ -17,7 +17,7 @@ from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult
 from fastlstm.cell import Cell
 from fastlstm.parameters import direction_names
 
-__all__ = ["LayeredBackend", "LayerGradients", "LayerResult", "Weights"]
+__all__ = ["LayerGradients", "LayerResult", "LayeredBackend", "Weights"]
 
 
 class Weights(NamedTuple):

@@ -48,6 +48,7 @@ def layer_forward(
     direction,
     h_n,  # (B, H), OUT
     c_n,  # (B, H), OUT
+    training,  # whether to write the tape
     tape,  # (N, Hp/V, 5, V) for training, or (0, ...), OUT
     h_rows,  # (N, Hp) the state before each row for training, or (2 * B, Hp), OUT
     c_rows,  # (B, Hp) scratch
@@ -64,7 +65,6 @@ def layer_forward(
     blocks, width = packed.shape[0], packed.shape[3]
     stride = blocks * width
     batch = order.size
-    training = tape.shape[0] > 0
 
     first, last = share(blocks, thread, threads)
     pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
@@ -250,7 +250,18 @@ def _step_back(
         for start in range(row_first, active, ROWS):
             gates = offset(address(da), (offsets[step] - chunk_row + start) * GATES * stride)
             out = offset(address(dh_rows), start * stride + column * width)
-            tile(min(ROWS, active - start), vectors, GATES * stride, gates, GATES * stride, 1, weights, stride, out, stride)
+            tile(
+                min(ROWS, active - start),
+                vectors,
+                GATES * stride,
+                gates,
+                GATES * stride,
+                1,
+                weights,
+                stride,
+                out,
+                stride,
+            )
 
 
 @njit

@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.simd import address, offset, offset
+from fastlstm.kernels.cpu.simd import address, offset
 
 __all__ = ["barrier", "share"]
 

@@ -1,0 +1,99 @@
+"""The command line: ``fastlstm info``, ``fastlstm check`` and ``fastlstm demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastlstm.errors import FastLSTMError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The command line without the program's name; that of this process by default.
+
+    Returns
+    -------
+    int
+        The exit status: 0 for success, 1 if a check failed, 2 for an error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except FastLSTMError as error:
+        print(f"fastlstm {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastlstm", description="The LSTM for people who live in NumPy and CuPy.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what is here: versions, backends, processor, threads, caches, GPU")
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser("check", help="compare every backend with the float64 reference; status 1 if one fails")
+    check.add_argument("--backend", action="append", help="check only this one; may be repeated")
+    check.set_defaults(run=_check)
+
+    demo = commands.add_parser("demo", help="train on real data, evaluate, save, and load again")
+    demo.add_argument("--task", choices=("co2", "vowels"), default="co2", help="default: %(default)s")
+    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--out", type=Path, default=Path("fastlstm-demo"), help="folder to write; default: %(default)s")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    from fastlstm.environment import describe
+
+    facts = describe()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fastlstm.agreement import BOUNDS, cases, compare
+    from fastlstm.environment import backends
+
+    here = backends()
+    for name, reason in here.items():
+        if reason is not None:
+            print(f"{name}: not checked, {reason}")
+    chosen = options.backend or [name for name, reason in here.items() if reason is None]
+    print(f"Largest error over {sum(1 for _ in cases())} cases, as a share of the largest true value of its array.")
+    print(f"{'backend':<10} {'dtype':<8} {'quantity':<11} {'error':>9}  {'bound':>7}")
+    failed = 0
+    for name in chosen:
+        for row in compare(name):
+            verdict = "" if row.within_bound else f"  OUT OF BOUND at {row.case}"
+            bound = BOUNDS[row.dtype]
+            print(f"{row.backend:<10} {row.dtype:<8} {row.quantity:<11} {row.error:9.2e}  {bound:7.0e}{verdict}")
+            failed += not row.within_bound
+    print(f"{failed} out of bound." if failed else "All within bounds.")
+    return 1 if failed else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fastlstm.demo import run_demo
+
+    result = run_demo(options.task, options.device, options.seed, options.out)
+    print(result.report)
+    for path in result.files:
+        print(f"wrote {path}")
+    return 0

@@ -1,0 +1,89 @@
+"""What is here: the version, the backends and why one is missing, processor, threads, caches, GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastlstm import __version__, dispatch
+from fastlstm.errors import BackendError
+
+__all__ = ["backends", "describe"]
+
+_PACKAGES = ("numpy", "numba", "llvmlite", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+
+
+def backends() -> dict[str, str | None]:
+    """Name of each backend, with None if it runs here, else the reason why it does not."""
+    found: dict[str, str | None] = {}
+    for name in dispatch.BACKENDS:
+        try:
+            dispatch.backend_named(name)
+        except (BackendError, ImportError) as error:
+            found[name] = str(error)
+        else:
+            found[name] = None
+    return found
+
+
+def describe() -> dict[str, str]:
+    """Everything that a report of a problem or of a measurement should name, as text."""
+    result = {"fastlstm": __version__, "python": f"{platform.python_version()} on {platform.platform()}"}
+    result |= {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    for name, reason in backends().items():
+        result[f"backend {name}"] = "runs here" if reason is None else f"missing: {reason}"
+    result["processor"] = f"{processor()}, {usable_cores()} of {os.cpu_count()} cores usable"
+    if result["backend cpu"] == "runs here":
+        result |= _compiled()
+    if result["backend cuda"] == "runs here":
+        result["GPU"] = _gpu()
+    return result
+
+
+def processor() -> str:
+    """Name of the processor, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _compiled() -> dict[str, str]:
+    threads = import_module("fastlstm.backends.threads")
+    simd = import_module("fastlstm.kernels.cpu.simd")
+    cache = import_module("fastlstm.kernels.cpu.compile").cache_folder(
+        import_module("fastlstm.kernels.cpu.sequence").layer_forward
+    )
+    return {
+        "threads": f"at most {threads.get_num_threads()} per call",
+        "vectors": f"{8 * simd.VECTOR_BYTES} bits: {simd.VECTOR_BYTES // 4} float32 or {simd.VECTOR_BYTES // 8} float64",
+        "kernel cache": cache or "none: no folder can be written, so kernels are compiled in every process",
+    }
+
+
+def _gpu() -> str:
+    cupy: Any = import_module("cupy")
+    device = cupy.cuda.Device()
+    properties = cupy.cuda.runtime.getDeviceProperties(device.id)
+    return (
+        f"{properties['name'].decode()}, compute capability {device.compute_capability},"
+        f" driver {cupy.cuda.runtime.driverGetVersion()}, CUDA {cupy.cuda.runtime.runtimeGetVersion()}"
+    )
