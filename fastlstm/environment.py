@@ -68,13 +68,13 @@ def _version(package: str) -> str | None:
 
 def _compiled() -> dict[str, str]:
     threads = import_module("fastlstm.backends.threads")
-    simd = import_module("fastlstm.kernels.cpu.simd")
+    size = import_module("fastlstm.kernels.cpu.simd").VECTOR_BYTES
     cache = import_module("fastlstm.kernels.cpu.compile").cache_folder(
         import_module("fastlstm.kernels.cpu.sequence").layer_forward
     )
     return {
         "threads": f"at most {threads.get_num_threads()} per call",
-        "vectors": f"{8 * simd.VECTOR_BYTES} bits: {simd.VECTOR_BYTES // 4} float32 or {simd.VECTOR_BYTES // 8} float64",
+        "vectors": f"{8 * size} bits: {size // 4} float32 or {size // 8} float64",
         "kernel cache": cache or "none: no folder can be written, so kernels are compiled in every process",
     }
 
