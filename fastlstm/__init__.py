@@ -12,6 +12,7 @@ involved.
 """
 
 from fastlstm import functional, training
+from fastlstm.backends.threads import get_num_threads, set_num_threads
 from fastlstm.dispatch import use_backend
 from fastlstm.errors import (
     ArgumentError,
@@ -36,6 +37,8 @@ __all__ = [
     "ModelFileError",
     "ShapeError",
     "functional",
+    "get_num_threads",
+    "set_num_threads",
     "training",
     "use_backend",
 ]
