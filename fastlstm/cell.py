@@ -102,7 +102,7 @@ def _positive_integer(name: str, value: Any) -> int:
 
 def _probability(name: str, value: Any) -> float:
     try:
-        number = float(value)
+        number = -1.0 if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError):
         number = -1.0
     if not 0.0 <= number < 1.0:
@@ -112,6 +112,8 @@ def _probability(name: str, value: Any) -> float:
 
 def _float_dtype(value: Any) -> np.dtype[Any]:
     try:
+        if value is None:
+            raise TypeError("NumPy takes None for float64")
         dtype: np.dtype[Any] = np.dtype(value).newbyteorder("=")
     except TypeError as error:
         raise DTypeError(f"dtype must be float32 or float64, got {value!r}") from error

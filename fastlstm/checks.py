@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastlstm.cell import Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
 
-__all__ = ["array", "lengths", "params", "state", "state_gradient"]
+__all__ = ["array", "dropout_seed", "lengths", "params", "state", "state_gradient"]
 
 
 def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
@@ -76,7 +77,7 @@ def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
     """Check the parameters of a model: names, one library and device, dtype and shapes; return them in order."""
     shapes = parameters.shapes(cell)
     if given.keys() != shapes.keys():
-        missing, unknown = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
+        missing, unknown = sorted(shapes.keys() - given.keys()), sorted(map(str, given.keys() - shapes.keys()))
         raise ArgumentError(
             "the parameters do not fit the model:"
             + (f" missing {', '.join(missing)};" if missing else "")
@@ -142,6 +143,8 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
             f"lengths must be a NumPy array or a list, got {type(given).__module__}.{type(given).__qualname__}:"
             " they are read on the host"
         )
+    if isinstance(given, np.ndarray):
+        kind_of("lengths", given)  # refuses masked arrays, whose mask would be lost
     try:
         values = np.asarray(given)
     except ValueError as error:
@@ -155,3 +158,14 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
     if batch and (values.min() < 0 or values.max() > steps):
         raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {values.min()} to {values.max()}")
     return values.astype(np.int64)
+
+
+def dropout_seed(given: Any) -> int:
+    """Check what determines the dropout masks: an integer of at least 0."""
+    try:
+        seed = operator.index(given)
+    except TypeError:
+        seed = -1
+    if seed < 0:
+        raise ArgumentError(f"dropout_seed must be an integer of at least 0, got {given!r}")
+    return seed

@@ -70,7 +70,7 @@ def _compiled() -> dict[str, str]:
     threads = import_module("fastlstm.backends.threads")
     size = import_module("fastlstm.kernels.cpu.simd").VECTOR_BYTES
     cache = import_module("fastlstm.kernels.cpu.compile").cache_folder(
-        import_module("fastlstm.kernels.cpu.sequence").layer_forward
+        import_module("fastlstm.kernels.cpu.forward").layer_forward
     )
     return {
         "threads": f"at most {threads.get_num_threads()} per call",

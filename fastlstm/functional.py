@@ -164,7 +164,7 @@ def lstm_forward(
     ((5, 4, 3), ['bias_l0', 'weight_hh_l0', 'weight_ih_l0'])
     """
     cell = parameters.cell_of(params, dropout)
-    source = Dropout(cell.dropout, dropout_seed) if cell.dropout else None
+    source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.dropout else None
     y, state, tape = run(cell, params, x, state, lengths, batch_first=batch_first, dropout=source, keep_tape=True)
     assert tape is not None
     return y, state, tape
@@ -252,4 +252,5 @@ def step(cell: Cell, params: Mapping[str, Array], x: Array, state: State | None)
     h, c = checks.state(cell, state, layout.state_batch, like)
     h, c = dispatch.backend_for(x).step(cell, params, x[None] if unbatched else x, h, c)
     h, c = layout.state_to_caller(h, c)
-    return h[-1], (h, c)
+    # A copy: a caller who works on the output in place must not change the state with it.
+    return h[-1].copy(), (h, c)

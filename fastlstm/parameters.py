@@ -104,7 +104,7 @@ def initialise(cell: Cell, seed: Any = None) -> dict[str, np.ndarray[Any, Any]]:
     return params
 
 
-_NAME = re.compile(r"(?:weight_ih|weight_hh|bias)_l(\d+)(_reverse)?")
+_NAME = re.compile(r"(?:weight_ih|weight_hh|bias)_l([0-9]{1,9})(_reverse)?")
 
 
 def cell_of(params: Mapping[str, Any], dropout: float = 0.0) -> Cell:
@@ -124,22 +124,27 @@ def cell_of(params: Mapping[str, Any], dropout: float = 0.0) -> Cell:
     ShapeError
         If the first layer's weights are not matrices of 4H rows.
     """
-    matches = {name: _NAME.fullmatch(name) for name in params}
-    unknown = sorted(name for name, match in matches.items() if match is None)
+    if not isinstance(params, Mapping):
+        raise ArgumentError(f"params must be a mapping of names to arrays, got {type(params).__qualname__}")
+    matches = {name: _NAME.fullmatch(name) if isinstance(name, str) else None for name in params}
+    unknown = sorted(str(name) for name, match in matches.items() if match is None)
     if unknown:
         raise ArgumentError(f"unknown parameter {', '.join(unknown)}; expected names such as weight_ih_l0")
+    num_layers = 1 + max((int(match[1]) for match in matches.values() if match), default=0)
+    if num_layers > len(params):  # caught here, because all names of a model so deep may not fit into memory
+        raise ArgumentError(f"parameter names go to layer {num_layers - 1}, but only {len(params)} names are given")
     for name in ("weight_ih_l0", "weight_hh_l0"):
         if name not in params:
             raise ArgumentError(f"parameter {name} is missing")
-        if getattr(params[name], "ndim", None) != 2:
-            raise ShapeError(f"parameter {name} must be a matrix")
+        if getattr(params[name], "ndim", None) != 2 or not hasattr(params[name], "dtype"):
+            raise ShapeError(f"parameter {name} must be an array of two dimensions")
     rows, hidden_size = params["weight_hh_l0"].shape
     if rows != len(GATES) * hidden_size:
         raise ShapeError(f"parameter weight_hh_l0 must have shape (4H, H), got {(rows, hidden_size)}")
     return Cell(
         input_size=params["weight_ih_l0"].shape[1],
         hidden_size=hidden_size,
-        num_layers=1 + max(int(match[1]) for match in matches.values() if match),
+        num_layers=num_layers,
         bias="bias_l0" in params,
         dropout=dropout,
         bidirectional="weight_ih_l0_reverse" in params,

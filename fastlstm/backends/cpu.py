@@ -14,77 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm.backends.base import Array
-from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
+from fastlstm.backends.base import Array, Params
+from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights, layer_weights
+from fastlstm.backends.packing import Packing
+from fastlstm.backends.plan import Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
+from fastlstm.cell import Cell
+from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
+from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
-from fastlstm.kernels.cpu.sequence import layer_backward, layer_forward
 from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.tile import ROWS
+from fastlstm.kernels.cpu.step import step_forward
+from fastlstm.kernels.cpu.tile import ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
-
-# Waking a worker takes some 20 microseconds, in which one core does about this many operations.
-_OPERATIONS_WORTH_A_THREAD = 4_000_000
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the steps of a ragged batch are packed: the longest sequence first, step by step, without padding."""
-
-    steps: int  # T
-    order: Array  # (B,) the sequence at each row
-    lengths: Array  # (B,) in that order, descending
-    offsets: Array  # (S + 1,) first row of each step
-    ragged: bool
-
-    @classmethod
-    def of(cls, lengths: Array | None, steps: int, batch: int) -> Packing:
-        """Work out the packing of a batch; None stands for equal lengths."""
-        if lengths is None or (lengths == steps).all():
-            offsets = np.arange(steps + 1, dtype=np.int64) * batch
-            return cls(steps, np.arange(batch), np.full(batch, steps, np.int64), offsets, False)
-        order = np.argsort(-lengths, kind="stable")
-        sorted_lengths = lengths[order]
-        active = batch - np.searchsorted(sorted_lengths[::-1], np.arange(sorted_lengths[0]), side="right")
-        offsets = np.zeros(active.size + 1, np.int64)
-        np.cumsum(active, out=offsets[1:])
-        return cls(steps, order, sorted_lengths, offsets, True)
-
-    @property
-    def rows(self) -> int:
-        """N, the number of steps of all sequences."""
-        return int(self.offsets[-1])
-
-    def pack(self, x: Array, reverse: bool, width: int) -> Array:
-        """Pack a sequence (T, B, I) into (N, I padded to a multiple of `width`)."""
-        batch, inputs = x.shape[1:]
-        padded = -(-inputs // width) * width
-        flat = x.reshape(-1, inputs)
-        if not self.ragged and not reverse:
-            source: Any = slice(None)
-            if padded == inputs:
-                return flat
-        else:
-            step = np.repeat(np.arange(self.offsets.size - 1), np.diff(self.offsets))
-            row = np.arange(self.rows) - self.offsets[step]
-            source = (self.lengths[row] - 1 - step if reverse else step) * batch + self.order[row]
-        if padded == inputs:
-            return flat[source]
-        packed = np.zeros((self.rows, padded), x.dtype)
-        packed[:, :inputs] = flat[source]
-        return packed
-
-    def rows_of_chunk(self, chunk: int) -> int:
-        """Return the most rows that `chunk` successive steps have; the chunks are counted from the last step."""
-        firsts = self.offsets[::-1][::chunk]
-        return int(max(-np.diff(firsts, append=0), default=0))
-
-    def bounds(self, threads: int) -> Array:
-        """Divide the rows among threads, equal in steps: (threads + 1,)."""
-        work = np.cumsum(self.lengths)
-        shares = work[-1] * np.arange(1, threads) / threads
-        return np.concatenate([[0], np.searchsorted(work, shares, side="left") + 1, [self.order.size]])
 
 
 @dataclass(frozen=True)
@@ -125,14 +68,29 @@ class CpuBackend(LayeredBackend):
         steps, batch, _ = x.shape
         packing = Packing.of(lengths, steps, batch)
         allocate = np.zeros if packing.ragged else np.empty
-        y = allocate((steps, batch, len(weights), h0.shape[2]), x.dtype)
+        y = allocate((steps * batch, len(weights) * h0.shape[2]), x.dtype)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
         tapes = [
             _direction_forward(w, x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape)
             for d, w in enumerate(weights)
         ]
         tape = LayerTape(x, packing, tapes) if keep_tape else None
-        return LayerResult(y.reshape(steps, batch, -1), h_n, c_n, tape)
+        return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
+
+    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
+        """Advance one time step (see ``base.Backend.step``), on the weights as they lie."""
+        shape = (cell.num_layers, x.shape[0], cell.hidden_size)
+        h = np.zeros(shape, cell.dtype) if h is None else _plain(h)
+        c = np.zeros(shape, cell.dtype) if c is None else _plain(c)
+        h_next, c_next = np.empty(shape, cell.dtype), np.empty(shape, cell.dtype)
+        x = _plain(x)
+        for layer in range(cell.num_layers):
+            (weights,) = layer_weights(cell, params, layer)
+            step_forward(
+                _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), x, h, c, layer, h_next, c_next
+            )
+            x = h_next[layer]
+        return h_next, c_next
 
     def layer_backward(
         self,
@@ -143,16 +101,17 @@ class CpuBackend(LayeredBackend):
         dc_n: Array,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
-        directions, batch, hidden = dh_n.shape
-        shape = (tape.packing.steps, batch, directions, hidden)
-        dy = np.empty((0, *shape[1:]), dh_n.dtype) if dy is None else _plain(dy).reshape(shape)
-        dx = (np.zeros if tape.packing.ragged else np.empty)(tape.x.shape, dh_n.dtype)
+        directions, _, hidden = dh_n.shape
+        columns = directions * hidden
+        dy = np.empty((0, columns), dh_n.dtype) if dy is None else _plain(dy).reshape(-1, columns)
+        steps, batch, inputs = tape.x.shape
+        dx = (np.zeros if tape.packing.ragged else np.empty)((steps * batch, inputs), dh_n.dtype)
         dh_n, dc_n = _plain(dh_n), _plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
         dweights = [
             _direction_backward(w, tape, d, dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d]) for d, w in enumerate(weights)
         ]
-        return LayerGradients(dx, dh0, dc0, dweights)
+        return LayerGradients(dx.reshape(tape.x.shape), dh0, dc0, dweights)
 
 
 def _plain(array: Array) -> Array:
@@ -165,10 +124,9 @@ def _bias(weights: Weights) -> Array:
     return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else _plain(weights.bias)
 
 
-def _threads_of_use(packing: Packing, inputs: int, hidden: int, passes: int) -> int:
-    """How many threads are worth their while: by the number of sequences and of operations."""
-    operations = 2 * passes * packing.rows * GATES * hidden * (inputs + hidden)
-    return int(min(packing.order.size, 1 + operations // _OPERATIONS_WORTH_A_THREAD, get_num_threads()))
+def _plan(packing: Packing, inputs: int, hidden: int, dtype: Any, threads: int) -> Plan:
+    blocks = -(-hidden // lanes(dtype))
+    return choose(packing.rows, packing.order.size, inputs, hidden, blocks, ROWS, threads)
 
 
 def _direction_forward(
@@ -187,22 +145,25 @@ def _direction_forward(
     dtype, batch, inputs = x.dtype, x.shape[1], x.shape[2]
     hidden, width = h0.shape[1], lanes(x.dtype)
     blocks = -(-hidden // width)
-    rows = packing.rows
+    rows, reverse = packing.rows, direction == 1
     tape = np.empty((rows if keep_tape else 0, blocks, TAPE, width), dtype)
     h_rows = np.empty((rows if keep_tape else 2 * batch, blocks * width), dtype)
     arguments = (
-        _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights),
-        packing.pack(x, direction == 1, 1), h0, c0, packing.order, packing.lengths, packing.offsets, direction == 1,
-        y, direction, h_n, c_n, keep_tape, tape, h_rows,
+        _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), packing.pack(x, reverse),
+        h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
+        y, direction * hidden, h_n, c_n, keep_tape, tape, h_rows,
         np.empty((batch, blocks * width), dtype),
         np.empty((blocks, inputs + hidden, GATES, width), dtype),
         np.empty((blocks, GATES, width), dtype),
     )  # fmt: skip
-    run_team(
-        lambda threads: (*arguments, np.empty((threads, ROWS, GATES, width), dtype), packing.bounds(threads)),
-        layer_forward,
-        _threads_of_use(packing, inputs, hidden, passes=1),
-    )
+
+    def prepare(threads: int) -> tuple[Any, ...]:
+        plan = _plan(packing, inputs, hidden, dtype, threads)
+        scratch = (plan.ahead * batch, blocks) if plan.ahead else (threads * ROWS, 1)
+        a = np.empty((*scratch, GATES, width), dtype)
+        return (*arguments, plan.ahead, a, plan.parts(packing, blocks), plan.kind == "units")
+
+    run_team(prepare, layer_forward, _plan(packing, inputs, hidden, dtype, get_num_threads()).threads)
     return DirectionTape(tape, h_rows, c0.copy())
 
 
@@ -219,31 +180,34 @@ def _direction_backward(
 ) -> Weights:
     """Back-propagate through one direction; writes dx, dh0 and dc0."""
     tape, packing = layer.directions[direction], layer.packing
-    dtype, batch, inputs = dx.dtype, dx.shape[1], dx.shape[2]
+    dtype, batch, inputs = dx.dtype, dh_n.shape[0], dx.shape[1]
     hidden, width = dh_n.shape[1], lanes(dtype)
-    blocks = -(-hidden // width)
-    weight_ih, weight_hh = _plain(weights.weight_ih), _plain(weights.weight_hh)
-    bias = _bias(weights)
+    blocks, reverse = -(-hidden // width), direction == 1
+    weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
     grads = np.empty_like(weight_ih), np.empty_like(weight_hh), np.empty_like(bias)
-    x = packing.pack(layer.x, direction == 1, width)
     chunk = max(1, -(-(packing.offsets.size - 1) // 4))
-    packed_ih = np.empty((2, blocks, GATES, width, x.shape[1]), dtype)
-    packed_hh = np.empty((2, blocks, GATES, width, blocks * width), dtype)
+    depth, panel = GATES * blocks * width, VECTORS * width
     arguments = (
-        weight_ih, weight_hh, x, tape.gates, tape.h_rows, tape.c0,
-        packing.order, packing.lengths, packing.offsets, direction == 1,
-        dy, direction, dh_n, dc_n, direction == 1, dx, dh0, dc0, *grads, chunk,
-        np.empty((packing.rows_of_chunk(chunk), GATES * blocks * width), dtype),
+        weight_ih, weight_hh, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
+        packing.order, packing.lengths, packing.offsets, packing.places(reverse),
+        dy, direction * hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, chunk,
+        np.empty((packing.rows_of_chunk(chunk), depth), dtype),
         np.empty((batch, blocks * width), dtype),
         np.empty((batch, blocks * width), dtype),
-        packed_ih[0], packed_hh[0], packed_ih[1], packed_hh[1],
-        np.empty((blocks, GATES, width), dtype),
+        np.empty((-(-inputs // panel), depth, panel), dtype),
+        np.empty((-(-hidden // panel), depth, panel), dtype),
+        np.empty((depth, -(-inputs // width) * width), dtype),
+        np.empty((depth, blocks * width), dtype),
+        np.empty(depth, dtype),
+        np.empty((blocks, min(DEPTH, packing.rows), panel), dtype),
     )  # fmt: skip
-    run_team(
-        lambda threads: (*arguments, np.empty((threads, ROWS, GATES, width), dtype), packing.bounds(threads)),
-        layer_backward,
-        _threads_of_use(packing, inputs, hidden, passes=2),
-    )
+
+    def prepare(threads: int) -> tuple[Any, ...]:
+        plan = _plan(packing, inputs, hidden, dtype, threads)
+        right = np.empty((threads, max(ROWS, min(DEPTH, packing.rows)), panel), dtype)
+        return (*arguments, right, plan.parts(packing, blocks), plan.kind == "units")
+
+    run_team(prepare, layer_backward, _plan(packing, inputs, hidden, dtype, get_num_threads()).threads)
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 

@@ -185,5 +185,5 @@ def dropout_mask(xp: Any, dropout: Dropout, layer: int, like: Array) -> Array:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     uniform = ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-    scale = np.asarray(1.0 / (1.0 - dropout.probability), like.dtype)
+    scale = like.dtype.type(1.0 / (1.0 - dropout.probability))
     return ((uniform >= dropout.probability) * scale).astype(like.dtype).reshape(like.shape)

@@ -186,7 +186,7 @@ def _direction_backward(
         dc_t = np.where(step.active, dc, 0)
         da, dc_prev = gates_backward(dh_t, dc_t, step.gates, step.c, step.c_prev)
         da = np.where(step.active, da, 0)
-        dx[step.t] = da @ weights.weight_ih
+        dx[step.t] = np.where(step.active, da @ weights.weight_ih, 0)
         dw_ih += da.T @ x[step.t]
         dw_hh += da.T @ np.where(step.active, step.h_prev, 0)
         if db is not None:

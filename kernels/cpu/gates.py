@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba import njit
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
-from fastlstm.kernels.cpu.simd import fma, load, load_first, offset, store
+from fastlstm.kernels.cpu.simd import fma, load, offset, store
 
 __all__ = ["GATES", "TAPE", "gates_backward", "gates_forward"]
 
@@ -18,16 +18,13 @@ TAPE = 5  # i, f, g, o, c
 
 
 @njit(forceinline=True)
-def gates_forward(a, width, units, c_prev):
+def gates_forward(a_i, a_f, a_g, a_o, c_prev):
     """Activate the gates and update the state.
 
     Parameters
     ----------
-    a : pointer, IN
-        The pre-activations: four vectors of `width` lanes, i, f, g, o.
-    width, units : int
-        Lanes of a vector, and how many of them are hidden units. The lanes beyond become harmless constants
-        even if the pre-activations there are NaN.
+    a_i, a_f, a_g, a_o : Vector
+        The pre-activations.
     c_prev : Vector
         The cell state before.
 
@@ -36,10 +33,7 @@ def gates_forward(a, width, units, c_prev):
     tuple of Vector
         i, f, g, o, c, h.
     """
-    i = sigmoid(load_first(a, units))
-    f = sigmoid(load_first(offset(a, width), units))
-    g = tanh(load_first(offset(a, 2 * width), units))
-    o = sigmoid(load_first(offset(a, 3 * width), units))
+    i, f, g, o = sigmoid(a_i), sigmoid(a_f), tanh(a_g), sigmoid(a_o)
     c = fma(f, c_prev, i * g)
     h = o * tanh(c)
     return i, f, g, o, c, h

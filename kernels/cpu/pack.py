@@ -1,19 +1,91 @@
-"""Weights, rearranged for the tile: so that the columns of one tile lie together, padded with zeros to whole vectors.
+"""Weights, rearranged for the tile: the columns of one tile lie together, padded with zeros to whole vectors.
 
-Below, V is the number of lanes of a vector, and hidden units come in blocks of V: unit u is lane u % V
-of block u // V.
+Below, V is the number of lanes of a vector, and hidden units come in blocks of V: unit u is lane u % V of
+block u // V. A product with the gates' gradients runs over 4 * Hp of them, in the order (block, gate, lane),
+Hp being H padded to whole vectors.
 """
 
 from __future__ import annotations
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.gates import GATES
+from fastlstm.kernels.cpu.simd import (
+    address,
+    fill,
+    lanes,
+    lanes_of,
+    load_first,
+    load_vector,
+    offset,
+    store,
+    vector_pointer,
+)
+from fastlstm.kernels.cpu.tile import VECTORS
 
-__all__ = ["pack_backward", "pack_forward", "unpack_gradient"]
+__all__ = ["pack_backward", "pack_forward", "pack_rows", "unpack_gradient"]
 
 
-@njit(nogil=True)
+def _swapped(builder, dtype, a, b, distance):
+    """Emit the exchange of two rows' elements that lie `distance` off the diagonal of a matrix being transposed."""
+    count, integer = lanes(dtype), ir.IntType(32)
+    low = [j if not j & distance else count + j - distance for j in range(count)]
+    high = [j + distance if not j & distance else count + j for j in range(count)]
+    order = ir.VectorType(integer, count)
+    return tuple(builder.shuffle_vector(a, b, ir.Constant(order, indices)) for indices in (low, high))
+
+
+@intrinsic
+def _transpose(typingctx, source, source_row, target, target_row):
+    """Transpose V rows of V elements: recursively, the off-diagonal quarters change places."""
+    dtype = source.dtype
+
+    def codegen(context, builder, signature, args):
+        source, source_row, target, target_row = args
+        source_row = context.cast(builder, source_row, signature.args[1], types.intp)
+        target_row = context.cast(builder, target_row, signature.args[3], types.intp)
+        count = lanes(dtype)
+        rows = []
+        for _ in range(count):
+            rows.append(load_vector(builder, source, dtype))
+            source = builder.gep(source, [source_row])
+        distance = 1
+        while distance < count:
+            for i in range(count):
+                if not i & distance:
+                    rows[i], rows[i + distance] = _swapped(builder, dtype, rows[i], rows[i + distance], distance)
+            distance *= 2
+        for row in rows:
+            builder.store(row, vector_pointer(builder, target, dtype), align=dtype.bitwidth // 8)
+            target = builder.gep(target, [target_row])
+        return context.get_dummy_value()
+
+    return types.void(source, source_row, target, target_row), codegen
+
+
+@njit
+def _pack_columns(weight, packed, first_k, block):
+    """Write one block's rows of a weight (4H, K) as columns from `first_k` of `packed` (H/V, all k, 4, V)."""
+    hidden, inputs = weight.shape[0] // GATES, weight.shape[1]
+    width = packed.shape[3]
+    units = min(width, hidden - block * width)
+    for gate in range(GATES):
+        row = gate * hidden + block * width
+        done = 0
+        if units == width:
+            done = inputs - inputs % width
+            for k in range(0, done, width):
+                source = offset(address(weight), row * inputs + k)
+                target = offset(address(packed), ((block * packed.shape[1] + first_k + k) * GATES + gate) * width)
+                _transpose(source, inputs, target, GATES * width)
+        for k in range(done, inputs):
+            for lane in range(width):
+                packed[block, first_k + k, gate, lane] = weight[row + lane, k] if lane < units else 0.0
+
+
+@njit
 def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
     """Pack the weights for the forward pass: the columns of a tile are the four gates of one block of units.
 
@@ -28,64 +100,85 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
     width = packed.shape[3]
     for block in range(first, last):
+        _pack_columns(weight_ih, packed, 0, block)
+        _pack_columns(weight_hh, packed, inputs, block)
         for gate in range(GATES):
             for lane in range(width):
                 unit = block * width + lane
-                row = gate * hidden + unit
-                if unit < hidden:
-                    packed_bias[block, gate, lane] = bias[row] if bias.size else 0.0
-                    for k in range(inputs):
-                        packed[block, k, gate, lane] = weight_ih[row, k]
-                    for k in range(hidden):
-                        packed[block, inputs + k, gate, lane] = weight_hh[row, k]
-                else:
-                    packed_bias[block, gate, lane] = 0.0
-                    for k in range(inputs + hidden):
-                        packed[block, k, gate, lane] = 0.0
+                inside = unit < hidden and bias.size > 0
+                packed_bias[block, gate, lane] = bias[gate * hidden + unit] if inside else 0.0
 
 
-@njit(nogil=True)
+@njit
 def pack_backward(weight, packed, first, last):
-    """Pack a weight for products with the gates' gradients: k runs over the blocks' gates and lanes.
+    """Pack a weight for products with the gates' gradients, in panels of as many columns as a tile has.
 
     Parameters
     ----------
     weight : (4H, N) array, IN
-    packed : (H/V, 4, V, N padded to whole vectors) array, OUT
+    packed : (panels, 4 * Hp, 4 * V) array, OUT
     first, last : int
         The blocks of units to pack.
     """
     hidden, columns = weight.shape[0] // GATES, weight.shape[1]
-    width, padded = packed.shape[2], packed.shape[3]
-    for block in range(first, last):
-        for gate in range(GATES):
-            for lane in range(width):
-                unit = block * width + lane
-                start = 0
-                if unit < hidden:
-                    for n in range(columns):
-                        packed[block, gate, lane, n] = weight[gate * hidden + unit, n]
-                    start = columns
-                for n in range(start, padded):
-                    packed[block, gate, lane, n] = 0.0
+    width = packed.shape[2] // VECTORS
+    for panel in range(packed.shape[0]):
+        column = panel * VECTORS * width
+        for block in range(first, last):
+            for gate in range(GATES):
+                for lane in range(width):
+                    unit = block * width + lane
+                    k = (block * GATES + gate) * width + lane
+                    for v in range(VECTORS):
+                        inside = min(width, columns - column - v * width) if unit < hidden else 0
+                        target = offset(address(packed), ((panel * packed.shape[1] + k) * VECTORS + v) * width)
+                        if inside > 0:
+                            source = (gate * hidden + unit) * columns + column + v * width
+                            store(target, load_first(offset(address(weight), source), inside))
+                        else:
+                            store(target, fill(target, 0.0))
 
 
-@njit(nogil=True)
-def unpack_gradient(packed, gradient, first, last):
-    """Bring a weight's gradient back to the layout of the weight: the inverse of :func:`pack_backward`.
+@njit
+def pack_rows(source, row_length, column, columns, packed, first, last):
+    """Copy some columns of the rows `first` to `last` of a matrix side by side, for the tile's reach.
 
     Parameters
     ----------
-    packed : (H/V, 4, V, N padded to whole vectors) array, IN
+    source : pointer, IN
+        The matrix, `row_length` elements a row.
+    column, columns : int
+        The columns to copy; where there are fewer, the rest is zero.
+    packed : pointer, OUT
+        Whole vectors: `columns` elements a row.
+    """
+    width = lanes_of(source)
+    for row in range(first, last):
+        for v in range(0, columns, width):
+            inside = min(width, row_length - column - v)
+            target = offset(packed, (row - first) * columns + v)
+            if inside > 0:
+                store(target, load_first(offset(source, row * row_length + column + v), inside))
+            else:
+                store(target, fill(target, 0.0))
+
+
+@njit
+def unpack_gradient(packed, gradient, first, last):
+    """Bring a weight's gradient back to the layout of the weight.
+
+    Parameters
+    ----------
+    packed : (4 * Hp, N padded to whole vectors) array, IN
     gradient : (4H, N) array, OUT
     first, last : int
         The blocks of units to unpack.
     """
     hidden, columns = gradient.shape[0] // GATES, gradient.shape[1]
-    width = packed.shape[2]
+    width = lanes_of(address(packed))
     for block in range(first, last):
         for gate in range(GATES):
             for lane in range(min(width, hidden - block * width)):
                 row = gate * hidden + block * width + lane
                 for n in range(columns):
-                    gradient[row, n] = packed[block, gate, lane, n]
+                    gradient[row, n] = packed[(block * GATES + gate) * width + lane, n]

@@ -8,6 +8,7 @@ A kernel written with it looks like the algorithm on one number, and runs on a w
 ===========================  ==============================================================================
 ``address(array)``           pointer to the first element; ``p + n`` would be ``offset(p, n)``
 ``offset(p, n)``             pointer n elements further
+``lanes_of(p)``              number of lanes of the vectors at a pointer, a constant
 ``load(p)``, ``store(p,v)``  a whole vector from or to memory, no alignment needed
 ``load_first(p, n)``         the first n lanes (the others zero); no other memory is touched
 ``store_first(p, v, n)``     the first n lanes; no other memory is touched
@@ -46,6 +47,7 @@ __all__ = [
     "fill",
     "fma",
     "lanes",
+    "lanes_of",
     "load",
     "load_first",
     "offset",
@@ -163,6 +165,16 @@ def offset(typingctx, pointer, n):
 
 
 @intrinsic
+def lanes_of(typingctx, pointer):
+    """Return the number of lanes of the vectors at `pointer`, a constant."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.intp, lanes(pointer.dtype))
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic
 def load(typingctx, pointer):
     """Load a vector."""
 
@@ -183,10 +195,9 @@ def store(typingctx, pointer, vector):
     return types.void(pointer, vector), codegen
 
 
-def _first_lanes(context, builder, n, n_type, dtype):
-    """Emit the mask of the first `n` lanes."""
+def first_lanes(builder, n, dtype):
+    """Emit the mask of the first `n` lanes, `n` being an LLVM int32."""
     count, integer = lanes(dtype), ir.IntType(32)
-    n = context.cast(builder, n, n_type, types.int32)
     vector = ir.VectorType(integer, count)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), n, ir.Constant(integer, 0))
     n_everywhere = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0] * count))
@@ -200,16 +211,21 @@ def _masked(builder, operation, dtype, arguments, result):
     return builder.call(function, arguments)
 
 
+def load_masked(builder, pointer, mask, dtype):
+    """Emit a load of the lanes in the mask; the others are zero, and their memory is not touched."""
+    vector = llvm_vector(dtype)
+    align = ir.Constant(ir.IntType(32), dtype.bitwidth // 8)
+    arguments = [vector_pointer(builder, pointer, dtype), align, mask, ir.Constant(vector, None)]
+    return _masked(builder, "load", dtype, arguments, vector)
+
+
 @intrinsic
 def load_first(typingctx, pointer, n):
     """Load the first `n` lanes; the others are zero, and their memory is not touched."""
 
     def codegen(context, builder, signature, args):
-        dtype, vector = pointer.dtype, llvm_vector(pointer.dtype)
-        mask = _first_lanes(context, builder, args[1], signature.args[1], dtype)
-        align = ir.Constant(ir.IntType(32), dtype.bitwidth // 8)
-        source = vector_pointer(builder, args[0], dtype)
-        return _masked(builder, "load", dtype, [source, align, mask, ir.Constant(vector, None)], vector)
+        n = context.cast(builder, args[1], signature.args[1], types.int32)
+        return load_masked(builder, args[0], first_lanes(builder, n, pointer.dtype), pointer.dtype)
 
     return Vector(pointer.dtype)(pointer, n), codegen
 
@@ -220,7 +236,7 @@ def store_first(typingctx, pointer, vector, n):
 
     def codegen(context, builder, signature, args):
         dtype = pointer.dtype
-        mask = _first_lanes(context, builder, args[2], signature.args[2], dtype)
+        mask = first_lanes(builder, context.cast(builder, args[2], signature.args[2], types.int32), dtype)
         align = ir.Constant(ir.IntType(32), dtype.bitwidth // 8)
         target = vector_pointer(builder, args[0], dtype)
         _masked(builder, "store", dtype, [args[1], target, align, mask], ir.VoidType())

@@ -6,7 +6,8 @@ per column vector of B, and per row one broadcast of A and one fused multiply-ad
 multipliers busy. A and B may lie at any strides, so the same tile serves A transposed.
 
 The sum over k runs in order, whatever the number of rows: a row's result does not depend on which rows
-share its tile. That is why results are bit-identical for any number of threads.
+share its tile. That is why results are bit-identical for any number of threads. The sum starts at zero and
+C is added at the end: a long product, taken in parts, loses less to rounding than one long chain of sums.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _emit_block(builder, dtype, rows, vectors, arguments):
         for _ in range(vectors - 1):
             pointers.append(_advance(builder, pointers[-1], width))
         c_blocks.append(pointers)
-    initial = [[load_vector(builder, p, dtype) for p in row] for row in c_blocks]
+    nothing = ir.Constant(vector, None)
 
     before = builder.block
     body, after = builder.append_basic_block("tile_k"), builder.append_basic_block("tile_end")
@@ -72,20 +73,21 @@ def _emit_block(builder, dtype, rows, vectors, arguments):
         phi.add_incoming(following, body)
     for r in range(rows):
         for v in range(vectors):
-            sums[r][v].add_incoming(initial[r][v], before)
+            sums[r][v].add_incoming(nothing, before)
             sums[r][v].add_incoming(updated[r][v], body)
 
     builder.position_at_end(after)
     for r in range(rows):
         for v in range(vectors):
             result = builder.phi(vector)
-            result.add_incoming(initial[r][v], before)
+            result.add_incoming(nothing, before)
             result.add_incoming(updated[r][v], body)
             updated[r][v] = result
     for r in range(rows):
         for v in range(vectors):
+            total = builder.fadd(load_vector(builder, c_blocks[r][v], dtype), updated[r][v])
             target = vector_pointer(builder, c_blocks[r][v], dtype)
-            builder.store(updated[r][v], target, align=dtype.bitwidth // 8)
+            builder.store(total, target, align=dtype.bitwidth // 8)
 
 
 @intrinsic

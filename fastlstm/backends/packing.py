@@ -1,0 +1,76 @@
+"""Sequences of different lengths without padding: sorted by length, their steps packed. Plain NumPy, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+
+__all__ = ["Packing"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the steps of a ragged batch are packed: the longest sequence first, step by step, without padding."""
+
+    steps: int  # T
+    order: Array  # (B,) the sequence at each row
+    lengths: Array  # (B,) in that order, descending
+    offsets: Array  # (S + 1,) first row of each step
+    ragged: bool
+
+    @classmethod
+    def of(cls, lengths: Array | None, steps: int, batch: int) -> Packing:
+        """Work out the packing of a batch; None stands for equal lengths."""
+        if lengths is None or (lengths == steps).all():
+            offsets = np.arange(steps + 1, dtype=np.int64) * batch
+            return cls(steps, np.arange(batch), np.full(batch, steps, np.int64), offsets, False)
+        order = np.argsort(-lengths, kind="stable")
+        sorted_lengths = lengths[order]
+        active = batch - np.searchsorted(sorted_lengths[::-1], np.arange(sorted_lengths[0]), side="right")
+        offsets = np.zeros(active.size + 1, np.int64)
+        np.cumsum(active, out=offsets[1:])
+        return cls(steps, order, sorted_lengths, offsets, True)
+
+    @property
+    def rows(self) -> int:
+        """N, the number of steps of all sequences."""
+        return int(self.offsets[-1])
+
+    def step_rows(self, reverse: bool) -> list[tuple[int, int]]:
+        """List, in the order of computation, each step's first row and number of rows.
+
+        With equal lengths the rows lie in the order of time in both directions, so that nothing has to be
+        copied; the reverse direction then takes them from the end.
+        """
+        starts = [(int(first), int(rows)) for first, rows in zip(self.offsets, np.diff(self.offsets), strict=False)]
+        return starts[::-1] if reverse and not self.ragged else starts
+
+    def places(self, reverse: bool) -> Array:
+        """Where each row belongs in (T * B): (N,)."""
+        if not self.ragged and not reverse:
+            return np.arange(self.rows)
+        batch = self.order.size
+        if not self.ragged:
+            return np.arange(self.rows).reshape(self.steps, batch)[::-1].reshape(-1)
+        step = np.repeat(np.arange(self.offsets.size - 1), np.diff(self.offsets))
+        row = np.arange(self.rows) - self.offsets[step]
+        return (self.lengths[row] - 1 - step if reverse else step) * batch + self.order[row]
+
+    def pack(self, x: Array, reverse: bool) -> Array:
+        """Pack a sequence (T, B, I) into (N, I); a view where the rows lie in order already."""
+        flat = x.reshape(-1, x.shape[2])
+        return flat[self.places(reverse)] if self.ragged or reverse else flat
+
+    def rows_of_chunk(self, chunk: int) -> int:
+        """Return the most rows that `chunk` successive steps have; the chunks are counted from the last step."""
+        firsts = self.offsets[::-1][::chunk]
+        return int(max(-np.diff(firsts, append=0), default=0))
+
+    def bounds(self, threads: int) -> Array:
+        """Divide the rows among threads, equal in steps: (threads + 1,)."""
+        work = np.cumsum(self.lengths)
+        shares = work[-1] * np.arange(1, threads) / threads
+        return np.concatenate([[0], np.searchsorted(work, shares, side="left") + 1, [self.order.size]])

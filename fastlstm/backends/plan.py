@@ -1,0 +1,88 @@
+"""How one layer's work is divided among threads: one small function, which can say what it chose."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.packing import Packing
+
+__all__ = ["Plan", "choose"]
+
+# Waking a worker takes some 20 microseconds, in which one core does about this many operations.
+_OPERATIONS_WORTH_A_THREAD = 2_000_000
+# Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
+_OPERATIONS_WORTH_A_MEETING = 100_000
+# Rows of input products that are computed together: some tiles, and still in the caches.
+_ROWS_AHEAD = 48
+
+
+class Plan(NamedTuple):
+    """How a layer is run in one direction.
+
+    Attributes
+    ----------
+    kind : {"serial", "rows", "units"}
+        On one thread; each thread its own sequences; or each thread its own hidden units, the threads
+        meeting after each step.
+    threads : int
+        Size of the team.
+    ahead : int
+        Steps whose input products are computed together; 0 if each step computes its own.
+    """
+
+    kind: str
+    threads: int
+    ahead: int
+
+    def parts(self, packing: Packing, blocks: int) -> Array:
+        """First row, last row, first block and last block of each thread: (threads, 4)."""
+        parts: Array = np.empty((self.threads, 4), np.int64)
+        parts[:] = (0, packing.order.size, 0, blocks)
+        if self.kind == "rows":
+            bounds = packing.bounds(self.threads)
+            parts[:, 0], parts[:, 1] = bounds[:-1], bounds[1:]
+        elif self.kind == "units":
+            bounds = blocks * np.arange(self.threads + 1) // self.threads
+            parts[:, 2], parts[:, 3] = bounds[:-1], bounds[1:]
+        return parts
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        how = {
+            "serial": "on one thread",
+            "rows": f"on {self.threads} threads, each with its own sequences",
+            "units": f"on {self.threads} threads, each with its own hidden units, meeting after each step",
+        }[self.kind]
+        return how + (f"; input products {self.ahead} steps ahead" if self.ahead else "")
+
+
+def choose(rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_rows: int, threads: int) -> Plan:
+    """Choose how to run one layer in one direction.
+
+    Parameters
+    ----------
+    rows : int
+        N, the number of steps of all sequences.
+    batch, inputs, hidden : int
+        B, I and H.
+    blocks : int
+        Number of vectors that H takes.
+    tile_rows : int
+        Rows of the matrix tile.
+    threads : int
+        The most threads to use.
+    """
+    row_operations: Any = 8 * hidden * (inputs + hidden)
+    threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
+    steps = rows / max(1, batch)
+    few = batch < 2 * tile_rows * threads
+    if threads > 1 and not few:
+        return Plan("rows", threads, 0)
+    ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
+    while threads > 1 and batch * 8 * hidden * hidden < threads * _OPERATIONS_WORTH_A_MEETING:
+        threads -= 1
+    threads = min(threads, blocks)
+    return Plan("units" if threads > 1 else "serial", threads, ahead)

@@ -1,0 +1,239 @@
+"""One layer in one direction over a whole sequence, backward; ``forward.py`` describes the layout.
+
+The gate gradients of a chunk of steps are computed back in time; then their products, over all rows of
+the chunk at once, are added to the gradients of the weights and written to those of the input; then comes
+the chunk before. So the gate gradients never take more memory than one chunk's.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward
+from fastlstm.kernels.cpu.pack import pack_backward, pack_rows, unpack_gradient
+from fastlstm.kernels.cpu.simd import address, fill, lanes_of, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.team import barrier, share
+from fastlstm.kernels.cpu.tile import ROWS, VECTORS, tile
+
+__all__ = ["DEPTH", "layer_backward"]
+
+# Rows of a chunk that one product of the weights' gradients takes at a time: its operands, 256 bytes a row
+# and panel, then stay in the second-level cache, and its sums stay short.
+DEPTH = 256
+
+
+@kernel
+def layer_backward(
+    weight_ih,  # (4H, I), IN
+    weight_hh,  # (4H, H), IN
+    x,  # (N, I) packed, IN
+    tape,  # (N, Hp/V, 5, V), IN
+    h_rows,  # (N, Hp), IN
+    c0,  # (B, H), IN
+    order,  # (B,), IN
+    lengths,  # (B,), IN
+    offsets,  # (S + 1,), IN
+    places,  # (N,), IN
+    dy,  # (T * B, D * H), or (0, D * H) for zero, IN
+    column,  # the first column of dy to read
+    dh_n,  # (B, H), IN
+    dc_n,  # (B, H), IN
+    accumulate,  # whether to add to dx in place of setting it
+    dx,  # (T * B, I), OUT; past the lengths untouched
+    dh0,  # (B, H), OUT
+    dc0,  # (B, H), OUT
+    dweight_ih,  # (4H, I), OUT
+    dweight_hh,  # (4H, H), OUT
+    dbias,  # (4H,), or (0,) for none, OUT
+    chunk,  # steps whose gate gradients are kept at a time
+    da,  # (rows of a chunk, 4 * Hp) scratch
+    dh_rows,  # (B, Hp) scratch
+    dc_rows,  # (B, Hp) scratch
+    packed_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
+    packed_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
+    gradient_ih,  # (4 * Hp, I padded to whole vectors) scratch
+    gradient_hh,  # (4 * Hp, Hp) scratch
+    gradient_bias,  # (4 * Hp,) scratch
+    left,  # (Hp/V, DEPTH, 4 * V) scratch: the blocks of da, each for itself
+    right,  # (threads, DEPTH, 4 * V) scratch: a panel of x or h; also a tile of dx
+    parts,  # (threads, 4), IN
+    divided,  # whether units are divided among the threads
+    counters,  # (1 + threads, 8) zeros
+    thread,
+    threads,
+):
+    """Back-propagate through the recurrence."""
+    row_first, row_last, block_first, block_last = parts[thread]
+    first, last = share(tape.shape[1], thread, threads)
+    pack_backward(weight_ih, packed_ih, first, last)
+    pack_backward(weight_hh, packed_hh, first, last)
+    _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads)
+    barrier(counters, thread, threads)
+
+    chunk_last = offsets.size - 1
+    while chunk_last > 0:
+        chunk_first = max(0, chunk_last - chunk)
+        low, high = offsets[chunk_first], offsets[chunk_last]
+        for step in range(chunk_last - 1, chunk_first - 1, -1):
+            active = min(offsets[step + 1] - offsets[step], row_last)
+            before = offsets[step - 1] if step else -1
+            _gates_back(
+                offsets[step], before, low, order, places, tape, c0, dy, column, da, dh_rows, dc_rows,
+                row_first, active, block_first, block_last,
+            )  # fmt: skip
+            if divided:
+                barrier(counters, thread, threads)
+            _state_back(offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last)
+        barrier(counters, thread, threads)
+        panel = offset(address(right), thread * right.shape[1] * right.shape[2])
+        for start in range(low, high, DEPTH):
+            rows = min(DEPTH, high - start)
+            _split_blocks(da, start - low, rows, left, gradient_bias, first, last)
+            _add_product(left, rows, x, start, panel, gradient_ih, first, last)
+            _add_product(left, rows, h_rows, start, panel, gradient_hh, first, last)
+        start, end = share(high - low, thread, threads)
+        _inputs_back(da, start, end, low, packed_ih, places, accumulate, dx, panel)
+        barrier(counters, thread, threads)
+        chunk_last = chunk_first
+
+    unpack_gradient(gradient_ih, dweight_ih, first, last)
+    unpack_gradient(gradient_hh, dweight_hh, first, last)
+    _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads)
+
+
+@njit
+def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads):
+    """Zero this thread's share of the sums, and put the final states' gradients in place."""
+    first, last = share(gradient_bias.size, thread, threads)
+    gradient_ih[first:last] = 0.0
+    gradient_hh[first:last] = 0.0
+    gradient_bias[first:last] = 0.0
+    hidden = dh_n.shape[1]
+    first, last = share(order.size, thread, threads)
+    for row in range(first, last):
+        for unit in range(dh_rows.shape[1]):
+            dh_rows[row, unit] = dh_n[order[row], unit] if unit < hidden else 0.0
+            dc_rows[row, unit] = dc_n[order[row], unit] if unit < hidden else 0.0
+
+
+@njit
+def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads):
+    """Write this thread's share of the gradients by the bias and the initial states."""
+    hidden, width = dh0.shape[1], lanes_of(address(dh_rows))
+    if dbias.size:
+        for block in range(first, last):
+            for gate in range(GATES):
+                for lane in range(min(width, hidden - block * width)):
+                    dbias[gate * hidden + block * width + lane] = gradient_bias[(block * GATES + gate) * width + lane]
+    first, last = share(order.size, thread, threads)
+    for row in range(first, last):
+        for unit in range(hidden):
+            dh0[order[row], unit] = dh_rows[row, unit]
+            dc0[order[row], unit] = dc_rows[row, unit]
+
+
+@njit
+def _gates_back(
+    here, before, chunk_row, order, places, tape, c0, dy, column, da, dh_rows, dc_rows,
+    row_first, row_last, block_first, block_last,
+):  # fmt: skip
+    """Take one step's gradients through the gates: dc in place, the gate gradients to `da`, dh to zero."""
+    hidden, features = c0.shape[1], dy.shape[1]
+    blocks, width, stride = tape.shape[1], tape.shape[3], dh_rows.shape[1]
+    for row in range(row_first, row_last):
+        place = places[here + row] * features + column
+        for block in range(block_first, block_last):
+            units = min(width, hidden - block * width)
+            if before >= 0:
+                source = ((before + row) * blocks + block) * TAPE + TAPE - 1
+                c_prev = load(offset(address(tape), source * width))
+            else:
+                c_prev = load_first(offset(address(c0), order[row] * hidden + block * width), units)
+            here_dh = offset(address(dh_rows), row * stride + block * width)
+            here_dc = offset(address(dc_rows), row * stride + block * width)
+            dh = load(here_dh)
+            if dy.size:
+                dh = dh + load_first(offset(address(dy), place + block * width), units)
+            left = offset(address(tape), ((here + row) * blocks + block) * TAPE * width)
+            out = offset(address(da), ((here - chunk_row + row) * blocks + block) * GATES * width)
+            store(here_dc, gates_backward(dh, load(here_dc), left, width, c_prev, out))
+            store(here_dh, fill(here_dh, 0.0))
+
+
+@njit
+def _state_back(first_row, da, packed_hh, dh_rows, row_first, row_last, block_first, block_last):
+    """Compute dh = da @ W_hh for this thread's rows and units."""
+    depth, stride = packed_hh.shape[1], dh_rows.shape[1]
+    width = packed_hh.shape[2] // VECTORS
+    block = block_first
+    while block < block_last:
+        vectors = min(VECTORS - block % VECTORS, block_last - block)
+        weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
+        for start in range(row_first, row_last, ROWS):
+            rows = min(ROWS, row_last - start)
+            gates = offset(address(da), (first_row + start) * depth)
+            out = offset(address(dh_rows), start * stride + block * width)
+            tile(rows, vectors, depth, gates, depth, 1, weights, VECTORS * width, out, stride)
+        block += vectors
+
+
+@njit
+def _split_blocks(da, first_row, rows, left, gradient_bias, first, last):
+    """Copy each of this thread's blocks of da to a place of its own, and add it to the bias's gradient."""
+    width = left.shape[2] // GATES
+    columns = da.shape[1]
+    for block in range(first, last):
+        for gate in range(GATES):
+            source = offset(address(da), first_row * columns + (block * GATES + gate) * width)
+            target = offset(address(left), block * left.shape[1] * GATES * width + gate * width)
+            place = offset(address(gradient_bias), (block * GATES + gate) * width)
+            total = fill(place, 0.0)
+            for row in range(rows):
+                value = load(offset(source, row * columns))
+                store(offset(target, row * GATES * width), value)
+                total = total + value
+            store(place, load(place) + total)
+
+
+@njit
+def _add_product(left, rows, operand, operand_row, panel, gradient, first, last):
+    """Add left^T @ operand to the gradient, panel by panel of the operand's columns."""
+    columns, stride = left.shape[2], gradient.shape[1]
+    width = columns // GATES
+    for column in range(0, stride, columns):
+        vectors = min(VECTORS, (stride - column) // width)
+        pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
+        for block in range(first, last):
+            source = offset(address(left), block * left.shape[1] * columns)
+            for row in range(0, columns, ROWS):
+                count = min(ROWS, columns - row)
+                out = offset(address(gradient), (block * columns + row) * stride + column)
+                tile(count, vectors, rows, offset(source, row), 1, columns, panel, columns, out, stride)
+
+
+@njit
+def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumulate, dx, block):
+    """Compute dx = da @ W_ih for some rows of the chunk."""
+    inputs, depth, columns = dx.shape[1], packed_ih.shape[1], packed_ih.shape[2]
+    width = columns // VECTORS
+    for panel in range(packed_ih.shape[0]):
+        column = panel * columns
+        vectors = min(VECTORS, (inputs - column + width - 1) // width)
+        weights = offset(address(packed_ih), panel * depth * columns)
+        for start in range(first_row, last_row, ROWS):
+            rows = min(ROWS, last_row - start)
+            for r in range(rows):
+                for v in range(vectors):
+                    place = offset(block, r * columns + v * width)
+                    store(place, fill(place, 0.0))
+            tile(rows, vectors, depth, offset(address(da), start * depth), depth, 1, weights, columns, block, columns)
+            for r in range(rows):
+                target = places[chunk_row + start + r] * inputs + column
+                for v in range(vectors):
+                    units = min(width, inputs - column - v * width)
+                    out = offset(address(dx), target + v * width)
+                    value = load(offset(block, r * columns + v * width))
+                    if accumulate:
+                        value = value + load_first(out, units)
+                    store_first(out, value, units)

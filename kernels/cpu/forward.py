@@ -1,0 +1,170 @@
+"""One layer in one direction over a whole sequence, forward.
+
+The sequences of a batch stand sorted by length, the longest first, and their steps are packed: the rows of
+step s are ``offsets[s]`` to ``offsets[s + 1]``, one for each sequence that is long enough. So padding is
+never computed, read or stored, and the rows of all steps together are one matrix of N = sum of lengths
+rows. Row n belongs at ``places[n]`` of the caller's (T * B). A batch of equal lengths is the special case
+``offsets[s] = s * B``, without a copy.
+
+A kernel is run by a team of threads, each calling it with its own number. Each computes some sequences
+(rows) and some blocks of hidden units: ``parts[thread]`` = first row, last row, first block, last block.
+Where every thread has its own rows and all units, the steps need no synchronisation; where units are
+divided, the team meets after each step.
+
+Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to whole vectors.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
+from fastlstm.kernels.cpu.pack import pack_forward
+from fastlstm.kernels.cpu.simd import address, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.team import barrier, share
+from fastlstm.kernels.cpu.tile import ROWS, tile
+
+__all__ = ["layer_forward"]
+
+
+@kernel
+def layer_forward(
+    weight_ih,  # (4H, I), IN
+    weight_hh,  # (4H, H), IN
+    bias,  # (4H,), or (0,) for none, IN
+    x,  # (N, I) packed, IN
+    h0,  # (B, H), IN
+    c0,  # (B, H), IN
+    order,  # (B,) which sequence of the batch stands at each row, IN
+    lengths,  # (B,) sorted as `order`, descending, IN
+    offsets,  # (S + 1,) first row of each step, IN
+    places,  # (N,) where each row belongs in (T * B), IN
+    y,  # (T * B, D * H), OUT; past the lengths untouched
+    column,  # the first column of y to write
+    h_n,  # (B, H), OUT
+    c_n,  # (B, H), OUT
+    training,  # whether to write the tape
+    tape,  # (N, Hp/V, 5, V) for training, OUT
+    h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
+    c_rows,  # (B, Hp) scratch
+    packed,  # (Hp/V, I + H, 4, V) scratch
+    packed_bias,  # (Hp/V, 4, V) scratch
+    ahead,  # steps whose input products are computed together, 0 for none
+    a,  # (rows of those steps, Hp/V, 4, V), or (threads * ROWS, 1, 4, V) scratch: pre-activations
+    parts,  # (threads, 4), IN
+    divided,  # whether units are divided among the threads
+    counters,  # (1 + threads, 8) zeros, for the barrier
+    thread,
+    threads,
+):
+    """Run the recurrence; see the module's docstring for the layout."""
+    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
+    width, stride = packed.shape[3], h_rows.shape[1]
+    batch, features = order.size, y.shape[1]
+    tile_row = GATES * width
+    row_first, row_last, block_first, block_last = parts[thread]
+
+    first, last = share(packed.shape[0], thread, threads)
+    pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
+    first, last = share(batch, thread, threads)
+    _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
+    barrier(counters, thread, threads)
+
+    for step in range(offsets.size - 1):
+        low = offsets[step]
+        active = min(offsets[step + 1] - low, row_last)
+        # Training keeps the state before each row; inference alternates between two.
+        here = low if training else (step & 1) * batch
+        following = offsets[step + 1] if training else (1 - (step & 1)) * batch
+        if ahead and step % ahead == 0:
+            ahead_low = low
+            end = offsets[min(step + ahead, offsets.size - 1)]
+            _project_inputs(x, packed, packed_bias, a, low, end, block_first, block_last)
+        for block in range(block_first, block_last):
+            units = min(width, hidden - block * width)
+            weights = offset(address(packed), block * (inputs + hidden) * tile_row)
+            for start in range(row_first, active, ROWS):
+                rows = min(ROWS, active - start)
+                if ahead:
+                    a_row = a.shape[1] * tile_row
+                    a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
+                else:
+                    a_row = tile_row
+                    a_rows = offset(address(a), thread * ROWS * tile_row)
+                    _set_rows(a_rows, a_row, rows, offset(address(packed_bias), block * tile_row), width)
+                    x_rows = offset(address(x), (low + start) * inputs)
+                    tile(rows, GATES, inputs, x_rows, inputs, 1, weights, tile_row, a_rows, a_row)
+                h_prev = offset(address(h_rows), (here + start) * stride)
+                recurrent = offset(weights, inputs * tile_row)
+                tile(rows, GATES, hidden, h_prev, stride, 1, recurrent, tile_row, a_rows, a_row)
+                for r in range(rows):
+                    row = start + r
+                    here_a = offset(a_rows, r * a_row)
+                    here_c = offset(address(c_rows), row * stride + block * width)
+                    # Lanes beyond the units become harmless constants even if NaN arrives there.
+                    i, f, g, o, c, h = gates_forward(
+                        load_first(here_a, units),
+                        load_first(offset(here_a, width), units),
+                        load_first(offset(here_a, 2 * width), units),
+                        load_first(offset(here_a, 3 * width), units),
+                        load(here_c),
+                    )
+                    store(here_c, c)
+                    store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
+                    if training:
+                        left = offset(address(tape), ((low + row) * tape.shape[1] + block) * TAPE * width)
+                        store(left, i)
+                        store(offset(left, width), f)
+                        store(offset(left, 2 * width), g)
+                        store(offset(left, 3 * width), o)
+                        store(offset(left, 4 * width), c)
+                    if step + 1 < lengths[row]:
+                        store(offset(address(h_rows), (following + row) * stride + block * width), h)
+                    else:
+                        final = order[row] * hidden + block * width
+                        store_first(offset(address(h_n), final), h, units)
+                        store_first(offset(address(c_n), final), c, units)
+        if divided:
+            barrier(counters, thread, threads)
+
+
+@njit
+def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last):
+    """Put the initial states of some rows in place; a sequence of length 0 ends with them."""
+    hidden = h0.shape[1]
+    for row in range(first, last):
+        sequence = order[row]
+        for unit in range(c_rows.shape[1]):
+            inside = unit < hidden
+            c_rows[row, unit] = c0[sequence, unit] if inside else 0.0
+            if lengths[row] > 0 or not training:
+                h_rows[row, unit] = h0[sequence, unit] if inside else 0.0
+        if lengths[row] == 0:
+            for unit in range(hidden):
+                h_n[sequence, unit] = h0[sequence, unit]
+                c_n[sequence, unit] = c0[sequence, unit]
+
+
+@njit
+def _set_rows(target, target_row, rows, source, width):
+    """Set each row of a tile to the four vectors at `source`."""
+    for r in range(rows):
+        for gate in range(GATES):
+            store(offset(target, r * target_row + gate * width), load(offset(source, gate * width)))
+
+
+@njit
+def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_last):
+    """Compute x @ W_ih.T + b for the rows low to high: full tiles even where each step has few rows."""
+    inputs, width = x.shape[1], packed.shape[3]
+    tile_row = GATES * width
+    a_row = a.shape[1] * tile_row
+    for block in range(block_first, block_last):
+        weights = offset(address(packed), block * packed.shape[1] * tile_row)
+        source = offset(address(packed_bias), block * tile_row)
+        for start in range(low, high, ROWS):
+            rows = min(ROWS, high - start)
+            target = offset(address(a), (start - low) * a_row + block * tile_row)
+            _set_rows(target, a_row, rows, source, width)
+            tile(rows, GATES, inputs, offset(address(x), start * inputs), inputs, 1, weights, tile_row, target, a_row)
