@@ -22,7 +22,7 @@ from fastlstm.errors import ArrayTypeError, BackendError
 if TYPE_CHECKING:
     from fastlstm.backends.base import Backend
 
-__all__ = ["array_namespace", "backend_for", "backend_named", "kind_of", "use_backend"]
+__all__ = ["array_namespace", "backend_at_hand", "backend_for", "backend_named", "kind_of", "use_backend"]
 
 
 class Kind(NamedTuple):
@@ -86,6 +86,15 @@ def backend_for(value: Any) -> Backend:
     return _loaded.get(name) or backend_named(name)
 
 
+def backend_at_hand(value: Any) -> Backend | None:
+    """Return the backend for arrays such as `value` if it has run before, else None; never raises."""
+    kind = _kinds.get(type(value))
+    if kind is None:
+        return None
+    name = _forced.get() or kind.backends[0]
+    return _loaded.get(name) if name in kind.backends else None
+
+
 def backend_named(name: str) -> Backend:
     """Return the backend called `name`, importing it at its first use.
 
@@ -97,8 +106,6 @@ def backend_named(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name not in _loaded:
-        if name == "cuda":
-            raise BackendError("this release has no CUDA backend yet: convert CuPy arrays with cupy.asnumpy(...)")
         _loaded[name] = import_module(f"fastlstm.backends.{name}").BACKEND
     return _loaded[name]
 

@@ -225,6 +225,10 @@ def run(
     keep_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
     """Check the arguments, run the backend's forward pass, and bring the result to the caller's layout."""
+    if not (batch_first or keep_tape or lengths is not None):
+        backend = dispatch.backend_at_hand(x)
+        if backend and x.ndim == 3 and (quick := backend.shortcut(cell, params, x, state)):
+            return quick[0], quick[1:], None
     params = checks.params(cell, params)
     like = params["weight_hh_l0"]
     unbatched = getattr(x, "ndim", 3) == 2
@@ -241,6 +245,9 @@ def run(
 
 def step(cell: Cell, params: Mapping[str, Array], x: Array, state: State | None) -> tuple[Array, State]:
     """Check the arguments and advance the model by one time step; see ``LSTM.step``."""
+    backend = dispatch.backend_at_hand(x)
+    if backend and x.ndim == 2 and (quick := backend.shortcut(cell, params, x, state)):
+        return quick[0], quick[1:]
     if cell.bidirectional:
         raise ArgumentError("a bidirectional LSTM cannot step: its reverse direction starts at the sequence's end")
     params = checks.params(cell, params)

@@ -8,6 +8,7 @@ them, and returns new C-contiguous arrays that nobody else holds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -85,4 +86,14 @@ class Backend(Protocol):
         c: Array | None,  # (L, B, H), zeros if None
     ) -> tuple[Array, Array]:
         """Advance one time step through all layers of a one-directional model; the new h and c."""
+        ...
+
+    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
+        """Run a small call for inference on arguments that nobody has checked, if that is sure to be right.
+
+        For calls that take less time than the checks in Python. `x` is (B, I) for one step or (T, B, I), and
+        `state` None or a pair of (L, B, H), if they are as they should be; the result is y (B, H) or (T, B, H),
+        h_n and c_n. At the least doubt, None: the arguments are then checked and the other methods called,
+        which give the same result.
+        """
         ...

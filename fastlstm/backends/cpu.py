@@ -8,7 +8,7 @@ are kept for a quarter of the steps at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,14 @@ from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
 from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.step import step_forward
+from fastlstm.kernels.cpu.small import prepare, ready, small_forward
 from fastlstm.kernels.cpu.tile import ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
+
+
+# Rows up to which the weights are used as they lie: packing them would read and write them all.
+_SMALL = 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class CpuBackend(LayeredBackend):
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
         x, h0, c0 = _plain(x), _plain(h0), _plain(c0)
         steps, batch, _ = x.shape
+        if lengths is None and len(weights) == 1 and not keep_tape and steps * batch <= _SMALL:
+            h_n, c_n = np.empty_like(h0), np.empty_like(c0)
+            y = _small(weights[0], x.reshape(steps * batch, -1), h0, c0, h_n, c_n)
+            return LayerResult(y.reshape(steps, batch, -1), h_n, c_n, None)
         packing = Packing.of(lengths, steps, batch)
         allocate = np.zeros if packing.ragged else np.empty
         y = allocate((steps * batch, len(weights) * h0.shape[2]), x.dtype)
@@ -80,17 +88,38 @@ class CpuBackend(LayeredBackend):
     def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
         """Advance one time step (see ``base.Backend.step``), on the weights as they lie."""
         shape = (cell.num_layers, x.shape[0], cell.hidden_size)
-        h = np.zeros(shape, cell.dtype) if h is None else _plain(h)
-        c = np.zeros(shape, cell.dtype) if c is None else _plain(c)
-        h_next, c_next = np.empty(shape, cell.dtype), np.empty(shape, cell.dtype)
-        x = _plain(x)
+        h = np.zeros(shape, cell.dtype) if h is None else h
+        c = np.zeros(shape, cell.dtype) if c is None else c
+        h_n, c_n = np.empty(shape, cell.dtype), np.empty(shape, cell.dtype)
         for layer in range(cell.num_layers):
             (weights,) = layer_weights(cell, params, layer)
-            step_forward(
-                _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), x, h, c, layer, h_next, c_next
-            )
-            x = h_next[layer]
-        return h_next, c_next
+            here = slice(layer, layer + 1)
+            x = _small(weights, x, h[here], c[here], h_n[here], c_n[here])
+        return h_n, c_n
+
+    def shortcut(self, cell: Cell, params: Params, x: Array, state: Any) -> tuple[Array, Array, Array] | None:
+        """Run a small call of one layer without a check in Python (see ``base.Backend.shortcut``)."""
+        if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias or cell.dtype not in ready:
+            return None
+        try:
+            *steps, batch, inputs = x.shape
+            if steps and (len(steps) != 1 or not 0 < steps[0] * batch <= _SMALL):
+                return None
+            hidden, dtype = cell.hidden_size, cell.dtype
+            if state is None:
+                h0 = c0 = np.zeros((1, batch, hidden), dtype)
+            else:
+                h0, c0 = state
+            rows = x.reshape(-1, inputs) if steps else x
+            y = np.empty((len(rows), hidden), dtype)
+            h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
+            bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
+            weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
+            if not small_forward(weight_ih, weight_hh, bias, rows, h0, c0, y, h_n, c_n, cell.input_size, hidden):
+                return None
+        except Exception:  # an argument is not as it should be: the checks will tell
+            return None
+        return (y.reshape(steps[0], batch, hidden) if steps else y), h_n, c_n
 
     def layer_backward(
         self,
@@ -116,12 +145,27 @@ class CpuBackend(LayeredBackend):
 
 def _plain(array: Array) -> Array:
     """Return an array that the kernels take without another compilation: C-contiguous, aligned and writeable."""
+    array = np.asarray(array)  # no subclass, such as memmap
     return array if array.flags.carray else np.array(array, order="C")
 
 
 def _bias(weights: Weights) -> Array:
     """Return the bias, or an empty array for none, so that the kernels have one signature."""
     return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else _plain(weights.bias)
+
+
+def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array) -> Array:
+    """Run one layer over a few rows, x (T * B, I) and states (1, B, H); writes h_n and c_n, returns y."""
+    inputs, hidden = x.shape[1], h0.shape[2]
+    y = np.empty((x.shape[0], hidden), x.dtype)
+    if x.dtype not in ready:
+        prepare(x.dtype)
+    fits = small_forward(
+        _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), _plain(x), _plain(h0), _plain(c0),
+        y, h_n, c_n, inputs, hidden,
+    )  # fmt: skip
+    assert fits or not y.size
+    return y
 
 
 def _plan(packing: Packing, inputs: int, hidden: int, dtype: Any, threads: int) -> Plan:

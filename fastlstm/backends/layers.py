@@ -7,7 +7,7 @@ backend with a better plan for the whole stack overrides `forward`, `backward` o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,6 +154,10 @@ class LayeredBackend(ABC):
         """Advance one time step (see ``base.Backend.step``)."""
         result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
         return result.h_n, result.c_n
+
+    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
+        """Take no shortcut (see ``base.Backend.shortcut``)."""
+        return None
 
     def _states(self, cell: Cell, batch: int, dtype: Any, *given: Array | None) -> tuple[Array, ...]:
         shape = (cell.num_layers * cell.num_directions, batch, cell.hidden_size)

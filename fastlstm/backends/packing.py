@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,7 @@ class Packing:
     def of(cls, lengths: Array | None, steps: int, batch: int) -> Packing:
         """Work out the packing of a batch; None stands for equal lengths."""
         if lengths is None or (lengths == steps).all():
-            offsets = np.arange(steps + 1, dtype=np.int64) * batch
-            return cls(steps, np.arange(batch), np.full(batch, steps, np.int64), offsets, False)
+            return _equal(steps, batch)
         order = np.argsort(-lengths, kind="stable")
         sorted_lengths = lengths[order]
         active = batch - np.searchsorted(sorted_lengths[::-1], np.arange(sorted_lengths[0]), side="right")
@@ -50,11 +50,9 @@ class Packing:
 
     def places(self, reverse: bool) -> Array:
         """Where each row belongs in (T * B): (N,)."""
-        if not self.ragged and not reverse:
-            return np.arange(self.rows)
         batch = self.order.size
         if not self.ragged:
-            return np.arange(self.rows).reshape(self.steps, batch)[::-1].reshape(-1)
+            return _equal_places(self.steps, batch, reverse)
         step = np.repeat(np.arange(self.offsets.size - 1), np.diff(self.offsets))
         row = np.arange(self.rows) - self.offsets[step]
         return (self.lengths[row] - 1 - step if reverse else step) * batch + self.order[row]
@@ -74,3 +72,16 @@ class Packing:
         work = np.cumsum(self.lengths)
         shares = work[-1] * np.arange(1, threads) / threads
         return np.concatenate([[0], np.searchsorted(work, shares, side="left") + 1, [self.order.size]])
+
+
+# The arrays of equal lengths depend on little, and nobody writes them: short calls need not make them anew.
+@functools.lru_cache(maxsize=16)
+def _equal(steps: int, batch: int) -> Packing:
+    offsets = np.arange(steps + 1, dtype=np.int64) * batch
+    return Packing(steps, np.arange(batch), np.full(batch, steps, np.int64), offsets, False)
+
+
+@functools.lru_cache(maxsize=16)
+def _equal_places(steps: int, batch: int, reverse: bool) -> Array:
+    places = np.arange(steps * batch)
+    return places.reshape(steps, batch)[::-1].reshape(-1) if reverse else places

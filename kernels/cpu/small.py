@@ -1,10 +1,15 @@
-"""One time step on the weights as they lie: for streaming, where packing them would cost more than the step."""
+"""A few rows on the weights as they lie: streaming, where packing the weights would cost more than the step."""
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.compile import kernel
 from fastlstm.kernels.cpu.gates import gates_forward
@@ -23,7 +28,7 @@ from fastlstm.kernels.cpu.simd import (
     store_first,
 )
 
-__all__ = ["step_forward"]
+__all__ = ["prepare", "ready", "small_forward"]
 
 
 def _sum_of_rows(builder, dtype, rows):
@@ -121,41 +126,76 @@ def _dot_rows(typingctx, matrix, row_length, count, x):
 
 
 @kernel
-def step_forward(
+def small_forward(
     weight_ih,  # (4H, I), IN
     weight_hh,  # (4H, H), IN
     bias,  # (4H,), or (0,) for none, IN
-    x,  # (B, I), IN
-    h_prev,  # (L, B, H), IN
-    c_prev,  # (L, B, H), IN
-    layer,  # which of the L
-    h_next,  # (L, B, H), OUT
-    c_next,  # (L, B, H), OUT
+    x,  # (T * B, I), IN
+    h0,  # (1, B, H), IN
+    c0,  # (1, B, H), IN
+    y,  # (T * B, H), OUT
+    h_n,  # (1, B, H), OUT
+    c_n,  # (1, B, H), OUT
+    inputs,  # I
+    hidden,  # H
 ):
-    """Advance one layer by one step."""
-    batch, inputs = x.shape
-    hidden, width = h_prev.shape[2], lanes_of(address(x))
-    w_ih, w_hh = address(weight_ih), address(weight_hh)
-    for row in range(batch):
-        here = (layer * batch + row) * hidden
-        x_row, h_row = offset(address(x), row * inputs), offset(address(h_prev), here)
+    """Run one layer over a few rows; return False, with nothing written, if a shape does not fit.
+
+    The shapes are checked here, because a step takes less time than their checks in Python would.
+    """
+    batch, rows = h0.shape[1], x.shape[0]
+    if (
+        (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden))
+        or (bias.size not in (0, 4 * hidden) or batch == 0 or rows % batch or x.shape[1] != inputs)
+        or (h0.shape != (1, batch, hidden) or c0.shape != h0.shape or h_n.shape != h0.shape)
+        or (c_n.shape != h0.shape or y.shape != (rows, hidden))
+    ):
+        return False
+    width = lanes_of(address(x))
+    for row in range(rows):
+        sequence = row % batch
+        first, last = row < batch, row >= rows - batch
+        x_row = offset(address(x), row * inputs)
+        h_row = offset(address(h0), sequence * hidden) if first else offset(address(y), (row - batch) * hidden)
+        c_row = offset(address(c0) if first else address(c_n), sequence * hidden)
         for unit in range(0, hidden, width):
             units = min(width, hidden - unit)
-            i, f, g, o = unit, hidden + unit, 2 * hidden + unit, 3 * hidden + unit
-            a_i = _dot_rows(offset(w_ih, i * inputs), inputs, units, x_row)
-            a_i = a_i + _dot_rows(offset(w_hh, i * hidden), hidden, units, h_row)
-            a_f = _dot_rows(offset(w_ih, f * inputs), inputs, units, x_row)
-            a_f = a_f + _dot_rows(offset(w_hh, f * hidden), hidden, units, h_row)
-            a_g = _dot_rows(offset(w_ih, g * inputs), inputs, units, x_row)
-            a_g = a_g + _dot_rows(offset(w_hh, g * hidden), hidden, units, h_row)
-            a_o = _dot_rows(offset(w_ih, o * inputs), inputs, units, x_row)
-            a_o = a_o + _dot_rows(offset(w_hh, o * hidden), hidden, units, h_row)
-            if bias.size:
-                a_i = a_i + load_first(offset(address(bias), i), units)
-                a_f = a_f + load_first(offset(address(bias), f), units)
-                a_g = a_g + load_first(offset(address(bias), g), units)
-                a_o = a_o + load_first(offset(address(bias), o), units)
-            c = load_first(offset(address(c_prev), here + unit), units)
-            _, _, _, _, c, h = gates_forward(a_i, a_f, a_g, a_o, c)
-            store_first(offset(address(h_next), here + unit), h, units)
-            store_first(offset(address(c_next), here + unit), c, units)
+            a_i = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, unit, units)
+            a_f = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, hidden + unit, units)
+            a_g = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 2 * hidden + unit, units)
+            a_o = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 3 * hidden + unit, units)
+            c_prev = load_first(offset(c_row, unit), units)
+            _, _, _, _, c, h = gates_forward(a_i, a_f, a_g, a_o, c_prev)
+            store_first(offset(address(c_n), sequence * hidden + unit), c, units)
+            store_first(offset(address(y), row * hidden + unit), h, units)
+            if last:
+                store_first(offset(address(h_n), sequence * hidden + unit), h, units)
+    return True
+
+
+@njit
+def _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, row, count):
+    """Return some rows of W_ih x + W_hh h + b, one in each lane."""
+    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
+    a = _dot_rows(offset(address(weight_ih), row * inputs), inputs, count, x_row)
+    a = a + _dot_rows(offset(address(weight_hh), row * hidden), hidden, count, h_row)
+    if bias.size:
+        a = a + load_first(offset(address(bias), row), count)
+    return a
+
+
+_lock = threading.Lock()
+# The dtypes that small_forward has been compiled for: arrays of others, and of other layouts, raise TypeError.
+ready: set[np.dtype[Any]] = set()
+
+
+def prepare(dtype: np.dtype[Any]) -> None:
+    """Compile :func:`small_forward` for C-contiguous, writeable arrays of a dtype, and for nothing else."""
+    with _lock:
+        if dtype not in ready:
+            vector, matrix, state = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3))
+            arguments = (matrix, matrix, vector, matrix, state, state, matrix, state, state, types.intp, types.intp)
+            small_forward.disable_compile(False)
+            small_forward.compile(arguments)
+            small_forward.disable_compile(True)
+            ready.add(dtype)
