@@ -97,7 +97,7 @@ class CpuBackend(LayeredBackend):
             x = _small(weights, x, h[here], c[here], h_n[here], c_n[here])
         return h_n, c_n
 
-    def shortcut(self, cell: Cell, params: Params, x: Array, state: Any) -> tuple[Array, Array, Array] | None:
+    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Run a small call of one layer without a check in Python (see ``base.Backend.shortcut``)."""
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias or cell.dtype not in ready:
             return None
