@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fastlstm.errors import FastLSTMError
+from fastlstm.lstm import LSTM
 
 __all__ = ["main"]
 
@@ -42,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what is here: versions, backends, processor, threads, caches, GPU")
+    info.add_argument("--shape", type=_shape, metavar="T,B,I,H", help="say how a layer of this shape would be run")
     info.set_defaults(run=_info)
 
     check = commands.add_parser("check", help="compare every backend with the float64 reference; status 1 if one fails")
@@ -64,7 +68,19 @@ def _info(options: argparse.Namespace) -> int:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+    if options.shape:
+        steps, batch, inputs, hidden = options.shape
+        x = np.broadcast_to(np.float32(0), (steps, batch, inputs))
+        print(f"\nT={steps} B={batch} I={inputs} H={hidden}, float32:", LSTM(inputs, hidden).plan(x))
     return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Read T,B,I,H."""
+    sizes = tuple(int(part) for part in text.split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected four sizes of at least 1, T,B,I,H, got {text!r}")
+    return sizes
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -231,16 +231,32 @@ def run(
             return quick[0], quick[1:], None
     params = checks.params(cell, params)
     like = params["weight_hh_l0"]
-    unbatched = getattr(x, "ndim", 3) == 2
-    axes = "(T, I)" if unbatched else "(B, T, I)" if batch_first else "(T, B, I)"
-    x = checks.array("x", x, like, (None, cell.input_size) if unbatched else (None, None, cell.input_size), axes)
-    layout = Layout.of(x, batch_first)
+    x, layout = _layout(cell, x, like, batch_first)
     h0, c0 = checks.state(cell, state, layout.state_batch, like)
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     backend = dispatch.backend_for(x)
     result = backend.forward(cell, params, layout.to_backend(x), h0, c0, lengths, dropout, keep_tape)
     tape = Tape(cell, backend.name, layout, result.tape) if keep_tape else None
     return layout.to_caller(result.y), layout.state_to_caller(result.h_n, result.c_n), tape
+
+
+def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, batch_first: bool) -> str:
+    """Say in words how a call would be run; see ``LSTM.plan``."""
+    like = checks.params(cell, params)["weight_hh_l0"]
+    layout = _layout(cell, x, like, batch_first)[1]
+    lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
+    rows = layout.steps * layout.batch if lengths is None else int(lengths.sum())
+    backend = dispatch.backend_for(x)
+    layers = enumerate(backend.plan(cell, rows, layout.batch))
+    return "\n".join([f"{backend.name} backend", *(f"layer {number}: {words}" for number, words in layers)])
+
+
+def _layout(cell: Cell, x: Array, like: Array, batch_first: bool) -> tuple[Array, Layout]:
+    """Check an input, and read its layout off it."""
+    unbatched = getattr(x, "ndim", 3) == 2
+    axes = "(T, I)" if unbatched else "(B, T, I)" if batch_first else "(T, B, I)"
+    x = checks.array("x", x, like, (None, cell.input_size) if unbatched else (None, None, cell.input_size), axes)
+    return x, Layout.of(x, batch_first)
 
 
 def step(cell: Cell, params: Mapping[str, Array], x: Array, state: State | None) -> tuple[Array, State]:

@@ -206,6 +206,23 @@ class LSTM:
         """
         return functional.step(self.cell, self.params, x_t, state)
 
+    def plan(self, x: Array, lengths: Any = None) -> str:
+        """Say how a call with this input would be run: backend, threads, and how each layer is divided.
+
+        Parameters
+        ----------
+        x, lengths
+            As for :meth:`forward`; only their shapes matter.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> print(LSTM(4, 8, seed=0).plan(np.ones((5, 1, 4), np.float32)))
+        cpu backend
+        layer 0: on one thread; input products 5 steps ahead
+        """
+        return functional.plan(self.cell, self.params, x, lengths, batch_first=self.batch_first)
+
     @property
     def num_parameters(self) -> int:
         """Number of trainable numbers in the model."""

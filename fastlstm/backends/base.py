@@ -88,6 +88,10 @@ class Backend(Protocol):
         """Advance one time step through all layers of a one-directional model; the new h and c."""
         ...
 
+    def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
+        """Say in words how each layer would be run; `rows` is the number of steps of all sequences."""
+        ...
+
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Run a small call for inference on arguments that nobody has checked, if that is sure to be right.
 

@@ -97,6 +97,14 @@ class CpuBackend(LayeredBackend):
             x = _small(weights, x, h[here], c[here], h_n[here], c_n[here])
         return h_n, c_n
 
+    def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
+        """Say in words how each layer would be run (see ``base.Backend.plan``)."""
+        blocks, threads = -(-cell.hidden_size // lanes(cell.dtype)), get_num_threads()
+        return [
+            str(choose(rows, batch, cell.layer_input_size(layer), cell.hidden_size, blocks, ROWS, threads))
+            for layer in range(cell.num_layers)
+        ]
+
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Run a small call of one layer without a check in Python (see ``base.Backend.shortcut``)."""
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias or cell.dtype not in ready:

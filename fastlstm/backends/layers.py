@@ -155,6 +155,10 @@ class LayeredBackend(ABC):
         result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
         return result.h_n, result.c_n
 
+    def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
+        """Say in words how each layer would be run (see ``base.Backend.plan``)."""
+        return ["step after step"] * cell.num_layers
+
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Take no shortcut (see ``base.Backend.shortcut``)."""
         return None
