@@ -240,10 +240,19 @@ class LSTM:
         -------
         LSTM
             The same model; it shares nothing with this one.
+
+        Raises
+        ------
+        ArrayTypeError
+            If `library` is neither of them.
+        BackendError
+            If CuPy finds no device; the message says what is missing.
         """
         name = getattr(library, "__name__", None)
         if name not in ("numpy", "cupy"):
             raise ArrayTypeError(f"to() takes the module numpy or cupy, got {library!r}")
+        if name == "cupy":
+            dispatch.backend_named("cuda")  # says what is missing, if there is no device
         params = {key: library.array(_on_host(key, value) if name == "numpy" else value)
                   for key, value in self.params.items()}  # fmt: skip
         return self._from(self.cell, params, self.batch_first, self._dropout_key)

@@ -47,16 +47,16 @@ class _Worker(threading.Thread):
 
 _lock = threading.Lock()
 _idle: list[_Worker] = []
-_alive = 0
+_busy = 0
 _limit: int | None = None
 
 
 def _forget_workers() -> None:
     """Start anew in a forked child, which has none of its parent's threads."""
-    global _lock, _alive  # noqa: PLW0603
+    global _lock, _busy  # noqa: PLW0603
     _lock = threading.Lock()
     _idle.clear()
-    _alive = 0
+    _busy = 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -94,21 +94,24 @@ def set_num_threads(threads: int | None) -> None:
 
 
 def reserve(wanted: int) -> list[_Worker]:
-    """Take at most `wanted` workers out of the idle ones, starting new ones up to the limit."""
-    global _alive  # noqa: PLW0603
+    """Take at most `wanted` workers, so that all calls together have no more than the limit."""
+    global _busy  # noqa: PLW0603
     with _lock:
-        while len(_idle) < wanted and _alive < get_num_threads() - 1:
+        count = max(0, min(wanted, get_num_threads() - 1 - _busy))
+        while len(_idle) < count:
             _idle.append(_Worker())
-            _alive += 1
-        taken = _idle[:wanted]
-        del _idle[:wanted]
+        taken = _idle[:count]
+        del _idle[:count]
+        _busy += count
     return taken
 
 
 def release(workers: list[_Worker]) -> None:
     """Put workers back among the idle ones."""
+    global _busy  # noqa: PLW0603
     with _lock:
         _idle.extend(workers)
+        _busy -= len(workers)
 
 
 def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., None], wanted: int) -> None:

@@ -17,17 +17,23 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from fastlstm.kernels.cpu.compile import kernel
 from fastlstm.kernels.cpu.simd import (
+    address,
     call_llvm,
     copysign,
     fma,
+    lanes_of,
     llvm_vector,
+    load,
+    offset,
     power_of_two,
     rint,
     select,
+    store,
 )
 
-__all__ = ["sigmoid", "tanh"]
+__all__ = ["sigmoid", "sigmoid_array", "tanh", "tanh_array"]
 
 _LOG2_E = 1.0 / math.log(2.0)
 
@@ -162,3 +168,19 @@ def tanh(a):
     q = select(near_zero, m, e + e) / select(near_zero, m + _numerator(z), e + 1.0)
     b = select(near_zero, size, 1.0)
     return copysign(fma(-b, q, b), a)
+
+
+@kernel
+def sigmoid_array(x, y):
+    """Apply :func:`sigmoid` to a flat array, writing `y`: for measuring it; the size is whole vectors."""
+    width = lanes_of(address(x))
+    for n in range(0, x.size, width):
+        store(offset(address(y), n), sigmoid(load(offset(address(x), n))))
+
+
+@kernel
+def tanh_array(x, y):
+    """Apply :func:`tanh` to a flat array, writing `y`: for measuring it; the size is whole vectors."""
+    width = lanes_of(address(x))
+    for n in range(0, x.size, width):
+        store(offset(address(y), n), tanh(load(offset(address(x), n))))
