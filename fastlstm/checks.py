@@ -49,10 +49,14 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
         raise ArrayTypeError(f"{name} is on {value.device}, but the parameters are on {like.device}")
     if value.dtype != like.dtype:
         value = _same_dtype(name, value, like)
-    if len(value.shape) != len(shape) or any(s not in (None, n) for n, s in zip(value.shape, shape, strict=True)):
+    if value.shape != shape and not _fits(value.shape, shape):
         expected = ", ".join("any" if s is None else str(s) for s in shape)
         raise ShapeError(f"{name} must have shape {axes} = ({expected}), got {tuple(value.shape)}")
     return value
+
+
+def _fits(sizes: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(sizes) == len(expected) and all(s in (None, n) for n, s in zip(sizes, expected, strict=True))
 
 
 def _same_library(name: str, value: Any, like: Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from fastlstm.errors import ArgumentError, ArrayTypeError
 from fastlstm.functional import Gradients, State, Tape
 
 __all__ = ["LSTM"]
+
+_taking_a_key = threading.Lock()  # one for all models, because a model with a lock could not be pickled or copied
 
 
 class LSTM:
@@ -111,8 +114,9 @@ class LSTM:
         Parameters and results are those of :meth:`forward`, without the tape.
         """
         y, state, _ = functional.run(
-            self.cell, self.params, x, state, lengths, batch_first=self.batch_first, dropout=None, keep_tape=False
-        )
+            self.cell, self.params, x, state, lengths,
+            batch_first=self.batch_first, dropout=lambda: None, keep_tape=False,
+        )  # fmt: skip
         return y, state
 
     def forward(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State, Tape]:
@@ -142,15 +146,21 @@ class LSTM:
         ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
             Before any work, if an argument does not fit.
         """
-        dropout = None
-        if self.cell.dropout and self.cell.num_layers > 1:
-            dropout = Dropout(self.cell.dropout, self._dropout_key)
         y, state, tape = functional.run(
-            self.cell, self.params, x, state, lengths, batch_first=self.batch_first, dropout=dropout, keep_tape=True
-        )
-        self._dropout_key += dropout is not None
+            self.cell, self.params, x, state, lengths,
+            batch_first=self.batch_first, dropout=self._next_dropout, keep_tape=True,
+        )  # fmt: skip
         assert tape is not None
         return y, state, tape
+
+    def _next_dropout(self) -> Dropout | None:
+        """Take the key of the next masks; two calls at once must not draw the same."""
+        if not self.cell.dropout or self.cell.num_layers == 1:
+            return None
+        with _taking_a_key:
+            key = self._dropout_key
+            self._dropout_key += 1
+        return Dropout(self.cell.dropout, key)
 
     def backward(
         self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None

@@ -18,6 +18,7 @@ bidirectional layer carries the suffix ``_reverse``.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -61,6 +62,11 @@ def shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
     >>> shapes(Cell(input_size=3, hidden_size=2))
     {'weight_ih_l0': (8, 3), 'weight_hh_l0': (8, 2), 'bias_l0': (8,)}
     """
+    return dict(_shapes(cell))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
     rows = len(GATES) * cell.hidden_size
     result: dict[str, tuple[int, ...]] = {}
     for layer, direction in directions(cell):

@@ -36,9 +36,8 @@ def at_once(work):
         except BaseException as error:
             errors.append(error)
 
-    threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(run, k), daemon=True) for k in range(THREADS)
-    ]
+    contexts = [contextvars.copy_context() for _ in range(THREADS)]
+    threads = [threading.Thread(target=contexts[k].run, args=(run, k), daemon=True) for k in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:

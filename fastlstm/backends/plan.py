@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
         return how + (f"; input products {self.ahead} steps ahead" if self.ahead else "")
 
 
+@functools.lru_cache(maxsize=256)
 def choose(rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_rows: int, threads: int) -> Plan:
     """Choose how to run one layer in one direction.
 
