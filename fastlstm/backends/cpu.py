@@ -110,15 +110,15 @@ class CpuBackend(LayeredBackend):
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias or cell.dtype not in ready:
             return None
         try:
-            *steps, batch, inputs = x.shape
-            if steps and (len(steps) != 1 or not 0 < steps[0] * batch <= _SMALL):
+            shape, hidden, dtype = x.shape, cell.hidden_size, cell.dtype
+            batch, inputs = shape[-2:]
+            if len(shape) == 3 and not 0 < shape[0] * batch <= _SMALL:
                 return None
-            hidden, dtype = cell.hidden_size, cell.dtype
             if state is None:
                 h0 = c0 = np.zeros((1, batch, hidden), dtype)
             else:
                 h0, c0 = state
-            rows = x.reshape(-1, inputs) if steps else x
+            rows = x if len(shape) == 2 else x.reshape(-1, inputs)
             y = np.empty((len(rows), hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
             bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
@@ -127,7 +127,7 @@ class CpuBackend(LayeredBackend):
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
             return None
-        return (y.reshape(steps[0], batch, hidden) if steps else y), h_n, c_n
+        return (y if len(shape) == 2 else y.reshape(shape[0], batch, hidden)), h_n, c_n
 
     def layer_backward(
         self,

@@ -84,7 +84,7 @@ def layer_backward(
             )  # fmt: skip
             if divided:
                 barrier(counters, thread, threads)
-            _state_back(offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last)
+            _state_back(step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last)
         barrier(counters, thread, threads)
         panel = offset(address(right), thread * right.shape[1] * right.shape[2])
         for start in range(low, high, DEPTH):
@@ -162,20 +162,22 @@ def _gates_back(
 
 
 @njit
-def _state_back(first_row, da, packed_hh, dh_rows, row_first, row_last, block_first, block_last):
+def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, block_first, block_last):
     """Compute dh = da @ W_hh for this thread's rows and units."""
     depth, stride = packed_hh.shape[1], dh_rows.shape[1]
     width = packed_hh.shape[2] // VECTORS
-    block = block_first
-    while block < block_last:
-        vectors = min(VECTORS - block % VECTORS, block_last - block)
+    panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
+    for number in range(panel_first, panel_last):
+        # To and fro, as in the forward pass: the caches still hold what the step before used last.
+        panel = panel_first + panel_last - 1 - number if step & 1 else number
+        block = max(block_first, panel * VECTORS)
+        vectors = min(block_last, (panel + 1) * VECTORS) - block
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
         for start in range(row_first, row_last, ROWS):
             rows = min(ROWS, row_last - start)
             gates = offset(address(da), (first_row + start) * depth)
             out = offset(address(dh_rows), start * stride + block * width)
             tile(rows, vectors, depth, gates, depth, 1, weights, VECTORS * width, out, stride)
-        block += vectors
 
 
 @njit

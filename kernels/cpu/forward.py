@@ -23,7 +23,7 @@ from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
 from fastlstm.kernels.cpu.simd import address, load, load_first, offset, store, store_first
 from fastlstm.kernels.cpu.team import barrier, share
-from fastlstm.kernels.cpu.tile import ROWS, tile
+from fastlstm.kernels.cpu.tile import ROWS, gate_tile
 
 __all__ = ["layer_forward"]
 
@@ -81,23 +81,25 @@ def layer_forward(
             ahead_low = low
             end = offsets[min(step + ahead, offsets.size - 1)]
             _project_inputs(x, packed, packed_bias, a, low, end, block_first, block_last)
-        for block in range(block_first, block_last):
+        for number in range(block_first, block_last):
+            # To and fro: what the caches still hold of the weights is what the step before used last.
+            block = block_first + block_last - 1 - number if step & 1 else number
             units = min(width, hidden - block * width)
             weights = offset(address(packed), block * (inputs + hidden) * tile_row)
             for start in range(row_first, active, ROWS):
                 rows = min(ROWS, active - start)
+                h_prev = offset(address(h_rows), (here + start) * stride)
                 if ahead:
                     a_row = a.shape[1] * tile_row
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
+                    recurrent = offset(weights, inputs * tile_row)
+                    gate_tile(rows, 0, h_prev, 0, hidden, h_prev, stride, recurrent, a_rows, a_row, a_rows, a_row)
                 else:
                     a_row = tile_row
                     a_rows = offset(address(a), thread * ROWS * tile_row)
-                    _set_rows(a_rows, a_row, rows, offset(address(packed_bias), block * tile_row), width)
                     x_rows = offset(address(x), (low + start) * inputs)
-                    tile(rows, GATES, inputs, x_rows, inputs, 1, weights, tile_row, a_rows, a_row)
-                h_prev = offset(address(h_rows), (here + start) * stride)
-                recurrent = offset(weights, inputs * tile_row)
-                tile(rows, GATES, hidden, h_prev, stride, 1, recurrent, tile_row, a_rows, a_row)
+                    bias_row = offset(address(packed_bias), block * tile_row)
+                    gate_tile(rows, inputs, x_rows, inputs, hidden, h_prev, stride, weights, bias_row, 0, a_rows, a_row)
                 for r in range(rows):
                     row = start + r
                     here_a = offset(a_rows, r * a_row)
@@ -147,14 +149,6 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
 
 
 @njit
-def _set_rows(target, target_row, rows, source, width):
-    """Set each row of a tile to the four vectors at `source`."""
-    for r in range(rows):
-        for gate in range(GATES):
-            store(offset(target, r * target_row + gate * width), load(offset(source, gate * width)))
-
-
-@njit
 def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_last):
     """Compute x @ W_ih.T + b for the rows low to high: full tiles even where each step has few rows."""
     inputs, width = x.shape[1], packed.shape[3]
@@ -166,5 +160,5 @@ def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_las
         for start in range(low, high, ROWS):
             rows = min(ROWS, high - start)
             target = offset(address(a), (start - low) * a_row + block * tile_row)
-            _set_rows(target, a_row, rows, source, width)
-            tile(rows, GATES, inputs, offset(address(x), start * inputs), inputs, 1, weights, tile_row, target, a_row)
+            x_rows = offset(address(x), start * inputs)
+            gate_tile(rows, inputs, x_rows, inputs, 0, x_rows, 0, weights, source, 0, target, a_row)

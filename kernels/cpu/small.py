@@ -50,79 +50,82 @@ def _sum_of_rows(builder, dtype, rows):
     return rows[0]
 
 
-@intrinsic
-def _dot_rows(typingctx, matrix, row_length, count, x):
-    """Return the products of the first `count` (1 to V) rows of a matrix with a vector x, one in each lane.
+def _emit_dots(builder, dtype, sums, rows, row_length, x):
+    """Emit the products of rows with x, lane by lane and not yet summed over the lanes, added to `sums`."""
+    intp, vector, width = row_length.type, llvm_vector(dtype), lanes(dtype)
+    zero, step = ir.Constant(intp, 0), ir.Constant(intp, width)
+    whole = builder.sub(row_length, builder.srem(row_length, step))
 
-    `matrix` points to the first row, `row_length` elements each, and `x` to as many. Lanes beyond `count`
-    repeat the last row's.
+    before = builder.block
+    body, after = builder.append_basic_block("dot_k"), builder.append_basic_block("dot_tail")
+    builder.cbranch(builder.icmp_signed(">", whole, zero), body, after)
+    builder.position_at_end(body)
+    k = builder.phi(intp)
+    totals = [builder.phi(vector) for _ in sums]
+    part = load_vector(builder, builder.gep(x, [k]), dtype)
+    updated = [
+        call_llvm(builder, "fma", dtype, [load_vector(builder, builder.gep(row, [k]), dtype), part, total])
+        for row, total in zip(rows, totals, strict=True)
+    ]
+    following = builder.add(k, step)
+    builder.cbranch(builder.icmp_signed("<", following, whole), body, after)
+    k.add_incoming(zero, before)
+    k.add_incoming(following, body)
+
+    builder.position_at_end(after)
+    until_tail = []
+    for start, total, value in zip(sums, totals, updated, strict=True):
+        total.add_incoming(start, before)
+        total.add_incoming(value, body)
+        phi = builder.phi(vector)
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, body)
+        until_tail.append(phi)
+    rest = builder.sub(row_length, whole)
+    tail, end = builder.append_basic_block("dot_rest"), builder.append_basic_block("dot_end")
+    builder.cbranch(builder.icmp_signed(">", rest, zero), tail, end)
+    builder.position_at_end(tail)
+    mask = first_lanes(builder, builder.trunc(rest, ir.IntType(32)), dtype)
+    part = load_masked(builder, builder.gep(x, [whole]), mask, dtype)
+    with_tail = [
+        call_llvm(builder, "fma", dtype, [load_masked(builder, builder.gep(row, [whole]), mask, dtype), part, total])
+        for row, total in zip(rows, until_tail, strict=True)
+    ]
+    builder.branch(end)
+    builder.position_at_end(end)
+    finals = []
+    for total, value in zip(until_tail, with_tail, strict=True):
+        phi = builder.phi(vector)
+        phi.add_incoming(total, after)
+        phi.add_incoming(value, tail)
+        finals.append(phi)
+    return finals
+
+
+@intrinsic
+def _dot_rows(typingctx, count, matrix1, length1, x1, matrix2, length2, x2):
+    """Return the first `count` (1 to V) rows of matrix1 @ x1 + matrix2 @ x2, one in each lane.
+
+    A matrix is a pointer to its first row, `length` elements each, and `x` points to as many. Lanes beyond
+    `count` repeat the last row's.
     """
-    dtype = matrix.dtype
+    dtype = matrix1.dtype
 
     def codegen(context, builder, signature, args):
-        matrix, row_length, count, x = args
-        row_length = context.cast(builder, row_length, signature.args[1], types.intp)
-        count = context.cast(builder, count, signature.args[2], types.intp)
-        intp, vector, width = row_length.type, llvm_vector(dtype), lanes(dtype)
-        zero, step = ir.Constant(intp, 0), ir.Constant(intp, width)
-        last = builder.sub(count, ir.Constant(intp, 1))
-        rows = []
-        for r in range(width):
-            number = ir.Constant(intp, r)
-            number = builder.select(builder.icmp_signed("<", number, last), number, last)
-            rows.append(builder.gep(matrix, [builder.mul(number, row_length)]))
-        whole = builder.sub(row_length, builder.srem(row_length, step))
+        count, matrix1, length1, x1, matrix2, length2, x2 = (
+            context.cast(builder, value, t, types.intp) if isinstance(t, types.Integer) else value
+            for value, t in zip(args, signature.args, strict=True)
+        )
+        last = builder.sub(count, ir.Constant(count.type, 1))
+        numbers = [ir.Constant(count.type, r) for r in range(lanes(dtype))]
+        numbers = [builder.select(builder.icmp_signed("<", n, last), n, last) for n in numbers]
+        sums = [ir.Constant(llvm_vector(dtype), None)] * len(numbers)
+        for matrix, length, x in ((matrix1, length1, x1), (matrix2, length2, x2)):
+            rows = [builder.gep(matrix, [builder.mul(n, length)]) for n in numbers]
+            sums = _emit_dots(builder, dtype, sums, rows, length, x)
+        return _sum_of_rows(builder, dtype, sums)
 
-        before = builder.block
-        body, after = builder.append_basic_block("dot_k"), builder.append_basic_block("dot_tail")
-        builder.cbranch(builder.icmp_signed(">", whole, zero), body, after)
-        builder.position_at_end(body)
-        k = builder.phi(intp)
-        sums = [builder.phi(vector) for _ in range(width)]
-        part = load_vector(builder, builder.gep(x, [k]), dtype)
-        updated = [
-            call_llvm(builder, "fma", dtype, [load_vector(builder, builder.gep(row, [k]), dtype), part, total])
-            for row, total in zip(rows, sums, strict=True)
-        ]
-        following = builder.add(k, step)
-        builder.cbranch(builder.icmp_signed("<", following, whole), body, after)
-        k.add_incoming(zero, before)
-        k.add_incoming(following, body)
-        nothing = ir.Constant(vector, None)
-        for total, value in zip(sums, updated, strict=True):
-            total.add_incoming(nothing, before)
-            total.add_incoming(value, body)
-
-        builder.position_at_end(after)
-        totals = []
-        for value in updated:
-            total = builder.phi(vector)
-            total.add_incoming(nothing, before)
-            total.add_incoming(value, body)
-            totals.append(total)
-        rest = builder.sub(row_length, whole)
-        tail, end = builder.append_basic_block("dot_rest"), builder.append_basic_block("dot_end")
-        builder.cbranch(builder.icmp_signed(">", rest, zero), tail, end)
-        builder.position_at_end(tail)
-        mask = first_lanes(builder, builder.trunc(rest, ir.IntType(32)), dtype)
-        part = load_masked(builder, builder.gep(x, [whole]), mask, dtype)
-        with_tail = [
-            call_llvm(
-                builder, "fma", dtype, [load_masked(builder, builder.gep(row, [whole]), mask, dtype), part, total]
-            )
-            for row, total in zip(rows, totals, strict=True)
-        ]
-        builder.branch(end)
-        builder.position_at_end(end)
-        finals = []
-        for total, value in zip(totals, with_tail, strict=True):
-            final = builder.phi(vector)
-            final.add_incoming(total, after)
-            final.add_incoming(value, tail)
-            finals.append(final)
-        return _sum_of_rows(builder, dtype, finals)
-
-    return Vector(dtype)(matrix, row_length, count, x), codegen
+    return Vector(dtype)(count, matrix1, length1, x1, matrix2, length2, x2), codegen
 
 
 @kernel
@@ -177,8 +180,8 @@ def small_forward(
 def _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, row, count):
     """Return some rows of W_ih x + W_hh h + b, one in each lane."""
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    a = _dot_rows(offset(address(weight_ih), row * inputs), inputs, count, x_row)
-    a = a + _dot_rows(offset(address(weight_hh), row * hidden), hidden, count, h_row)
+    w_ih, w_hh = offset(address(weight_ih), row * inputs), offset(address(weight_hh), row * hidden)
+    a = _dot_rows(count, w_ih, inputs, x_row, w_hh, hidden, h_row)
     if bias.size:
         a = a + load_first(offset(address(bias), row), count)
     return a

@@ -16,9 +16,17 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.simd import REGISTERS, call_llvm, llvm_vector, load_vector, splat_scalar, vector_pointer
+from fastlstm.kernels.cpu.simd import (
+    REGISTERS,
+    call_llvm,
+    lanes,
+    llvm_vector,
+    load_vector,
+    splat_scalar,
+    vector_pointer,
+)
 
-__all__ = ["ROWS", "VECTORS", "tile"]
+__all__ = ["ROWS", "VECTORS", "gate_tile", "tile"]
 
 VECTORS = 4  # the four gates
 ROWS = 6 if REGISTERS == 32 else 2  # 24 or 8 accumulators; 7 rows of 4, or 3 with 16 registers, spill
@@ -28,95 +36,148 @@ def _advance(builder, pointer, count):
     return builder.gep(pointer, [count])
 
 
-def _emit_block(builder, dtype, rows, vectors, arguments):
-    """Emit the loop over k for a block of fixed size."""
-    k_end, a, a_row, a_k, b, b_k, c, c_row = arguments
-    vector, intp = llvm_vector(dtype), k_end.type
-    width = ir.Constant(intp, vector.count)
-    c_rows, a_rows = [c], [ir.Constant(intp, 0)]
+def _rows_of(builder, pointer, stride, rows):
+    """Emit pointers to the rows of a matrix."""
+    pointers = [pointer]
     for _ in range(rows - 1):
-        c_rows.append(_advance(builder, c_rows[-1], c_row))
-        a_rows.append(builder.add(a_rows[-1], a_row))
-    c_blocks = []
-    for row in c_rows:
-        pointers = [row]
-        for _ in range(vectors - 1):
-            pointers.append(_advance(builder, pointers[-1], width))
-        c_blocks.append(pointers)
-    nothing = ir.Constant(vector, None)
+        pointers.append(_advance(builder, pointers[-1], stride))
+    return pointers
 
+
+def _vectors_of(builder, pointer, vectors, width):
+    """Emit pointers to successive vectors."""
+    return _rows_of(builder, pointer, ir.Constant(ir.IntType(64), width), vectors)
+
+
+def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, b, b_k):
+    """Emit the loop over k, adding to the block `start`; return the sums, and the end of b."""
+    intp, vector = k_end.type, llvm_vector(dtype)
+    zero, one = ir.Constant(intp, 0), ir.Constant(intp, 1)
     before = builder.block
     body, after = builder.append_basic_block("tile_k"), builder.append_basic_block("tile_end")
-    builder.cbranch(builder.icmp_signed(">", k_end, ir.Constant(intp, 0)), body, after)
+    builder.cbranch(builder.icmp_signed(">", k_end, zero), body, after)
 
     builder.position_at_end(body)
-    k = builder.phi(intp)
-    a_now, b_now = builder.phi(a.type), builder.phi(b.type)
-    sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-    columns, pointer = [], b_now
-    for _ in range(vectors):
-        columns.append(load_vector(builder, pointer, dtype))
-        pointer = _advance(builder, pointer, width)
+    k, b_now = builder.phi(intp), builder.phi(b.type)
+    a_now = [builder.phi(row.type) for row in a_rows]
+    sums = [[builder.phi(vector) for _ in row] for row in start]
+    columns = [load_vector(builder, p, dtype) for p in _vectors_of(builder, b_now, len(start[0]), vector.count)]
     updated = []
-    for r in range(rows):
-        factor = splat_scalar(builder, builder.load(_advance(builder, a_now, a_rows[r])), dtype)
-        updated.append([call_llvm(builder, "fma", dtype, [factor, columns[v], sums[r][v]]) for v in range(vectors)])
-    k_next = builder.add(k, ir.Constant(intp, 1))
-    successors = (
-        (k, ir.Constant(intp, 0), k_next),
-        (a_now, a, _advance(builder, a_now, a_k)),
-        (b_now, b, _advance(builder, b_now, b_k)),
-    )
-    builder.cbranch(builder.icmp_signed("<", k_next, k_end), body, after)
-    for phi, start, following in successors:
-        phi.add_incoming(start, before)
-        phi.add_incoming(following, body)
-    for r in range(rows):
-        for v in range(vectors):
-            sums[r][v].add_incoming(nothing, before)
-            sums[r][v].add_incoming(updated[r][v], body)
+    for row, element in zip(sums, a_now, strict=True):
+        factor = splat_scalar(builder, builder.load(element), dtype)
+        updated.append(
+            [call_llvm(builder, "fma", dtype, [factor, v, total]) for v, total in zip(columns, row, strict=True)]
+        )
+    following = [builder.add(k, one), _advance(builder, b_now, b_k), *(_advance(builder, p, a_k) for p in a_now)]
+    builder.cbranch(builder.icmp_signed("<", following[0], k_end), body, after)
+    for phi, first, then in zip([k, b_now, *a_now], [zero, b, *a_rows], following, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, body)
 
     builder.position_at_end(after)
-    for r in range(rows):
-        for v in range(vectors):
-            result = builder.phi(vector)
-            result.add_incoming(nothing, before)
-            result.add_incoming(updated[r][v], body)
-            updated[r][v] = result
-    for r in range(rows):
-        for v in range(vectors):
-            total = builder.fadd(load_vector(builder, c_blocks[r][v], dtype), updated[r][v])
-            target = vector_pointer(builder, c_blocks[r][v], dtype)
-            builder.store(total, target, align=dtype.bitwidth // 8)
+    b_end = builder.phi(b.type)
+    b_end.add_incoming(b, before)
+    b_end.add_incoming(following[1], body)
+    results = []
+    for first, total, then in zip(start, sums, updated, strict=True):
+        results.append([])
+        for x, phi, y in zip(first, total, then, strict=True):
+            phi.add_incoming(x, before)
+            phi.add_incoming(y, body)
+            result = builder.phi(phi.type)
+            result.add_incoming(x, before)
+            result.add_incoming(y, body)
+            results[-1].append(result)
+    return results, b_end
+
+
+def _emit_store(builder, dtype, values, c_rows):
+    """Emit the stores of a block."""
+    for row, pointer in zip(values, c_rows, strict=True):
+        for value, p in zip(row, _vectors_of(builder, pointer, len(row), lanes(dtype)), strict=True):
+            builder.store(value, vector_pointer(builder, p, dtype), align=dtype.bitwidth // 8)
+
+
+def _emit_load(builder, dtype, rows, vectors):
+    """Emit the loads of a block, given pointers to its rows."""
+    count = lanes(dtype)
+    return [[load_vector(builder, p, dtype) for p in _vectors_of(builder, row, vectors, count)] for row in rows]
+
+
+def _sums(builder, one, other):
+    """Emit the sum of two blocks."""
+    return [[builder.fadd(x, y) for x, y in zip(*rows, strict=True)] for rows in zip(one, other, strict=True)]
+
+
+def _zeros(dtype, rows, vectors):
+    """Make a block of zeros."""
+    return [[ir.Constant(llvm_vector(dtype), None)] * vectors for _ in range(rows)]
+
+
+def _emit_tile(builder, dtype, rows, vectors, arguments):
+    """Emit C += A @ B for a block of fixed size."""
+    k_end, a, a_row, a_k, b, b_k, c, c_row = arguments
+    a_rows, c_rows = _rows_of(builder, a, a_row, rows), _rows_of(builder, c, c_row, rows)
+    product, _ = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, b, b_k)
+    _emit_store(builder, dtype, _sums(builder, _emit_load(builder, dtype, c_rows, vectors), product), c_rows)
+
+
+def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
+    """Emit C = (A1 @ B1 + start) + A2 @ B2 for a block of fixed height."""
+    k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row = arguments
+    one, b_k = ir.Constant(k1.type, 1), ir.Constant(k1.type, VECTORS * lanes(dtype))
+    a_rows = _rows_of(builder, a1, a1_row, rows)
+    sums, b = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, b, b_k)
+    given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
+    a_rows = _rows_of(builder, a2, a2_row, rows)
+    sums, _ = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, b, b_k)
+    _emit_store(builder, dtype, sums, _rows_of(builder, c, c_row, rows))
+
+
+def _emit_choice(context, builder, signature, args, sizes, emit):
+    """Emit one block for each of `sizes`, and the choice between them by the leading arguments, rows and vectors."""
+    # Inlined at each of its uses, the blocks would multiply the compiler's time.
+    builder.function.attributes.add("noinline")
+    intp, dtype = (
+        context.get_value_type(types.intp),
+        next(t.dtype for t in signature.args if not isinstance(t, types.Integer)),
+    )
+    arguments = [
+        context.cast(builder, value, t, types.intp) if isinstance(t, types.Integer) else value
+        for value, t in zip(args, signature.args, strict=True)
+    ]
+    rows, vectors, *rest = arguments
+    size = builder.add(builder.mul(rows, ir.Constant(intp, VECTORS + 1)), vectors)
+    end = builder.append_basic_block("tile_done")
+    choice = builder.switch(size, end)
+    for r, v in sizes:
+        block = builder.append_basic_block(f"tile_{r}x{v}")
+        choice.add_case(ir.Constant(intp, r * (VECTORS + 1) + v), block)
+        builder.position_at_end(block)
+        emit(builder, dtype, r, v, rest)
+        builder.branch(end)
+    builder.position_at_end(end)
+    return context.get_dummy_value()
 
 
 @intrinsic
 def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
-    """Emit one block for each size, and the choice between them."""
+    sizes = [(r, v) for r in range(1, ROWS + 1) for v in range(1, VECTORS + 1)]
 
     def codegen(context, builder, signature, args):
-        # Inlined at each of its uses, its 24 blocks would make the compiler's time five times as long.
-        builder.function.attributes.add("noinline")
-        intp = context.get_value_type(types.intp)
-        arguments = [
-            context.cast(builder, value, t, types.intp) if isinstance(t, types.Integer) else value
-            for value, t in zip(args, signature.args, strict=True)
-        ]
-        rows, vectors, *rest = arguments
-        size = builder.add(builder.mul(rows, ir.Constant(intp, VECTORS + 1)), vectors)
-        end = builder.append_basic_block("tile_done")
-        choice = builder.switch(size, end)
-        for r in range(1, ROWS + 1):
-            for v in range(1, VECTORS + 1):
-                block = builder.append_basic_block(f"tile_{r}x{v}")
-                choice.add_case(ir.Constant(intp, r * (VECTORS + 1) + v), block)
-                builder.position_at_end(block)
-                _emit_block(builder, a.dtype, r, v, rest)
-                builder.branch(end)
-        builder.position_at_end(end)
-        return context.get_dummy_value()
+        return _emit_choice(context, builder, signature, args, sizes, _emit_tile)
 
     return types.void(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row), codegen
+
+
+@intrinsic
+def _gate_tile(typingctx, rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
+    sizes = [(r, VECTORS) for r in range(1, ROWS + 1)]
+
+    def codegen(context, builder, signature, args):
+        return _emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
+
+    return types.void(rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row), codegen
 
 
 @njit
@@ -137,3 +198,28 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
         Row r of C, `vectors` whole vectors, starts at ``c[r * c_row]``; must not overlap A or B.
     """
     _tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row)
+
+
+@njit
+def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
+    """Compute the pre-activations of a block: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
+
+    The chain may be cut at `start`: the first part alone (k2 = 0), and later the second (k1 = 0) from where
+    that left off, give the same result to the last bit.
+
+    Parameters
+    ----------
+    rows : int
+        1 to ROWS.
+    k1, k2 : int
+        Lengths of the inner dimensions.
+    a1, a2 : pointer, IN
+        Element (row, k) is ``a[row * a_row + k]``.
+    b : pointer, IN
+        The k1 + k2 rows of B1 and B2, VECTORS whole vectors each, one after the other.
+    start : pointer, IN
+        Row r starts at ``start[r * start_row]``; may be C.
+    c : pointer, OUT
+        Row r starts at ``c[r * c_row]``.
+    """
+    _gate_tile(rows, VECTORS, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row)
