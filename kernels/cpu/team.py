@@ -14,7 +14,7 @@ from fastlstm.kernels.cpu.simd import address, offset
 
 __all__ = ["barrier", "share"]
 
-_SPINS = 4000  # about 50 microseconds: longer than a phase's imbalance, shorter than a scheduler's quantum
+_SPINS = 1000  # about 20 microseconds: longer than a phase's imbalance, far below a scheduler's quantum
 
 
 @intrinsic
