@@ -1,0 +1,71 @@
+"""The parametrisation of every test over backend x dtype, and the tables printed after a run.
+
+``FASTLSTM_TEST_BACKENDS=reference,cpu`` chooses the backends; one that is named there and cannot run fails.
+``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+
+# Before NumPy is imported: a BLAS with threads is slower on these small products, on busy machines many times slower,
+# because its idle threads spin on the cores that the backend's own threads, or other processes, need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import cuda_row
+import numpy as np
+import pytest
+import tolerances
+from harness import CHOSEN_BACKENDS, KNOWN_BACKENDS, BackendUnderTest
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a run is the same tomorrow, so a failure is the change's. `backend` is function-scoped but the same
+# for all examples, which is what that health check asks for; compilation may fall into any one example (deadline).
+settings.register_profile(
+    "fastlstm",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=int(os.environ.get("FASTLSTM_TEST_EXAMPLES", "40")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastlstm")
+
+_skipped: collections.Counter[str] = collections.Counter()
+_ran: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(params=CHOSEN_BACKENDS or KNOWN_BACKENDS)
+def backend(request):
+    """Each backend in turn, forced for the length of the test."""
+    under_test = BackendUnderTest(request.param)
+    if under_test.missing:
+        if CHOSEN_BACKENDS:
+            pytest.fail(f"FASTLSTM_TEST_BACKENDS asks for {under_test.name}, but {under_test.missing}")
+        _skipped[f"{under_test.name} ({under_test.missing})"] += 1
+        pytest.skip(under_test.missing)
+    _ran[under_test.name] += 1
+    with under_test.active():
+        yield under_test
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Each dtype of a model in turn."""
+    return np.dtype(request.param)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print which backends ran, how many tests were skipped for want of one, and the largest errors."""
+    write = terminalreporter.write_line
+    if _ran or _skipped:
+        terminalreporter.section("backends")
+        for name, count in sorted(_ran.items()):
+            write(f"ran     {count:5} tests on {name}" + (f": {cuda_row.describe()}" if name == "cuda" else ""))
+        for name, count in sorted(_skipped.items()):
+            write(f"SKIPPED {count:5} tests on {name}")
+    if tolerances.measured:
+        terminalreporter.section("largest normalised errors")
+        for (claim, name, dtype), (error, where) in sorted(tolerances.measured.items()):
+            write(f"{claim:40} {name:10} {dtype:8} {error:9.2e}  in {where}")

@@ -1,0 +1,105 @@
+"""Compiles CUDA source for the CPU with ``cuda_host.h``, and launches its kernels."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HEADER = Path(__file__).with_name("cuda_host.h")
+KERNEL = re.compile(r'^extern "C" __global__ void (\w+)\(', re.MULTILINE)
+BARRIER = re.compile(r"__(syncthreads|syncwarp|shfl_\w+)\(")
+
+
+class CompilationError(RuntimeError):
+    """The compiler refused a source."""
+
+
+@functools.cache
+def compiler() -> str | None:
+    """Path of the C++ compiler, or None."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+
+
+@functools.cache
+def folder() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="fastlstm-host-cuda-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    """Compile a source once for this process."""
+    names = KERNEL.findall(source)
+    text = f'#include "{HEADER}"\n{source}\n' + "".join(f"HOST_CUDA_EXPORT({name})\n" for name in names)
+    stem = folder() / hashlib.sha256(repr((text, options)).encode()).hexdigest()[:16]
+    stem.with_suffix(".cpp").write_text(text)
+    command = [
+        compiler() or "g++", "-shared", "-fPIC", "-O2", "-pthread", "-w", "-fno-strict-aliasing", "-Wl,-z,now",
+        # As nvcc does: a product and a sum become one operation.
+        "-march=native", "-ffp-contract=fast",
+        *(option.replace("--std=c++17", "-std=c++17") for option in options),
+        "-o", str(stem.with_suffix(".so")), str(stem.with_suffix(".cpp")),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompilationError(done.stderr)
+    return ctypes.CDLL(str(stem.with_suffix(".so")))
+
+
+class HostKernel:
+    """One kernel; called like a CuPy kernel, with grid, block and arguments."""
+
+    def __init__(self, module: HostModule, name: str) -> None:
+        self.name = name
+        self.module = module
+        self.function = module.library[f"launch_{name}"]
+        self.function.restype = ctypes.c_char_p
+        self.arguments = module.library[f"arguments_of_{name}"]()
+        body = module.code.partition(f" {name}(")[2].partition('extern "C"')[0]
+        self.has_barriers = BARRIER.search(body) is not None
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """Run the kernel to its end."""
+        shape = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
+        if len(args) != self.arguments:
+            raise TypeError(f"{self.name} takes {self.arguments} arguments, got {len(args)}")
+        if not all(shape) or shape[0] > 2**31 - 1 or max(shape[1:3]) > 65535 or shape[3] * shape[4] * shape[5] > 1024:
+            raise ValueError(f"{self.name}: CUDA has no such grid {tuple(shape)}")
+        # An array arrives as its address, an integer as 64 bits: what CuPy makes of them.
+        words = (ctypes.c_uint64 * len(args))(*(self.module.word(a) for a in args))
+        start = ctypes.addressof(words)
+        pointers = (ctypes.c_void_p * len(args))(*range(start, start + 8 * len(args), 8))
+        fibers = int(self.has_barriers or self.module.always_fibers)
+        message = self.function(shape, pointers, ctypes.c_uint64(next(self.module.seeds)), fibers)
+        if message is not None:
+            raise RuntimeError(f"{self.name}: {message.decode()}")
+
+
+class HostModule:
+    """What ``cupy.RawModule`` is to CuPy; `word` turns an argument into 64 bits.
+
+    Kernels without barriers run as plain loops unless `fibers` says otherwise.
+    """
+
+    def __init__(
+        self, code: str, options: tuple[str, ...] = (), word: Any = int, *, seed: int = 0, fibers: bool = False
+    ) -> None:
+        self.code = code
+        self.word = word
+        self.seeds = itertools.count(seed)
+        self.always_fibers = fibers
+        self.library = library(code, tuple(options))
+
+    def get_function(self, name: str) -> HostKernel:
+        return HostKernel(self, name)

@@ -1,0 +1,383 @@
+"""As much of CuPy as fastlstm uses, over NumPy's memory: what is a mistake on a GPU is one here.
+
+An array is no NumPy array and mixes with none; it lives on one device, and a kernel runs on the current one. New
+memory is poisoned with ones, which read as NaN, and fenced, so that a write beyond its end is found. What would
+wait for the GPU is counted. An allocation can be made to fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from host_cuda.build import HostModule
+
+FENCE = 64  # bytes before and after each allocation; also its alignment
+POISON, POST = 0xFF, 0xA5
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
+
+
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+
+
+class Device:
+    """A device, current inside a ``with`` block."""
+
+    current = threading.local()
+
+    def __init__(self, number: int | None = None) -> None:
+        self.id = self.now() if number is None else number
+        self.before: list[int] = []
+
+    @classmethod
+    def now(cls) -> int:
+        return getattr(cls.current, "id", 0)
+
+    def __enter__(self) -> Device:
+        self.before.append(self.now())
+        Device.current.id = self.id
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Device.current.id = self.before.pop()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
+
+
+class Event:
+    """As CuPy's, where all work is done at once; and the current stream."""
+
+    time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Pool:
+    """The memory of all devices, and what happened to it."""
+
+    def __init__(self) -> None:
+        self.live = 0  # bytes
+        self.allocations = 0
+        self.fail_at: int | None = None  # the number of the allocation that fails, counted from 0
+        self.overwritten: list[str] = []
+        self.waits: list[str] = []  # what made the host wait for the device
+        self.copies: list[int] = []  # bytes of each copy from the host
+
+    def allocate(self, size: int) -> Allocation:
+        number, self.allocations = self.allocations, self.allocations + 1
+        if number == self.fail_at:
+            raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
+        return Allocation(self, size)
+
+
+class Allocation:
+    """One piece of memory between two fences."""
+
+    def __init__(self, pool: Pool, size: int) -> None:
+        whole = np.full(size + 3 * FENCE, POST, np.uint8)
+        start = FENCE + -whole.ctypes.data % FENCE
+        self.pool, self.whole, self.start, self.size = pool, whole, start, size
+        self.memory = whole[start : start + size]
+        self.memory.fill(POISON)
+        pool.live += size
+
+    def __del__(self) -> None:
+        if not hasattr(self, "memory"):
+            return
+        self.pool.live -= self.size
+        before, after = self.whole[: self.start], self.whole[self.start + self.size :]
+        if (before != POST).any() or (after != POST).any():
+            self.pool.overwritten.append(f"outside an array of {self.size} bytes")
+
+
+def _unpickle(host: np.ndarray) -> ndarray:
+    return sys.modules["cupy"].array(host)
+
+
+class ndarray:
+    """As ``cupy.ndarray``."""
+
+    __slots__ = ("_allocation", "_device", "_view", "_xp")
+    __module__ = "cupy"
+    __array_ufunc__ = None  # NumPy's operators give up, as they do with CuPy
+
+    def __init__(self, xp: FakeCupy, view: np.ndarray, allocation: Allocation, device: int) -> None:
+        self._xp, self._view, self._allocation, self._device = xp, view, allocation, device
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = getattr(self._view, name)
+        if callable(value):
+            return self._xp.lift(value, self)
+        return self._xp.wrap(value, self) if isinstance(value, np.ndarray) else value
+
+    @property
+    def device(self) -> Device:
+        return Device(self._device)
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self._view.ctypes.data, device=self.device)
+
+    def get(self) -> np.ndarray:
+        self._xp.pool.waits.append("get")
+        return self._view.copy()
+
+    def item(self) -> Any:
+        self._xp.pool.waits.append("item")
+        return self._view.item()
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def __iter__(self) -> Iterator[ndarray]:
+        return (self[k] for k in range(len(self)))
+
+    def __getitem__(self, key: Any) -> ndarray:
+        return self._xp.lift(operator.getitem, self)(self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._xp.lift(operator.setitem, self)(self, key, value)
+
+    def __repr__(self) -> str:
+        return repr(self._view)
+
+    def __reduce__(self) -> Any:
+        return _unpickle, (self._view.copy(),)
+
+    def __deepcopy__(self, memo: Any) -> ndarray:
+        return self.copy()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _restored(host: np.ndarray) -> ndarray:
+    """Unpickle an array onto the current device, as CuPy does."""
+    return sys.modules["cupy"].array(host)
+
+
+def _operators() -> None:
+    def method(function: Callable[..., Any], swapped: bool) -> Callable[..., Any]:
+        if swapped:
+            return lambda self, other: self._xp.lift(function, self)(other, self)
+        return lambda self, *others: self._xp.lift(function, self)(self, *others)
+
+    names = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
+    for name in names:
+        function = getattr(operator, f"__{name}__")
+        setattr(ndarray, f"__{name}__", method(function, False))
+        setattr(ndarray, f"__r{name}__", method(function, True))
+        setattr(ndarray, f"__i{name}__", method(getattr(operator, f"__i{name}__"), False))
+    for name in ["lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert"]:
+        setattr(ndarray, f"__{name}__", method(getattr(operator, f"__{name}__"), False))
+
+
+_operators()
+
+
+def _lower(value: Any, seen: list[ndarray]) -> Any:
+    """Replace our arrays by NumPy's, however deep they lie, and refuse any that were NumPy's before."""
+    if isinstance(value, ndarray):
+        seen.append(value)
+        return value._view
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    if isinstance(value, tuple | list):
+        return type(value)(_lower(part, seen) for part in value)
+    if isinstance(value, dict):
+        return {key: _lower(part, seen) for key, part in value.items()}
+    return value
+
+
+class FakeCupy(types.ModuleType):
+    """The module; each has its own pool."""
+
+    ndarray = ndarray
+    __version__ = "0 (stand-in)"
+
+    def __init__(
+        self,
+        devices: int = 1,
+        change: Callable[[str], str] | None = None,
+        *,
+        fibers: bool = False,
+        options: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__("cupy")
+        self.how = {"fibers": fibers, "seed": seed}
+        self.options = options  # for the compiler, besides those that the loader gives
+        self.pool = Pool()
+        self.change = change or (lambda code: code)  # what a test does to the kernels' source
+        runtime = types.SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices))
+        cublas = types.SimpleNamespace(
+            CUBLAS_OP_N=0, CUBLAS_OP_T=1, getVersion=lambda handle: 130000,
+            sgemm=self._gemm(np.float32), dgemm=self._gemm(np.float64),
+        )  # fmt: skip
+        self.cuda = types.SimpleNamespace(
+            Device=Device, runtime=runtime, cublas=cublas, nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
+            device=types.SimpleNamespace(get_cublas_handle=lambda: Device.now() + 1000),
+            memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), is_available=lambda: devices > 0,
+            Event=Event, get_current_stream=Event, set_allocator=lambda allocator: None,
+            get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
+        )  # fmt: skip
+
+    @staticmethod
+    def get_default_memory_pool() -> Any:
+        return types.SimpleNamespace(free_all_blocks=lambda: None)
+
+    @staticmethod
+    def _count(devices: int) -> int:
+        if not devices:
+            raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return devices
+
+    def RawModule(self, *, code: str, options: tuple[str, ...]) -> HostModule:
+        return HostModule(self.change(code), (*options, *self.options), self._word, **self.how)
+
+    def _word(self, argument: Any) -> int:
+        if isinstance(argument, ndarray):
+            if not argument._view.flags.c_contiguous:
+                raise ValueError("a kernel takes no strides")
+            if argument._device != Device.now():
+                raise ValueError(f"an array of device {argument._device} for a kernel on {Device.now()}")
+            return argument._view.ctypes.data
+        if type(argument) is not int:
+            raise TypeError(f"Unsupported type {type(argument)}")
+        return argument & (2**64 - 1)
+
+    def wrap(self, value: Any, source: ndarray | None) -> Any:
+        """Make an array of NumPy's result: a view of `source` if it is one, else new memory."""
+        if (
+            source is not None
+            and isinstance(value, np.ndarray)
+            and np.may_share_memory(value, source._allocation.whole)
+        ):
+            return ndarray(self, value, source._allocation, source._device)
+        value = np.asarray(value)
+        result = self.empty(value.shape, value.dtype)
+        result._view[...] = value
+        return result
+
+    def lift(self, function: Callable[..., Any], source: ndarray | None = None) -> Callable[..., Any]:
+        """Make a function of NumPy one of CuPy: arrays of this module in and out, and none of NumPy."""
+        seen = [] if source is None else [source]
+
+        def lifted(*args: Any, **kwargs: Any) -> Any:
+            lowered = _lower(args, seen), _lower(kwargs, seen)
+            if len({array._device for array in seen}) > 1:
+                raise ValueError("arrays of different devices")
+            with np.errstate(all="ignore"), Device(seen[0]._device) if seen else contextlib.nullcontext():
+                result = function(*lowered[0], **lowered[1])
+                if isinstance(result, tuple | list):
+                    return type(result)(self.wrap(part, None) for part in result)
+                if result is None:
+                    return None
+                for array in seen:  # x += 1 returns x
+                    if result is array._view:
+                        return array
+                owner = seen[0] if seen else None
+                return self.wrap(result, owner) if isinstance(result, np.ndarray | np.generic) else result
+
+        return lifted
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(np, name)
+        if isinstance(value, type) or not callable(value):
+            return value
+        return self.lift(value)
+
+    def empty(self, shape: Any, dtype: Any = float) -> ndarray:
+        shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        dtype = np.dtype(dtype)
+        allocation = self.pool.allocate(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        return ndarray(self, allocation.memory.view(dtype).reshape(shape), allocation, Device.now())
+
+    def empty_like(self, like: ndarray) -> ndarray:
+        return self.empty(like.shape, like.dtype)
+
+    def array(self, value: Any, dtype: Any = None, copy: bool = True) -> ndarray:
+        if isinstance(value, ndarray):
+            host = value._view
+        else:
+            host = np.asarray(value)
+            self.pool.copies.append(host.nbytes)
+        result = self.empty(host.shape, (dtype and np.dtype(dtype)) or host.dtype.newbyteorder("="))
+        result._view[...] = host
+        return result
+
+    def asarray(self, value: Any, dtype: Any = None) -> ndarray:
+        fits = isinstance(value, ndarray) and dtype in (None, value.dtype)
+        return value if fits else self.array(value, dtype)
+
+    def ascontiguousarray(self, value: Any) -> ndarray:
+        fits = isinstance(value, ndarray) and value._view.flags.c_contiguous
+        return value if fits else self.array(value)
+
+    def asnumpy(self, value: Any) -> np.ndarray:
+        return value.get() if isinstance(value, ndarray) else np.asarray(value)
+
+    def strided(self, flat: ndarray, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> ndarray:
+        """View flat memory with any strides."""
+        view = np.lib.stride_tricks.as_strided(flat._view[start:], shape, strides)
+        return ndarray(self, view, flat._allocation, flat._device)
+
+    def _gemm(self, dtype: Any) -> Callable[..., None]:
+        """Make cuBLAS's product: matrices stored by columns, at addresses, with leading dimensions."""
+        size = np.dtype(dtype).itemsize
+
+        def by_columns(address: int, rows: int, columns: int, leading: int) -> np.ndarray:
+            assert leading >= rows > 0 and columns > 0
+            interface = {"shape": (rows, columns), "typestr": np.dtype(dtype).str, "data": (address, False),
+                         "strides": (size, leading * size), "version": 3}  # fmt: skip
+            return np.asarray(types.SimpleNamespace(__array_interface__=interface))
+
+        def gemm(handle, transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+            if handle != Device.now() + 1000:
+                raise ValueError("a cuBLAS handle of another device")
+            left = by_columns(a, k, m, lda).T if transa else by_columns(a, m, k, lda)
+            right = by_columns(b, n, k, ldb).T if transb else by_columns(b, k, n, ldb)
+            out = by_columns(c, m, n, ldc)
+            scale, keep = by_columns(alpha, 1, 1, 1)[0, 0], by_columns(beta, 1, 1, 1)[0, 0]
+            with np.errstate(all="ignore"):
+                # Summed in float64: what is measured here is what the kernels add, not how NumPy's BLAS sums.
+                product = scale * (left.astype(np.float64) @ right.astype(np.float64))
+                out[...] = product + keep * out if keep else product
+
+        return gemm

@@ -1,0 +1,289 @@
+"""What only the CUDA backend promises: nothing waits, nothing stays, the right device, errors that say what to do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import cuda_row
+import numpy as np
+import pytest
+from harness import Case, problem
+from host_cuda import FakeCupy, compiler
+from tolerances import assert_identical
+
+import fastlstm
+from fastlstm import LSTM, dispatch
+from fastlstm.backends import cuda
+from fastlstm.backends.device import CupyDevice
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+RAGGED = Case(6, 5, 3, 8, 2, True, lengths="zeros", dropout=0.3)
+WHOLE = Case(6, 5, 3, 5, 2, True)
+
+
+@pytest.fixture
+def xp():
+    """A new stand-in for CuPy with two devices."""
+    library = FakeCupy(devices=2)
+    with cuda_row.installed(library):
+        yield library
+
+
+class Run:
+    """A model and a problem on a library, with all calls."""
+
+    def __init__(self, xp, case, dtype=np.float32):
+        p = problem(case).astype(dtype)
+        self.lengths = p.lengths
+        self.lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype,
+                         dropout=case.dropout, seed=0)  # fmt: skip
+        self.lstm.params.update({name: xp.array(value) for name, value in p.params.items()})
+        self.x, self.dy = xp.array(p.x), xp.array(p.dy)
+        self.state, self.dstate = (tuple(map(xp.array, pair)) for pair in (p.state, p.dstate))
+
+    def __call__(self):
+        self.lstm._dropout_key = 7
+        y, state, tape = self.lstm.forward(self.x, self.state, self.lengths)
+        grads = self.lstm.backward(tape, self.dy, self.dstate)
+        return [y, *state, grads.x, *grads.state, *grads.params.values()]
+
+
+def on_host(arrays):
+    return {str(k): value.get() for k, value in enumerate(arrays)}
+
+
+@pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)
+def test_nothing_waits_and_nothing_comes_from_the_host_inside_the_loop(xp, case):
+    counts = {}
+    for steps in (6, 30):
+        run = Run(xp, Case(**(vars(case) | {"steps": steps})))
+        xp.pool.waits.clear(), xp.pool.copies.clear()
+        run()
+        assert xp.pool.waits == []
+        counts[steps] = len(xp.pool.copies)
+    assert counts[6] == counts[30] == case.layers  # the packing, once for each layer
+
+
+@pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)
+def test_nothing_stays_allocated(xp, case):
+    run = Run(xp, case)
+    before = xp.pool.live
+    for _ in range(3):
+        run()
+        assert xp.pool.live == before
+    found = run()
+    assert xp.pool.live >= before + sum(value.nbytes for value in found)  # the count is one of this memory
+    del found
+    assert xp.pool.live == before
+
+
+@pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)
+def test_whichever_allocation_fails_the_next_call_is_right(xp, case):
+    run = Run(xp, case)
+    before, start = xp.pool.live, xp.pool.allocations
+    expected = on_host(run())
+    needed = xp.pool.allocations - start
+    assert needed > 20
+    for number in range(needed):
+        xp.pool.fail_at = xp.pool.allocations + number
+        with pytest.raises(MemoryError, match="Out of memory"):
+            run()
+        xp.pool.fail_at = None
+        assert xp.pool.live == before, f"allocation {number} failed and left something behind"
+        if number % 5 == 0:
+            assert_identical(on_host(run()), expected)
+    assert_identical(on_host(run()), expected)
+
+
+def test_work_goes_to_the_device_of_the_arrays(xp):
+    first = on_host(Run(xp, RAGGED)())
+    with xp.cuda.Device(1):
+        run = Run(xp, RAGGED)
+    assert xp.cuda.Device().id == 0
+    found = run()
+    assert {value.device.id for value in found} == {1}
+    assert xp.cuda.Device().id == 0
+    assert_identical(on_host(found), first)
+
+
+def test_another_device_and_another_library_are_refused(xp):
+    run = Run(xp, WHOLE)
+    with xp.cuda.Device(1):
+        elsewhere = xp.array(run.x.get())
+    with pytest.raises(fastlstm.ArrayTypeError, match=r"x is on <CUDA Device 1>, but .* <CUDA Device 0>"):
+        run.lstm(elsewhere)
+    with pytest.raises(fastlstm.ArrayTypeError, match="x is a numpy array, but the parameters are cupy arrays"):
+        run.lstm(run.x.get())
+    with pytest.raises(fastlstm.ArrayTypeError, match="x is a cupy array, but the parameters are numpy arrays"):
+        run.lstm.to(np)(run.x)
+    with pytest.raises(fastlstm.ArrayTypeError, match="h0 is a numpy array"):
+        run.lstm(run.x, tuple(value.get() for value in run.state))
+    with pytest.raises(fastlstm.DTypeError, match="x has dtype float64"):
+        run.lstm(run.x.astype(np.float64))
+    with pytest.raises(fastlstm.BackendError, match="cupy arrays run on cuda"), fastlstm.use_backend("reference"):
+        run.lstm(run.x)
+
+
+def test_models_move_and_copy(xp):
+    host = LSTM(3, 5, 2, bidirectional=True, seed=0)
+    there = host.to(xp)
+    again, back = there.to(xp), there.to(np)
+    for name, value in host.params.items():
+        assert type(there.params[name]) is xp.ndarray and type(back.params[name]) is np.ndarray
+        for other in (there.params[name].get(), again.params[name].get(), back.params[name]):
+            np.testing.assert_array_equal(other, value)
+        again.params[name][...] = 7
+        assert (there.params[name].get() == value).all()
+    for clone in (copy.deepcopy(there), pickle.loads(pickle.dumps(there.to(np))).to(xp)):
+        x = xp.array(np.ones((4, 2, 3), np.float32))
+        np.testing.assert_array_equal(clone(x)[0].get(), there(x)[0].get())
+    with xp.cuda.Device(1):
+        assert host.to(xp).params["bias_l0"].device.id == 1
+
+
+def test_wide_and_narrow_loads_give_the_same_bits(xp, dtype):
+    # A bias and a dy that do not lie at multiples of 16 bytes; everything else is the same.
+    case = Case(5, 4, 3, 8, bidirectional=True)
+    run = Run(xp, case, dtype)
+    expected = on_host(run())
+    shifted = xp.empty(run.dy.size + 1, dtype)[1:].reshape(run.dy.shape)
+    shifted[...] = run.dy
+    run.dy = shifted
+    for name in ("bias_l0", "bias_l0_reverse"):
+        moved = xp.empty(33, dtype)[1:]
+        moved[...] = run.lstm.params[name]
+        run.lstm.params[name] = moved
+        assert moved.data.ptr % 16
+    assert_identical(on_host(run()), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_schedule_gives_the_same_bits(dtype, seed):
+    found = []
+    for library in (FakeCupy(), FakeCupy(fibers=True, seed=1000 * (seed + 1))):
+        with cuda_row.installed(library):
+            found.append(on_host(Run(library, Case(4, 5, 3, 8, 1, True, lengths="zeros"), dtype)()))
+    assert_identical(found[1], found[0])
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_more_rows_than_a_grid_holds(xp, monkeypatch, most):
+    expected = on_host(Run(xp, Case(9, 70, 5, 33, lengths="zeros"))())
+    cuda._geometry.cache_clear()
+    monkeypatch.setattr(cuda, "_MOST_BLOCKS", most)
+    try:
+        assert cuda._geometry(70, 33)[0][1] == most
+        found = on_host(Run(xp, Case(9, 70, 5, 33, lengths="zeros"))())
+    finally:
+        cuda._geometry.cache_clear()
+    assert_identical(found, expected)
+
+
+def test_column_sum_over_many_slabs(xp, dtype):
+    rng = np.random.default_rng(0)
+    for rows, columns in [(0, 4), (1, 1), (256, 32), (257, 33), (256 * 256 + 1, 3), (1000, 100)]:
+        values = rng.normal(size=(rows, columns)).astype(dtype)
+        found = dispatch.backend_named("cuda")._column_sum(xp.array(values))
+        exact = values.sum(axis=0, dtype=np.float64)
+        # Each sum is rounded about 32 + 3 times a slab and stage, however many rows there are.
+        assert np.abs(found.get() - exact).max() <= 64 * np.finfo(dtype).eps * max(1, np.abs(values).sum(axis=0).max())
+        assert found.shape == (columns,)
+
+
+def test_missing_pieces_are_named(monkeypatch):
+    monkeypatch.delitem(dispatch._loaded, "cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # importing it raises ImportError
+    with pytest.raises(fastlstm.BackendError, match=r'needs CuPy.*pip install "fastlstm\[cuda13\]"'):
+        dispatch.backend_named("cuda")
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(devices=0))
+    with pytest.raises(fastlstm.BackendError, match="finds no CUDA device"):
+        dispatch.backend_named("cuda")
+    library = FakeCupy()
+
+    class Cuda:
+        def __getattr__(self, name):
+            if name == "cublas":
+                raise ImportError("libcublas.so.13")
+            return getattr(library.cuda, name)
+
+    broken = FakeCupy()
+    broken.cuda = Cuda()
+    monkeypatch.setitem(sys.modules, "cupy", broken)
+    with pytest.raises(fastlstm.BackendError, match=r"lacks libraries .*\(libcublas.*fastlstm\[cuda13\]"):
+        dispatch.backend_named("cuda")
+    assert "cuda" not in dispatch._loaded  # it is tried again
+    with pytest.raises(AttributeError):
+        _ = cuda.OTHER
+
+
+def test_importing_the_backend_loads_neither_cupy_nor_numba():
+    code = "import sys, fastlstm.backends.cuda; assert not {'numba', 'cupy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The real CuPy, as far as a machine without a device goes.
+
+
+@pytest.fixture
+def cupy():
+    module = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if module.cuda.is_available():
+        pytest.skip("there is a device: the whole suite runs on it")
+    return module
+
+
+@pytest.fixture
+def real_array(cupy):
+    """An array of CuPy's own type, over the host's memory: it can be asked everything but its contents."""
+    memory = np.ones(24, np.float32)
+    pointer = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, 0), 0)
+    return cupy.ndarray((2, 3, 4), np.float32, pointer)
+
+
+def test_cupys_own_arrays_are_recognised(cupy, real_array, monkeypatch):
+    monkeypatch.delitem(dispatch._loaded, "cuda", raising=False)
+    assert dispatch.kind_of("x", real_array).library == "cupy"
+    assert dispatch.array_namespace(real_array) is cupy
+    with pytest.raises(fastlstm.BackendError, match=r"CuPy .* finds no CUDA device"):
+        dispatch.backend_for(real_array)
+    with pytest.raises(fastlstm.ArrayTypeError, match="x is a cupy array, but the parameters are numpy arrays"):
+        LSTM(4, 3)(real_array)
+
+
+def test_cupy_without_a_device_is_an_error_that_says_so(cupy, monkeypatch):
+    monkeypatch.delitem(dispatch._loaded, "cuda", raising=False)
+    for call in (CupyDevice, lambda: dispatch.backend_named("cuda"), lambda: LSTM(4, 3).to(cupy)):
+        with pytest.raises(fastlstm.BackendError, match="finds no CUDA device"):
+            call()
+
+
+def test_the_stand_in_is_like_cupy(cupy, real_array):
+    fake = FakeCupy()
+    ours = fake.zeros((2, 3, 4), np.float32)
+    for attribute in ("shape", "dtype", "ndim", "size", "nbytes", "strides", "itemsize"):
+        assert getattr(ours, attribute) == getattr(real_array, attribute)
+    assert type(ours).__name__ == type(real_array).__name__ and type(ours).__module__ == type(real_array).__module__
+    assert repr(ours.device) == repr(real_array.device)
+    for array in (ours, real_array):
+        assert array[:, 1].strides == (48, 4) and array.reshape(-1, 4).shape == (6, 4)
+        with pytest.raises(TypeError, match="Implicit conversion to a NumPy array is not allowed"):
+            np.asarray(array)
+    for operation in (np.add, lambda a, b: a + b):  # CuPy asks for a device first
+        with pytest.raises(TypeError):
+            operation(ours, np.ones(4, np.float32))
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+    assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
+
+
+def test_a_cubin_of_cupys_own_compiler(cupy):
+    # What CuPy makes of our source and options, without a device: its NVRTC takes them as they are.
+    from cupy.cuda import compiler as of_cupy
+
+    loader = cuda.loader
+    program = of_cupy._NVRTCProgram(loader.source(), method="cubin")
+    options = (*loader.options(np.dtype("float32"), 4), "-ftz=true", "-arch=sm_90")
+    assert program.compile(options)[0].startswith(b"\x7fELF")

@@ -1,0 +1,84 @@
+"""Every kernel compiles for every generation of GPUs, with CuPy's options, and takes no more than it should.
+
+NVRTC comes from its pip wheel; neither a GPU nor a driver is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+import nvrtc
+import pytest
+
+from fastlstm.kernels.cuda import loader
+
+pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="the wheel nvidia-cuda-nvrtc is not installed")
+
+ARCHITECTURES = (75, 80, 90, 100, 120)
+BUILDS = [(np.dtype(name), width) for name in ("float32", "float64") for width in (1, loader.wide(np.dtype(name)))]
+
+# Registers of a thread at most, without any spilled. A multiprocessor has 65,536: at 72 there is room for 7 blocks of
+# 128 threads, at 96 (four units a thread, so that each has four times the loads under way) for 5.
+MOST_REGISTERS = {"narrow gate kernel": 72, "wide gate kernel": 96, "other": 64}
+SHARED = {"column_sum": {"float32": 1024, "float64": 2048}}
+
+
+@functools.cache
+def compiled(architecture: int, build: tuple[np.dtype, int]) -> tuple[bytes, str]:
+    options = (*loader.options(*build), *nvrtc.OPTIONS_OF_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-v")
+    return nvrtc.compile_source(loader.source(), options)
+
+
+def test_all_files_and_kernels_are_listed():
+    folder = loader.files("fastlstm.kernels.cuda")
+    on_disk = {path.name for path in folder.iterdir() if path.name.endswith((".cu", ".cuh"))}
+    assert on_disk == {loader.HEADER, *loader.FILES}
+    assert set(re.findall(r"__global__\s+void\s+(\w+)", loader.source())) == set(loader.kernel_names())
+    assert {"gates_forward", "gates_backward", "column_sum"} <= set(loader.kernel_names())
+    assert "#include" not in loader.source()  # CuPy's cache would not see a change in it
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: f"{build[0].name}-{build[1]}")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_and_keep_to_their_registers(architecture, build):
+    cubin, log = compiled(architecture, build)
+    assert cubin.startswith(b"\x7fELF")
+    assert "warning" not in log
+    found = nvrtc.resources(log)
+    assert found.keys() == set(loader.kernel_names())
+    name = build[0].name
+    for kernel, taken in found.items():
+        kind = ("narrow" if build[1] == 1 else "wide") + " gate kernel" if kernel.startswith("gates") else "other"
+        assert taken.registers <= MOST_REGISTERS[kind], (kernel, taken)
+        assert taken.spills == 0 and taken.stack == 0, (kernel, taken)
+        assert taken.shared == SHARED.get(kernel, {}).get(name, 0), (kernel, taken)
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: f"{build[0].name}-{build[1]}")
+def test_the_code_is_what_it_should_be(build):
+    options = (*loader.options(*build), *nvrtc.OPTIONS_OF_CUPY, "-arch=compute_90")
+    ptx = nvrtc.compile_source(loader.source(), options, "PTX")[0].decode()
+    assert re.search(r"\b(atom|red)\.", ptx) is None  # nothing whose order is left to chance
+    if build[0].name == "float32":
+        assert ".f64" not in ptx  # no detour through double precision
+        assert "tanh.approx" not in ptx and "div.full" not in ptx and "div.approx" not in ptx  # no fast-math
+    if build[1] > 1:  # loads and stores of 128 bits
+        form = "v4.f32" if build[1] == 4 else "v2.f64"
+        for kind in ("ld.global", "st.global"):
+            assert re.search(rf"{kind}(\.nc)?\.{form}", ptx) or re.search(rf"{kind}(\.nc)?\.v4\.b32", ptx), kind
+
+
+def test_a_spill_is_read_off_the_log():
+    # The reader of the log is what the bounds rest on: a kernel held at 24 registers has to spill, and it must see it.
+    options = (*loader.options(np.dtype("float64"), 2), *nvrtc.OPTIONS_OF_CUPY, "-arch=sm_90")
+    _, log = nvrtc.compile_source(loader.source(), (*options, "--maxrregcount=24", "--ptxas-options=-v"))
+    taken = nvrtc.resources(log)["gates_backward"]
+    assert taken.registers <= 24 and taken.spills > 0
+
+
+def test_an_error_is_reported_with_its_file_and_line():
+    broken = loader.source().replace("const real one = 1;", "const real one = 1")
+    with pytest.raises(RuntimeError, match=r"gates\.cu\(\d+\): error"):
+        nvrtc.compile_source(broken, (*loader.options(np.dtype("float32"), 1), "-arch=sm_90"))

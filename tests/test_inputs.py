@@ -1,0 +1,280 @@
+"""Whatever an input's layout, byte order or kind of memory: the answer is that of a clean copy, to the bit.
+
+And what stands in it: NaN and Inf stay within their own sequence, and nothing in the padding goes anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from harness import REFERENCE, Case, problem, results, solve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import LAYOUTS, cleaned, lay_out, snapshot
+from tolerances import assert_close, assert_identical
+
+from fastlstm import LSTM
+from fastlstm.functional import lstm_backward, lstm_forward
+
+LAYOUT = st.sampled_from(sorted(LAYOUTS))
+INTEGERS = st.sampled_from([">i2", "<u2", ">i4", "u4", "<i8", ">u8"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 5, 3)], ids=str)
+def test_layouts_are_what_they_claim(dtype, name, shape):
+    a = np.random.default_rng(0).uniform(size=shape).astype(dtype)
+    made = lay_out(name, a)  # asserts the property
+    if name not in ("broadcast", "overlapping"):
+        np.testing.assert_array_equal(made, a)
+    assert LAYOUTS[name][1](a) == (
+        name in ("clean", "fortran", "transposed", "overlapping")[: 1 if len(shape) > 1 else 4]
+    )
+    copy = cleaned(made)
+    assert copy.flags.carray and copy.dtype.isnative and type(copy) is np.ndarray
+    np.testing.assert_array_equal(copy, made)
+
+
+def arguments(p):
+    """All arrays of a problem, by name."""
+    named = {"x": p.x, "h0": p.state[0], "c0": p.state[1], "dy": p.dy, "dh_n": p.dstate[0], "dc_n": p.dstate[1]}
+    return named | p.params | ({} if p.lengths is None else {"lengths": p.lengths})
+
+
+def on(backend, named):
+    """Bring arrays to a backend; lengths stay on the host."""
+    return {name: value if name == "lengths" else backend.array(value) for name, value in named.items()}
+
+
+def solve_with(p, named, backend):
+    """Solve a problem with these arrays, which are the backend's, in place of its own."""
+    a = named
+    params = {name: a[name] for name in p.params}
+    y, (h_n, c_n), tape = lstm_forward(params, a["x"], (a["h0"], a["c0"]), a.get("lengths"), batch_first=p.batch_first)
+    return results(backend, y, h_n, c_n, lstm_backward(params, tape, a["dy"], (a["dh_n"], a["dc_n"])))
+
+
+def assert_same(found, expected, backend, dtype):
+    """Assert equal bits where the backend promises them for any layout, else a few ulp."""
+    if backend.bitwise:
+        assert_identical(found, expected)
+    else:
+        assert_close("alone", found, expected, backend=backend.name, dtype=dtype)
+
+
+@settings(max_examples=5 * settings().max_examples)
+@given(data=st.data())
+def test_every_layout_gives_the_clean_answer_and_stays_unchanged(backend, dtype, data):
+    sizes = [data.draw(st.sampled_from(choice)) for choice in ((1, 2, 5), (1, 2, 7), (1, 3, 8), (1, 4, 17))]
+    flags = [data.draw(st.booleans()) for _ in range(3)]
+    case = Case(*sizes, 2, *flags, lengths="zeros" if data.draw(st.booleans()) else None)
+    p = problem(case).astype(dtype)
+    named = arguments(p)
+    if p.lengths is not None:
+        named["lengths"] = p.lengths.astype(np.dtype(data.draw(INTEGERS)).newbyteorder("="))
+    made = {name: lay_out(data.draw(LAYOUT, label=name), value) for name, value in named.items()}
+    before = {name: snapshot(value) for name, value in made.items()}
+    given_arrays = on(backend, made)
+    found = solve_with(p, given_arrays, backend)
+    assert {name: snapshot(value) for name, value in made.items()} == before
+    expected = solve_with(p, on(backend, {name: cleaned(value) for name, value in made.items()}), backend)
+    assert_same(found, expected, backend, dtype)
+    for name, value in given_arrays.items():  # on a device, the copies there are unchanged too
+        np.testing.assert_array_equal(value if backend.is_numpy or name == "lengths" else value.get(), made[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_of_every_argument_at_once(backend, dtype, layout):
+    p = problem(Case(4, 3, 5, 8, 2, True, lengths="zeros")).astype(dtype)
+    made = {name: lay_out(layout, value) for name, value in arguments(p).items()}
+    found = solve_with(p, on(backend, made), backend)
+    expected = solve_with(p, on(backend, {name: cleaned(value) for name, value in made.items()}), backend)
+    assert_same(found, expected, backend, dtype)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_of_a_step_and_a_small_call(backend, dtype, layout, layers):
+    p = problem(Case(2, 4, 5, 8, layers)).astype(dtype)
+    made = {"x": p.x, "x_t": np.ascontiguousarray(p.x[0]), "h": p.state[0], "c": p.state[1]} | p.params
+    made = {name: lay_out(layout, value) for name, value in made.items()}
+
+    def run(named):
+        lstm, a = LSTM(5, 8, layers, dtype=dtype), on(backend, named)
+        lstm.params.update({name: a[name] for name in p.params})
+        h_t, (h_1, c_1) = lstm.step(a["x_t"], (a["h"], a["c"]))
+        y, (h_n, c_n) = lstm(a["x"], (a["h"], a["c"]))
+        found = {"h_t": h_t, "h_1": h_1, "c_1": c_1, "y": y, "h_n": h_n, "c_n": c_n}
+        return {name: backend.host(value) for name, value in found.items()}
+
+    before = {name: snapshot(value) for name, value in made.items()}
+    clean_copies = {name: cleaned(value) for name, value in made.items()}
+    run(clean_copies)  # what has run once may take another path from then on
+    assert_same(run(made), run(clean_copies), backend, dtype)
+    assert {name: snapshot(value) for name, value in made.items()} == before
+
+
+def test_results_belong_to_the_caller_alone(backend, dtype):
+    # Writing into any result changes no other result, no input, no parameter, and no later call.
+    p = problem(Case(3, 2, 4, 5, 2)).astype(dtype)
+    lstm = LSTM(4, 5, 2, dtype=dtype)
+    lstm.params.update({name: backend.array(value) for name, value in p.params.items()})
+    x, dy, state = backend.array(p.x), backend.array(p.dy), tuple(map(backend.array, p.state))
+
+    def run():
+        y, (h_n, c_n), tape = lstm.forward(x, state)
+        grads = lstm.backward(tape, dy)
+        h, (h_1, c_1) = lstm.step(x[0], state)
+        return [y, h_n, c_n, grads.x, *grads.state, *grads.params.values(), h, h_1, c_1]
+
+    found = run()
+    held = [*found, x, dy, *state, *lstm.params.values()]
+    for one, other in itertools.combinations(held, 2):
+        assert not backend.shares_memory(one, other)
+    copies = [backend.host(value).copy() for value in found]
+    for value in found:
+        value[...] = np.nan
+    for value, copy in zip(run(), copies, strict=True):
+        np.testing.assert_array_equal(backend.host(value), copy)
+
+
+@pytest.mark.parametrize("case", [Case(0, 3, 4, 5), Case(3, 0, 4, 5), Case(3, 2, 4, 5, lengths=(0, 0))], ids=str)
+def test_results_of_nothing_belong_to_the_caller_alone(backend, dtype, case):
+    p = problem(case).astype(dtype)
+    params = {name: backend.array(value) for name, value in p.params.items()}
+    state, dstate = (tuple(map(backend.array, pair)) for pair in (p.state, p.dstate))
+    y, (h_n, c_n), tape = lstm_forward(params, backend.array(p.x), state, p.lengths)
+    grads = lstm_backward(params, tape, backend.array(p.dy), dstate)
+    held = [h_n, c_n, *state, *grads.state, *dstate, *grads.params.values(), *params.values()]
+    for one, other in itertools.combinations(held, 2):
+        assert not backend.shares_memory(one, other)
+    for ours, theirs in ((h_n, state[0]), (c_n, state[1]), (grads.state[0], dstate[0]), (grads.state[1], dstate[1])):
+        np.testing.assert_array_equal(backend.host(ours), backend.host(theirs))
+    assert not any(backend.host(value).any() for value in (y, grads.x, *grads.params.values()))
+
+
+def test_one_array_may_serve_as_several_arguments(backend, dtype):
+    p = problem(Case(3, 4, 5, 5)).astype(dtype)
+    params = {name: backend.array(value) for name, value in p.params.items()}
+    x, h = backend.array(p.x), backend.array(p.state[0])
+
+    def run(copy):
+        y, state, tape = lstm_forward(params, x, (h, copy(h)))
+        return results(backend, y, *state, lstm_backward(params, tape, copy(y), (copy(state[0]), copy(state[0]))))
+
+    assert_identical(run(lambda value: value), run(lambda value: value.copy()))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda v: np.array(v, ">i2"), lambda v: np.array(v, np.uint8)])
+def test_lengths_may_be_any_integers(backend, dtype, kind):
+    p = problem(Case(4, 3, 2, 5, lengths=(2, 0, 4))).astype(dtype)
+    assert_identical(solve(dataclasses.replace(p, lengths=kind([2, 0, 4])), backend), solve(p, backend))
+    one = problem(Case(4, 3, 2, 5, lengths=(0, 1, 2))).astype(dtype)
+    assert_identical(solve(dataclasses.replace(one, lengths=range(3)), backend), solve(one, backend))
+
+
+# What stands in the arrays.
+
+VALUES = Case(5, 4, 3, 9, 2, True, lengths=(3, 0, 5, 4))
+POISONS = [np.nan, np.inf, -np.inf]
+
+
+def rows_without(found, row):
+    """Cut a sequence out of all results that have a batch axis, and leave out the parameters' gradients."""
+    return {name: np.delete(found[name], row, axis=1) for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0")}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("where", ["x", "h0", "c0", "dy", "dh_n", "dc_n"])
+def test_nan_and_inf_stay_in_their_own_sequence(backend, dtype, poison, where):
+    p = problem(VALUES).astype(dtype)
+    clean = solve_with(p, on(backend, arguments(p)), backend)
+    for row in (0, 2, 3):
+        named = arguments(p) | {where: arguments(p)[where].copy()}
+        named[where][1, row, 1] = poison
+        found = solve_with(p, on(backend, named), backend)
+        assert_identical(rows_without(found, row), rows_without(clean, row))
+        if np.isnan(poison):  # and does not vanish: the sequence's own results say that something is wrong
+            own = {"x": "y", "h0": "y", "c0": "y"}.get(where, "dx")
+            assert np.isnan(found[own][:, row]).any()
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_nan_and_inf_go_where_the_equations_send_them(backend, dtype, poison):
+    p = problem(VALUES).astype(dtype)
+    for where in ("x", "h0", "c0", "dy", "dh_n", "dc_n", "weight_ih_l0", "weight_hh_l1", "bias_l0_reverse"):
+        named = arguments(p) | {where: arguments(p)[where].copy()}
+        index = {1: (4,), 2: (4, 1), 3: (1, 2, 1)}[named[where].ndim]
+        named[where][index] = poison
+        with REFERENCE.active():
+            expected = solve_with(p, named, REFERENCE)
+        found = solve_with(p, on(backend, named), backend)
+        assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)
+
+
+@pytest.mark.parametrize("poison", [*POISONS, 1e30, -1e30, 1e-42])
+@pytest.mark.parametrize("where", ["x", "h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_l0"])
+def test_a_small_call_sends_odd_numbers_where_the_reference_does(backend, dtype, poison, where):
+    p = problem(Case(2, 3, 4, 9)).astype(dtype)
+    named = arguments(p) | {where: arguments(p)[where].copy()}
+    named[where][(1,) * named[where].ndim if named[where].ndim < 3 else (0, 1, 1)] = poison
+
+    def run(backend, a):
+        lstm = LSTM(4, 9, dtype=dtype)
+        lstm.params.update({name: a[name] for name in p.params})
+        y, (h_n, c_n) = lstm(a["x"], (a["h0"], a["c0"]))
+        found = {"h_t": lstm.step(a["x"][0], (a["h0"], a["c0"]))[0], "y": y, "h_n": h_n, "c_n": c_n}
+        return {name: backend.host(value) for name, value in found.items()}
+
+    with REFERENCE.active():
+        expected = run(REFERENCE, named)
+    run(backend, on(backend, arguments(p)))
+    found = run(backend, on(backend, named))
+    assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)
+
+
+@pytest.mark.parametrize("poison", [*POISONS, 1e30])
+def test_padding_goes_nowhere(backend, dtype, poison):
+    p = problem(VALUES).astype(dtype)
+    past = np.arange(VALUES.steps)[:, None] >= p.lengths
+    x, dy = p.x.copy(), p.dy.copy()
+    x[past], dy[past] = poison, poison
+    assert past.any()
+    found = solve(dataclasses.replace(p, x=x, dy=dy), backend)
+    assert_identical(found, solve(p, backend))
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert not found["y"][past].any() and not found["dx"][past].any()
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_the_state_of_an_empty_sequence_is_handed_through(backend, dtype, poison):
+    p = problem(VALUES).astype(dtype)
+    clean = solve(p, backend)
+    state = tuple(value.copy() for value in p.state)
+    dstate = tuple(value.copy() for value in p.dstate)
+    for value in (*state, *dstate):
+        value[:, 1] = poison
+    found = solve(dataclasses.replace(p, state=state, dstate=dstate), backend)
+    assert_identical(rows_without(found, 1), rows_without(clean, 1))
+    parameters = [name for name in found if name not in rows_without(found, 1)]
+    assert_identical({name: found[name] for name in parameters}, {name: clean[name] for name in parameters})
+    for name in ("h_n", "c_n", "dh0", "dc0"):
+        np.testing.assert_array_equal(found[name][:, 1], np.full_like(found[name][:, 1], poison))
+    assert not found["y"][:, 1].any() and not found["dx"][:, 1].any()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-30, 1e-38, 1e5, 1e30])
+def test_numbers_of_any_size_give_the_reference(backend, dtype, scale):
+    # Gates saturate to 0 and 1 and tanh to 1 without overflow, and tiny inputs do not vanish before they must.
+    p = problem(VALUES)
+    p = dataclasses.replace(p, x=(p.x * scale).astype(np.float32).astype(np.float64))
+    found, expected = solve(p.astype(dtype), backend), solve(p, REFERENCE)
+    assert all(np.isfinite(value).all() for value in found.values())
+    if dtype == np.float32 and scale > 1:
+        # A saturated gate is 1 in float32 and 1 - 1e-20 in float64, so the gradients through it are 0 and 1e-20.
+        found = {name: value for name, value in found.items() if not name.startswith("d")}
+    expected = {name: expected[name] for name in found}
+    assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)

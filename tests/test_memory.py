@@ -1,0 +1,130 @@
+"""The compiled kernels stay inside their arrays and read nothing that was not written.
+
+Every array that the backend allocates, and every one it is given, lies here between two margins of NaN, and
+fresh memory is NaN too: a write outside shows in a margin, a read outside or too early in the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from harness import REFERENCE, BackendUnderTest, Case, problem, solve
+from tolerances import assert_close
+
+from fastlstm import dispatch
+
+MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
+CASES = [
+    *(Case(4, batch, 5, 7, 2, True, lengths="zeros", dropout=0.3) for batch in (1, 2, 6, 7, 13)),
+    *(Case(3, 7, inputs, hidden) for inputs in (1, 8, 17) for hidden in (1, 8, 15, 16, 17, 33)),
+    Case(5, 12, 16, 32, lengths="zeros"),
+    Case(9, 20, 64, 96, bidirectional=True, lengths="zeros"),  # enough work for several threads
+    Case(1, 1, 3, 5, 2, bias=False),
+    Case(4, 3, 2, 5, 2, True, lengths=(0, 0, 0)),
+]
+
+
+class Guarded:
+    """Makes arrays between margins, and remembers them."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def empty(self, shape, dtype=np.float64, order="C"):
+        assert order == "C"
+        dtype, count = np.dtype(dtype), int(np.prod(shape))
+        fill = np.nan if dtype.kind == "f" else np.iinfo(dtype).min // 3
+        buffer = np.full(count + 2 * MARGIN, fill, dtype)
+        self.buffers.append((buffer, count, fill))
+        return buffer[MARGIN : MARGIN + count].reshape(shape)
+
+    def zeros(self, shape, dtype=np.float64):
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def full(self, shape, value, dtype):
+        array = self.empty(shape, dtype)
+        array[...] = value
+        return array
+
+    def empty_like(self, like):
+        return self.empty(like.shape, like.dtype)
+
+    def array(self, value, order="C"):
+        array = self.empty(np.shape(value), value.dtype)
+        array[...] = value
+        return array
+
+    def check(self):
+        for buffer, count, fill in self.buffers:
+            for margin in (buffer[:MARGIN], buffer[MARGIN + count :]):
+                untouched = np.isnan(margin) if np.isnan(fill) else margin == fill
+                assert untouched.all(), f"a kernel wrote outside an array of {count} elements of {buffer.dtype}"
+
+
+@dataclass(frozen=True)
+class GuardedBackend(BackendUnderTest):
+    """The CPU backend, with margins around what it is given."""
+
+    guard: Guarded
+
+    def array(self, value):
+        return self.guard.array(value)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Replace NumPy's allocating functions in the CPU backend and what it calls, and check the margins at the end."""
+    if BackendUnderTest("cpu").missing:
+        pytest.skip(BackendUnderTest("cpu").missing)
+    implementation = dispatch.backend_named("cpu")
+    guard = Guarded()
+    names = ("empty", "zeros", "full", "empty_like", "array")
+    guarded_numpy = types.SimpleNamespace(**(vars(np) | {name: getattr(guard, name) for name in names}))
+    for name, module in list(sys.modules.items()):
+        host_only = name.rpartition(".")[2] in ("reference", "layers", "cuda", "device")
+        if name.startswith("fastlstm.backends.") and hasattr(module, "np") and not host_only:
+            monkeypatch.setattr(module, "np", guarded_numpy)
+    monkeypatch.setattr(type(implementation), "xp", guarded_numpy)
+    yield guard
+    guard.check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_stays_inside_its_arrays(guarded, dtype, case):
+    p = problem(case)
+    found = solve(p.astype(dtype), GuardedBackend("cpu", guarded))
+    assert len(guarded.buffers) > 20
+    assert_close("agreement", found, solve(p, REFERENCE), backend="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_inference_stays_inside_its_arrays(guarded, dtype, case):
+    p = problem(dataclasses.replace(case, dropout=0.0))
+    expected = solve(p, REFERENCE)
+    p = p.astype(dtype)
+    params, (h0, c0) = {name: guarded.array(value) for name, value in p.params.items()}, map(guarded.array, p.state)
+    backend = dispatch.backend_named("cpu")
+    result = backend.forward(p.cell, params, guarded.array(p.x), h0, c0, p.lengths, None, keep_tape=False)
+    found = {"y": result.y, "h_n": result.h_n, "c_n": result.c_n}
+    expected = {name: expected[name] for name in found}
+    assert_close("agreement", found, expected, backend="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6, 7, 13])
+@pytest.mark.parametrize(("inputs", "hidden"), [(1, 1), (5, 7), (16, 16), (17, 33), (3, 100)])
+def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden):
+    p = problem(Case(1, batch, inputs, hidden, 2))
+    expected = solve(p, REFERENCE)
+    p = p.astype(dtype)
+    params = {name: guarded.array(value) for name, value in p.params.items()}
+    state = map(guarded.array, p.state)
+    h, c = dispatch.backend_named("cpu").step(p.cell, params, guarded.array(p.x[0]), *state)
+    expected = {name: expected[name] for name in ("h_n", "c_n")}
+    assert_close("agreement", {"h_n": h, "c_n": c}, expected, backend="cpu", dtype=dtype)
