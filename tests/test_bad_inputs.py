@@ -263,7 +263,7 @@ def test_bad_lengths_are_refused(backend, dtype, name):
 
 def test_lengths_need_a_batch(backend, dtype):
     calls = Calls(backend, dtype)
-    with pytest.raises(fastlstm.ArgumentError, match="lengths"):
+    with pytest.raises(fastlstm.ArgumentError, match="lengths need a batch"):
         calls.lstm(calls.arrays["x"][:, 0], None, [3])
 
 

@@ -103,14 +103,13 @@ def test_a_backend_takes_its_own_arrays_only(monkeypatch):
         LSTM(4, 5)(X)
 
 
-class Device:
-    """A device of the fake arrays below."""
+CupyLike = type("ndarray", (), {"__module__": "cupy"})
 
 
-def cupy_like(value):
+def cupy_like(value, device="<CUDA Device 0>"):
     """Make what looks like a CuPy array to anyone who asks for its type, where there is no CuPy."""
-    fake = type("ndarray", (), {"__module__": "cupy"})()
-    fake.shape, fake.ndim, fake.dtype, fake.device = value.shape, value.ndim, value.dtype, Device
+    fake = CupyLike()
+    fake.shape, fake.ndim, fake.dtype, fake.device = value.shape, value.ndim, value.dtype, device
     return fake
 
 
@@ -123,6 +122,18 @@ def test_numpy_and_cupy_do_not_mix():
     lstm.params.update({name: cupy_like(value) for name, value in lstm.params.items()})
     with pytest.raises(fastlstm.ArrayTypeError, match=r"x is a numpy array, but the par.* cupy arrays.*to\(numpy\)"):
         lstm(X)
+
+
+def test_devices_do_not_mix():
+    lstm = LSTM(4, 5)
+    lstm.params.update({name: cupy_like(value) for name, value in lstm.params.items()})
+    with pytest.raises(fastlstm.ArrayTypeError, match=r"x is on <CUDA Device 1>, but the parameters are on .* 0>"):
+        lstm(cupy_like(X, "<CUDA Device 1>"))
+    lstm.params["bias_l0"] = cupy_like(np.zeros(20, np.float32), "<CUDA Device 1>")
+    with pytest.raises(
+        fastlstm.ArrayTypeError, match=r"bias_l0 is on <CUDA Device 1>, but the parameters are on .* 0>"
+    ):
+        lstm(cupy_like(X))
 
 
 def test_without_cupy_its_arrays_say_what_to_install(monkeypatch):

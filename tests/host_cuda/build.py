@@ -32,29 +32,41 @@ def compiler() -> str | None:
 
 @functools.cache
 def folder() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="fastlstm-host-cuda-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
+    """Where compiled kernels lie until the tests end; processes that a test starts find them there too."""
+    path = os.environ.get("FASTLSTM_TEST_HOST_CUDA")
+    if path is None:
+        path = os.environ["FASTLSTM_TEST_HOST_CUDA"] = tempfile.mkdtemp(prefix="fastlstm-host-cuda-")
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
 @functools.cache
 def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    """Compile a source once for this process."""
+    """Compile a source once."""
     names = KERNEL.findall(source)
     text = f'#include "{HEADER}"\n{source}\n' + "".join(f"HOST_CUDA_EXPORT({name})\n" for name in names)
-    stem = folder() / hashlib.sha256(repr((text, options)).encode()).hexdigest()[:16]
-    stem.with_suffix(".cpp").write_text(text)
+    key = hashlib.sha256(repr((text, HEADER.read_text(), options)).encode()).hexdigest()[:16]
+    compiled = folder() / f"{key}.so"
+    if not compiled.exists():
+        with tempfile.TemporaryDirectory(dir=folder()) as work:
+            compile_with_host_compiler(text, options, Path(work))
+            (Path(work) / "kernels.so").replace(compiled)
+    return ctypes.CDLL(str(compiled))
+
+
+def compile_with_host_compiler(text: str, options: tuple[str, ...], work: Path) -> None:
+    """Write ``kernels.so`` into a folder."""
+    (work / "kernels.cpp").write_text(text)
     command = [
         compiler() or "g++", "-shared", "-fPIC", "-O2", "-pthread", "-w", "-fno-strict-aliasing", "-Wl,-z,now",
         # As nvcc does: a product and a sum become one operation.
         "-march=native", "-ffp-contract=fast",
         *(option.replace("--std=c++17", "-std=c++17") for option in options),
-        "-o", str(stem.with_suffix(".so")), str(stem.with_suffix(".cpp")),
+        "-o", str(work / "kernels.so"), str(work / "kernels.cpp"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompilationError(done.stderr)
-    return ctypes.CDLL(str(stem.with_suffix(".so")))
 
 
 class HostKernel:
