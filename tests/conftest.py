@@ -12,6 +12,8 @@ import os
 # Before NumPy is imported: a BLAS with threads is slower on these small products, on busy machines many times slower,
 # because its idle threads spin on the cores that the backend's own threads, or other processes, need.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# For the processes that tests start: the folder they stand in is the checkout, whose fastlstm/ has no kernels in it.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 import cuda_row
 import numpy as np

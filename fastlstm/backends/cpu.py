@@ -117,13 +117,18 @@ class CpuBackend(LayeredBackend):
             if state is None:
                 h0 = c0 = np.zeros((1, batch, hidden), dtype)
             else:
-                h0, c0 = state
+                h0, c0 = state if type(state) is tuple else ()  # which raises, and is caught below
             rows = x if len(shape) == 2 else x.reshape(-1, inputs)
             y = np.empty((len(rows), hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
             bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
             weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
-            if not small_forward(weight_ih, weight_hh, bias, rows, h0, c0, y, h_n, c_n, cell.input_size, hidden):
+            # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
+            if not (type(x) is type(h0) is type(c0) is type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray):
+                return None
+            if not small_forward(
+                weight_ih, weight_hh, bias, rows, h0, c0, y, h_n, c_n, cell.input_size, hidden, cell.bias
+            ):
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
             return None
@@ -170,7 +175,7 @@ def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Ar
         prepare(x.dtype)
     fits = small_forward(
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), _plain(x), _plain(h0), _plain(c0),
-        y, h_n, c_n, inputs, hidden,
+        y, h_n, c_n, inputs, hidden, weights.bias is not None,
     )  # fmt: skip
     assert fits or not y.size
     return y

@@ -141,6 +141,7 @@ def small_forward(
     c_n,  # (1, B, H), OUT
     inputs,  # I
     hidden,  # H
+    biased,  # whether there is a bias
 ):
     """Run one layer over a few rows; return False, with nothing written, if a shape does not fit.
 
@@ -149,7 +150,7 @@ def small_forward(
     batch, rows = h0.shape[1], x.shape[0]
     if (
         (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden))
-        or (bias.size not in (0, 4 * hidden) or batch == 0 or rows % batch or x.shape[1] != inputs)
+        or (bias.size != (4 * hidden if biased else 0) or batch == 0 or rows % batch or x.shape[1] != inputs)
         or (h0.shape != (1, batch, hidden) or c0.shape != h0.shape or h_n.shape != h0.shape)
         or (c_n.shape != h0.shape or y.shape != (rows, hidden))
     ):
@@ -197,7 +198,8 @@ def prepare(dtype: np.dtype[Any]) -> None:
     with _lock:
         if dtype not in ready:
             vector, matrix, state = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3))
-            arguments = (matrix, matrix, vector, matrix, state, state, matrix, state, state, types.intp, types.intp)
+            arrays = (matrix, matrix, vector, matrix, state, state, matrix, state, state)
+            arguments = (*arrays, types.intp, types.intp, types.boolean)
             small_forward.disable_compile(False)
             small_forward.compile(arguments)
             small_forward.disable_compile(True)
