@@ -30,12 +30,12 @@ BATCH = (16, 64, 1, 256)
 STEPS = 512
 CONTENDERS = {"torch float32": (np.float32, False), "torch float32 TF32": (np.float32, True),
               "torch bfloat16": ("bfloat16", False), "torch float16": ("float16", False)}  # fmt: skip
-# Errors against our float32 result, as a share of the largest value; what the number format alone explains, over
-# 512 steps. Beyond them the contender computes something else, and its time means nothing.
-TOLERANCE = {"torch float32": 1e-4, "torch float32 TF32": 2e-2, "torch bfloat16": 2e-1, "torch float16": 2e-2}
+# Errors against our float32 result, as a share of the largest value: what the number format alone explains, over 512
+# steps and sums of 131,072 products. Beyond them the contender computes something else, and its time means nothing.
+TOLERANCE = {"torch float32": 5e-4, "torch float32 TF32": 2e-2, "torch bfloat16": 2e-1, "torch float16": 2e-2}
 DEVICE = "cuda"  # torch's
 ROUNDS = (3, 11)  # of each contender, at least and at most
-SECONDS_OF_A_SHAPE = 6.0
+SECONDS_OF_A_SHAPE = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:

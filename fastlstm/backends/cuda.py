@@ -5,7 +5,7 @@ of h_{t-1} with W_hh, added to it, and one kernel. Backward: for each step one k
 the gradients of the weights and of the input, each one product over all steps.
 
 Everything goes to the caller's current stream on the arrays' device, and nothing waits for it. The only
-thing that comes from the host is the packing of the batch, copied once before the steps. Memory is CuPy's;
+thing that comes from the host is the packing of a ragged batch, copied once before the steps. Memory is CuPy's;
 what a training call keeps are six numbers for each hidden unit and step (the four gates, c, and the h
 before), and the backward pass takes four more while it runs. When memory runs out, CuPy's
 ``OutOfMemoryError``, a :class:`MemoryError`, passes through; nothing that the caller holds has changed then.
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     packing: Packing
     order: Array  # (B,) int64
     lengths: Array  # (B,) int64, in that order, descending
-    offsets: Array  # (S + 1,) int64
+    offsets: Array | None  # (S + 1,) int64; None with equal lengths, where nothing is packed
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,11 @@ class CudaBackend(LayeredBackend):
             values = sums
 
     def _rows(self, packing: Packing) -> Rows:
-        """Bring a packing to the device, in one copy."""
+        """Bring a packing to the device, in one copy; equal lengths need none."""
         batch = packing.order.size
+        if not packing.ragged:
+            order, lengths = self.xp.arange(batch, dtype=np.int64), self.xp.full(batch, packing.steps, np.int64)
+            return Rows(packing, order, lengths, None)
         index = self.device.upload(np.concatenate([packing.order, packing.lengths, packing.offsets], dtype=np.int64))
         return Rows(packing, index[:batch], index[batch : 2 * batch], index[2 * batch :])
 

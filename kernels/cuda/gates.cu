@@ -9,17 +9,17 @@
 // The recurrent product W_hh h_{t-1} has been added to `a` before; the bias is added here. Rows whose
 // sequence goes on hand their h to the next step, the others write their final state.
 extern "C" __global__ void gates_forward(
-    real *a,               // (N, 4H) at row `first`: pre-activations IN, activated gates i f g o OUT
-    const real *bias,      // (4H,), IN
-    const index_t *order,  // (B,) which sequence of the batch stands at each row, IN
+    real *a,                 // (N, 4H) at row `first`: pre-activations IN, activated gates i f g o OUT
+    const real *bias,        // (4H,), IN
+    const index_t *order,    // (B,) which sequence of the batch stands at each row, IN
     const index_t *lengths,  // (B,) in that order, descending, IN
-    real *c,               // (B + N, H): c_{t-1} IN at row `c_from`, c_t OUT at row `c_to`; these may be equal
-    real *h_rows,          // (N, H): h_t OUT at row `h_to`, only for the sequences that go on
-    real *y,               // (T, B, D, H), OUT at `direction`
-    real *h_n,             // (B, H), OUT for the sequences that end here
-    real *c_n,             // (B, H), likewise
+    real *c,                 // (B + N, H): c_{t-1} IN at row `c_from`, c_t OUT at row `c_to`; these may be equal
+    real *h_rows,            // (N, H): h_t OUT at row `h_to`, only for the sequences that go on
+    real *y,                 // (T, B, D, H), OUT at `direction`
+    real *h_n,               // (B, H), OUT for the sequences that end here
+    real *c_n,               // (B, H), likewise
     index_t first, index_t c_from, index_t c_to, index_t h_to,
-    index_t rows,  // sequences that have this step
+    index_t rows,            // sequences that have this step
     index_t step, index_t reverse, index_t batch, index_t hidden, index_t directions, index_t direction) {
     const index_t unit = FIRST(x) * WIDTH;
     if (unit >= hidden) return;
@@ -60,16 +60,16 @@ extern "C" __global__ void gates_forward(
 //
 // The tape (gates, c) is only read, so that a second backward pass finds it unchanged.
 extern "C" __global__ void gates_backward(
-    const real *dy,        // (T, B, D, H) at `direction`, IN; not read unless `with_dy`
-    const real *dh,        // (B, H): the gradient by h_t from the step after, IN
-    real *dc,              // (B, H): by c_t IN, by c_{t-1} OUT
-    const real *gates,     // (N, 4H) at row `first`: i f g o, IN
-    const real *c,         // (B + N, H): c_{t-1} at row `c_from`, c_t at row `c_to`, IN
-    const index_t *order,  // (B,) which sequence of the batch stands at each row, IN
+    const real *dy,          // (T, B, D, H) at `direction`, IN; not read unless `with_dy`
+    const real *dh,          // (B, H): the gradient by h_t from the step after, IN
+    real *dc,                // (B, H): by c_t IN, by c_{t-1} OUT
+    const real *gates,       // (N, 4H) at row `first`: i f g o, IN
+    const real *c,           // (B + N, H): c_{t-1} at row `c_from`, c_t at row `c_to`, IN
+    const index_t *order,    // (B,) which sequence of the batch stands at each row, IN
     const index_t *lengths,  // (B,) in that order, descending, IN
-    real *da,              // (N, 4H) at row `first`: by the pre-activations, OUT
+    real *da,                // (N, 4H) at row `first`: by the pre-activations, OUT
     index_t with_dy, index_t first, index_t c_from, index_t c_to,
-    index_t rows,  // sequences that have this step
+    index_t rows,            // sequences that have this step
     index_t step, index_t reverse, index_t batch, index_t hidden, index_t directions, index_t direction) {
     const index_t unit = FIRST(x) * WIDTH;
     if (unit >= hidden) return;

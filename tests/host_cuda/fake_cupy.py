@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from host_cuda.build import HostModule
+from host_cuda.build import HostModule, folder
 
 FENCE = 64  # bytes before and after each allocation; also its alignment
 POISON, POST = 0xFF, 0xA5
@@ -241,6 +241,7 @@ class FakeCupy(types.ModuleType):
         seed: int = 0,
     ) -> None:
         super().__init__("cupy")
+        folder()  # made now, so that processes started from here find it
         self.how = {"fibers": fibers, "seed": seed}
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
