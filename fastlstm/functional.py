@@ -6,7 +6,7 @@ to the backend that the array's type selects, and brought back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,9 +165,7 @@ def lstm_forward(
     """
     cell = parameters.cell_of(params, dropout)
     source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.dropout else None
-    y, state, tape = run(
-        cell, params, x, state, lengths, batch_first=batch_first, dropout=lambda: source, keep_tape=True
-    )
+    y, state, tape = run(cell, params, x, state, lengths, batch_first=batch_first, dropout=source, keep_tape=True)
     assert tape is not None
     return y, state, tape
 
@@ -223,7 +221,7 @@ def run(
     lengths: Any,
     *,
     batch_first: bool,
-    dropout: Callable[[], Dropout | None],  # called once the arguments are checked
+    dropout: Dropout | None,
     keep_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
     """Check the arguments, run the backend's forward pass, and bring the result to the caller's layout."""
@@ -237,7 +235,7 @@ def run(
     h0, c0 = checks.state(cell, state, layout.state_batch, like)
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     backend = dispatch.backend_for(x)
-    result = backend.forward(cell, params, layout.to_backend(x), h0, c0, lengths, dropout(), keep_tape)
+    result = backend.forward(cell, params, layout.to_backend(x), h0, c0, lengths, dropout, keep_tape)
     tape = Tape(cell, backend.name, layout, result.tape) if keep_tape else None
     return layout.to_caller(result.y), layout.state_to_caller(result.h_n, result.c_n), tape
 

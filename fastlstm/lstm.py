@@ -115,7 +115,7 @@ class LSTM:
         """
         y, state, _ = functional.run(
             self.cell, self.params, x, state, lengths,
-            batch_first=self.batch_first, dropout=lambda: None, keep_tape=False,
+            batch_first=self.batch_first, dropout=None, keep_tape=False,
         )  # fmt: skip
         return y, state
 
@@ -146,10 +146,15 @@ class LSTM:
         ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
             Before any work, if an argument does not fit.
         """
-        y, state, tape = functional.run(
-            self.cell, self.params, x, state, lengths,
-            batch_first=self.batch_first, dropout=self._next_dropout, keep_tape=True,
-        )  # fmt: skip
+        dropout = self._next_dropout()
+        try:
+            y, state, tape = functional.run(
+                self.cell, self.params, x, state, lengths,
+                batch_first=self.batch_first, dropout=dropout, keep_tape=True,
+            )  # fmt: skip
+        except BaseException:
+            self._give_back(dropout)
+            raise
         assert tape is not None
         return y, state, tape
 
@@ -161,6 +166,12 @@ class LSTM:
             key = self._dropout_key
             self._dropout_key += 1
         return Dropout(self.cell.dropout, key)
+
+    def _give_back(self, dropout: Dropout | None) -> None:
+        """After a call that failed, draw the same masks at the next, unless another call has drawn since."""
+        with _taking_a_key:
+            if dropout is not None and self._dropout_key == dropout.key + 1:
+                self._dropout_key = dropout.key
 
     def backward(
         self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None

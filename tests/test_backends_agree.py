@@ -121,6 +121,29 @@ def test_equal_keys_give_equal_masks_on_every_backend(backend, dtype):
     assert (outputs[0] != outputs[2]).any()
 
 
+def test_dropout_multiplies_what_goes_from_layer_to_layer(backend, dtype):
+    # Layer by layer, with the masks in between by hand: neither the input nor the last output is dropped.
+    case = Case(7, 9, 5, 20, 3, False, lengths="zeros", dropout=0.3)
+    p = problem(case).astype(dtype)
+    whole = solve(p, backend)
+    x, h_n = p.x, []
+    for layer in range(case.layers):
+        if layer:
+            x = x * dropout_mask(np, Dropout(case.dropout, DROPOUT_SEED), layer, x)
+        row = slice(layer, layer + 1)
+        alone = dataclasses.replace(
+            p, cell=dataclasses.replace(p.cell, num_layers=1, dropout=0.0), x=x,
+            params={name[:-1] + "0": value for name, value in p.params.items() if name.endswith(str(layer))},
+            state=tuple(value[row] for value in p.state), dstate=tuple(value[row] for value in p.dstate),
+        )  # fmt: skip
+        found = solve(alone, backend)
+        x = found["y"]
+        h_n.append(found["h_n"])
+    expected = {"y": x, "h_n": np.concatenate(h_n)}
+    assert_close("alone", {name: whole[name] for name in expected}, expected, backend=backend.name, dtype=dtype)
+    assert (whole["y"][:, p.lengths == case.steps] != 0).all()
+
+
 def test_masks_keep_their_share_and_scale_it(dtype):
     like = np.empty((50, 20, 40), dtype)
     for probability in (0.1, 0.5, 0.9):

@@ -165,7 +165,7 @@ def python(code, **environment):
     """Run code in a fresh interpreter; return what it prints."""
     clean = {name: value for name, value in os.environ.items() if name not in ("FASTLSTM_BACKEND", "NUMBA_DISABLE_JIT")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=clean | environment, capture_output=True, text=True,
+        [sys.executable, "-P", "-W", "error", "-c", code], env=clean | environment, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,16 @@ import pkgutil
 import pytest
 
 import fastlstm
+import fastlstm.kernels
 
-MODULES = ["fastlstm", *(module.name for module in pkgutil.walk_packages(fastlstm.__path__, "fastlstm."))]
+
+def modules_of(package):
+    """The names of all modules below a package."""
+    return [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+
+
+# In an editable installation, kernels/ does not lie below fastlstm/.
+MODULES = sorted({"fastlstm", *modules_of(fastlstm), "fastlstm.kernels", *modules_of(fastlstm.kernels)})
 # These are what people touch: each has at least one example.
 EXAMPLES = {"fastlstm", "fastlstm.lstm", "fastlstm.functional", "fastlstm.parameters", "fastlstm.dispatch"}
 

@@ -307,6 +307,13 @@ def test_dropout_is_drawn_anew_in_training_and_absent_in_inference(backend):
     np.testing.assert_array_equal(backend.host(again.forward(x)[0]), second)
 
 
+def test_seeds_determine_the_masks(backend):
+    first, second = model(backend, 3, 5, 2, dropout=0.5), model(backend, 3, 5, 2, dropout=0.5, seed=1)
+    second.params.update(first.params)
+    x = backend.array(draw(6, 4, 3))
+    assert (backend.host(first.forward(x)[0]) != backend.host(second.forward(x)[0])).any()
+
+
 def test_a_failed_call_draws_no_mask(backend):
     one, other = (model(backend, 3, 5, 2, dropout=0.5) for _ in range(2))
     x = backend.array(draw(6, 4, 3))

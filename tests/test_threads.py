@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -74,8 +75,22 @@ def test_threads_share_a_model(backend, dtype, case, eager_switching):
             assert_identical(found, expected)
 
 
+class SlowToCount(LSTM):
+    """A model that takes its time between reading the key of the next masks and writing the one after it."""
+
+    @property
+    def _dropout_key(self):
+        key = self.__dict__["key"]
+        time.sleep(1e-3)
+        return key
+
+    @_dropout_key.setter
+    def _dropout_key(self, key):
+        self.__dict__["key"] = key
+
+
 def test_threads_never_draw_the_same_mask(backend, eager_switching):
-    lstm = LSTM(3, 8, 2, dropout=0.5, seed=0)
+    lstm = SlowToCount(3, 8, 2, dropout=0.5, seed=0)
     lstm.params.update({name: backend.array(value) for name, value in lstm.params.items()})
     x = backend.array(np.ones((20, 4, 3), np.float32))
     found = at_once(lambda k: [backend.host(lstm.forward(x)[0]).tobytes() for _ in range(CALLS)])
