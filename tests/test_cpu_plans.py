@@ -1,0 +1,92 @@
+"""However the CPU backend divides a layer among threads, the results have the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from harness import REFERENCE, BackendUnderTest, Case, problem, solve
+from tolerances import assert_close, assert_identical
+
+import fastlstm
+from fastlstm import LSTM
+
+CPU = BackendUnderTest("cpu")
+pytestmark = pytest.mark.skipif(bool(CPU.missing), reason=str(CPU.missing))
+
+THREADS = (1, 2, 3, 5)  # more than there are cores too: a team must not depend on running at once
+CASES = {
+    "rows": Case(9, 61, 40, 72),
+    "rows, ragged": Case(9, 61, 40, 72, bidirectional=True, lengths="zeros"),
+    "rows, one long sequence": Case(40, 62, 30, 50, lengths=(40, *[1] * 61)),
+    "units": Case(40, 5, 30, 130),
+    "units, ragged": Case(40, 5, 30, 130, bidirectional=True, lengths=(3, 40, 0, 17, 25)),
+    "units, one sequence": Case(60, 1, 20, 250),
+    "stacked": Case(12, 25, 16, 65, 2, True, lengths="zeros", dropout=0.3),
+}
+
+
+@pytest.fixture
+def any_number_of_threads():
+    """Leave the number of threads as it was."""
+    yield
+    fastlstm.set_num_threads(None)
+
+
+def plans_of(case, dtype):
+    """Return what the backend says that it will do, layer by layer."""
+    p = problem(case)
+    lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype)
+    return lstm.plan(p.x.astype(dtype), lengths=p.lengths)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_threads_gives_the_same_bits(dtype, name, any_number_of_threads):
+    p = problem(CASES[name])
+    truth, found, plans = solve(p, REFERENCE), [], []
+    for threads in THREADS:
+        fastlstm.set_num_threads(threads)
+        plans.append(plans_of(CASES[name], dtype))
+        found.append(solve(p.astype(dtype), CPU))
+    kind = {"rows": "its own sequences", "units": "its own hidden units", "stacked": "threads"}[name.split(",")[0]]
+    assert "on one thread" in plans[0]
+    assert all(kind in plan for plan in plans[1:]), plans
+    assert len(set(plans)) > 1
+    for other in found[1:]:
+        assert_identical(other, found[0])
+    assert_close("agreement", found[0], truth, backend="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inference_has_the_same_bits_too(dtype, name, any_number_of_threads):
+    case = dataclasses.replace(CASES[name], dropout=0.0)
+    p = problem(case).astype(dtype)
+    lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype)
+    lstm.params.update(p.params)
+    found = []
+    for threads in THREADS:
+        fastlstm.set_num_threads(threads)
+        y, (h_n, c_n) = lstm(p.x, p.state, p.lengths)
+        found.append({"y": y, "h_n": h_n, "c_n": c_n})
+    for other in found[1:]:
+        assert_identical(other, found[0])
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_bad_numbers_of_threads_are_refused(threads):
+    before = fastlstm.get_num_threads()
+    with pytest.raises(fastlstm.ArgumentError, match="threads"):
+        fastlstm.set_num_threads(threads)
+    assert fastlstm.get_num_threads() == before
+
+
+def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads, monkeypatch):
+    monkeypatch.setenv("FASTLSTM_NUM_THREADS", "7")
+    assert fastlstm.get_num_threads() == 7
+    fastlstm.set_num_threads(3)
+    assert fastlstm.get_num_threads() == 3
+    fastlstm.set_num_threads(None)
+    assert fastlstm.get_num_threads() == 7
+    monkeypatch.setenv("FASTLSTM_NUM_THREADS", "many")
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    assert fastlstm.get_num_threads() >= 1
