@@ -4,7 +4,9 @@
 
 All sides run in this process, with the same weights, data and number of threads, at equal precision; their
 outputs are compared before anything is timed. They are timed in turn, ours, peer, peer, ours, ..., so that a
-drift of the machine's speed meets all of them; the table gives medians, and the ratio peer / ours, above one
+drift of the machine's speed meets all of them, with a pause before each run: the idle threads of PyTorch, ONNX
+Runtime and OpenVINO spin on their cores for a while, and would be measured with the next side otherwise. The
+table gives medians, and the ratio peer / ours, above one
 where fastlstm is faster. The peak is that of the bare matrix tile on data in the first-level cache, measured
 in the same run. Denormals are left as the system has them.
 """
@@ -39,6 +41,7 @@ SHAPES = (
     (50, 64, 512, 512),
     (50, 64, 1024, 1024),
 )
+PAUSE = 0.02  # seconds
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}  # of the largest value: whether two sides computed the same thing
 
 
@@ -70,6 +73,7 @@ def time_in_turn(sides: dict[str, Any], seconds: float) -> dict[str, list[float]
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times["fastlstm"]) < 9:
         for name, run in sides.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
