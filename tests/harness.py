@@ -55,6 +55,11 @@ class BackendUnderTest:
         """Whether it takes NumPy arrays, in all their layouts and dtypes."""
         return self.name != "cuda"
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a time step takes tens of microseconds or more: the interpreter runs it, or the stand-in does."""
+        return self.name == "reference" or (self.name == "cuda" and not cuda_row.on_gpu())
+
     @staticmethod
     def shares_memory(one: Any, other: Any) -> bool:
         """Whether two arrays of the backend's library overlap in memory."""

@@ -97,6 +97,20 @@ def test_float64_equals_torch(backend, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_is_as_exact_as_torch(backend, case):
+    assert_as_exact_as_torch(backend, case)
+
+
+@pytest.mark.parametrize("steps", [1_000, 65_537])  # the last is beyond what cuDNN takes
+def test_long_sequences_are_as_exact_as_torch(backend, steps):
+    if backend.is_slow and steps > 1_000:
+        pytest.skip("minutes on a backend that takes tens of microseconds for a step")
+    case = Case(steps, 1, 3, 5)  # no lengths: torch would take minutes
+    p = problem(case)
+    assert_close("long", solve(p, backend), torch_answer(case, "float64"), backend=backend.name, dtype=np.float64)
+    assert_as_exact_as_torch(backend, case)
+
+
+def assert_as_exact_as_torch(backend, case):
     truth, theirs = torch_answer(case, "float64"), torch_answer(case, "float32")
     ours = solve(problem(case).astype(np.float32), backend)
     assert ours.keys() == truth.keys()

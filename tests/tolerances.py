@@ -31,6 +31,11 @@ BOUNDS = {
         "float64, torch's own LSTM: the same sums in another order, over at most 65 steps; in practice 1e-14."
         " float32 is held to TORCH_RATIO in place of a fixed bound",
     ),
+    "long": Bound(
+        1e-12,
+        None,
+        "float64 over up to 65,537 steps: gradients are sums of as many terms, rounded at sqrt(65,537) * 1e-16",
+    ),
     "onnxruntime": Bound(
         None,
         2e-6,
