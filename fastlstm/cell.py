@@ -103,7 +103,7 @@ def _positive_integer(name: str, value: Any) -> int:
 def _probability(name: str, value: Any) -> float:
     try:
         number = -1.0 if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0.0 <= number < 1.0:
         raise ArgumentError(f"{name} must be a number in [0, 1), got {value!r}")

@@ -392,7 +392,7 @@ BAD_CONSTRUCTIONS = {
     **{f"{name}={value!r}": {name: value} for name in ("bias", "bidirectional", "batch_first")
        for value in (0, 1, None, "yes", 1.0, [])},
     **{f"dropout={value!r}": {"dropout": value}
-       for value in (-0.1, 1, 1.0, 2, np.nan, np.inf, None, "half", "0.5", [0.5], 1j, True)},
+       for value in (-0.1, 1, 1.0, 2, 10**400, np.nan, np.inf, None, "half", "0.5", [0.5], 1j, True)},
     **{f"proj_size={value!r}": {"proj_size": value} for value in (1, -1, 3, None, "2")},
     **{f"seed={value!r}": {"seed": value} for value in (-1, 1.5, "seed", object, [-1])},
 }  # fmt: skip
