@@ -56,7 +56,14 @@ def cases() -> Iterator[Case]:
 
 
 def compare(backend: str) -> list[Agreement]:
-    """Compare one backend with the float64 reference; the largest error of each quantity, per dtype."""
+    """Compare one backend with the float64 reference; the largest error of each quantity, per dtype.
+
+    Raises
+    ------
+    BackendError
+        If there is no such backend, or it cannot run here.
+    """
+    dispatch.backend_named(backend)
     worst: dict[tuple[str, str], Agreement] = {}
     library = import_module(dispatch.library_of(backend))
     for number, case in enumerate(cases()):

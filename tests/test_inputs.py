@@ -141,6 +141,22 @@ def test_results_belong_to_the_caller_alone(backend, dtype):
         np.testing.assert_array_equal(backend.host(value), copy)
 
 
+@pytest.mark.parametrize("case", [Case(4, 3, 4, 5, 2, True, lengths=(4, 0, 2)), Case(1, 3, 4, 5)], ids=str)
+def test_a_tape_needs_nothing_but_x_to_stay(backend, dtype, case):
+    p = problem(case).astype(dtype)
+    params = {name: backend.array(value) for name, value in p.params.items()}
+    dy, dstate = backend.array(p.dy), tuple(map(backend.array, p.dstate))
+    x, state = backend.array(p.x), tuple(backend.array(value.copy()) for value in p.state)
+    lengths = None if p.lengths is None else p.lengths.copy()
+    y, (h_n, c_n), tape = lstm_forward(params, x, state, lengths)
+    for value in (y, h_n, c_n, *state, *([] if lengths is None else [lengths])):
+        value[...] = 0  # all of these are the caller's, to use again
+    expected = solve(p, backend)
+    found = results(backend, y, h_n, c_n, lstm_backward(params, tape, dy, dstate))
+    gradients = [name for name in found if name.startswith("d")]
+    assert_identical({name: found[name] for name in gradients}, {name: expected[name] for name in gradients})
+
+
 @pytest.mark.parametrize("case", [Case(0, 3, 4, 5), Case(3, 0, 4, 5), Case(3, 2, 4, 5, lengths=(0, 0))], ids=str)
 def test_results_of_nothing_belong_to_the_caller_alone(backend, dtype, case):
     p = problem(case).astype(dtype)

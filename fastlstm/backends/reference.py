@@ -118,6 +118,7 @@ class ReferenceBackend(LayeredBackend):
         lengths = np.full(batch, x.shape[0]) if lengths is None else lengths
         # Padding may hold anything, NaN too; zeroed, it cannot reach the weights' gradients through 0 * NaN.
         x = np.where(_active(x, lengths), x, 0)
+        h0, c0 = np.array(h0), np.array(c0)  # the tape keeps them, and the caller may use theirs again
         with np.errstate(all="ignore"):
             results = [
                 _direction_forward(w, x, h0[d], c0[d], lengths, reverse=d == 1, keep_tape=keep_tape)
