@@ -21,7 +21,7 @@ from fastlstm.backends.plan import Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
-from fastlstm.kernels.cpu.forward import layer_forward
+from fastlstm.kernels.cpu.forward import GROUP, layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
 from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.small import prepare, ready, small_forward
@@ -216,7 +216,7 @@ def _direction_forward(
 
     def prepare(threads: int) -> tuple[Any, ...]:
         plan = _plan(packing, inputs, hidden, dtype, threads)
-        scratch = (plan.ahead * batch, blocks) if plan.ahead else (threads * ROWS, 1)
+        scratch = (plan.ahead * batch, blocks) if plan.ahead else (threads * GROUP, 1)
         a = np.empty((*scratch, GATES, width), dtype)
         return (*arguments, plan.ahead, a, plan.parts(packing, blocks), plan.kind == "units")
 

@@ -21,11 +21,27 @@ from numba import njit
 from fastlstm.kernels.cpu.compile import kernel
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
-from fastlstm.kernels.cpu.simd import address, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.simd import (
+    CACHE_LINE,
+    VECTOR_BYTES,
+    address,
+    lanes_of,
+    load,
+    load_first,
+    offset,
+    prefetch,
+    store,
+    store_first,
+)
 from fastlstm.kernels.cpu.team import barrier, share
 from fastlstm.kernels.cpu.tile import ROWS, gate_tile
 
-__all__ = ["layer_forward"]
+__all__ = ["GROUP", "layer_forward"]
+
+# Rows that share one pass over a block's weights, and rows of these weights that are taken at a time: the
+# second stay in the first-level cache while the first pass.
+GROUP = 64
+DEPTH = 128
 
 
 @kernel
@@ -51,7 +67,7 @@ def layer_forward(
     packed,  # (Hp/V, I + H, 4, V) scratch
     packed_bias,  # (Hp/V, 4, V) scratch
     ahead,  # steps whose input products are computed together, 0 for none
-    a,  # (rows of those steps, Hp/V, 4, V), or (threads * ROWS, 1, 4, V) scratch: pre-activations
+    a,  # (rows of those steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
     parts,  # (threads, 4), IN
     divided,  # whether units are divided among the threads
     counters,  # (1 + threads, 8) zeros, for the barrier
@@ -86,23 +102,26 @@ def layer_forward(
             block = block_first + block_last - 1 - number if step & 1 else number
             units = min(width, hidden - block * width)
             weights = offset(address(packed), block * (inputs + hidden) * tile_row)
-            for start in range(row_first, active, ROWS):
-                rows = min(ROWS, active - start)
+            for start in range(row_first, active, GROUP):
+                end = min(start + GROUP, active)
                 h_prev = offset(address(h_rows), (here + start) * stride)
                 if ahead:
                     a_row = a.shape[1] * tile_row
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
-                    recurrent = offset(weights, inputs * tile_row)
-                    gate_tile(rows, 0, h_prev, 0, hidden, h_prev, stride, recurrent, a_rows, a_row, a_rows, a_row)
+                    weights_hh = offset(weights, inputs * tile_row)
+                    _add_products(
+                        end - start, h_prev, 0, h_prev, hidden, stride, weights_hh, a_rows, a_row, a_rows, a_row
+                    )
                 else:
                     a_row = tile_row
-                    a_rows = offset(address(a), thread * ROWS * tile_row)
+                    a_rows = offset(address(a), thread * GROUP * tile_row)
                     x_rows = offset(address(x), (low + start) * inputs)
                     bias_row = offset(address(packed_bias), block * tile_row)
-                    gate_tile(rows, inputs, x_rows, inputs, hidden, h_prev, stride, weights, bias_row, 0, a_rows, a_row)
-                for r in range(rows):
-                    row = start + r
-                    here_a = offset(a_rows, r * a_row)
+                    _add_products(
+                        end - start, x_rows, inputs, h_prev, hidden, stride, weights, bias_row, 0, a_rows, a_row
+                    )
+                for row in range(start, end):
+                    here_a = offset(a_rows, (row - start) * a_row)
                     here_c = offset(address(c_rows), row * stride + block * width)
                     # Lanes beyond the units become harmless constants even if NaN arrives there.
                     i, f, g, o, c, h = gates_forward(
@@ -157,8 +176,43 @@ def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_las
     for block in range(block_first, block_last):
         weights = offset(address(packed), block * packed.shape[1] * tile_row)
         source = offset(address(packed_bias), block * tile_row)
-        for start in range(low, high, ROWS):
-            rows = min(ROWS, high - start)
-            target = offset(address(a), (start - low) * a_row + block * tile_row)
-            x_rows = offset(address(x), start * inputs)
-            gate_tile(rows, inputs, x_rows, inputs, 0, x_rows, 0, weights, source, 0, target, a_row)
+        target = offset(address(a), block * tile_row)
+        x_rows = offset(address(x), low * inputs)
+        _add_products(high - low, x_rows, inputs, x_rows, 0, 0, weights, source, 0, target, a_row)
+
+
+@njit
+def _add_products(rows, x, inputs, h, hidden, h_row, weights, start, start_row, a, a_row):
+    """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units.
+
+    The weights are taken DEPTH rows at a time, which stay in the first-level cache while the rows pass. Where
+    they are cut depends on I and H alone, so that results do not depend on the plan.
+    """
+    tile_row = GATES * lanes_of(a)
+    whole = max(0, inputs - 1) // DEPTH * DEPTH  # leaves at least one input, if there are any, to start h's products
+    for k in range(0, whole, DEPTH):
+        _add_tiles(rows, DEPTH, offset(x, k), inputs, 0, h, h_row, weights, start, start_row, a, a_row)
+        weights, start, start_row = offset(weights, DEPTH * tile_row), a, a_row
+    first = min(DEPTH, hidden)
+    rest = inputs - whole
+    _add_tiles(rows, rest, offset(x, whole), inputs, first, h, h_row, weights, start, start_row, a, a_row)
+    for k in range(first, hidden, DEPTH):
+        depth = min(DEPTH, hidden - k)
+        _add_tiles(
+            rows, depth, offset(h, k), h_row, 0, h, h_row, offset(weights, (rest + k) * tile_row), a, a_row, a, a_row
+        )
+
+
+@njit
+def _add_tiles(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
+    """Run the gate tile over any number of rows, while the memory brings the weights that come next."""
+    size = (k1 + k2) * GATES * lanes_of(b)
+    line = CACHE_LINE * lanes_of(b) // VECTOR_BYTES
+    for row in range(0, rows, ROWS):
+        if rows > 2 * ROWS:
+            for following in range(size * row // rows, size * min(row + ROWS, rows) // rows, line):
+                prefetch(offset(b, size + following))
+        gate_tile(
+            min(ROWS, rows - row), k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row, b,
+            offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
+        )  # fmt: skip

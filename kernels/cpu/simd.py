@@ -13,6 +13,7 @@ A kernel written with it looks like the algorithm on one number, and runs on a w
 ``load_first(p, n)``         the first n lanes (the others zero); no other memory is touched
 ``store_first(p, v, n)``     the first n lanes; no other memory is touched
 ``peek(p)``, ``poke(p, s)``  one element
+``prefetch(p)``              nothing yet: the cache line at p will be wanted soon
 ``splat(p)``                 one element from memory into all lanes
 ``fill(p, s)``               a scalar into all lanes; `p` gives the element type
 ``v + w``, ``- * /``         lane by lane, without reassociation; one side may be a number
@@ -40,6 +41,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 __all__ = [
+    "CACHE_LINE",
     "REGISTERS",
     "VECTOR_BYTES",
     "Vector",
@@ -54,6 +56,7 @@ __all__ = [
     "peek",
     "poke",
     "power_of_two",
+    "prefetch",
     "rint",
     "select",
     "splat",
@@ -72,6 +75,7 @@ def _host_vector_bytes() -> int:
 VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes())
 # AVX2 and SSE have 16 vector registers; AVX-512 and NEON have 32.
 REGISTERS = 32 if VECTOR_BYTES == 64 or "aarch64" in llvm.get_process_triple() else 16
+CACHE_LINE = 64  # bytes
 
 
 def lanes(dtype: object) -> int:
@@ -243,6 +247,26 @@ def store_first(typingctx, pointer, vector, n):
         return context.get_dummy_value()
 
     return types.void(pointer, vector, n), codegen
+
+
+def emit_prefetch(builder, pointer):
+    """Emit a hint that the cache line at a pointer will be read soon."""
+    byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    integer = ir.IntType(32)
+    hints = [ir.Constant(integer, value) for value in (0, 2, 1)]  # a read, into the second-level cache, of data
+    function_type = ir.FunctionType(ir.VoidType(), [byte.type, *(hint.type for hint in hints)])
+    builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0"), [byte, *hints])
+
+
+@intrinsic
+def prefetch(typingctx, pointer):
+    """Tell the memory that the cache line at a pointer will be read soon; any address is allowed."""
+
+    def codegen(context, builder, signature, args):
+        emit_prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
 
 
 @intrinsic

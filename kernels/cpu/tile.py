@@ -29,7 +29,7 @@ from fastlstm.kernels.cpu.simd import (
 __all__ = ["ROWS", "VECTORS", "gate_tile", "tile"]
 
 VECTORS = 4  # the four gates
-ROWS = 6 if REGISTERS == 32 else 2  # 24 or 8 accumulators; 7 rows of 4, or 3 with 16 registers, spill
+ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
 
 
 def _advance(builder, pointer, count):
@@ -49,6 +49,27 @@ def _vectors_of(builder, pointer, vectors, width):
     return _rows_of(builder, pointer, ir.Constant(ir.IntType(64), width), vectors)
 
 
+def _emit_outer_product(builder, dtype, sums, elements, columns):
+    """Emit sums + (a column of A) @ (a row of B), given pointers to their elements and vectors.
+
+    The shorter of the two stays in registers while the longer passes by: this decides how many sums fit beside it.
+    """
+    updated = [[None] * len(columns) for _ in elements]
+    if len(elements) < len(columns):
+        factors = [splat_scalar(builder, builder.load(p), dtype) for p in elements]
+        for v, pointer in enumerate(columns):
+            vector = load_vector(builder, pointer, dtype)
+            for r, factor in enumerate(factors):
+                updated[r][v] = call_llvm(builder, "fma", dtype, [factor, vector, sums[r][v]])
+    else:
+        vectors = [load_vector(builder, p, dtype) for p in columns]
+        for r, pointer in enumerate(elements):
+            factor = splat_scalar(builder, builder.load(pointer), dtype)
+            for v, vector in enumerate(vectors):
+                updated[r][v] = call_llvm(builder, "fma", dtype, [factor, vector, sums[r][v]])
+    return updated
+
+
 def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, b, b_k):
     """Emit the loop over k, adding to the block `start`; return the sums, and the end of b."""
     intp, vector = k_end.type, llvm_vector(dtype)
@@ -61,13 +82,7 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, b, b_k):
     k, b_now = builder.phi(intp), builder.phi(b.type)
     a_now = [builder.phi(row.type) for row in a_rows]
     sums = [[builder.phi(vector) for _ in row] for row in start]
-    columns = [load_vector(builder, p, dtype) for p in _vectors_of(builder, b_now, len(start[0]), vector.count)]
-    updated = []
-    for row, element in zip(sums, a_now, strict=True):
-        factor = splat_scalar(builder, builder.load(element), dtype)
-        updated.append(
-            [call_llvm(builder, "fma", dtype, [factor, v, total]) for v, total in zip(columns, row, strict=True)]
-        )
+    updated = _emit_outer_product(builder, dtype, sums, a_now, _vectors_of(builder, b_now, len(start[0]), vector.count))
     following = [builder.add(k, one), _advance(builder, b_now, b_k), *(_advance(builder, p, a_k) for p in a_now)]
     builder.cbranch(builder.icmp_signed("<", following[0], k_end), body, after)
     for phi, first, then in zip([k, b_now, *a_now], [zero, b, *a_rows], following, strict=True):
