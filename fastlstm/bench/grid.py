@@ -39,6 +39,7 @@ HIDDENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MAP_STEPS = 50
 MAP_BATCHES = (1, 4, 16, 64, 256)
 MAP_HIDDENS = (32, 64, 128, 256, 512, 1024)
+COARSE = 2  # the small grid takes every second of them
 
 
 def small(dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
@@ -69,15 +70,20 @@ def full(dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
     return list(dict.fromkeys(found))
 
 
-def crossover(dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
-    """Return the sizes of the map over (B, H) of where a GPU starts to pay; only our own sides need them."""
+def crossover(name: str, dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
+    """Return the sizes of the map over (B, H) of where a GPU starts to pay, for the grid called `name`.
+
+    Only our own sides need them.
+    """
+    every = 1 if name == "full" else COARSE
+    kinds = tuple(kinds)
     return [
         Work(MAP_STEPS, batch, hidden, hidden, dtype, kind)
         for dtype in dtypes
         for kind in kinds
         if kind != "stream"
-        for hidden in MAP_HIDDENS
-        for batch in MAP_BATCHES
+        for hidden in MAP_HIDDENS[::every]
+        for batch in MAP_BATCHES[::every]
     ]
 
 

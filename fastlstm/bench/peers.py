@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.environment import usable_cores
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing"]
+__all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing", "opponents"]
 
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
@@ -194,10 +194,21 @@ def onnxruntime(problem: Problem, threads: int) -> Iterator[Side]:
     yield _fed(problem, lambda feed: session.run(None, feed))
 
 
+def _openvino() -> Any:
+    """Import OpenVINO without its telemetry, whose processes and threads would run beside the next side's samples."""
+    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:
+        return import_module("openvino")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its import fails, which OpenVINO bears
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules["openvino_telemetry"]
+
+
 @contextlib.contextmanager
 def openvino(problem: Problem, threads: int) -> Iterator[Side]:
     """OpenVINO on the same ONNX graph, held to float32: left to itself it computes in bfloat16 where it can."""
-    ov = import_module("openvino")
+    ov = _openvino()
     core = ov.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(onnx_model(problem)), "CPU", settings)
@@ -385,6 +396,21 @@ CONTENDERS = {
     REFERENCE: Contender(sides.reference, "cpu", CPU, ("threadpoolctl",)),
 }
 """Everybody, ourselves first. The reference is measured only where it is asked for: it is slow by design."""
+
+
+def opponents(side: str, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that one of our own sides is compared with, in their order.
+
+    That is who computes on the same device; and for a GPU also our own side on the CPU. A name that the table does not
+    know, from another release's file, goes by its last word.
+    """
+    found = []
+    for name in names:
+        contender = CONTENDERS.get(name)
+        against = contender.against if contender else CUDA if name.split()[-1] == "cuda" else CPU
+        if against == side or (name == CPU and side in (CUDA, COPIES)):
+            found.append(name)
+    return found
 
 
 def missing(name: str, threads: int) -> str | None:

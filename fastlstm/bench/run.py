@@ -28,6 +28,7 @@ from fastlstm.errors import ArgumentError
 
 __all__ = ["denormals", "measure", "measure_row"]
 
+EVERYBODY = "everybody"  # is refused what does not fit in memory
 METHOD = {
     "sides": "in one process, on the same model and data, in turn, the order rotating from round to round",
     "check": f"outputs equal before timing: off by at most {clock.TOLERANCE} of the largest value of an array",
@@ -63,8 +64,8 @@ def measure(
     seconds : float
         For timing each work, at least; building and comparing come on top.
     ours_only : sequence of Work
-        What only our own sides are to compute, after the others: the map of where a GPU starts to pay. It is
-        left out if there is no GPU.
+        What only our own sides are to compute, after the others, in a quarter of the time each: the map of where a GPU
+        starts to pay. It is left out if there is no GPU.
     progress : callable
         Given the works, gives them one by one.
     keep : callable
@@ -90,21 +91,24 @@ def measure(
         method=METHOD,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    plan = [(work, here) for work in works]
+    plan = [(work, here, seconds) for work in works]
     if any(CONTENDERS[name].device == "cuda" for name in here):
-        plan += [(work, [name for name in here if name in OURS]) for work in ours_only if work not in works]
-    dtypes = tuple(dict.fromkeys(work.dtype for work, _ in plan))
+        ours = [name for name in here if name in OURS]
+        plan += [(work, ours, seconds / 4) for work in ours_only if work not in works]
+    dtypes = tuple(dict.fromkeys(work.dtype for work, *_ in plan))
     try:
         results = replace(results, ceilings=_ceilings(here, threads, dtypes))
-        results = replace(results, denormals={name: denormals(name, threads) for name in here})
-        everybody = dict(plan)
-        for work in progress([work for work, _ in plan]):
-            row, interrupted = measure_row(work, everybody[work], threads, seconds)
+        how = {work: (who, budget) for work, who, budget in plan}
+        for work in progress(list(how)):
+            who, budget = how[work]
+            row, interrupted = measure_row(work, who, threads, budget)
             if row.sides or not interrupted:
                 results = results.with_row(row)
                 keep(results)
             if interrupted:
                 raise KeyboardInterrupt
+        # Last: it would have compiled what the rows' first calls are to show.
+        results = replace(results, denormals={name: denormals(name, threads) for name in here})
     except KeyboardInterrupt:
         results = replace(results, interrupted=True)
     return results
@@ -152,7 +156,7 @@ def measure_row(work: Work, names: Iterable[str], threads: int, seconds: float) 
         except KeyboardInterrupt:
             interrupted = True
         except MemoryError as error:
-            refused["everybody"] = f"not enough memory: {error}"
+            refused[EVERYBODY] = f"not enough memory: {error}"
     return Row(work, threads, plan, timings, refused), interrupted
 
 
