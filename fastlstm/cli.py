@@ -1,4 +1,4 @@
-"""The command line: ``fastlstm info``, ``fastlstm check`` and ``fastlstm demo``."""
+"""The command line: ``fastlstm info``, ``check``, ``bench`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlstm.bench import command
 from fastlstm.errors import FastLSTMError
 from fastlstm.lstm import LSTM
 
@@ -51,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare every backend with the float64 reference; status 1 if one fails")
     check.add_argument("--backend", action="append", help="check only this one; may be repeated")
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="measure how fast it is here, against the peers that are installed")
+    command.add_arguments(bench)
+    bench.set_defaults(run=command.bench)
 
     demo = commands.add_parser("demo", help="train on real data, evaluate, save, and load again")
     demo.add_argument("--task", choices=("co2", "vowels"), default="co2", help="default: %(default)s")

@@ -13,6 +13,7 @@ __all__ = [
     "DTypeError",
     "FastLSTMError",
     "ModelFileError",
+    "ResultsFileError",
     "ShapeError",
 ]
 
@@ -43,3 +44,7 @@ class BackendError(FastLSTMError, RuntimeError):
 
 class ModelFileError(FastLSTMError, ValueError):
     """A model file is broken, truncated, or was not written by fastlstm."""
+
+
+class ResultsFileError(FastLSTMError, ValueError):
+    """A file of the benchmark's results is broken, or was not written by ``fastlstm bench``."""

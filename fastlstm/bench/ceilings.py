@@ -1,0 +1,135 @@
+"""What this machine can do at most, measured: the yardsticks of the table and of the roofline.
+
+The peak of the processor is that of the very matrix tile that the kernels are made of, on data that stay in the
+first-level cache, on all threads at once; the peak of a GPU is that of a large matrix product of cuBLAS. The bandwidth
+is that of a copy between two arrays far larger than the caches, counted as bytes read and bytes written.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+
+from fastlstm.bench.results import Ceiling
+from fastlstm.bench.sides import event_seconds
+
+__all__ = ["cpu", "cpu_bandwidth", "cpu_peak", "cuda", "of"]
+
+SECONDS = 0.3  # for each ceiling
+CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each array that is copied
+CUDA_SIZE = 4096  # of the square matrices
+
+
+def of(device: str, threads: int, dtypes: tuple[str, ...]) -> Ceiling:
+    """Measure the ceilings of a device, ``cpu`` or ``cuda``."""
+    return cpu(threads, dtypes) if device == "cpu" else cuda(dtypes)
+
+
+def cpu(threads: int, dtypes: tuple[str, ...], seconds: float = SECONDS) -> Ceiling:
+    """Measure the processor, with so many threads at once."""
+    return Ceiling({dtype: cpu_peak(dtype, threads, seconds) for dtype in dtypes}, cpu_bandwidth(threads, seconds))
+
+
+@functools.cache
+def _tiles() -> tuple[Any, int, int]:
+    """Compile the loop over bare tiles; return it, and the tile's rows and vectors."""
+    from numba import njit
+
+    from fastlstm.kernels.cpu.simd import address
+    from fastlstm.kernels.cpu.tile import ROWS, VECTORS, tile
+
+    @njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
+    def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
+        for _ in range(count):
+            tile(ROWS, VECTORS, k, address(a), k, 1, address(b), b.shape[1], address(c), c.shape[1])
+
+    return tiles, ROWS, VECTORS
+
+
+def cpu_peak(dtype: str, threads: int, seconds: float = SECONDS) -> float:
+    """Operations per second of `threads` threads at once, each with the bare tile on data in the first-level cache."""
+    from fastlstm.kernels.cpu.simd import lanes
+
+    tiles, rows, vectors = _tiles()
+    k, columns, count = 64, int(vectors * lanes(np.dtype(dtype))), 2000
+    operations = 2.0 * count * int(rows) * k * columns
+
+    def work(together: Callable[[], Any]) -> Callable[[], None]:
+        a, b, c = np.ones((rows, k), dtype), np.ones((k, columns), dtype), np.zeros((rows, columns), dtype)
+        tiles(1, k, a, b, c)
+        together()
+        return lambda: tiles(count, k, a, b, c)
+
+    return operations * threads / _all_at_once(work, threads, seconds)
+
+
+def cpu_bandwidth(threads: int, seconds: float = SECONDS, size: int = CPU_BYTES) -> float:
+    """Bytes per second, read and written together, of a copy that all threads share."""
+    share = size // threads // 8
+
+    def work(together: Callable[[], Any]) -> Callable[[], None]:
+        source, target = np.ones(share), np.zeros(share)
+        together()
+        return lambda: np.copyto(target, source)
+
+    return 16.0 * share * threads / _all_at_once(work, threads, seconds)
+
+
+def _all_at_once(prepare: Callable[[Callable[[], Any]], Callable[[], None]], threads: int, seconds: float) -> float:
+    """Run on all threads at once, again and again; the shortest time in which all of them were done."""
+    barrier = Barrier(threads)
+
+    def run() -> list[tuple[float, float]]:
+        work = prepare(barrier.wait)
+        times = []
+        end = time.perf_counter() + seconds
+        running = True
+        while running:
+            barrier.wait()
+            start = time.perf_counter()
+            work()
+            times.append((start, time.perf_counter()))
+            # All threads have to stop after the same round: the first one decides, the others wait for it.
+            if barrier.wait() == 0:
+                stopping.append(times[-1][1] >= end and len(times) >= 3)
+            barrier.wait()
+            running = not stopping[-1]
+        return times
+
+    stopping: list[bool] = []
+    with ThreadPoolExecutor(threads) as pool:
+        found = [task.result() for task in [pool.submit(run) for _ in range(threads)]]
+    best = math.inf
+    for turns in zip(*found, strict=True):
+        best = min(best, max(end for _, end in turns) - min(start for start, _ in turns))
+    return best
+
+
+def cuda(dtypes: tuple[str, ...], size: int = CUDA_SIZE, copied: int = CUDA_BYTES, repeats: int = 10) -> Ceiling:
+    """Measure the current GPU: products in the full precision of the dtype (no TF32), and a copy in its memory."""
+    cupy = import_module("cupy")
+    device = import_module("fastlstm.backends.cuda").BACKEND.device
+    operations = {}
+    for dtype in dtypes:
+        a, b, out = (cupy.ones((size, size), dtype) for _ in range(3))
+        operations[dtype] = 2.0 * size**3 / _best(cupy, functools.partial(device.matmul, a, b, out), repeats)
+    del a, b, out
+    source, target = (cupy.ones(copied // 4, np.float32) for _ in range(2))
+
+    def copy() -> None:
+        target[...] = source
+
+    return Ceiling(operations, 2.0 * copied / _best(cupy, copy, repeats))
+
+
+def _best(cupy: Any, call: Callable[[], Any], repeats: int) -> float:
+    call()
+    return min(event_seconds(cupy, call, 1) for _ in range(repeats))
