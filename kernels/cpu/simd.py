@@ -240,10 +240,16 @@ def store_first(typingctx, pointer, vector, n):
 
     def codegen(context, builder, signature, args):
         dtype = pointer.dtype
-        mask = first_lanes(builder, context.cast(builder, args[2], signature.args[2], types.int32), dtype)
-        align = ir.Constant(ir.IntType(32), dtype.bitwidth // 8)
+        n = context.cast(builder, args[2], signature.args[2], types.int32)
         target = vector_pointer(builder, args[0], dtype)
-        _masked(builder, "store", dtype, [args[1], target, align, mask], ir.VoidType())
+        align = dtype.bitwidth // 8
+        # A masked store takes some processors a dozen cycles, so a whole vector is stored without.
+        with builder.if_else(builder.icmp_signed("<", n, ir.Constant(n.type, lanes(dtype)))) as (part, whole):
+            with part:
+                mask = first_lanes(builder, n, dtype)
+                _masked(builder, "store", dtype, [args[1], target, ir.Constant(n.type, align), mask], ir.VoidType())
+            with whole:
+                builder.store(args[1], target, align=align)
         return context.get_dummy_value()
 
     return types.void(pointer, vector, n), codegen
