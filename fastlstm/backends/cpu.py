@@ -21,11 +21,11 @@ from fastlstm.backends.plan import Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
-from fastlstm.kernels.cpu.forward import GROUP, layer_forward
+from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
 from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.small import prepare, ready, small_forward
-from fastlstm.kernels.cpu.tile import ROWS, VECTORS
+from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
 
@@ -261,7 +261,7 @@ def _direction_backward(
 
     def prepare(threads: int) -> tuple[Any, ...]:
         plan = _plan(packing, inputs, hidden, dtype, threads)
-        right = np.empty((threads, max(ROWS, min(DEPTH, packing.rows)), panel), dtype)
+        right = np.empty((threads, max(GROUP, min(DEPTH, packing.rows)), panel), dtype)
         return (*arguments, right, plan.parts(packing, blocks), plan.kind == "units")
 
     run_team(prepare, layer_backward, _plan(packing, inputs, hidden, dtype, get_num_threads()).threads)

@@ -12,15 +12,17 @@ from numba import njit
 from fastlstm.kernels.cpu.compile import kernel
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward
 from fastlstm.kernels.cpu.pack import pack_backward, pack_rows, unpack_gradient
-from fastlstm.kernels.cpu.simd import address, fill, lanes_of, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.simd import REGISTERS, address, fill, lanes_of, load, load_first, offset, store, store_first
 from fastlstm.kernels.cpu.team import barrier, share
-from fastlstm.kernels.cpu.tile import ROWS, VECTORS, tile
+from fastlstm.kernels.cpu.tile import DEPTH as SLICE
+from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS, tile, tiles
 
 __all__ = ["DEPTH", "layer_backward"]
 
-# Rows of a chunk that one product of the weights' gradients takes at a time: its operands, 256 bytes a row
-# and panel, then stay in the second-level cache, and its sums stay short.
-DEPTH = 256
+# Rows of a chunk that one product of the weights' gradients takes at a time. Its operands, 4 vectors a row and panel
+# each, then stay in the first-level cache together where the tile is small and so reads much; a
+# large tile is content with the second, and writes its sums less often.
+DEPTH = 96 if REGISTERS == 16 else 256
 
 
 @kernel
@@ -173,11 +175,11 @@ def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, bl
         block = max(block_first, panel * VECTORS)
         vectors = min(block_last, (panel + 1) * VECTORS) - block
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
-        for start in range(row_first, row_last, ROWS):
-            rows = min(ROWS, row_last - start)
+        for start in range(row_first, row_last, GROUP):
+            rows = min(GROUP, row_last - start)
             gates = offset(address(da), (first_row + start) * depth)
             out = offset(address(dh_rows), start * stride + block * width)
-            tile(rows, vectors, depth, gates, depth, 1, weights, VECTORS * width, out, stride)
+            _add_long_product(rows, vectors, depth, gates, weights, out, stride)
 
 
 @njit
@@ -223,13 +225,13 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
         column = panel * columns
         vectors = min(VECTORS, (inputs - column + width - 1) // width)
         weights = offset(address(packed_ih), panel * depth * columns)
-        for start in range(first_row, last_row, ROWS):
-            rows = min(ROWS, last_row - start)
+        for start in range(first_row, last_row, GROUP):
+            rows = min(GROUP, last_row - start)
             for r in range(rows):
                 for v in range(vectors):
                     place = offset(block, r * columns + v * width)
                     store(place, fill(place, 0.0))
-            tile(rows, vectors, depth, offset(address(da), start * depth), depth, 1, weights, columns, block, columns)
+            _add_long_product(rows, vectors, depth, offset(address(da), start * depth), weights, block, columns)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -239,3 +241,12 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
                     if accumulate:
                         value = value + load_first(out, units)
                     store_first(out, value, units)
+
+
+@njit
+def _add_long_product(rows, vectors, depth, gates, weights, out, out_row):
+    """Add gates @ weights to `out`, for some rows of `depth` gate gradients and one panel of the weights."""
+    columns = VECTORS * lanes_of(out)
+    for k in range(0, depth, SLICE):
+        part = min(SLICE, depth - k)
+        tiles(rows, vectors, part, offset(gates, k), depth, 1, offset(weights, k * columns), columns, out, out_row)

@@ -22,26 +22,18 @@ from fastlstm.kernels.cpu.compile import kernel
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
 from fastlstm.kernels.cpu.simd import (
-    CACHE_LINE,
-    VECTOR_BYTES,
     address,
     lanes_of,
     load,
     load_first,
     offset,
-    prefetch,
     store,
     store_first,
 )
 from fastlstm.kernels.cpu.team import barrier, share
-from fastlstm.kernels.cpu.tile import ROWS, gate_tile
+from fastlstm.kernels.cpu.tile import DEPTH, GROUP, gate_tiles
 
-__all__ = ["GROUP", "layer_forward"]
-
-# Rows that share one pass over a block's weights, and rows of these weights that are taken at a time: the
-# second stay in the first-level cache while the first pass.
-GROUP = 64
-DEPTH = 128
+__all__ = ["layer_forward"]
 
 
 @kernel
@@ -191,28 +183,13 @@ def _add_products(rows, x, inputs, h, hidden, h_row, weights, start, start_row, 
     tile_row = GATES * lanes_of(a)
     whole = max(0, inputs - 1) // DEPTH * DEPTH  # leaves at least one input, if there are any, to start h's products
     for k in range(0, whole, DEPTH):
-        _add_tiles(rows, DEPTH, offset(x, k), inputs, 0, h, h_row, weights, start, start_row, a, a_row)
+        gate_tiles(rows, DEPTH, offset(x, k), inputs, 0, h, h_row, weights, start, start_row, a, a_row)
         weights, start, start_row = offset(weights, DEPTH * tile_row), a, a_row
     first = min(DEPTH, hidden)
     rest = inputs - whole
-    _add_tiles(rows, rest, offset(x, whole), inputs, first, h, h_row, weights, start, start_row, a, a_row)
+    gate_tiles(rows, rest, offset(x, whole), inputs, first, h, h_row, weights, start, start_row, a, a_row)
     for k in range(first, hidden, DEPTH):
         depth = min(DEPTH, hidden - k)
-        _add_tiles(
+        gate_tiles(
             rows, depth, offset(h, k), h_row, 0, h, h_row, offset(weights, (rest + k) * tile_row), a, a_row, a, a_row
         )
-
-
-@njit
-def _add_tiles(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
-    """Run the gate tile over any number of rows, while the memory brings the weights that come next."""
-    size = (k1 + k2) * GATES * lanes_of(b)
-    line = CACHE_LINE * lanes_of(b) // VECTOR_BYTES
-    for row in range(0, rows, ROWS):
-        if rows > 2 * ROWS:
-            for following in range(size * row // rows, size * min(row + ROWS, rows) // rows, line):
-                prefetch(offset(b, size + following))
-        gate_tile(
-            min(ROWS, rows - row), k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row, b,
-            offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
-        )  # fmt: skip

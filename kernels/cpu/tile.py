@@ -17,19 +17,29 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.simd import (
+    CACHE_LINE,
     REGISTERS,
+    VECTOR_BYTES,
     call_llvm,
+    emit_prefetch,
     lanes,
+    lanes_of,
     llvm_vector,
     load_vector,
+    offset,
+    prefetch,
     splat_scalar,
     vector_pointer,
 )
 
-__all__ = ["ROWS", "VECTORS", "gate_tile", "tile"]
+__all__ = ["DEPTH", "GROUP", "ROWS", "VECTORS", "gate_tiles", "tile", "tiles"]
 
 VECTORS = 4  # the four gates
 ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
+# A long product is taken DEPTH rows of B at a time, for GROUP rows of A and C at most: the rows of B then stay in
+# the first-level cache, and the rows of C in the second, while the tile goes over them.
+DEPTH = 128
+GROUP = 64
 
 
 def _advance(builder, pointer, count):
@@ -133,6 +143,10 @@ def _emit_tile(builder, dtype, rows, vectors, arguments):
     """Emit C += A @ B for a block of fixed size."""
     k_end, a, a_row, a_k, b, b_k, c, c_row = arguments
     a_rows, c_rows = _rows_of(builder, a, a_row, rows), _rows_of(builder, c, c_row, rows)
+    for pointer in c_rows:  # its rows lie far apart, and would come from memory one after the other at the end
+        for line in range(0, vectors * VECTOR_BYTES, CACHE_LINE):
+            count = ir.Constant(k_end.type, line * 8 // dtype.bitwidth)
+            emit_prefetch(builder, _advance(builder, pointer, count))
     product, _ = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, b, b_k)
     _emit_store(builder, dtype, _sums(builder, _emit_load(builder, dtype, c_rows, vectors), product), c_rows)
 
@@ -216,6 +230,26 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
 
 
 @njit
+def _prefetch_share(following, size, row, rows):
+    """Prefetch what belongs to these rows, of all `rows`, of the `size` elements that are wanted next."""
+    line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
+    for n in range(size * row // rows, size * min(row + ROWS, rows) // rows, line):
+        prefetch(offset(following, n))
+
+
+@njit
+def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
+    """Add a product to any number of rows of C, as :func:`tile` does, while the rows of B after these are fetched."""
+    for row in range(0, rows, ROWS):
+        if rows > 2 * ROWS:
+            _prefetch_share(offset(b, k * b_k), k * b_k, row, rows)
+        tile(
+            min(ROWS, rows - row), vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k,
+            offset(c, row * c_row), c_row,
+        )  # fmt: skip
+
+
+@njit
 def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
     """Compute the pre-activations of a block: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
 
@@ -238,3 +272,16 @@ def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_ro
         Row r starts at ``c[r * c_row]``.
     """
     _gate_tile(rows, VECTORS, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row)
+
+
+@njit
+def gate_tiles(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
+    """Run :func:`gate_tile` over any number of rows, while the rows of B after these are fetched."""
+    size = (k1 + k2) * VECTORS * lanes_of(b)
+    for row in range(0, rows, ROWS):
+        if rows > 2 * ROWS:
+            _prefetch_share(offset(b, size), size, row, rows)
+        gate_tile(
+            min(ROWS, rows - row), k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row, b,
+            offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
+        )  # fmt: skip
