@@ -85,6 +85,7 @@ class Pool:
         self.overwritten: list[str] = []
         self.waits: list[str] = []  # what made the host wait for the device
         self.copies: list[int] = []  # bytes of each copy from the host
+        self.launched: list[str] = []  # the name of each kernel and product that was called
 
     def allocate(self, size: int) -> Allocation:
         number, self.allocations = self.allocations, self.allocations + 1
@@ -270,7 +271,9 @@ class FakeCupy(types.ModuleType):
         return devices
 
     def RawModule(self, *, code: str, options: tuple[str, ...]) -> HostModule:
-        return HostModule(self.change(code), (*options, *self.options), self._word, **self.how)
+        return HostModule(
+            self.change(code), (*options, *self.options), self._word, launched=self.pool.launched, **self.how
+        )
 
     def _word(self, argument: Any) -> int:
         if isinstance(argument, ndarray):
@@ -372,6 +375,7 @@ class FakeCupy(types.ModuleType):
         def gemm(handle, transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
             if handle != Device.now() + 1000:
                 raise ValueError("a cuBLAS handle of another device")
+            self.pool.launched.append("product")
             left = by_columns(a, k, m, lda).T if transa else by_columns(a, m, k, lda)
             right = by_columns(b, n, k, ldb).T if transb else by_columns(b, k, n, ldb)
             out = by_columns(c, m, n, ldc)
