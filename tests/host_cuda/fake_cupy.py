@@ -36,6 +36,7 @@ class Device:
     """A device, current inside a ``with`` block."""
 
     current = threading.local()
+    compute_capability = "00"
 
     def __init__(self, number: int | None = None) -> None:
         self.id = self.now() if number is None else number
@@ -147,6 +148,12 @@ class ndarray:
     def data(self) -> Any:
         return types.SimpleNamespace(ptr=self._view.ctypes.data, device=self.device)
 
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._view.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._view.__dlpack_device__()
+
     def get(self) -> np.ndarray:
         self._xp.pool.waits.append("get")
         return self._view.copy()
@@ -247,7 +254,11 @@ class FakeCupy(types.ModuleType):
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
         self.change = change or (lambda code: code)  # what a test does to the kernels' source
-        runtime = types.SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices))
+        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 0, "totalGlobalMem": 0}
+        runtime = types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices),
+            getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
+        )  # fmt: skip
         cublas = types.SimpleNamespace(
             CUBLAS_OP_N=0, CUBLAS_OP_T=1, getVersion=lambda handle: 130000,
             sgemm=self._gemm(np.float32), dgemm=self._gemm(np.float64),
