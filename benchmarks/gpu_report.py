@@ -52,10 +52,12 @@ def repetitions(folder: Path) -> list[str]:
         return ["Repetitions: not run.", ""]
     total = sum(case["repetitions"] for case in found["cases"])
     different = sum(case["different"] for case in found["cases"])
-    worst = {dtype: max(case["error"] for case in found["cases"] if case["dtype"] == dtype)
-             for dtype in ("float32", "float64")}  # fmt: skip
-    return [f"Repetitions: {different} of {total} differ in any bit from the first; error against the float64 reference"
-            f" {worst['float32']:.1e} (float32), {worst['float64']:.1e} (float64).", ""]  # fmt: skip
+    line = f"Repetitions: {different} of {total} differ in any bit from the first; error against the float64 reference"
+    for dtype in ("float32", "float64"):
+        errors = [case["error"] for case in found["cases"] if case["dtype"] == dtype]
+        line += f" {max(errors):.1e} ({dtype})," if errors else f" unknown ({dtype}),"
+    missing = f" {found['missing']} cases are missing: the time was out." if found["missing"] else ""
+    return [line[:-1] + "." + missing, ""]
 
 
 def tables(results: Any) -> list[str]:
@@ -63,30 +65,47 @@ def tables(results: Any) -> list[str]:
     if not results:
         return ["Benchmarks: not run.", ""]
     lines = [f"- {name}: {value}" for name, value in results["machine"].items()]
-    lines += ["", *(f"- {name}: {value:.2f} us a launch" for name, value in results.get("launch", {}).items()), ""]
+    lines += ["", *(f"- {name}: {value:.2f} us a launch" for name, value in results.get("launch", {}).items())]
+    lines += [
+        f"- kernels of one dtype, {name}: {value:.2f} s" for name, value in results.get("compilation", {}).items()
+    ]
     shapes = [shape for shape in results["shapes"] if "contenders" in shape]
     names = [name for name in (shapes[0]["contenders"] if shapes else {}) if name != OURS]
-    for mode in MODES:
-        lines += [f"## {mode.capitalize()}, T={results['steps']}: microseconds per step", ""]
+    for mode in MODES if shapes else ():
+        lines += ["", f"## {mode.capitalize()}, T={results['steps']}: microseconds per step", ""]
         lines += ["Behind each time of torch: torch / fastlstm, above 1 where fastlstm is faster.", ""]
         lines += ["| H | B | fastlstm float32 | " + " | ".join(names) + " |", "|--:|--:|" + "--:|" * (1 + len(names))]
         for shape in sorted(shapes, key=lambda s: (s["hidden"], s["batch"])):
             ours = shape["contenders"][OURS][mode]["us per step"]
             cells = [cell(shape["contenders"][name], mode, ours) for name in names]
             lines.append(f"| {shape['hidden']} | {shape['batch']} | {ours:.2f} | " + " | ".join(cells) + " |")
-        lines.append("")
-    for shape in results["shapes"]:
-        if "error" in shape:
-            lines.append(f"H={shape['hidden']} B={shape['batch']}: {shape['error']}")
-    if results["skipped"]:
-        lines += [f"No time was left for H, B = {', '.join(str(tuple(pair)) for pair in results['skipped'])}.", ""]
+    lines += ["", *remarks(results, shapes, names), ""]
     return lines
 
 
 def cell(contender: dict[str, Any], mode: str, ours: float) -> str:
     """One contender's time and ratio; marked if its results were not ours."""
+    if mode not in contender:
+        return "failed"
     theirs = contender[mode]["us per step"]
     return f"{theirs:.2f} ({theirs / ours:.2f}x)" + ("" if contender["agrees"] else " **disagrees**")
+
+
+def remarks(results: Any, shapes: list[Any], names: list[str]) -> list[str]:
+    """The contenders' errors, who failed and why, and what no time was left for."""
+    lines = []
+    for name in names:
+        errors = [s["contenders"][name]["error"] for s in shapes if "error" in s["contenders"][name]]
+        if errors:
+            lines.append(f"- {name}: results at most {max(errors):.1e} from ours, as a share of the largest value")
+    for shape in results["shapes"]:
+        where = f"H={shape['hidden']} B={shape['batch']}"
+        lines += [f"- {where}: {shape['error']}"] if "error" in shape else []
+        found = shape.get("contenders", {})
+        lines += [f"- {where}, {name}: {value['failed']}" for name, value in found.items() if "failed" in value]
+    if results["skipped"]:
+        lines.append(f"- No time was left for H, B = {', '.join(str(tuple(pair)) for pair in results['skipped'])}.")
+    return lines
 
 
 def draw(results: Any, path: Path) -> str:
@@ -108,9 +127,10 @@ def draw(results: Any, path: Path) -> str:
             panel = axes[row][column]
             chosen = sorted((s for s in shapes if s["batch"] == batch), key=lambda s: s["hidden"])
             for name in chosen[0]["contenders"]:
-                times = [shape["contenders"][name][mode]["us per step"] for shape in chosen]
+                there = [shape for shape in chosen if mode in shape["contenders"][name]]
+                times = [shape["contenders"][name][mode]["us per step"] for shape in there]
                 style = {"color": "black", "linewidth": 2.2} if name == OURS else {"linewidth": 1.2}
-                panel.plot([shape["hidden"] for shape in chosen], times, marker="o", markersize=3, label=name, **style)
+                panel.plot([shape["hidden"] for shape in there], times, marker="o", markersize=3, label=name, **style)
             panel.set(title=f"{mode}, B={batch}", xscale="log", yscale="log")
             panel.set_xticks([s["hidden"] for s in chosen], [str(s["hidden"]) for s in chosen], minor=False)
             panel.minorticks_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 import subprocess
@@ -66,6 +67,57 @@ def test_nothing_waits_and_nothing_comes_from_the_host_inside_the_loop(xp, case)
         assert xp.pool.waits == []
         counts[steps] = len(xp.pool.copies)
     assert counts[6] == counts[30] == (case.layers if case.lengths else 0)  # a ragged packing, once for each layer
+
+
+@pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)
+def test_a_step_in_time_is_one_kernel_and_one_product(xp, case):
+    counts = {}
+    for steps in (6, 7):
+        run = Run(xp, Case(**(vars(case) | {"steps": steps, "lengths": None})))
+        xp.pool.launched.clear()
+        run.lstm(run.x, run.state)
+        forward, before = list(xp.pool.launched), xp.pool.allocations
+        run()
+        counts[steps] = (
+            collections.Counter(forward),
+            collections.Counter(xp.pool.launched),
+            xp.pool.allocations - before,
+        )
+    cells = 2 * case.layers
+    (short, short_training, few), (long, long_training, more) = counts[6], counts[7]
+    assert long - short == {"gates_forward": cells, "product": cells}
+    assert long_training - short_training == {"gates_forward": 2 * cells, "gates_backward": cells, "product": 3 * cells}
+    assert few == more  # nothing is allocated for a step
+
+
+def test_a_call_of_step_is_two_products_and_one_kernel_a_layer(xp, dtype):
+    case = Case(1, 3, 4, 8, 3)
+    run = Run(xp, case, dtype)
+    expected = run.lstm(run.x, run.state)[1]
+    xp.pool.launched.clear()
+    allocations = xp.pool.allocations
+    h, state = run.lstm.step(run.x[0], run.state)
+    assert xp.pool.launched == ["product", "product", "gates_forward"] * case.layers
+    # The new states, the pre-activations of each layer, two arrays of indices, and the output's own copy.
+    assert xp.pool.allocations - allocations == 2 + case.layers + 2 + 1
+    assert xp.pool.waits == []
+    assert_identical(on_host(state), on_host(expected))
+    np.testing.assert_array_equal(h.get(), expected[0][-1].get())
+    kept = on_host(run.state)
+    run.lstm.step(run.x[0], run.state)
+    assert_identical(on_host(run.state), kept)
+
+
+def test_a_prepared_product_holds_its_arrays(xp):
+    left = np.arange(6, dtype=np.float32).reshape(2, 3)
+    out = xp.empty((2, 2), np.float32)
+    product = dispatch.backend_named("cuda").device.product(xp.array(left), xp.array(left), out, transpose_b=True)
+    others = [xp.empty((2, 3), np.float32) for _ in range(50)]  # would lie where the arrays lay
+    product()
+    np.testing.assert_array_equal(out.get(), left @ left.T)
+    product(1, 1, 0)
+    np.testing.assert_array_equal(out.get()[0], (left @ left.T)[1])
+    assert len(others) == 50
 
 
 @pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)

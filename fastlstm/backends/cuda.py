@@ -22,7 +22,7 @@ import numpy as np
 
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
 from fastlstm.backends.device import CupyDevice, Device, Kernel
-from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights
+from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights, layer_weights
 from fastlstm.backends.packing import Packing
 from fastlstm.cell import Cell
 from fastlstm.kernels.cuda import loader
@@ -101,6 +101,34 @@ class CudaBackend(LayeredBackend):
         with self.device.of(params["weight_hh_l0"]):
             return super().backward(cell, params, tape, dy, dh_n, dc_n)
 
+    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
+        """Advance one time step (see ``base.Backend.step``): two products and one kernel for each layer."""
+        with self.device.of(x):
+            batch, hidden, dtype = x.shape[0], cell.hidden_size, x.dtype
+            if not batch:
+                return super().step(cell, params, x, h, c)
+            h, c = self._states(cell, batch, dtype, h, c)
+            h, h_n, c_n = self.xp.ascontiguousarray(h), self.xp.empty(h.shape, dtype), self.xp.empty(c.shape, dtype)
+            c_n[...] = c  # the kernel reads c_{t-1} where it writes c_t
+            rows, x = self._rows(Packing.of(None, 1, batch)), self.xp.ascontiguousarray(x)
+            for layer in range(cell.num_layers):
+                weights, h_t, c_t = layer_weights(cell, params, layer)[0], h_n[layer], c_n[layer]
+                weight_ih, weight_hh = (self.xp.ascontiguousarray(w) for w in (weights.weight_ih, weights.weight_hh))
+                gates, bias = self.xp.empty((batch, GATES * hidden), dtype), self._bias(weights)
+                self.device.product(x, weight_ih, gates, transpose_b=True)()
+                self.device.product(h[layer], weight_hh, gates, transpose_b=True, accumulate=True)()
+                kernel, units = self._gate_kernel("gates_forward", hidden, dtype, bias)
+                # Every sequence ends with this step: h_t is output and final state in one, and nothing goes to h_rows.
+                kernel(
+                    *_geometry(batch, units),
+                    (
+                        gates, bias, rows.order, rows.lengths, c_t, h_t, h_t, h_t, c_t,
+                        0, 0, 0, 0, batch, 0, 0, batch, hidden, 1, 0,
+                    ),
+                )  # fmt: skip
+                x = h_t
+            return h_n, c_n
+
     def layer_forward(
         self,
         weights: Sequence[Weights],
@@ -171,14 +199,12 @@ class CudaBackend(LayeredBackend):
         self._gather(c0, rows, c, batch)
 
         kernel, units = self._gate_kernel("gates_forward", hidden, dtype, bias)
+        recurrent = self.device.product(h_rows, weight_hh, gates, transpose_b=True, accumulate=True)
         c_from = 0
         for step, (first, active) in enumerate(steps):
             c_to = batch + first if keep_tape else 0
             h_to = steps[step + 1][0] if keep_tape and step + 1 < len(steps) else 0
-            self.device.matmul(
-                h_rows, weight_hh, gates, rows=active, a_row=first if keep_tape else 0, out_row=first,
-                transpose_b=True, accumulate=True,
-            )  # fmt: skip
+            recurrent(active, first if keep_tape else 0, first)
             kernel(
                 *_geometry(active, units),
                 (
@@ -211,6 +237,7 @@ class CudaBackend(LayeredBackend):
         self._gather(dc_n, rows, dc, batch)
 
         kernel, units = self._gate_kernel("gates_backward", hidden, dtype, dy)
+        to_h = self.device.product(da, weight_hh, dh)
         steps = rows.packing.step_rows(reverse)
         for step in reversed(range(len(steps))):
             first, active = steps[step]
@@ -224,7 +251,7 @@ class CudaBackend(LayeredBackend):
                 ),
             )  # fmt: skip
             # Sequences that end before this step keep the gradient of their final state until their own end.
-            self.device.matmul(da, weight_hh, dh, rows=active, a_row=first)
+            to_h(active, first)
         self._scatter(dh, rows, dh0)
         self._scatter(dc, rows, dc0)
         self._input_gradient(weights, da, rows, reverse, dx, accumulate=direction > 0)
@@ -235,7 +262,7 @@ class CudaBackend(LayeredBackend):
         weight_ih = self.xp.ascontiguousarray(weights.weight_ih)
         a = self.xp.empty((rows.packing.rows, weight_ih.shape[0]), x.dtype)
         if rows.packing.rows:
-            self.device.matmul(self._pack(x, rows, reverse), weight_ih, a, transpose_b=True)
+            self.device.product(self._pack(x, rows, reverse), weight_ih, a, transpose_b=True)()
         return a
 
     def _input_gradient(
@@ -245,11 +272,11 @@ class CudaBackend(LayeredBackend):
         steps, batch, inputs = dx.shape
         weight_ih = self.xp.ascontiguousarray(weights.weight_ih)
         if not rows.packing.ragged:
-            self.device.matmul(da, weight_ih, dx.reshape(-1, inputs), accumulate=accumulate)
+            self.device.product(da, weight_ih, dx.reshape(-1, inputs), accumulate=accumulate)()
             return
         packed = self.xp.empty((rows.packing.rows, inputs), dx.dtype)
         if rows.packing.rows:
-            self.device.matmul(da, weight_ih, packed)
+            self.device.product(da, weight_ih, packed)()
         self.device.kernel("unpack_rows", dx.dtype, 1)(
             *_geometry(steps * batch, inputs),
             (
@@ -266,8 +293,8 @@ class CudaBackend(LayeredBackend):
         dweight_ih = zeros_or_empty(weights.weight_ih.shape, da.dtype)
         dweight_hh = zeros_or_empty(weights.weight_hh.shape, da.dtype)
         if da.shape[0]:
-            self.device.matmul(da, self._pack(layer.x, layer.rows, reverse), dweight_ih, transpose_a=True)
-            self.device.matmul(da, tape.h_rows, dweight_hh, transpose_a=True)
+            self.device.product(da, self._pack(layer.x, layer.rows, reverse), dweight_ih, transpose_a=True)()
+            self.device.product(da, tape.h_rows, dweight_hh, transpose_a=True)()
         return Weights(dweight_ih, dweight_hh, None if weights.bias is None else self._column_sum(da))
 
     def _column_sum(self, values: Array) -> Array:

@@ -19,10 +19,18 @@ from fastlstm.backends.base import Array
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cuda import loader
 
-__all__ = ["CupyDevice", "Device", "Kernel"]
+__all__ = ["CupyDevice", "Device", "Kernel", "Product"]
 
 # Called with grid, block and arguments: arrays, which arrive as pointers, and integers, which arrive as 64 bits.
 Kernel: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
+
+
+class Product(Protocol):
+    """A matrix product with its arrays and options settled, so that a call in a loop over time costs little."""
+
+    def __call__(self, rows: int | None = None, a_row: int = 0, out_row: int = 0) -> None:
+        """Compute `rows` rows of it, all by default: from row `a_row` of `a` on, to row `out_row` of `out` on."""
+        ...
 
 
 class Device(Protocol):
@@ -46,23 +54,20 @@ class Device(Protocol):
         """Return a kernel, compiled at its first use (see ``kernels/cuda/loader.py``)."""
         ...
 
-    def matmul(
+    def product(
         self,
         a: Array,
         b: Array,
         out: Array,
         *,
-        rows: int | None = None,
-        a_row: int = 0,
-        out_row: int = 0,
         transpose_a: bool = False,
         transpose_b: bool = False,
         accumulate: bool = False,
-    ) -> None:
-        """Write the product of two C-contiguous matrices, neither of them empty, to `out`, or add it there.
+    ) -> Product:
+        """Prepare the product of two C-contiguous matrices, neither of them empty, that `out` is to hold or to gain.
 
-        `rows` restricts it to so many rows of the product, which come from row `a_row` of `a` on and go to
-        row `out_row` of `out` on; offsets in place of slices, which would cost more than the call itself.
+        It is for the thread and device that prepare it. Rows are chosen by number at the call: slices of
+        arrays would cost more than the product's launch.
         """
         ...
 
@@ -76,7 +81,9 @@ class CupyDevice:
         self._handle = self.xp.cuda.device.get_cublas_handle
         self._operation = {False: cublas.CUBLAS_OP_N, True: cublas.CUBLAS_OP_T}
         self._gemm = {"float32": cublas.sgemm, "float64": cublas.dgemm}
-        self._factors = {name: np.array([0, 1], name) for name in self._gemm}  # cuBLAS reads them on the host
+        # 0 and 1 of each dtype, which cuBLAS reads on the host, and where they lie.
+        self._numbers = {name: np.array([0, 1], name) for name in self._gemm}
+        self._factors = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
         self.kernel = cache(self._kernel)
 
     def of(self, array: Array) -> AbstractContextManager[Any]:
@@ -100,34 +107,41 @@ class CupyDevice:
     def _module(self, dtype: np.dtype[Any], width: int) -> Any:
         return self.xp.RawModule(code=loader.source(), options=loader.options(dtype, width))
 
-    def matmul(
+    def product(
         self,
         a: Array,
         b: Array,
         out: Array,
         *,
-        rows: int | None = None,
-        a_row: int = 0,
-        out_row: int = 0,
         transpose_a: bool = False,
         transpose_b: bool = False,
         accumulate: bool = False,
-    ) -> None:
-        """See :class:`Device`. One cuBLAS call, in full precision of the dtype.
+    ) -> Product:
+        """See :class:`Device`. One cuBLAS call each, in full precision of the dtype.
 
         cuBLAS counts by columns, where a matrix stored by rows is its own transpose: the product is asked
         for as out^T = b^T a^T.
         """
-        (b_columns, b_rows), size = b.shape, a.dtype.itemsize
-        columns, inner = (b_columns, b_rows) if transpose_b else (b_rows, b_columns)
-        if rows is None:
-            rows = a.shape[1] if transpose_a else a.shape[0]
-        factors = self._factors[a.dtype.name].ctypes.data
-        self._gemm[a.dtype.name](
-            self._handle(), self._operation[transpose_b], self._operation[transpose_a], columns, rows, inner,
-            factors + size, b.data.ptr, b.shape[1], a.data.ptr + a_row * a.shape[1] * size, a.shape[1],
-            factors + size * accumulate, out.data.ptr + out_row * columns * size, columns,
-        )  # fmt: skip
+        name, size = a.dtype.name, a.dtype.itemsize
+        (a_rows, a_columns), (b_rows, b_columns) = a.shape, b.shape
+        columns, inner = (b_rows, b_columns) if transpose_b else (b_columns, b_rows)
+        all_rows = a_columns if transpose_a else a_rows
+        gemm, handle = self._gemm[name], self._handle()
+        b_operation, a_operation = self._operation[transpose_b], self._operation[transpose_a]
+        zero, one = self._factors[name]
+        beta = one if accumulate else zero
+        a_start, b_start, out_start = a.data.ptr, b.data.ptr, out.data.ptr
+        a_stride, out_stride = a_columns * size, columns * size
+
+        # The arrays are held as long as their addresses may be used: one of them may be the caller's only for a moment.
+        def multiply(rows: int | None = None, a_row: int = 0, out_row: int = 0, _held: Any = (a, b, out)) -> None:
+            gemm(
+                handle, b_operation, a_operation, columns, all_rows if rows is None else rows, inner,
+                one, b_start, b_columns, a_start + a_row * a_stride, a_columns, beta, out_start + out_row * out_stride,
+                columns,
+            )  # fmt: skip
+
+        return multiply
 
 
 def _cupy() -> Any:

@@ -83,6 +83,7 @@ class HostKernel:
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Run the kernel to its end."""
+        self.module.launched.append(self.name)
         shape = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
         if len(args) != self.arguments:
             raise TypeError(f"{self.name} takes {self.arguments} arguments, got {len(args)}")
@@ -105,10 +106,18 @@ class HostModule:
     """
 
     def __init__(
-        self, code: str, options: tuple[str, ...] = (), word: Any = int, *, seed: int = 0, fibers: bool = False
+        self,
+        code: str,
+        options: tuple[str, ...] = (),
+        word: Any = int,
+        *,
+        seed: int = 0,
+        fibers: bool = False,
+        launched: list[str] | None = None,
     ) -> None:
         self.code = code
         self.word = word
+        self.launched = [] if launched is None else launched  # the name of each kernel, at each launch
         self.seeds = itertools.count(seed)
         self.always_fibers = fibers
         self.library = library(code, tuple(options))

@@ -36,6 +36,7 @@ class Device:
     """A device, current inside a ``with`` block."""
 
     current = threading.local()
+    compute_capability = "00"
 
     def __init__(self, number: int | None = None) -> None:
         self.id = self.now() if number is None else number
@@ -85,6 +86,7 @@ class Pool:
         self.overwritten: list[str] = []
         self.waits: list[str] = []  # what made the host wait for the device
         self.copies: list[int] = []  # bytes of each copy from the host
+        self.launched: list[str] = []  # the name of each kernel and product that was called
 
     def allocate(self, size: int) -> Allocation:
         number, self.allocations = self.allocations, self.allocations + 1
@@ -145,6 +147,12 @@ class ndarray:
     @property
     def data(self) -> Any:
         return types.SimpleNamespace(ptr=self._view.ctypes.data, device=self.device)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._view.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._view.__dlpack_device__()
 
     def get(self) -> np.ndarray:
         self._xp.pool.waits.append("get")
@@ -246,7 +254,11 @@ class FakeCupy(types.ModuleType):
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
         self.change = change or (lambda code: code)  # what a test does to the kernels' source
-        runtime = types.SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices))
+        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 0, "totalGlobalMem": 0}
+        runtime = types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices),
+            getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
+        )  # fmt: skip
         cublas = types.SimpleNamespace(
             CUBLAS_OP_N=0, CUBLAS_OP_T=1, getVersion=lambda handle: 130000,
             sgemm=self._gemm(np.float32), dgemm=self._gemm(np.float64),
@@ -270,7 +282,9 @@ class FakeCupy(types.ModuleType):
         return devices
 
     def RawModule(self, *, code: str, options: tuple[str, ...]) -> HostModule:
-        return HostModule(self.change(code), (*options, *self.options), self._word, **self.how)
+        return HostModule(
+            self.change(code), (*options, *self.options), self._word, launched=self.pool.launched, **self.how
+        )
 
     def _word(self, argument: Any) -> int:
         if isinstance(argument, ndarray):
@@ -372,6 +386,7 @@ class FakeCupy(types.ModuleType):
         def gemm(handle, transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
             if handle != Device.now() + 1000:
                 raise ValueError("a cuBLAS handle of another device")
+            self.pool.launched.append("product")
             left = by_columns(a, k, m, lda).T if transa else by_columns(a, m, k, lda)
             right = by_columns(b, n, k, ldb).T if transb else by_columns(b, k, n, ldb)
             out = by_columns(c, m, n, ldc)
