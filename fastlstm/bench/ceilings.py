@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from threading import Barrier
@@ -62,54 +62,41 @@ def cpu_peak(dtype: str, threads: int, seconds: float = SECONDS) -> float:
     k, columns, count = 64, int(vectors * lanes(np.dtype(dtype))), 2000
     operations = 2.0 * count * int(rows) * k * columns
 
-    def work(together: Callable[[], Any]) -> Callable[[], None]:
+    def job() -> Callable[[], None]:
         a, b, c = np.ones((rows, k), dtype), np.ones((k, columns), dtype), np.zeros((rows, columns), dtype)
         tiles(1, k, a, b, c)
-        together()
         return lambda: tiles(count, k, a, b, c)
 
-    return operations * threads / _all_at_once(work, threads, seconds)
+    return operations * threads / _shortest([job() for _ in range(threads)], seconds)
 
 
 def cpu_bandwidth(threads: int, seconds: float = SECONDS, size: int = CPU_BYTES) -> float:
     """Bytes per second, read and written together, of a copy that all threads share."""
-    share = size // threads // 8
+    share = max(1, size // threads // 8)  # numbers of eight bytes
 
-    def work(together: Callable[[], Any]) -> Callable[[], None]:
+    def job() -> Callable[[], None]:
         source, target = np.ones(share), np.zeros(share)
-        together()
         return lambda: np.copyto(target, source)
 
-    return 16.0 * share * threads / _all_at_once(work, threads, seconds)
+    return 16.0 * share * threads / _shortest([job() for _ in range(threads)], seconds)
 
 
-def _all_at_once(prepare: Callable[[Callable[[], Any]], Callable[[], None]], threads: int, seconds: float) -> float:
-    """Run on all threads at once, again and again; the shortest time in which all of them were done."""
-    barrier = Barrier(threads)
+def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
+    """Run all jobs at once, each on a thread, again and again; the shortest time in which all of them were done."""
+    barrier = Barrier(len(jobs))
 
-    def run() -> list[tuple[float, float]]:
-        work = prepare(barrier.wait)
-        times = []
-        end = time.perf_counter() + seconds
-        running = True
-        while running:
-            barrier.wait()
-            start = time.perf_counter()
-            work()
-            times.append((start, time.perf_counter()))
-            # All threads have to stop after the same round: the first one decides, the others wait for it.
-            if barrier.wait() == 0:
-                stopping.append(times[-1][1] >= end and len(times) >= 3)
-            barrier.wait()
-            running = not stopping[-1]
-        return times
+    def run(job: Callable[[], None]) -> tuple[float, float]:
+        barrier.wait()
+        start = time.perf_counter()
+        job()
+        return start, time.perf_counter()
 
-    stopping: list[bool] = []
-    with ThreadPoolExecutor(threads) as pool:
-        found = [task.result() for task in [pool.submit(run) for _ in range(threads)]]
-    best = math.inf
-    for turns in zip(*found, strict=True):
-        best = min(best, max(end for _, end in turns) - min(start for start, _ in turns))
+    best, rounds, until = math.inf, 0, time.perf_counter() + seconds
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        while rounds < 3 or time.perf_counter() < until:
+            starts, ends = zip(*pool.map(run, jobs), strict=True)
+            best = min(best, max(ends) - min(starts))
+            rounds += 1
     return best
 
 

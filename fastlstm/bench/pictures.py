@@ -91,7 +91,9 @@ def scaling(results: Results) -> Any:
                     continue
                 sizes = [size for size, _ in points]
                 style: dict[str, Any] = {"color": colours[name], "linewidth": 2.2 if name in OURS else 1.1}
-                panel.plot(sizes, [spread.middle for _, spread in points], "o-", markersize=3, label=name, **style)
+                panel.plot(
+                    sizes, [spread.middle for _, spread in points], "o-", markersize=3, label=_only_text(name), **style
+                )
                 quartiles = [s.low for _, s in points], [s.high for _, s in points]
                 panel.fill_between(sizes, *quartiles, color=colours[name], alpha=0.2, linewidth=0)
             fixed = ", ".join(f"{key}={_size(rows[0], key)}" for key in "TBIH" if key != axis)
@@ -169,16 +171,16 @@ def roofline(results: Results) -> Any:
         span = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
         for number, (dtype, peak) in enumerate(ceiling.operations.items()):
             roof = np.minimum(peak, ceiling.bandwidth * span)
-            panel.plot(span, roof, color=f"C{number}", label=f"the machine, {dtype}")
+            panel.plot(span, roof, color=f"C{number}", label=_only_text(f"the machine, {dtype}"))
             for kind, marker in (("infer", "o"), ("train", "s"), ("stream", "^")):
                 chosen = [line for line in here if (line.row.work.kind, line.row.work.dtype) == (kind, dtype)]
                 if chosen:
                     panel.scatter(
                         [line.row.work.operations / line.row.work.bytes for line in chosen],
                         [line.operations for line in chosen],
-                        marker=marker, s=22, color=f"C{number}", label=f"{kind}, {dtype}",
+                        marker=marker, s=22, color=f"C{number}", label=_only_text(f"{kind}, {dtype}"),
                     )  # fmt: skip
-        panel.set(xscale="log", yscale="log", ylabel="operations per second", title=device)
+        panel.set(xscale="log", yscale="log", ylabel="operations per second", title=_only_text(device))
         panel.set_xlabel("operations per byte that has to be moved at least")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
@@ -197,7 +199,7 @@ def bars(results: Results) -> Any:
         return "no peer was measured"
     sides = list(dict.fromkeys((line.side, name) for line in found for name in line.ratios))
     labels = list(dict.fromkeys((line.row.work, line.row.threads) for line in found))
-    figure = _figure(2 + 2.6 * len(sides), 1.4 + 0.24 * len(labels))
+    figure = _figure(2 + 2.6 * len(sides), max(3.0, 1.4 + 0.24 * len(labels)))
     panels = figure.subplots(1, len(sides), squeeze=False, sharey=True)[0]
     for (side, name), panel in zip(sides, panels, strict=True):
         for line in found:
@@ -209,7 +211,7 @@ def bars(results: Results) -> Any:
             panel.barh(at, ratio.middle - 1, left=1, color=colour, height=0.7)
             panel.plot([ratio.low, ratio.high], [at, at], color="black", linewidth=1)
         panel.axvline(1, color="black", linewidth=1)
-        panel.set(xscale="log", title=f"{name}\nagainst {side}", xlabel="their time / ours")
+        panel.set(xscale="log", title=_only_text(f"{name}\nagainst {side}"), xlabel="their time / ours")
         panel.grid(alpha=0.3, axis="x")
     names = [f"{work.name} {work.kind} {work.dtype}" for work, _ in labels]
     panels[0].set_yticks(range(len(names)), names, fontsize=7)
@@ -225,7 +227,7 @@ def _caption(results: Results) -> str:
 
 
 def _only_text(words: str) -> str:
-    """Let no name of a machine be read as mathematics."""
+    """Let no name of a machine or of a side be read as mathematics."""
     return words.replace("$", r"\$")
 
 

@@ -108,8 +108,6 @@ def measure(
                 keep(results)
             if interrupted:
                 raise KeyboardInterrupt
-            if any(CONTENDERS[name].device == "cuda" for name in who):
-                _free_gpu_memory()
         # Last: it would have compiled what the rows' first calls are to show.
         results = replace(results, denormals={name: denormals(name, threads) for name in here})
     except KeyboardInterrupt:
@@ -123,12 +121,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return str(getattr(import_module(package), "__version__", "of unknown version"))
-
-
-def _free_gpu_memory() -> None:
-    """Give back what CuPy's pool holds, for PyTorch's, which has its own."""
-    if peers.missing(peers.CUDA, 1) is None:
-        import_module("cupy").get_default_memory_pool().free_all_blocks()
 
 
 def _ceilings(here: Sequence[str], threads: int, dtypes: tuple[str, ...]) -> dict[str, Any]:

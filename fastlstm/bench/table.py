@@ -182,7 +182,7 @@ def _standing(found: list[Line]) -> Iterator[str]:
 def _small_print(results: Results) -> Iterator[str]:
     yield ""
     for name, (build, first) in _beginnings(results).items():
-        yield f"{name}: built in {time_of(build)}, first results after {time_of(first)}, at the slowest; in no other figure"
+        yield f"{name}: built in {time_of(build)}, first results {time_of(first)} later, at most; in no other figure"
     for name, words in results.denormals.items():
         yield f"{name}: denormals {words}"
     for name, reason in results.absent.items():
