@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import struct
+import subprocess
 import sys
 
 import bench_data
@@ -16,7 +17,7 @@ import pytest
 from bench_data import cpu_results, gpu_results, row, timing
 
 from fastlstm import cli
-from fastlstm.bench import command, page, peers, pictures, results, run, table
+from fastlstm.bench import ceilings, command, page, peers, pictures, results, run, table
 from fastlstm.bench.clock import Spread
 from fastlstm.bench.work import Work
 from fastlstm.errors import ResultsFileError
@@ -433,6 +434,41 @@ def test_an_interrupted_run_prints_what_there_is(made, tmp_path, capsys):
     made["found"] = dataclasses.replace(cpu_results(), interrupted=True)
     assert cli.main(["bench", "--json", str(tmp_path / "x.json")]) == 130
     assert "Interrupted" in capsys.readouterr().out and results.load(tmp_path / "x.json").interrupted
+
+
+@pytest.mark.skipif(peers.missing("fastlstm", 1) is not None, reason="the compiled kernels do not run")
+def test_the_whole_command_on_a_tiny_shape(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ceilings, "SECONDS", 0.02)
+    monkeypatch.setattr(ceilings, "CPU_BYTES", 1 << 22)
+    out = tmp_path / "x.json"
+    tiny = ["--shape", "3,2,4,5", "--seconds", "0", "--threads", "1"]
+    assert cli.main(["bench", *tiny, "--peers", "none", "--json", str(out)]) == 0
+    found = results.load(out)
+    assert [row.work for row in found.rows] == [
+        Work(3, 2, 4, 5), Work(3, 2, 4, 5, kind="train"), Work(1, 2, 4, 5, kind="stream")
+    ]  # fmt: skip
+    assert all("fastlstm" in row.sides and not row.refused for row in found.rows)
+    assert found.denormals["fastlstm"] == "kept" and "processor" in found.machine and not found.interrupted
+    shares = [found.share_of_peak(row, "fastlstm") for row in found.rows]
+    assert all(0 < share < 1 for share in shares)
+    assert capsys.readouterr().out.count("3,2,4,5") == 2
+    assert cli.main(["bench", *tiny, "--infer", "--peers", "none", "--compare", str(out)]) in (0, 1)
+    assert "1 figures are in both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("peer", ["openvino", "jax"])
+def test_peers_that_start_threads_of_their_own_agree(peer, tmp_path):
+    """In a process of their own: they do not bear that later tests fork this one."""
+    if any(importlib.util.find_spec(package) is None for package in peers.CONTENDERS[peer].packages):
+        pytest.skip(f"{peer} is not installed")
+    out = tmp_path / "x.json"
+    code = "import sys; from fastlstm.cli import main; sys.exit(main())"
+    arguments = ["bench", "--shape", "3,2,4,5", "--seconds", "0", "--threads", "2", "--peers", peer, "--json", out]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = results.load(out)
+    assert {row.work.kind for row in found.rows if peer in row.sides} >= {"infer", "stream"}
+    assert not any(row.refused for row in found.rows)
 
 
 @pytest.mark.parametrize(

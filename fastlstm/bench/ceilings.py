@@ -24,7 +24,7 @@ from fastlstm.bench.sides import event_seconds
 __all__ = ["cpu", "cpu_bandwidth", "cpu_peak", "cuda", "of"]
 
 SECONDS = 0.3  # for each ceiling
-CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each array that is copied
+CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each of the two arrays of a copy
 CUDA_SIZE = 4096  # of the square matrices
 
 
@@ -33,9 +33,10 @@ def of(device: str, threads: int, dtypes: tuple[str, ...]) -> Ceiling:
     return cpu(threads, dtypes) if device == "cpu" else cuda(dtypes)
 
 
-def cpu(threads: int, dtypes: tuple[str, ...], seconds: float = SECONDS) -> Ceiling:
+def cpu(threads: int, dtypes: tuple[str, ...]) -> Ceiling:
     """Measure the processor, with so many threads at once."""
-    return Ceiling({dtype: cpu_peak(dtype, threads, seconds) for dtype in dtypes}, cpu_bandwidth(threads, seconds))
+    operations = {dtype: cpu_peak(dtype, threads, SECONDS) for dtype in dtypes}
+    return Ceiling(operations, cpu_bandwidth(threads, SECONDS, CPU_BYTES))
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def _tiles() -> tuple[Any, int, int]:
     return tiles, ROWS, VECTORS
 
 
-def cpu_peak(dtype: str, threads: int, seconds: float = SECONDS) -> float:
+def cpu_peak(dtype: str, threads: int, seconds: float) -> float:
     """Operations per second of `threads` threads at once, each with the bare tile on data in the first-level cache."""
     from fastlstm.kernels.cpu.simd import lanes
 
@@ -70,7 +71,7 @@ def cpu_peak(dtype: str, threads: int, seconds: float = SECONDS) -> float:
     return operations * threads / _shortest([job() for _ in range(threads)], seconds)
 
 
-def cpu_bandwidth(threads: int, seconds: float = SECONDS, size: int = CPU_BYTES) -> float:
+def cpu_bandwidth(threads: int, seconds: float, size: int) -> float:
     """Bytes per second, read and written together, of a copy that all threads share."""
     share = max(1, size // threads // 8)  # numbers of eight bytes
 

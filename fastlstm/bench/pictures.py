@@ -98,6 +98,7 @@ def scaling(results: Results) -> Any:
                 panel.fill_between(sizes, *quartiles, color=colours[name], alpha=0.2, linewidth=0)
             fixed = ", ".join(f"{key}={_size(rows[0], key)}" for key in "TBIH" if key != axis)
             panel.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="seconds", title=f"{kind}, {fixed}")
+            _plain_ticks(panel, [_size(row, axis) for row in rows])
             panel.grid(alpha=0.3)
             panel.legend(fontsize=7)
     figure.suptitle(_caption(results), fontsize=9)
@@ -118,7 +119,7 @@ def crossover(results: Results) -> Any:
         batches, hiddens = (sorted({key[n] for key in found}) for n in (0, 1))
         ratios = np.array([[math.log2(found.get((b, h), math.nan)) for b in batches] for h in hiddens])
         across, up = np.arange(len(batches)), np.arange(len(hiddens))
-        limit = max(1.0, float(np.nanmax(np.abs(ratios))))
+        limit = math.ceil(max(1.0, float(np.nanmax(np.abs(ratios)))))
         image = panel.pcolormesh(across, up, ratios, cmap="RdYlGn", vmin=-limit, vmax=limit, shading="nearest")
         for (b, h), value in found.items():
             panel.text(batches.index(b), hiddens.index(h), f"{value:.2g}", ha="center", va="center", fontsize=8)
@@ -129,9 +130,8 @@ def crossover(results: Results) -> Any:
         panel.set_yticks(up, [str(h) for h in hiddens])
         copies = "copies in and out counted" if side == COPIES else "copies not counted"
         panel.set(title=f"{kind}, {copies}", xlabel=AXES["B"], ylabel=AXES["H"])
-        ticks = image.norm.vmin, 0.0, image.norm.vmax
-        bar = figure.colorbar(image, ax=panel, ticks=ticks)
-        bar.set_ticklabels([f"{2.0**tick:.2g}" for tick in ticks])
+        bar = figure.colorbar(image, ax=panel, ticks=(-limit, 0, limit))
+        bar.set_ticklabels([f"1/{2**limit}", "1", f"{2**limit}"])
         bar.set_label("time on the CPU / time on the GPU")
     for panel in axes[len(maps) :]:
         panel.set_axis_off()
@@ -201,6 +201,8 @@ def bars(results: Results) -> Any:
     labels = list(dict.fromkeys((line.row.work, line.row.threads) for line in found))
     figure = _figure(2 + 2.6 * len(sides), max(3.0, 1.4 + 0.24 * len(labels)))
     panels = figure.subplots(1, len(sides), squeeze=False, sharey=True)[0]
+    extremes = [value for line in found for ratio in line.ratios.values() for value in ratio]
+    limit = 2 ** math.ceil(max(1.0, *(1.1 * abs(math.log2(value)) for value in extremes)))  # the same for all panels
     for (side, name), panel in zip(sides, panels, strict=True):
         for line in found:
             ratio = line.ratios.get(name)
@@ -210,8 +212,12 @@ def bars(results: Results) -> Any:
             colour = {"faster": WIN, "slower": LOSS}.get(verdict(ratio), LEVEL)
             panel.barh(at, ratio.middle - 1, left=1, color=colour, height=0.7)
             panel.plot([ratio.low, ratio.high], [at, at], color="black", linewidth=1)
+            inside = dict(ha="right", x=1 / 1.1) if ratio.middle > 1 else dict(ha="left", x=1.1)
+            panel.text(y=at, s=f"{ratio.middle:.2f}", va="center", fontsize=7, **inside)
         panel.axvline(1, color="black", linewidth=1)
         panel.set(xscale="log", title=_only_text(f"{name}\nagainst {side}"), xlabel="their time / ours")
+        panel.set_xlim(1 / limit, limit)
+        _plain_ticks(panel, [1 / limit, 1, limit])
         panel.grid(alpha=0.3, axis="x")
     names = [f"{work.name} {work.kind} {work.dtype}" for work, _ in labels]
     panels[0].set_yticks(range(len(names)), names, fontsize=7)
@@ -224,6 +230,16 @@ def _caption(results: Results) -> str:
     """Say what it was measured on."""
     places = [results.machine.get("processor", ""), results.machine.get("GPU", "")]
     return f"{'; '.join(_only_text(place) for place in places if place)}; {results.threads} thread(s)"
+
+
+def _plain_ticks(panel: Any, values: list[float]) -> None:
+    """Label a logarithmic axis with the values themselves, those that stand far enough apart."""
+    shown = [values[0]]
+    for value in values[1:]:
+        if value >= 1.4 * shown[-1]:
+            shown.append(value)
+    panel.set_xticks(shown, [f"1/{1 / value:.0f}" if value < 1 else f"{value:g}" for value in shown])
+    panel.minorticks_off()
 
 
 def _only_text(words: str) -> str:
