@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from threading import Barrier
@@ -24,7 +24,7 @@ from fastlstm.bench.sides import event_seconds
 __all__ = ["cpu", "cpu_bandwidth", "cpu_peak", "cuda", "of"]
 
 SECONDS = 0.3  # for each ceiling
-CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each array that is copied
+CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each of the two arrays of a copy
 CUDA_SIZE = 4096  # of the square matrices
 
 
@@ -33,9 +33,10 @@ def of(device: str, threads: int, dtypes: tuple[str, ...]) -> Ceiling:
     return cpu(threads, dtypes) if device == "cpu" else cuda(dtypes)
 
 
-def cpu(threads: int, dtypes: tuple[str, ...], seconds: float = SECONDS) -> Ceiling:
+def cpu(threads: int, dtypes: tuple[str, ...]) -> Ceiling:
     """Measure the processor, with so many threads at once."""
-    return Ceiling({dtype: cpu_peak(dtype, threads, seconds) for dtype in dtypes}, cpu_bandwidth(threads, seconds))
+    operations = {dtype: cpu_peak(dtype, threads, SECONDS) for dtype in dtypes}
+    return Ceiling(operations, cpu_bandwidth(threads, SECONDS, CPU_BYTES))
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def _tiles() -> tuple[Any, int, int]:
     return tiles, ROWS, VECTORS
 
 
-def cpu_peak(dtype: str, threads: int, seconds: float = SECONDS) -> float:
+def cpu_peak(dtype: str, threads: int, seconds: float) -> float:
     """Operations per second of `threads` threads at once, each with the bare tile on data in the first-level cache."""
     from fastlstm.kernels.cpu.simd import lanes
 
@@ -62,54 +63,41 @@ def cpu_peak(dtype: str, threads: int, seconds: float = SECONDS) -> float:
     k, columns, count = 64, int(vectors * lanes(np.dtype(dtype))), 2000
     operations = 2.0 * count * int(rows) * k * columns
 
-    def work(together: Callable[[], Any]) -> Callable[[], None]:
+    def job() -> Callable[[], None]:
         a, b, c = np.ones((rows, k), dtype), np.ones((k, columns), dtype), np.zeros((rows, columns), dtype)
         tiles(1, k, a, b, c)
-        together()
         return lambda: tiles(count, k, a, b, c)
 
-    return operations * threads / _all_at_once(work, threads, seconds)
+    return operations * threads / _shortest([job() for _ in range(threads)], seconds)
 
 
-def cpu_bandwidth(threads: int, seconds: float = SECONDS, size: int = CPU_BYTES) -> float:
+def cpu_bandwidth(threads: int, seconds: float, size: int) -> float:
     """Bytes per second, read and written together, of a copy that all threads share."""
-    share = size // threads // 8
+    share = max(1, size // threads // 8)  # numbers of eight bytes
 
-    def work(together: Callable[[], Any]) -> Callable[[], None]:
+    def job() -> Callable[[], None]:
         source, target = np.ones(share), np.zeros(share)
-        together()
         return lambda: np.copyto(target, source)
 
-    return 16.0 * share * threads / _all_at_once(work, threads, seconds)
+    return 16.0 * share * threads / _shortest([job() for _ in range(threads)], seconds)
 
 
-def _all_at_once(prepare: Callable[[Callable[[], Any]], Callable[[], None]], threads: int, seconds: float) -> float:
-    """Run on all threads at once, again and again; the shortest time in which all of them were done."""
-    barrier = Barrier(threads)
+def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
+    """Run all jobs at once, each on a thread, again and again; the shortest time in which all of them were done."""
+    barrier = Barrier(len(jobs))
 
-    def run() -> list[tuple[float, float]]:
-        work = prepare(barrier.wait)
-        times = []
-        end = time.perf_counter() + seconds
-        running = True
-        while running:
-            barrier.wait()
-            start = time.perf_counter()
-            work()
-            times.append((start, time.perf_counter()))
-            # All threads have to stop after the same round: the first one decides, the others wait for it.
-            if barrier.wait() == 0:
-                stopping.append(times[-1][1] >= end and len(times) >= 3)
-            barrier.wait()
-            running = not stopping[-1]
-        return times
+    def run(job: Callable[[], None]) -> tuple[float, float]:
+        barrier.wait()
+        start = time.perf_counter()
+        job()
+        return start, time.perf_counter()
 
-    stopping: list[bool] = []
-    with ThreadPoolExecutor(threads) as pool:
-        found = [task.result() for task in [pool.submit(run) for _ in range(threads)]]
-    best = math.inf
-    for turns in zip(*found, strict=True):
-        best = min(best, max(end for _, end in turns) - min(start for start, _ in turns))
+    best, rounds, until = math.inf, 0, time.perf_counter() + seconds
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        while rounds < 3 or time.perf_counter() < until:
+            starts, ends = zip(*pool.map(run, jobs), strict=True)
+            best = min(best, max(ends) - min(starts))
+            rounds += 1
     return best
 
 

@@ -3,8 +3,8 @@
 1. All sides of a row are in one process, on the same model and data, with equal threads and equal precision. What
    each computes is compared with the truth before anything is timed (:func:`disagreement`); a side that computes
    something else is not timed.
-2. What it takes to build a side (which compiles, for some) and its first call (which compiles, for others) are
-   measured and reported on their own (:class:`Timing`), and are part of no other figure.
+2. What it takes to build a side (which compiles, for some) and to have its first results (which compiles, for others)
+   is measured and reported on its own (:class:`Timing`), and is part of no other figure.
 3. The sides take turns, one sample of each a round, and the order rotates from round to round: a drift of the
    machine's speed meets all of them, and none always follows the same one.
 4. Before each sample there is a pause of :data:`PAUSE`: the idle threads of other libraries spin on their cores for a
@@ -36,16 +36,24 @@ import numpy as np
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import Array
 
-__all__ = ["Spread", "Timing", "calls_for", "disagreement", "ratio", "spread", "take_turns", "verdict"]
+__all__ = ["SideError", "Spread", "Timing", "calls_for", "disagreement", "ratio", "spread", "take_turns", "verdict"]
 
 PAUSE = 0.02  # seconds
 SAMPLE = 1e-3  # seconds
 LONG = 0.1  # seconds
 LEAST_ROUNDS, MOST_ROUNDS = 5, 400
-LEAST_KEPT = 3  # rounds of a row that was interrupted
+FEWEST_ROUNDS, PATIENCE = 3, 3.0  # where the rounds have taken so many times the budget; and of an interrupted row
 # Errors allowed, as a share of the largest true value of an array. They are above what float32 and float64 explain,
 # over sums of some ten thousand terms and a thousand steps, and below what any narrower format (TF32, bfloat16) does.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-11}
+
+
+class SideError(Exception):
+    """A side failed while it was timed; its error is this one's cause."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__(side)
+        self.side = side
 
 
 class Spread(NamedTuple):
@@ -69,7 +77,7 @@ class Timing:
     build : float
         Seconds that it took to build the side.
     first : float
-        Seconds of its first call.
+        Seconds until its first results were on the host.
     """
 
     seconds: tuple[float, ...]
@@ -145,7 +153,8 @@ def take_turns(
     sides : mapping of str to Side
         The sides, built, compared, and called at least once.
     budget : float
-        Seconds to spend; at least :data:`LEAST_ROUNDS` rounds are made, at most :data:`MOST_ROUNDS`.
+        Seconds to spend; at least :data:`LEAST_ROUNDS` rounds are made, at most :data:`MOST_ROUNDS`. Only where they
+        take more than :data:`PATIENCE` times the budget, :data:`FEWEST_ROUNDS` are enough.
     sleep, now : callable
         For tests.
 
@@ -156,19 +165,25 @@ def take_turns(
     calls : dict
         For each side the number of calls in a sample.
     interrupted : bool
-        Whether Ctrl-C ended it. What whole rounds there are is kept, nothing of fewer than :data:`LEAST_KEPT`.
+        Whether Ctrl-C ended it. What whole rounds there are is kept, nothing of fewer than :data:`FEWEST_ROUNDS`.
+
+    Raises
+    ------
+    SideError
+        If a side fails.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     calls, short = {}, {}
     names = list(sides)
-    interrupted = False
-    end = now() + budget
+    name, interrupted = "", False
+    begin = now()
+    end = begin + budget
     try:
         for name, side in sides.items():
             calls[name], one = calls_for(side)
             short[name] = one < LONG
-        for turn in range(MOST_ROUNDS):
-            if turn >= LEAST_ROUNDS and now() >= end:
+        for turn in range(MOST_ROUNDS if names else 0):
+            if now() >= (end if turn >= LEAST_ROUNDS else begin + PATIENCE * budget) and turn >= FEWEST_ROUNDS:
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -178,7 +193,9 @@ def take_turns(
                 seconds[name].append(sides[name].time(calls[name]))
     except KeyboardInterrupt:
         interrupted = True
+    except Exception as error:
+        raise SideError(name) from error
     whole = min(map(len, seconds.values()), default=0)
-    if interrupted and whole < LEAST_KEPT:
+    if interrupted and whole < FEWEST_ROUNDS:
         whole = 0
     return {name: tuple(values[:whole]) for name, values in seconds.items()}, calls, interrupted

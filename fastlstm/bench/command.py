@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{kind}", action="append_const", dest="kinds", const=kind, help=f"only {what}; they add up"
         )
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each row; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each row; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, anew after each row")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write the pictures here")
     parser.add_argument(

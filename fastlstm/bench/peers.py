@@ -99,6 +99,7 @@ def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
 def torch_cuda(problem: Problem, threads: int) -> Iterator[Side]:
     """PyTorch's nn.LSTM on the GPU, which is cuDNN's, without TF32; timed by CUDA events."""
     torch = import_module("torch")
+    torch.cuda.empty_cache()
     precise = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [part.allow_tf32 for part in precise]
     for part in precise:

@@ -91,11 +91,14 @@ def scaling(results: Results) -> Any:
                     continue
                 sizes = [size for size, _ in points]
                 style: dict[str, Any] = {"color": colours[name], "linewidth": 2.2 if name in OURS else 1.1}
-                panel.plot(sizes, [spread.middle for _, spread in points], "o-", markersize=3, label=name, **style)
+                panel.plot(
+                    sizes, [spread.middle for _, spread in points], "o-", markersize=3, label=_only_text(name), **style
+                )
                 quartiles = [s.low for _, s in points], [s.high for _, s in points]
                 panel.fill_between(sizes, *quartiles, color=colours[name], alpha=0.2, linewidth=0)
             fixed = ", ".join(f"{key}={_size(rows[0], key)}" for key in "TBIH" if key != axis)
             panel.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="seconds", title=f"{kind}, {fixed}")
+            _plain_ticks(panel, [_size(row, axis) for row in rows])
             panel.grid(alpha=0.3)
             panel.legend(fontsize=7)
     figure.suptitle(_caption(results), fontsize=9)
@@ -116,7 +119,7 @@ def crossover(results: Results) -> Any:
         batches, hiddens = (sorted({key[n] for key in found}) for n in (0, 1))
         ratios = np.array([[math.log2(found.get((b, h), math.nan)) for b in batches] for h in hiddens])
         across, up = np.arange(len(batches)), np.arange(len(hiddens))
-        limit = max(1.0, float(np.nanmax(np.abs(ratios))))
+        limit = math.ceil(max(1.0, float(np.nanmax(np.abs(ratios)))))
         image = panel.pcolormesh(across, up, ratios, cmap="RdYlGn", vmin=-limit, vmax=limit, shading="nearest")
         for (b, h), value in found.items():
             panel.text(batches.index(b), hiddens.index(h), f"{value:.2g}", ha="center", va="center", fontsize=8)
@@ -127,9 +130,8 @@ def crossover(results: Results) -> Any:
         panel.set_yticks(up, [str(h) for h in hiddens])
         copies = "copies in and out counted" if side == COPIES else "copies not counted"
         panel.set(title=f"{kind}, {copies}", xlabel=AXES["B"], ylabel=AXES["H"])
-        ticks = image.norm.vmin, 0.0, image.norm.vmax
-        bar = figure.colorbar(image, ax=panel, ticks=ticks)
-        bar.set_ticklabels([f"{2.0**tick:.2g}" for tick in ticks])
+        bar = figure.colorbar(image, ax=panel, ticks=(-limit, 0, limit))
+        bar.set_ticklabels([f"1/{2**limit}", "1", f"{2**limit}"])
         bar.set_label("time on the CPU / time on the GPU")
     for panel in axes[len(maps) :]:
         panel.set_axis_off()
@@ -169,16 +171,16 @@ def roofline(results: Results) -> Any:
         span = np.geomspace(min(intensities) / 3, max(intensities) * 3, 200)
         for number, (dtype, peak) in enumerate(ceiling.operations.items()):
             roof = np.minimum(peak, ceiling.bandwidth * span)
-            panel.plot(span, roof, color=f"C{number}", label=f"the machine, {dtype}")
+            panel.plot(span, roof, color=f"C{number}", label=_only_text(f"the machine, {dtype}"))
             for kind, marker in (("infer", "o"), ("train", "s"), ("stream", "^")):
                 chosen = [line for line in here if (line.row.work.kind, line.row.work.dtype) == (kind, dtype)]
                 if chosen:
                     panel.scatter(
                         [line.row.work.operations / line.row.work.bytes for line in chosen],
                         [line.operations for line in chosen],
-                        marker=marker, s=22, color=f"C{number}", label=f"{kind}, {dtype}",
+                        marker=marker, s=22, color=f"C{number}", label=_only_text(f"{kind}, {dtype}"),
                     )  # fmt: skip
-        panel.set(xscale="log", yscale="log", ylabel="operations per second", title=device)
+        panel.set(xscale="log", yscale="log", ylabel="operations per second", title=_only_text(device))
         panel.set_xlabel("operations per byte that has to be moved at least")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
@@ -197,8 +199,10 @@ def bars(results: Results) -> Any:
         return "no peer was measured"
     sides = list(dict.fromkeys((line.side, name) for line in found for name in line.ratios))
     labels = list(dict.fromkeys((line.row.work, line.row.threads) for line in found))
-    figure = _figure(2 + 2.6 * len(sides), 1.4 + 0.24 * len(labels))
+    figure = _figure(2 + 2.6 * len(sides), max(3.0, 1.4 + 0.24 * len(labels)))
     panels = figure.subplots(1, len(sides), squeeze=False, sharey=True)[0]
+    extremes = [value for line in found for ratio in line.ratios.values() for value in ratio]
+    limit = 2 ** math.ceil(max(1.0, *(1.1 * abs(math.log2(value)) for value in extremes)))  # the same for all panels
     for (side, name), panel in zip(sides, panels, strict=True):
         for line in found:
             ratio = line.ratios.get(name)
@@ -208,8 +212,12 @@ def bars(results: Results) -> Any:
             colour = {"faster": WIN, "slower": LOSS}.get(verdict(ratio), LEVEL)
             panel.barh(at, ratio.middle - 1, left=1, color=colour, height=0.7)
             panel.plot([ratio.low, ratio.high], [at, at], color="black", linewidth=1)
+            inside = dict(ha="right", x=1 / 1.1) if ratio.middle > 1 else dict(ha="left", x=1.1)
+            panel.text(y=at, s=f"{ratio.middle:.2f}", va="center", fontsize=7, **inside)
         panel.axvline(1, color="black", linewidth=1)
-        panel.set(xscale="log", title=f"{name}\nagainst {side}", xlabel="their time / ours")
+        panel.set(xscale="log", title=_only_text(f"{name}\nagainst {side}"), xlabel="their time / ours")
+        panel.set_xlim(1 / limit, limit)
+        _plain_ticks(panel, [1 / limit, 1, limit])
         panel.grid(alpha=0.3, axis="x")
     names = [f"{work.name} {work.kind} {work.dtype}" for work, _ in labels]
     panels[0].set_yticks(range(len(names)), names, fontsize=7)
@@ -224,8 +232,18 @@ def _caption(results: Results) -> str:
     return f"{'; '.join(_only_text(place) for place in places if place)}; {results.threads} thread(s)"
 
 
+def _plain_ticks(panel: Any, values: list[float]) -> None:
+    """Label a logarithmic axis with the values themselves, those that stand far enough apart."""
+    shown = [values[0]]
+    for value in values[1:]:
+        if value >= 1.4 * shown[-1]:
+            shown.append(value)
+    panel.set_xticks(shown, [f"1/{1 / value:.0f}" if value < 1 else f"{value:g}" for value in shown])
+    panel.minorticks_off()
+
+
 def _only_text(words: str) -> str:
-    """Let no name of a machine be read as mathematics."""
+    """Let no name of a machine or of a side be read as mathematics."""
     return words.replace("$", r"\$")
 
 

@@ -168,7 +168,7 @@ def read(text: str) -> Results:
         raise ResultsFileError(f"no JSON: {error}") from error
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise ResultsFileError(f'no "format": "{FORMAT}"')
-    if whole.get("version") != VERSION:
+    if type(whole.get("version")) is not int or whole["version"] != VERSION:
         raise ResultsFileError(f"version {whole.get('version')!r}, and this program reads {VERSION}")
     part = _Part(whole, "results")
     return Results(

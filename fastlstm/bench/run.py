@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 from fastlstm.bench import ceilings, clock, peers
-from fastlstm.bench.clock import Timing
+from fastlstm.bench.clock import SideError, Timing
 from fastlstm.bench.peers import CONTENDERS, OURS
 from fastlstm.bench.results import Results, Row
 from fastlstm.bench.sides import Side
@@ -37,7 +38,7 @@ METHOD = {
     "clock": "the host's; CUDA events for what stays on a GPU",
     "threads": "equal for all sides",
     "precision": "the dtype of the row on all sides: no TF32, no bfloat16",
-    "first call": "building a side and its first call are timed apart, and are in no other figure",
+    "beginning": "building a side and its first results, which compile, are timed apart, and are in no other figure",
 }
 
 
@@ -84,7 +85,7 @@ def measure(
     reasons = {name: peers.missing(name, threads) for name in names}
     here = [name for name, reason in reasons.items() if reason is None]
     results = Results(
-        machine=machine | {package: version(package) for name in here for package in CONTENDERS[name].packages},
+        machine=machine | {package: _version(package) for name in here for package in CONTENDERS[name].packages},
         threads=threads,
         rows=(),
         absent={name: reason for name, reason in reasons.items() if reason is not None},
@@ -114,6 +115,14 @@ def measure(
     return results
 
 
+def _version(package: str) -> str:
+    """Return a package's version; some are installed under several names, of which this is the module's."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(getattr(import_module(package), "__version__", "of unknown version"))
+
+
 def _ceilings(here: Sequence[str], threads: int, dtypes: tuple[str, ...]) -> dict[str, Any]:
     """Measure the devices that our own sides run on."""
     devices = dict.fromkeys(CONTENDERS[name].device for name in here if name in OURS and name != peers.REFERENCE)
@@ -140,24 +149,43 @@ def measure_row(work: Work, names: Iterable[str], threads: int, seconds: float) 
                     start = time.perf_counter()
                     side = stack.enter_context(CONTENDERS[name].build(problem, threads))
                     built = time.perf_counter()
-                    side.time(1)
-                    began[name] = built - start, time.perf_counter() - built
                     found = side.outputs()
+                    began[name] = built - start, time.perf_counter() - built
                     truth = found if truth is None else truth
                     wrong = clock.disagreement(truth, found, work.dtype)
                     if wrong is None:
                         sides[name] = side
                     else:
                         refused[name] = wrong
+                    del found
             if peers.CPU in sides:  # which holds the number of threads
                 plan = problem.model.plan(problem.x, problem.lengths).partition(": ")[2]
-            seconds_of, calls, interrupted = clock.take_turns(sides, seconds)
-            timings = {name: Timing(found, calls[name], *began[name]) for name, found in seconds_of.items() if found}
+            timed, interrupted = _timed(sides, seconds, refused)
+            timings = {name: Timing(*figures, *began[name]) for name, figures in timed.items()}
         except KeyboardInterrupt:
             interrupted = True
         except MemoryError as error:
             refused[EVERYBODY] = f"not enough memory: {error}"
     return Row(work, threads, plan, timings, refused), interrupted
+
+
+def _timed(
+    sides: dict[str, Side], seconds: float, refused: dict[str, str]
+) -> tuple[dict[str, tuple[tuple[float, ...], int]], bool]:
+    """Time the sides in turn, and anew without the one that fails meanwhile."""
+    while True:
+        try:
+            found, calls, interrupted = clock.take_turns(sides, seconds)
+        except SideError as error:
+            refused[error.side] = _words(error.__cause__)
+            sides = {name: side for name, side in sides.items() if name != error.side}
+        else:
+            return {name: (rounds, calls[name]) for name, rounds in found.items() if rounds}, interrupted
+
+
+def _words(error: BaseException | None) -> str:
+    """Say in one line what failed."""
+    return " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]
 
 
 @contextlib.contextmanager
@@ -166,7 +194,7 @@ def _refusing(refused: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused[name] = f"failed: {type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        refused[name] = _words(error)
 
 
 def denormals(name: str, threads: int) -> str:

@@ -154,6 +154,7 @@ def event_seconds(cupy: Any, call: Callable[[], Any], count: int) -> float:
 def cuda(problem: Problem, threads: int) -> Iterator[Side]:
     """Our library on CuPy arrays that are on the GPU already, timed by CUDA events; no array is copied."""
     cupy = import_module("cupy")
+    cupy.get_default_memory_pool().free_all_blocks()  # what the work before has left; PyTorch has another pool
     model = problem.model.to(cupy)
     call, results = _ours(problem, model, cupy.asarray(problem.x), cupy.asarray(problem.dy))
     yield Side(

@@ -182,7 +182,7 @@ def _standing(found: list[Line]) -> Iterator[str]:
 def _small_print(results: Results) -> Iterator[str]:
     yield ""
     for name, (build, first) in _beginnings(results).items():
-        yield f"{name}: built in {time_of(build)}, first call {time_of(first)}, each at the slowest; in no other figure"
+        yield f"{name}: built in {time_of(build)}, first results {time_of(first)} later, at most; in no other figure"
     for name, words in results.denormals.items():
         yield f"{name}: denormals {words}"
     for name, reason in results.absent.items():
@@ -195,7 +195,7 @@ def _small_print(results: Results) -> Iterator[str]:
 
 
 def _beginnings(results: Results) -> dict[str, tuple[float, float]]:
-    """Return the longest build and the longest first call of each side: that of a process with nothing compiled."""
+    """Return the longest build of each side, and the longest time to first results: those with nothing compiled yet."""
     found: dict[str, tuple[float, float]] = {}
     for row in results.rows:
         for name, timing in row.sides.items():

@@ -29,6 +29,7 @@ KINDS = {
     "stream": "one time step, the state fed back",
 }
 DTYPES = ("float32", "float64")
+MOST_NUMBERS = 1 << 40  # in the arrays of a work; what a machine cannot hold of fewer, it says itself
 
 Array = np.ndarray[Any, Any]
 
@@ -66,6 +67,9 @@ class Work:
         for size in self.shape:
             if type(size) is not int or size < 1:
                 raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {self.shape}")
+        rows = self.steps * self.batch
+        if rows * (self.inputs + self.hidden) + self.hidden * (self.inputs + self.hidden) > MOST_NUMBERS:
+            raise ArgumentError(f"the shape {self.name} is more than a machine can hold")
         if self.dtype not in DTYPES:
             raise ArgumentError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.kind not in KINDS:
