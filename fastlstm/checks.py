@@ -14,7 +14,7 @@ from fastlstm.cell import Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
 
-__all__ = ["array", "dropout_seed", "lengths", "params", "state", "state_gradient"]
+__all__ = ["array", "dropout_seed", "flag", "lengths", "params", "state", "state_gradient"]
 
 
 def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
@@ -162,6 +162,13 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
     if batch and (values.min() < 0 or values.max() > steps):
         raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {values.min()} to {values.max()}")
     return values.astype(np.int64)
+
+
+def flag(name: str, given: Any) -> bool:
+    """Check a choice between two ways: true or false, and no other value that would count as either."""
+    if not isinstance(given, (bool, np.bool_)):
+        raise ArgumentError(f"{name} must be True or False, got {given!r}")
+    return bool(given)
 
 
 def dropout_seed(given: Any) -> int:

@@ -113,6 +113,7 @@ def lstm_forward(
     batch_first: bool = False,
     dropout: float = 0.0,
     dropout_seed: int = 0,
+    recompute: bool = False,
 ) -> tuple[Array, State, Tape]:
     """Run an LSTM over whole sequences and keep what the backward pass needs.
 
@@ -134,6 +135,8 @@ def lstm_forward(
         Probability of dropping an output of every layer but the last.
     dropout_seed : int
         Determines the dropout masks.
+    recompute : bool
+        Save memory: see :meth:`fastlstm.LSTM.forward`.
 
     Returns
     -------
@@ -165,7 +168,9 @@ def lstm_forward(
     """
     cell = parameters.cell_of(params, dropout)
     source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.dropout else None
-    y, state, tape = run(cell, params, x, state, lengths, batch_first=batch_first, dropout=source, keep_tape=True)
+    y, state, tape = run(
+        cell, params, x, state, lengths, batch_first=batch_first, dropout=source, keep_tape=True, recompute=recompute
+    )
     assert tape is not None
     return y, state, tape
 
@@ -223,6 +228,7 @@ def run(
     batch_first: bool,
     dropout: Dropout | None,
     keep_tape: bool,
+    recompute: bool = False,
 ) -> tuple[Array, State, Tape | None]:
     """Check the arguments, run the backend's forward pass, and bring the result to the caller's layout."""
     if not (batch_first or keep_tape or lengths is not None):
@@ -235,7 +241,9 @@ def run(
     h0, c0 = checks.state(cell, state, layout.state_batch, like)
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     backend = dispatch.backend_for(x)
-    result = backend.forward(cell, params, layout.to_backend(x), h0, c0, lengths, dropout, keep_tape)
+    result = backend.forward(
+        cell, params, layout.to_backend(x), h0, c0, lengths, dropout, keep_tape, checks.flag("recompute", recompute)
+    )
     tape = Tape(cell, backend.name, layout, result.tape) if keep_tape else None
     return layout.to_caller(result.y), layout.state_to_caller(result.h_n, result.c_n), tape
 

@@ -119,7 +119,9 @@ class LSTM:
         )  # fmt: skip
         return y, state
 
-    def forward(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State, Tape]:
+    def forward(
+        self, x: Array, state: State | None = None, lengths: Any = None, *, recompute: bool = False
+    ) -> tuple[Array, State, Tape]:
         """Run the model for training, with dropout, and keep what :meth:`backward` needs.
 
         Parameters
@@ -130,6 +132,10 @@ class LSTM:
             ``(h0, c0)``, each (L*D, B, H), or (L*D, H) for unbatched input; zeros by default.
         lengths : (B,) integers, optional
             The length of each sequence, in 0..T, in any order; all T by default.
+        recompute : bool
+            Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
+            then takes longer and gives the same gradients to the last bit. The backends `cuda` and
+            `reference` keep the gates nonetheless.
 
         Returns
         -------
@@ -145,12 +151,18 @@ class LSTM:
         ------
         ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
             Before any work, if an argument does not fit.
+
+        Notes
+        -----
+        On the CPU, the call and its backward pass take at most 7 * T * B * H numbers of memory for each layer
+        and direction beyond inputs and outputs, 4.25 * T * B * H with `recompute`, and four times the
+        parameters. H counts as rounded up to whole vectors of the processor, T * B as the sum of the lengths.
         """
         dropout = self._next_dropout()
         try:
             y, state, tape = functional.run(
                 self.cell, self.params, x, state, lengths,
-                batch_first=self.batch_first, dropout=dropout, keep_tape=True,
+                batch_first=self.batch_first, dropout=dropout, keep_tape=True, recompute=recompute,
             )  # fmt: skip
         except BaseException:
             self._give_back(dropout)

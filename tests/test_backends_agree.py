@@ -32,6 +32,8 @@ CASES = [
     *(Case(2, 3, inputs, 5, bidirectional=inputs % 2 == 1) for inputs in LANES),
     *(Case(4, batch, 3, 17, 1, batch % 2 == 0, lengths=None if batch % 3 else "zeros") for batch in TILE_ROWS),
     *(Case(3, batch, 5, 33, 2, lengths="zeros", dropout=0.3) for batch in (6, 12, 13)),
+    # More rows than go over a slice of the weights at a time, and more inputs and units than a slice has.
+    *(Case(2, *sizes) for sizes in ((131, 3, 9), (2, 200, 5), (3, 128, 129), (2, 5, 261), (67, 130, 40))),
     *(Case(*sizes) for sizes in itertools.product((1, 2), repeat=4)),
     *(
         Case(5, 4, 3, 6, layers, bidirectional, bias, batch_first, state, lengths, dropout=0.25 if layers > 1 else 0.0)

@@ -24,6 +24,7 @@ CASES = [
     *(Case(3, 7, inputs, hidden) for inputs in (1, 8, 17) for hidden in (1, 8, 15, 16, 17, 33)),
     Case(5, 12, 16, 32, lengths="zeros"),
     Case(9, 20, 64, 96, bidirectional=True, lengths="zeros"),  # enough work for several threads
+    Case(2, 67, 130, 137),  # several slices of the weights, and more rows than go over one at a time
     Case(1, 1, 3, 5, 2, bias=False),
     Case(4, 3, 2, 5, 2, True, lengths=(0, 0, 0)),
 ]

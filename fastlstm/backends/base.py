@@ -61,6 +61,7 @@ class Backend(Protocol):
         lengths: Array | None,  # (B,) int64 on the host, in 0..T, unsorted; all T if None
         dropout: Dropout | None,  # between layers; None for none
         keep_tape: bool,
+        recompute: bool = False,  # keep h and c alone, and compute the gates again in `backward`; more may be kept
     ) -> ForwardResult:
         """Run the whole sequence through all layers."""
         ...

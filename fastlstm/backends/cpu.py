@@ -2,8 +2,9 @@
 
 The kernels see the sequences sorted by length and their steps packed (``kernels/cpu/sequence.py`` says
 how). What a training call keeps are, for each layer and direction, six numbers a hidden unit and step: the
-four gates, c, and the h before the step; the backward pass adds one for the gradients of the gates, which
-are kept for a quarter of the steps at a time.
+four gates, c, and the h before the step; the backward pass adds at most one for the gradients of the gates,
+which are kept for an eighth to a quarter of the steps at a time. With `recompute` it keeps two, c and h, and
+the backward pass computes the gates of these steps again, by one product, since the states are known.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ __all__ = ["BACKEND", "CpuBackend"]
 
 # Rows up to which the weights are used as they lie: packing them would read and write them all.
 _SMALL = 8
+# Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
+# gradients anew for each chunk would cost too much.
+_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
 class DirectionTape:
     """What one direction leaves on the tape."""
 
-    gates: Array  # (N, Hp/V, 5, V): i, f, g, o, c
+    gates: Array  # (N, Hp/V, 5, V): i, f, g, o, c; or (N, Hp/V, 1, V): c alone
     h_rows: Array  # (N, Hp): the h before each row's step
     c0: Array  # (B, H)
 
@@ -66,6 +70,7 @@ class CpuBackend(LayeredBackend):
         c0: Array,
         lengths: Array | None,
         keep_tape: bool,
+        recompute: bool,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
         x, h0, c0 = _plain(x), _plain(h0), _plain(c0)
@@ -79,7 +84,7 @@ class CpuBackend(LayeredBackend):
         y = allocate((steps * batch, len(weights) * h0.shape[2]), x.dtype)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
         tapes = [
-            _direction_forward(w, x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape)
+            _direction_forward(w, x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape, recompute)
             for d, w in enumerate(weights)
         ]
         tape = LayerTape(x, packing, tapes) if keep_tape else None
@@ -197,13 +202,14 @@ def _direction_forward(
     h_n: Array,
     c_n: Array,
     keep_tape: bool,
+    recompute: bool,
 ) -> DirectionTape:
     """Run one direction; writes y, h_n and c_n."""
     dtype, batch, inputs = x.dtype, x.shape[1], x.shape[2]
     hidden, width = h0.shape[1], lanes(x.dtype)
     blocks = -(-hidden // width)
     rows, reverse = packing.rows, direction == 1
-    tape = np.empty((rows if keep_tape else 0, blocks, TAPE, width), dtype)
+    tape = np.empty((rows if keep_tape else 0, blocks, 1 if recompute else TAPE, width), dtype)
     h_rows = np.empty((rows if keep_tape else 2 * batch, blocks * width), dtype)
     arguments = (
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), packing.pack(x, reverse),
@@ -224,6 +230,13 @@ def _direction_forward(
     return DirectionTape(tape, h_rows, c0.copy())
 
 
+def _chunk(packing: Packing) -> int:
+    """Steps whose gate gradients, and with `recompute` their gates, are kept at a time."""
+    steps = packing.offsets.size - 1
+    chunk: int = max(1, -(-steps // 8), min(-(-steps // 4), -(-_CHUNK_ROWS // packing.order.size)))
+    return chunk
+
+
 def _direction_backward(
     weights: Weights,
     layer: LayerTape,
@@ -242,12 +255,17 @@ def _direction_backward(
     blocks, reverse = -(-hidden // width), direction == 1
     weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
     grads = np.empty_like(weight_ih), np.empty_like(weight_hh), np.empty_like(bias)
-    chunk = max(1, -(-(packing.offsets.size - 1) // 4))
+    recompute = tape.gates.shape[2] < TAPE
+    chunk = _chunk(packing)
+    again = (packing.rows_of_chunk(chunk), blocks) if recompute else (0, 0)
     depth, panel = GATES * blocks * width, VECTORS * width
     arguments = (
-        weight_ih, weight_hh, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
+        weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
         packing.order, packing.lengths, packing.offsets, packing.places(reverse),
         dy, direction * hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, chunk,
+        np.empty((again[0], blocks, TAPE, width), dtype),
+        np.empty((again[1], inputs + hidden, GATES, width), dtype),
+        np.empty((again[1], GATES, width), dtype),
         np.empty((packing.rows_of_chunk(chunk), depth), dtype),
         np.empty((batch, blocks * width), dtype),
         np.empty((batch, blocks * width), dtype),

@@ -83,10 +83,11 @@ class CudaBackend(LayeredBackend):
         lengths: Array | None,
         dropout: Dropout | None,
         keep_tape: bool,
+        recompute: bool = False,
     ) -> ForwardResult:
         """Run the whole sequence through all layers, on the device of `x` (see ``base.Backend.forward``)."""
         with self.device.of(x):
-            return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape)
+            return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute)
 
     def backward(
         self,
@@ -137,6 +138,7 @@ class CudaBackend(LayeredBackend):
         c0: Array,
         lengths: Array | None,
         keep_tape: bool,
+        recompute: bool,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
         steps, batch = x.shape[:2]

@@ -70,6 +70,7 @@ class LayeredBackend(ABC):
         c0: Array,  # (D, B, H)
         lengths: Array | None,  # (B,) int64 on the host
         keep_tape: bool,
+        recompute: bool,  # see base.Backend.forward
     ) -> LayerResult:
         """Run one layer, in all its directions."""
 
@@ -94,6 +95,7 @@ class LayeredBackend(ABC):
         lengths: Array | None,
         dropout: Dropout | None,
         keep_tape: bool,
+        recompute: bool = False,
     ) -> ForwardResult:
         """Run the whole sequence through all layers (see ``base.Backend.forward``)."""
         steps, batch = x.shape[:2]
@@ -110,7 +112,7 @@ class LayeredBackend(ABC):
                 x = x * mask
             rows = _layer_rows(cell, layer)
             result = self.layer_forward(
-                layer_weights(cell, params, layer), x, h0[rows], c0[rows], lengths, keep_tape=keep_tape
+                layer_weights(cell, params, layer), x, h0[rows], c0[rows], lengths, keep_tape, recompute
             )
             x, h_n[rows], c_n[rows] = result.y, result.h_n, result.c_n
             stack.layers.append(result.tape)

@@ -112,6 +112,7 @@ class ReferenceBackend(LayeredBackend):
         c0: Array,
         lengths: Array | None,
         keep_tape: bool,
+        recompute: bool,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
         batch = x.shape[1]

@@ -10,8 +10,9 @@ from __future__ import annotations
 from numba import njit
 
 from fastlstm.kernels.cpu.compile import kernel
-from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward
-from fastlstm.kernels.cpu.pack import pack_backward, pack_rows, unpack_gradient
+from fastlstm.kernels.cpu.forward import pre_activations
+from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
+from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, unpack_gradient
 from fastlstm.kernels.cpu.simd import REGISTERS, address, fill, lanes_of, load, load_first, offset, store, store_first
 from fastlstm.kernels.cpu.team import barrier, share
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
@@ -29,8 +30,9 @@ DEPTH = 96 if REGISTERS == 16 else 256
 def layer_backward(
     weight_ih,  # (4H, I), IN
     weight_hh,  # (4H, H), IN
+    bias,  # (4H,), or (0,) for none, IN
     x,  # (N, I) packed, IN
-    tape,  # (N, Hp/V, 5, V), IN
+    tape,  # (N, Hp/V, 5, V), or (N, Hp/V, 1, V) with c alone, IN
     h_rows,  # (N, Hp), IN
     c0,  # (B, H), IN
     order,  # (B,), IN
@@ -49,6 +51,9 @@ def layer_backward(
     dweight_hh,  # (4H, H), OUT
     dbias,  # (4H,), or (0,) for none, OUT
     chunk,  # steps whose gate gradients are kept at a time
+    gates,  # (rows of a chunk, Hp/V, 5, V) scratch if the tape has c alone, else (0, Hp/V, 5, V)
+    packed,  # (Hp/V, I + H, 4, V) scratch likewise, else (0, I + H, 4, V)
+    packed_bias,  # (Hp/V, 4, V) scratch likewise
     da,  # (rows of a chunk, 4 * Hp) scratch
     dh_rows,  # (B, Hp) scratch
     dc_rows,  # (B, Hp) scratch
@@ -68,6 +73,9 @@ def layer_backward(
     """Back-propagate through the recurrence."""
     row_first, row_last, block_first, block_last = parts[thread]
     first, last = share(tape.shape[1], thread, threads)
+    rebuild = packed.shape[0] > 0
+    if rebuild:
+        pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
     _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads)
@@ -77,11 +85,15 @@ def layer_backward(
     while chunk_last > 0:
         chunk_first = max(0, chunk_last - chunk)
         low, high = offsets[chunk_first], offsets[chunk_last]
+        if rebuild:
+            _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last)
+            barrier(counters, thread, threads)
         for step in range(chunk_last - 1, chunk_first - 1, -1):
             active = min(offsets[step + 1] - offsets[step], row_last)
             before = offsets[step - 1] if step else -1
             _gates_back(
-                offsets[step], before, low, order, places, tape, c0, dy, column, da, dh_rows, dc_rows,
+                offsets[step], before, low, order, places, gates if rebuild else tape, low if rebuild else 0, tape,
+                c0, dy, column, da, dh_rows, dc_rows,
                 row_first, active, block_first, block_last,
             )  # fmt: skip
             if divided:
@@ -136,8 +148,30 @@ def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last
 
 
 @njit
+def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last):
+    """Compute the gates of the rows low to high again, for all their steps at once, since the states are known.
+
+    The sums are those of the forward pass, in the same order, so the gates are the same to the last bit.
+    """
+    inputs, hidden = x.shape[1], packed.shape[1] - x.shape[1]
+    blocks, width, stride = tape.shape[1], tape.shape[3], h_rows.shape[1]
+    tile_row, gates_row = GATES * width, blocks * TAPE * width
+    for block in range(first, last):
+        weights = offset(address(packed), block * packed.shape[1] * tile_row)
+        start = offset(address(packed_bias), block * tile_row)
+        for row in range(low, high, GROUP):
+            end = min(row + GROUP, high)
+            out = offset(address(gates), (row - low) * gates_row + block * TAPE * width)
+            x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
+            pre_activations(end - row, x_rows, inputs, h_prev, hidden, stride, weights, start, 0, out, gates_row)
+            for n in range(row, end):
+                c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
+                gates_again(offset(out, (n - row) * gates_row), width, min(width, hidden - block * width), c)
+
+
+@njit
 def _gates_back(
-    here, before, chunk_row, order, places, tape, c0, dy, column, da, dh_rows, dc_rows,
+    here, before, chunk_row, order, places, gates, gates_row, tape, c0, dy, column, da, dh_rows, dc_rows,
     row_first, row_last, block_first, block_last,
 ):  # fmt: skip
     """Take one step's gradients through the gates: dc in place, the gate gradients to `da`, dh to zero."""
@@ -148,7 +182,7 @@ def _gates_back(
         for block in range(block_first, block_last):
             units = min(width, hidden - block * width)
             if before >= 0:
-                source = ((before + row) * blocks + block) * TAPE + TAPE - 1
+                source = ((before + row) * blocks + block) * tape.shape[2] + tape.shape[2] - 1
                 c_prev = load(offset(address(tape), source * width))
             else:
                 c_prev = load_first(offset(address(c0), order[row] * hidden + block * width), units)
@@ -157,7 +191,7 @@ def _gates_back(
             dh = load(here_dh)
             if dy.size:
                 dh = dh + load_first(offset(address(dy), place + block * width), units)
-            left = offset(address(tape), ((here + row) * blocks + block) * TAPE * width)
+            left = offset(address(gates), ((here - gates_row + row) * blocks + block) * TAPE * width)
             out = offset(address(da), ((here - chunk_row + row) * blocks + block) * GATES * width)
             store(here_dc, gates_backward(dh, load(here_dc), left, width, c_prev, out))
             store(here_dh, fill(here_dh, 0.0))

@@ -33,7 +33,7 @@ from fastlstm.kernels.cpu.simd import (
 from fastlstm.kernels.cpu.team import barrier, share
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, gate_tiles
 
-__all__ = ["layer_forward"]
+__all__ = ["layer_forward", "pre_activations"]
 
 
 @kernel
@@ -53,7 +53,7 @@ def layer_forward(
     h_n,  # (B, H), OUT
     c_n,  # (B, H), OUT
     training,  # whether to write the tape
-    tape,  # (N, Hp/V, 5, V) for training, OUT
+    tape,  # (N, Hp/V, 5, V) for training, or (N, Hp/V, 1, V) to keep c alone, OUT
     h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
     c_rows,  # (B, Hp) scratch
     packed,  # (Hp/V, I + H, 4, V) scratch
@@ -101,7 +101,7 @@ def layer_forward(
                     a_row = a.shape[1] * tile_row
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
                     weights_hh = offset(weights, inputs * tile_row)
-                    _add_products(
+                    pre_activations(
                         end - start, h_prev, 0, h_prev, hidden, stride, weights_hh, a_rows, a_row, a_rows, a_row
                     )
                 else:
@@ -109,7 +109,7 @@ def layer_forward(
                     a_rows = offset(address(a), thread * GROUP * tile_row)
                     x_rows = offset(address(x), (low + start) * inputs)
                     bias_row = offset(address(packed_bias), block * tile_row)
-                    _add_products(
+                    pre_activations(
                         end - start, x_rows, inputs, h_prev, hidden, stride, weights, bias_row, 0, a_rows, a_row
                     )
                 for row in range(start, end):
@@ -126,12 +126,14 @@ def layer_forward(
                     store(here_c, c)
                     store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
                     if training:
-                        left = offset(address(tape), ((low + row) * tape.shape[1] + block) * TAPE * width)
-                        store(left, i)
-                        store(offset(left, width), f)
-                        store(offset(left, 2 * width), g)
-                        store(offset(left, 3 * width), o)
-                        store(offset(left, 4 * width), c)
+                        kept = tape.shape[2]
+                        left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
+                        if kept == TAPE:
+                            store(left, i)
+                            store(offset(left, width), f)
+                            store(offset(left, 2 * width), g)
+                            store(offset(left, 3 * width), o)
+                        store(offset(left, (kept - 1) * width), c)
                     if step + 1 < lengths[row]:
                         store(offset(address(h_rows), (following + row) * stride + block * width), h)
                     else:
@@ -170,11 +172,11 @@ def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_las
         source = offset(address(packed_bias), block * tile_row)
         target = offset(address(a), block * tile_row)
         x_rows = offset(address(x), low * inputs)
-        _add_products(high - low, x_rows, inputs, x_rows, 0, 0, weights, source, 0, target, a_row)
+        pre_activations(high - low, x_rows, inputs, x_rows, 0, 0, weights, source, 0, target, a_row)
 
 
 @njit
-def _add_products(rows, x, inputs, h, hidden, h_row, weights, start, start_row, a, a_row):
+def pre_activations(rows, x, inputs, h, hidden, h_row, weights, start, start_row, a, a_row):
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units.
 
     The weights are taken DEPTH rows at a time, which stay in the first-level cache while the rows pass. Where

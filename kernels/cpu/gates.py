@@ -9,9 +9,9 @@ from __future__ import annotations
 from numba import njit
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
-from fastlstm.kernels.cpu.simd import fma, load, offset, store
+from fastlstm.kernels.cpu.simd import fma, load, load_first, offset, store
 
-__all__ = ["GATES", "TAPE", "gates_backward", "gates_forward"]
+__all__ = ["GATES", "TAPE", "gates_again", "gates_backward", "gates_forward"]
 
 GATES = 4  # i, f, g, o
 TAPE = 5  # i, f, g, o, c
@@ -37,6 +37,28 @@ def gates_forward(a_i, a_f, a_g, a_o, c_prev):
     c = fma(f, c_prev, i * g)
     h = o * tanh(c)
     return i, f, g, o, c, h
+
+
+@njit(forceinline=True)
+def gates_again(gates, width, units, c):
+    """Activate pre-activations in place, and put the known cell state beside them: the tape, rebuilt.
+
+    Parameters
+    ----------
+    gates : pointer, IN and OUT
+        Four vectors of `width` lanes, the pre-activations; then the five of the tape.
+    width : int
+        Lanes of a vector.
+    units : int
+        Lanes that are units; the others become harmless constants, as in the forward pass.
+    c : Vector
+        The cell state after this step.
+    """
+    store(gates, sigmoid(load_first(gates, units)))
+    store(offset(gates, width), sigmoid(load_first(offset(gates, width), units)))
+    store(offset(gates, 2 * width), tanh(load_first(offset(gates, 2 * width), units)))
+    store(offset(gates, 3 * width), sigmoid(load_first(offset(gates, 3 * width), units)))
+    store(offset(gates, 4 * width), c)
 
 
 @njit(forceinline=True)
