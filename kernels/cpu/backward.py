@@ -7,9 +7,7 @@ the chunk before. So the gate gradients never take more memory than one chunk's.
 
 from __future__ import annotations
 
-from numba import njit
-
-from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
 from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, unpack_gradient
@@ -116,7 +114,7 @@ def layer_backward(
     _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads)
 
 
-@njit
+@routine
 def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads):
     """Zero this thread's share of the sums, and put the final states' gradients in place."""
     first, last = share(gradient_bias.size, thread, threads)
@@ -131,7 +129,7 @@ def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, 
             dc_rows[row, unit] = dc_n[order[row], unit] if unit < hidden else 0.0
 
 
-@njit
+@routine
 def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads):
     """Write this thread's share of the gradients by the bias and the initial states."""
     hidden, width = dh0.shape[1], lanes_of(address(dh_rows))
@@ -147,7 +145,7 @@ def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last
             dc0[order[row], unit] = dc_rows[row, unit]
 
 
-@njit
+@routine
 def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last):
     """Compute the gates of the rows low to high again, for all their steps at once, since the states are known.
 
@@ -169,7 +167,7 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
                 gates_again(offset(out, (n - row) * gates_row), width, min(width, hidden - block * width), c)
 
 
-@njit
+@routine
 def _gates_back(
     here, before, chunk_row, order, places, gates, gates_row, tape, c0, dy, column, da, dh_rows, dc_rows,
     row_first, row_last, block_first, block_last,
@@ -197,7 +195,7 @@ def _gates_back(
             store(here_dh, fill(here_dh, 0.0))
 
 
-@njit
+@routine
 def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, block_first, block_last):
     """Compute dh = da @ W_hh for this thread's rows and units."""
     depth, stride = packed_hh.shape[1], dh_rows.shape[1]
@@ -216,7 +214,7 @@ def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, bl
             _add_long_product(rows, vectors, depth, gates, weights, out, stride)
 
 
-@njit
+@routine
 def _split_blocks(da, first_row, rows, left, gradient_bias, first, last):
     """Copy each of this thread's blocks of da to a place of its own, and add it to the bias's gradient."""
     width = left.shape[2] // GATES
@@ -234,7 +232,7 @@ def _split_blocks(da, first_row, rows, left, gradient_bias, first, last):
             store(place, load(place) + total)
 
 
-@njit
+@routine
 def _add_product(left, rows, operand, operand_row, panel, gradient, first, last):
     """Add left^T @ operand to the gradient, panel by panel of the operand's columns."""
     columns, stride = left.shape[2], gradient.shape[1]
@@ -250,7 +248,7 @@ def _add_product(left, rows, operand, operand_row, panel, gradient, first, last)
                 tile(count, vectors, rows, offset(source, row), 1, columns, panel, columns, out, stride)
 
 
-@njit
+@routine
 def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumulate, dx, block):
     """Compute dx = da @ W_ih for some rows of the chunk."""
     inputs, depth, columns = dx.shape[1], packed_ih.shape[1], packed_ih.shape[2]
@@ -277,7 +275,7 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
                     store_first(out, value, units)
 
 
-@njit
+@routine
 def _add_long_product(rows, vectors, depth, gates, weights, out, out_row):
     """Add gates @ weights to `out`, for some rows of `depth` gate gradients and one panel of the weights."""
     columns = VECTORS * lanes_of(out)

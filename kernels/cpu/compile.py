@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import njit, types
 
 from fastlstm.kernels.cpu.simd import VECTOR_BYTES
 
-__all__ = ["cache_folder", "kernel"]
+__all__ = ["cache_folder", "kernel", "routine"]
 
 
 def _stamp() -> str:
@@ -34,12 +34,27 @@ def kernel(function: Callable[..., None]) -> Any:
 
     Where no folder can be written, it is compiled in every process.
     """
-    dispatcher = njit(nogil=True)(function)
+    dispatcher = njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy")(function)
     try:
         dispatcher.enable_caching()
     except RuntimeError:  # Numba found no folder that it may write
         return dispatcher
     dispatcher._cache._cache_file._source_stamp = _STAMP
+    return dispatcher
+
+
+def routine(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call, once for each dtype.
+
+    Left to itself, Numba compiles a function anew for every constant that it is called with.
+    """
+    dispatcher = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+    resolve = dispatcher.get_call_template
+
+    def resolve_plain(args: Any, kws: Any) -> Any:
+        return resolve(tuple(map(types.unliteral, args)), {name: types.unliteral(t) for name, t in dict(kws).items()})
+
+    dispatcher.get_call_template = resolve_plain
     return dispatcher
 
 

@@ -16,9 +16,7 @@ Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to
 
 from __future__ import annotations
 
-from numba import njit
-
-from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
 from fastlstm.kernels.cpu.simd import (
@@ -144,7 +142,7 @@ def layer_forward(
             barrier(counters, thread, threads)
 
 
-@njit
+@routine
 def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last):
     """Put the initial states of some rows in place; a sequence of length 0 ends with them."""
     hidden = h0.shape[1]
@@ -161,7 +159,7 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
                 c_n[sequence, unit] = c0[sequence, unit]
 
 
-@njit
+@routine
 def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_last):
     """Compute x @ W_ih.T + b for the rows low to high: full tiles even where each step has few rows."""
     inputs, width = x.shape[1], packed.shape[3]
@@ -175,7 +173,7 @@ def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_las
         pre_activations(high - low, x_rows, inputs, x_rows, 0, 0, weights, source, 0, target, a_row)
 
 
-@njit
+@routine
 def pre_activations(rows, x, inputs, h, hidden, h_row, weights, start, start_row, a, a_row):
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units.
 

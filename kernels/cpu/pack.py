@@ -8,9 +8,10 @@ Hp being H padded to whole vectors.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.gates import GATES
 from fastlstm.kernels.cpu.simd import (
     address,
@@ -65,7 +66,7 @@ def _transpose(typingctx, source, source_row, target, target_row):
     return types.void(source, source_row, target, target_row), codegen
 
 
-@njit
+@routine
 def _pack_columns(weight, packed, first_k, block):
     """Write one block's rows of a weight (4H, K) as columns from `first_k` of `packed` (H/V, all k, 4, V)."""
     hidden, inputs = weight.shape[0] // GATES, weight.shape[1]
@@ -85,7 +86,7 @@ def _pack_columns(weight, packed, first_k, block):
                 packed[block, first_k + k, gate, lane] = weight[row + lane, k] if lane < units else 0.0
 
 
-@njit
+@routine
 def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
     """Pack the weights for the forward pass: the columns of a tile are the four gates of one block of units.
 
@@ -109,7 +110,7 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
                 packed_bias[block, gate, lane] = bias[gate * hidden + unit] if inside else 0.0
 
 
-@njit
+@routine
 def pack_backward(weight, packed, first, last):
     """Pack a weight for products with the gates' gradients, in panels of as many columns as a tile has.
 
@@ -139,7 +140,7 @@ def pack_backward(weight, packed, first, last):
                             store(target, fill(target, 0.0))
 
 
-@njit
+@routine
 def pack_rows(source, row_length, column, columns, packed, first, last):
     """Copy some columns of the rows `first` to `last` of a matrix side by side, for the tile's reach.
 
@@ -163,7 +164,7 @@ def pack_rows(source, row_length, column, columns, packed, first, last):
                 store(target, fill(target, 0.0))
 
 
-@njit
+@routine
 def unpack_gradient(packed, gradient, first, last):
     """Bring a weight's gradient back to the layout of the weight.
 

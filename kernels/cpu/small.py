@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gates import gates_forward
 from fastlstm.kernels.cpu.simd import (
     Vector,
@@ -177,7 +177,7 @@ def small_forward(
     return True
 
 
-@njit
+@routine
 def _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, row, count):
     """Return some rows of W_ih x + W_hh h + b, one in each lane."""
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]

@@ -6,10 +6,11 @@ import sys
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.simd import address, offset
 
 __all__ = ["barrier", "share"]
@@ -64,7 +65,7 @@ def _yield_processor(typingctx):
     return types.void(), codegen
 
 
-@njit
+@routine
 def barrier(counters, thread, threads):
     """Wait until every thread of the team is here; what they wrote before is visible after.
 
@@ -92,7 +93,7 @@ def barrier(counters, thread, threads):
             _yield_processor()
 
 
-@njit
+@routine
 def share(count, thread, threads):
     """Divide `count` items evenly; return the first item of this thread and the first of the next."""
     return count * thread // threads, count * (thread + 1) // threads

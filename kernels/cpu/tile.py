@@ -13,9 +13,10 @@ C is added at the end: a long product, taken in parts, loses less to rounding th
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.simd import (
     CACHE_LINE,
     REGISTERS,
@@ -209,7 +210,7 @@ def _gate_tile(typingctx, rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, star
     return types.void(rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row), codegen
 
 
-@njit
+@routine
 def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
     """Add a product to a block of C.
 
@@ -229,7 +230,7 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
     _tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row)
 
 
-@njit
+@routine
 def _prefetch_share(following, size, row, rows):
     """Prefetch what belongs to these rows, of all `rows`, of the `size` elements that are wanted next."""
     line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
@@ -237,7 +238,7 @@ def _prefetch_share(following, size, row, rows):
         prefetch(offset(following, n))
 
 
-@njit
+@routine
 def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
     """Add a product to any number of rows of C, as :func:`tile` does, while the rows of B after these are fetched."""
     for row in range(0, rows, ROWS):
@@ -249,7 +250,7 @@ def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
         )  # fmt: skip
 
 
-@njit
+@routine
 def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
     """Compute the pre-activations of a block: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
 
@@ -274,7 +275,7 @@ def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_ro
     _gate_tile(rows, VECTORS, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row)
 
 
-@njit
+@routine
 def gate_tiles(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
     """Run :func:`gate_tile` over any number of rows, while the rows of B after these are fetched."""
     size = (k1 + k2) * VECTORS * lanes_of(b)
