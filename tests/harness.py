@@ -56,6 +56,11 @@ class BackendUnderTest:
         return self.name != "cuda"
 
     @property
+    def flushes(self) -> bool:
+        """Whether float32 numbers below the normal ones may become zero: CuPy compiles so, cuBLAS does not promise."""
+        return self.name == "cuda" and cuda_row.on_gpu()
+
+    @property
     def is_slow(self) -> bool:
         """Whether a time step takes tens of microseconds or more: the interpreter runs it, or the stand-in does."""
         return self.name == "reference" or (self.name == "cuda" and not cuda_row.on_gpu())

@@ -294,5 +294,10 @@ def test_numbers_of_any_size_give_the_reference(backend, dtype, scale):
     if dtype == np.float32 and scale > 1:
         # A saturated gate is 1 in float32 and 1 - 1e-20 in float64, so the gradients through it are 0 and 1e-20.
         found = {name: value for name, value in found.items() if not name.startswith("d")}
+    if dtype == np.float32 and backend.flushes:
+        least = 1e3 * np.finfo(dtype).tiny
+        small = {name for name, value in found.items() if 0 < np.abs(expected[name]).max() < least}
+        assert all(np.abs(found[name]).max() < least for name in small)
+        found = {name: value for name, value in found.items() if name not in small}
     expected = {name: expected[name] for name in found}
     assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)

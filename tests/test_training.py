@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import cuda_row
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
@@ -569,10 +570,8 @@ def test_bad_input_raises_a_typed_error(case):
 # CuPy
 
 
+@pytest.mark.skipif(bool(cuda_row.missing()), reason=str(cuda_row.missing()))
 def test_cupy_gives_what_numpy_gives(rng):
-    cupy = pytest.importorskip("cupy")
-    if not cupy.cuda.is_available():
-        pytest.skip("no CUDA device")
     linear = Linear(6, 5, dtype=np.float64, seed=0)
     x, (logits, target) = rng.normal(size=(4, 3, 6)), classification(rng, "indices")
     mask = masks(rng, (4, 3))["weights"]
@@ -587,12 +586,12 @@ def test_cupy_gives_what_numpy_gives(rng):
         SGD(layer.params, 0.1, momentum=0.9).step(clipped)
         return {"value": value, "error": error, "norm": norm, "dx": grads.x} | clipped | layer.params
 
-    for name, value in run(cupy).items():
-        assert isinstance(value, cupy.ndarray), name
     expected = run(np)
-    for name, value in run(cupy).items():
-        # Sums of some ten terms of order one, in another order.
-        np.testing.assert_allclose(cupy.asnumpy(value), expected[name], rtol=0, atol=1e-13, err_msg=name)
+    with cuda_row.installed() as cupy:
+        for name, value in run(cupy).items():
+            assert isinstance(value, cupy.ndarray), name
+            # Sums of some ten terms of order one, in another order.
+            np.testing.assert_allclose(cupy.asnumpy(value), expected[name], rtol=0, atol=1e-13, err_msg=name)
 
 
 def test_the_helpers_load_neither_numba_nor_cupy():
