@@ -102,14 +102,16 @@ def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
 
 
 def cuda(dtypes: tuple[str, ...], size: int = CUDA_SIZE, copied: int = CUDA_BYTES, repeats: int = 10) -> Ceiling:
-    """Measure the current GPU: products in the full precision of the dtype (no TF32), and a copy in its memory."""
+    """Measure the current GPU: products in the full precision of the dtype, and a copy in its memory.
+
+    CuPy takes TF32 only if ``CUPY_TF32`` says so.
+    """
     cupy = import_module("cupy")
-    device = import_module("fastlstm.backends.cuda").BACKEND.device
     operations = {}
     for dtype in dtypes:
-        a, b, out = (cupy.ones((size, size), dtype) for _ in range(3))
-        operations[dtype] = 2.0 * size**3 / _best(cupy, functools.partial(device.matmul, a, b, out), repeats)
-    del a, b, out
+        a, b = (cupy.ones((size, size), dtype) for _ in range(2))
+        operations[dtype] = 2.0 * size**3 / _best(cupy, functools.partial(cupy.matmul, a, b), repeats)
+    del a, b
     source, target = (cupy.ones(copied // 4, np.float32) for _ in range(2))
 
     def copy() -> None:

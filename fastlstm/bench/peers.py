@@ -9,7 +9,6 @@ would take bfloat16; TF32 is off in PyTorch and JAX, and cuBLAS does not use it 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -20,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm import dispatch
-from fastlstm.bench import sides
+from fastlstm.bench import sides, with_jax
 from fastlstm.bench.sides import CHECKED_STEPS, Side
 from fastlstm.bench.work import Array, Problem, Work
-from fastlstm.environment import usable_cores
 from fastlstm.errors import ArgumentError, BackendError
 
 __all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing", "opponents"]
 
+TORCH_GPU = "cuda"
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
 
@@ -116,7 +115,7 @@ def torch_cuda(problem: Problem, threads: int) -> Iterator[Side]:
         return float(start.elapsed_time(end)) / 1e3 / count
 
     try:
-        call, results = _torch_calls(torch, problem, "cuda")
+        call, results = _torch_calls(torch, problem, TORCH_GPU)
         yield Side(call, lambda: tuple(value.cpu().numpy() for value in results()), seconds)
     finally:
         for part, value in zip(precise, before, strict=True):
@@ -231,98 +230,13 @@ def openvino(problem: Problem, threads: int) -> Iterator[Side]:
     yield _fed(problem, run)
 
 
-JAX_THREADS = "PJRT_NPROC"  # the size of its CPU pool, read when that starts
-
-
-def _start_jax(threads: int) -> str | None:
-    """Start JAX with so many threads; it starts them once, so another number than the first cannot be had."""
-    if "jax" not in sys.modules:
-        os.environ.setdefault(JAX_THREADS, str(threads))
-    import_module("jax").devices("cpu")
-    has = os.environ.get(JAX_THREADS, str(usable_cores()))
-    return None if has == str(threads) else f"JAX runs on {has} threads in this process, and cannot change to {threads}"
-
-
-@contextlib.contextmanager
-def _jax_on(problem: Problem, threads: int, platform: str) -> Iterator[Side]:
-    if (reason := _start_jax(threads)) is not None:
-        raise BackendError(reason)
-    jax = import_module("jax")
-    lax, jnp = jax.lax, jax.numpy
-    work = problem.work
-
-    def held(function: Callable[[], Any]) -> Any:
-        """Call with the precision held, which is part of what is compiled."""
-        with jax.enable_x64(work.dtype == "float64"), jax.default_matmul_precision("highest"):
-            return function()
-
-    device = jax.devices(platform)[0]
-    zeros = np.zeros((work.batch, work.hidden), work.dtype)
-    params, x, dy, zero = held(lambda: jax.device_put((problem.model.params, problem.x, problem.dy, zeros), device))
-
-    def cell(params: Any, state: Any, inputs: Any) -> Any:
-        """One step, from the input's products with W_ih."""
-        h, c = state
-        i, f, g, o = jnp.split(inputs + h @ params["weight_hh_l0"].T, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
-
-    def project(params: Any, x: Any) -> Any:
-        return x @ params["weight_ih_l0"].T + params["bias_l0"]
-
-    @jax.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def forward(params: Any, x: Any) -> Any:
-        return lax.scan(lambda state, inputs: cell(params, state, inputs), (zero, zero), project(params, x))[1]
-
-    @jax.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def both(params: Any, x: Any, dy: Any) -> Any:
-        y, pull = jax.vjp(forward, params, x)
-        grads, dx = pull(dy)
-        return y, dx, *(grads[name] for name in sides.GRADIENTS)
-
-    @jax.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def step(params: Any, x_t: Any, state: Any) -> Any:
-        return cell(params, state, project(params, x_t))
-
-    x_t, state = held(lambda: x[0]), (zero, zero)
-
-    def call() -> Any:
-        nonlocal state
-        if work.kind == "infer":
-            return jax.block_until_ready((forward(params, x),))
-        if work.kind == "train":
-            return jax.block_until_ready(both(params, x, dy))
-        state, h = step(params, x_t, state)
-        return h.block_until_ready()
-
-    def outputs() -> tuple[Array, ...]:
-        nonlocal state
-        if work.kind == "stream":
-            state = (zero, zero)
-            return (np.stack([np.asarray(call()) for _ in range(CHECKED_STEPS)]),)
-        return tuple(np.asarray(value) for value in call())
-
-    def seconds(_: Callable[[], Any], count: int) -> float:
-        return float(held(lambda: sides.host_seconds(call, count)))
-
-    yield Side(lambda: held(call), lambda: held(outputs), seconds)
-
-
-def jax_cpu(problem: Problem, threads: int) -> AbstractContextManager[Side]:
-    """JAX on the CPU: one jitted lax.scan after one product of all inputs."""
-    return _jax_on(problem, threads, "cpu")
-
-
-def jax_cuda(problem: Problem, threads: int) -> AbstractContextManager[Side]:
-    """JAX on the GPU, by the host's clock until the result is there."""
-    return _jax_on(problem, threads, "gpu")
-
-
 def _not_the_default(threads: int) -> str | None:
     """Say why NumPy arrays do not run on the compiled kernels, if they do not."""
-    if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
-        return None
+    try:
+        if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
+            return None
+    except (BackendError, ImportError) as error:
+        return str(error)
     return "another backend is forced, or NUMBA_DISABLE_JIT is set"
 
 
@@ -341,7 +255,7 @@ def _no_gpu_for_torch(threads: int) -> str | None:
 def _no_gpu_for_jax(threads: int) -> str | None:
     if _no_cuda(threads) is not None:  # starting JAX takes its time, so it is not asked for nothing
         return "there is no fastlstm cuda to compare it with"
-    if (reason := _start_jax(threads)) is not None:
+    if (reason := with_jax.start(threads)) is not None:
         return reason
     try:
         import_module("jax").devices("gpu")
@@ -391,9 +305,9 @@ CONTENDERS = {
     "torch": Contender(torch_cpu, "cpu", CPU, ("torch",)),
     "onnxruntime": Contender(onnxruntime, "cpu", CPU, ("onnx", "onnxruntime"), _INFERENCE, ("float32",)),
     "openvino": Contender(openvino, "cpu", CPU, ("onnx", "openvino"), _INFERENCE, ("float32",)),
-    "jax": Contender(jax_cpu, "cpu", CPU, ("jax",), ragged=False, obstacle=_start_jax),
+    "jax": Contender(with_jax.cpu, "cpu", CPU, ("jax",), ragged=False, obstacle=with_jax.start),
     "torch cuda": Contender(torch_cuda, "cuda", CUDA, ("torch",), obstacle=_no_gpu_for_torch),
-    "jax cuda": Contender(jax_cuda, "cuda", CUDA, ("jax",), ragged=False, obstacle=_no_gpu_for_jax),
+    "jax cuda": Contender(with_jax.cuda, "cuda", CUDA, ("jax",), ragged=False, obstacle=_no_gpu_for_jax),
     REFERENCE: Contender(sides.reference, "cpu", CPU, ("threadpoolctl",)),
 }
 """Everybody, ourselves first. The reference is measured only where it is asked for: it is slow by design."""
