@@ -1,0 +1,33 @@
+"""A ragged batch: what padding costs those who compute it, and what avoiding it costs us."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastlstm.bench import clock, grid, sides
+from fastlstm.bench.work import Problem, Work
+
+from . import rows
+from .record import OURS, Case
+
+ABOUT = (
+    "A batch of sequences of uneven length, unsorted, between half of T and T, in float32. PyTorch packs and unpacks"
+    " them in each call, as one does; fastlstm is given the lengths. The last case is our own ragged batch against the"
+    " same batch padded."
+)
+SIDES = (OURS, "torch", "onnxruntime", "openvino")
+SHAPE = grid.RAGGED
+PADDED = "fastlstm, padded"
+
+
+def measure(threads: int, seconds: float) -> Iterator[Case]:
+    """Measure training and inference against the peers, then training against our own padded batch."""
+    for kind, words in (("train", "a training pass"), ("infer", "inference")):
+        yield rows.measured(Work.ragged(*SHAPE, kind=kind), SIDES, threads, seconds, words)
+    ragged, padded = Work.ragged(*SHAPE), Work(*SHAPE, kind="train")
+    with sides.cpu(Problem.of(ragged), threads) as one, sides.cpu(Problem.of(padded), threads) as other:
+        values, _, interrupted = clock.take_turns({OURS: one, PADDED: other}, seconds)
+    if interrupted:
+        raise KeyboardInterrupt
+    facts = {"share of the padded steps": ragged.rows / padded.rows}
+    yield Case("a training pass, against ourselves padded", values, facts=facts)
