@@ -21,8 +21,8 @@ from .record import OURS, Case
 ABOUT = (
     "Most bytes allocated at once during forward and backward of one layer, beyond inputs and outputs; the outputs are"
     " y, the states and every gradient. Measured for T steps and for twice as many: what the second half added is what"
-    " grows with T, in numbers of the dtype for each hidden unit, step and sequence. At most seven are promised, where H"
-    " is a multiple of the processor's vectors."
+    " grows with T, in numbers of the dtype for each hidden unit, step and sequence. At most seven are promised, where"
+    " H is a multiple of the processor's vectors."
 )
 SIDES = (OURS,)
 SHAPES = ((100, 32, 64, 128), (365, 64, 32, 256), (1000, 32, 10, 128), (16384, 8, 16, 64))

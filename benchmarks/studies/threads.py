@@ -16,8 +16,8 @@ from . import rows
 from .record import OURS, Case
 
 ABOUT = (
-    "The same work on one thread, two, and so on, all of them in turn within one run, float32. Our results on any number"
-    " of threads are compared bit by bit with those on one before anything is timed."
+    "The same work on one thread, two, and so on, all of them in turn within one run, float32. Our results on any"
+    " number of threads are compared bit by bit with those on one before anything is timed."
 )
 SIDES = (OURS, "torch")
 SHAPES = ((100, 32, 64, 128), (365, 64, 32, 256))
