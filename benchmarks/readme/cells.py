@@ -33,8 +33,5 @@ def machine_line(machine: Mapping[str, str], threads: int, made: str, gpu: bool 
     count = f"{threads} thread{'s' if threads > 1 else ''} on each side"
     day = made.partition("T")[0]
     python = f"Python {machine['python'].partition(' ')[0]}" if "python" in machine else ""
-    return (
-        "*"
-        + "; ".join(part for part in (*place, count, ", ".join(filter(None, [python, *versions])), day) if part)
-        + "*"
-    )
+    parts = (*place, count, ", ".join(filter(None, [python, *versions])), day)
+    return "*" + "; ".join(filter(None, parts)) + "*"

@@ -21,8 +21,8 @@ ROUNDS = 5
 ABOUT = (
     "Seconds in a new process, float32, T=100, B=32, I=64, H=128: of the import, and of the first calls, which are a"
     " training pass (forward and backward), an inference and a step; these are all kernels that a model needs. `Cold`"
-    " is a process that finds no compiled kernel, `warm` the next one. What a first call loads, such as Numba, is counted"
-    f" to it. Medians of {ROUNDS} processes each, the sides in turn; the files of all are in the system's cache."
+    " is a process that finds no compiled kernel, `warm` the next one. What a first call loads, such as Numba, is"
+    f" counted to it. Medians of {ROUNDS} processes each, the sides in turn; their files are in the system's cache."
 )
 SIDES = (OURS, "torch")
 PARTS = ("import", "training pass", "inference", "step")
