@@ -371,6 +371,32 @@ def test_torch_gets_the_same_work_and_its_threads_back():
         assert torch.get_num_threads() == before
 
 
+def test_torch_on_a_gpu_computes_without_tf32(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
+    monkeypatch.setattr(peers, "TORCH_GPU", "cpu")
+    parts = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [part.allow_tf32 for part in parts]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    problem = Problem.of(TINY)
+    with peers.torch_cuda(problem, 1) as side:
+        assert not any(part.allow_tf32 for part in parts)
+        assert clock.disagreement((problem.model(problem.x)[0],), side.outputs(), "float32") is None
+    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.undo()
+    assert [part.allow_tf32 for part in parts] == before
+
+
+def test_a_missing_numba_or_a_forced_backend_is_said(monkeypatch):
+    with fastlstm.use_backend("reference"):
+        assert "forced" in peers.missing("fastlstm", 1)
+
+    def fail(name):
+        raise ImportError("no numba")
+
+    monkeypatch.setattr(fastlstm.dispatch, "backend_named", fail)
+    assert peers.missing("fastlstm", 1) == "no numba"
+
+
 @pytest.mark.parametrize("works", [(TINY, Work.ragged(6, 4, 4, 5, kind="infer"), Work(1, 2, 4, 5, kind="stream"))])
 def test_onnxruntime_gets_the_same_work(works):
     pytest.importorskip("onnxruntime", reason="the oracle is missing: onnxruntime is not installed")

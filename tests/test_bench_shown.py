@@ -472,6 +472,17 @@ def test_peers_that_start_threads_of_their_own_agree(peer, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "option", ["--json {0}", "--compare {0}", "--compare {0}/no", "--plot {0}/x", "--report {0}/no"]
+)
+def test_a_file_that_cannot_be_used_is_one_line_before_anything_is_measured(option, made, tmp_path, capsys):
+    (tmp_path / "x").touch()
+    assert cli.main(["bench", *option.format(tmp_path).split()]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"fastlstm bench: {tmp_path}") and message.count("\n") == 1
+    assert "works" not in made
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         "--shape 1,2,3",

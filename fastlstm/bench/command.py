@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlstm.errors import ArgumentError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from fastlstm.bench.results import Results
     from fastlstm.bench.work import Work
@@ -52,6 +55,11 @@ def bench(options: argparse.Namespace) -> int:
     int
         1 if one of our own sides failed, computed something else, or is slower than in the file to compare with; 130
         if it was interrupted; else 0.
+
+    Raises
+    ------
+    ArgumentError
+        If an option makes no sense, or a file cannot be read or written: before anything is measured.
     """
     if options.report:
         return _report(options.report, options.page)
@@ -59,14 +67,10 @@ def bench(options: argparse.Namespace) -> int:
     from fastlstm.backends.threads import get_num_threads
     from fastlstm.bench import grid, peers, results, run, table
 
-    before = results.load(options.compare) if options.compare else None
     kinds, dtypes = options.kinds or ("infer", "train", "stream"), options.dtype or ("float32",)
-    shapes = options.shape
+    shapes, names = options.shape, peers.chosen(options.peers)
     works = grid.of_shapes(shapes, dtypes, kinds) if shapes else grid.named(options.grid, dtypes, kinds)
-    names = peers.chosen(options.peers)
-    for path in (options.json, options.plot):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    before = _prepare(options)
     found = run.measure(
         works,
         names,
@@ -87,6 +91,29 @@ def bench(options: argparse.Namespace) -> int:
     if before is not None:
         status = max(status, _compare(before, found))
     return 130 if found.interrupted else status
+
+
+@contextlib.contextmanager
+def _files() -> Iterator[None]:
+    """Turn the system's errors about files into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(f"{error.filename}: {error.strerror}") from error
+
+
+def _prepare(options: argparse.Namespace) -> Results | None:
+    """Make the folders and try the files, so that no run is lost for want of one; return what to compare with."""
+    from fastlstm.bench import results
+
+    with _files():
+        before = results.load(options.compare) if options.compare else None
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()  # leaves what is there
+        if options.plot is not None:
+            options.plot.mkdir(parents=True, exist_ok=True)
+    return before
 
 
 def _progress() -> Callable[[Iterable[Work]], Iterable[Work]]:
@@ -112,7 +139,6 @@ def _plot(found: Results, folder: Path) -> None:
         if isinstance(made, str):
             print(f"no picture {name}: {made}")
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.png").write_bytes(made)
             print(f"wrote {folder / f'{name}.png'}")
 
@@ -134,8 +160,11 @@ def _report(paths: list[Path], page: Path) -> int:
     from fastlstm.bench import page as pages
     from fastlstm.bench import results
 
-    found = {path.name: results.load(path) for path in paths}
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(pages.html(found), encoding="utf-8")
+    several = len({path.name for path in paths}) < len(paths)  # of one name, in several folders
+    with _files():
+        found = {str(path) if several else path.name: results.load(path) for path in paths}
+        text = pages.html(found)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, encoding="utf-8")
     print(f"wrote {page}")
     return 0

@@ -28,6 +28,7 @@ from fastlstm.errors import ArgumentError, BackendError
 
 __all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing", "opponents"]
 
+TORCH_GPU = "cuda"
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
 
@@ -116,7 +117,7 @@ def torch_cuda(problem: Problem, threads: int) -> Iterator[Side]:
         return float(start.elapsed_time(end)) / 1e3 / count
 
     try:
-        call, results = _torch_calls(torch, problem, "cuda")
+        call, results = _torch_calls(torch, problem, TORCH_GPU)
         yield Side(call, lambda: tuple(value.cpu().numpy() for value in results()), seconds)
     finally:
         for part, value in zip(precise, before, strict=True):
@@ -321,8 +322,11 @@ def jax_cuda(problem: Problem, threads: int) -> AbstractContextManager[Side]:
 
 def _not_the_default(threads: int) -> str | None:
     """Say why NumPy arrays do not run on the compiled kernels, if they do not."""
-    if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
-        return None
+    try:
+        if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
+            return None
+    except (BackendError, ImportError) as error:
+        return str(error)
     return "another backend is forced, or NUMBA_DISABLE_JIT is set"
 
 

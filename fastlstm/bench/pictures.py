@@ -109,6 +109,8 @@ def crossover(results: Results) -> Any:
     """A map over (B, H) of how many times faster the GPU is than the CPU, with the line where it starts to pay."""
     if not any(name in row.sides for row in results.rows for name in (CUDA, COPIES)):
         return "no GPU was measured here, so there is no map of where one starts to pay"
+    if not any(CPU in row.sides for row in results.rows):
+        return "the CPU was not measured, so there is nothing to compare the GPU with"
     panels = [(kind, side) for kind in ("infer", "train") for side in (CUDA, COPIES)]
     maps = {panel: found for panel in panels if (found := gpu_ratios(results, *panel))}
     if not maps:
