@@ -16,18 +16,20 @@ ABOUT = (
     " same batch padded."
 )
 SIDES = (OURS, "torch", "onnxruntime", "openvino")
-SHAPE = grid.RAGGED
+SHAPES = (grid.RAGGED, (365, 64, 32, 128))
 PADDED = "fastlstm, padded"
 
 
 def measure(threads: int, seconds: float) -> Iterator[Case]:
     """Measure training and inference against the peers, then training against our own padded batch."""
-    for kind, words in (("train", "a training pass"), ("infer", "inference")):
-        yield rows.measured(Work.ragged(*SHAPE, kind=kind), SIDES, threads, seconds, words)
-    ragged, padded = Work.ragged(*SHAPE), Work(*SHAPE, kind="train")
+    for shape in SHAPES:
+        for kind, words in (("train", "a training pass"), ("infer", "inference")):
+            work = Work.ragged(*shape, kind=kind)
+            yield rows.measured(work, SIDES, threads, seconds, f"{words}, T up to {work.steps}")
+    ragged, padded = Work.ragged(*SHAPES[0]), Work(*SHAPES[0], kind="train")
     with sides.cpu(Problem.of(ragged), threads) as one, sides.cpu(Problem.of(padded), threads) as other:
         values, _, interrupted = clock.take_turns({OURS: one, PADDED: other}, seconds)
     if interrupted:
         raise KeyboardInterrupt
     facts = {"share of the padded steps": ragged.rows / padded.rows}
-    yield Case("a training pass, against ourselves padded", values, facts=facts)
+    yield Case(f"a training pass, T up to {ragged.steps}, against ourselves padded", values, facts=facts)
