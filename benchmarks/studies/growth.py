@@ -19,7 +19,7 @@ ABOUT = (
 SIDES = (OURS, "torch")
 CENTRE = {"T": (None, 4, 8, 16), "B": (50, None, 64, 64), "H": (50, 16, 64, None)}  # T, B, I, H; None is varied
 SIZES = {
-    "T": (256, 1024, 4096, 16384, 65536, 131072),
+    "T": (512, 2048, 8192, 32768, 65536, 131072),
     "B": (1, 4, 16, 64, 256, 1024),
     "H": (16, 32, 64, 128, 256, 512, 1024),
 }
@@ -28,11 +28,15 @@ SIZES = {
 def measure(threads: int, seconds: float) -> Iterator[Case]:
     """Measure the three sweeps."""
     for axis, centre in CENTRE.items():
-        for size in SIZES[axis]:
-            shape = tuple(size if fixed is None else fixed for fixed in centre)
-            fixed = ", ".join(f"{letter}={value}" for letter, value in zip("TBIH", centre, strict=True) if value)
+        fixed = ", ".join(f"{letter}={value}" for letter, value in zip("TBIH", centre, strict=True) if value)
+        for size, shape in zip(SIZES[axis], shapes(axis), strict=True):
             name = f"{axis}={size:,} ({fixed})"
             yield rows.measured(Work(*shape, kind="train"), SIDES, threads, seconds, name, **{axis: size})
+
+
+def shapes(axis: str) -> list[tuple[int, ...]]:
+    """T, B, I, H of each size of a sweep."""
+    return [tuple(size if fixed is None else fixed for fixed in CENTRE[axis]) for size in SIZES[axis]]
 
 
 def sweep(cases: Sequence[Case], axis: str, side: str = OURS) -> dict[int, float]:

@@ -21,6 +21,7 @@ from . import rows
 from .record import OURS, Case
 
 STEPS, BATCH, INPUTS, HIDDEN = 1000, 32, 10, 100
+WORK = Work(1, BATCH, INPUTS, HIDDEN, kind="stream")
 ABOUT = (
     f"T={STEPS} steps, one call each, B={BATCH}, H={HIDDEN}, float32: the next input are the first I={INPUTS} units"
     " of the output. PyTorch is called as nn.LSTM with T=1 and as nn.LSTMCell, ONNX Runtime as a graph of one step that"
@@ -31,7 +32,7 @@ CELL = "torch LSTMCell"
 
 def measure(threads: int, seconds: float) -> Iterator[Case]:
     """Measure the loop on all sides that are here."""
-    problem = Problem.of(Work(1, BATCH, INPUTS, HIDDEN, kind="stream"))
+    problem = Problem.of(WORK)
     with contextlib.ExitStack() as stack:
         built: dict[str, Side] = {}
         refused: dict[str, str] = {}

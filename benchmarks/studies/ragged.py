@@ -17,13 +17,14 @@ ABOUT = (
 )
 SIDES = (OURS, "torch", "onnxruntime", "openvino")
 SHAPES = (grid.RAGGED, (365, 64, 32, 128))
+KINDS = {"train": "a training pass", "infer": "inference"}
 PADDED = "fastlstm, padded"
 
 
 def measure(threads: int, seconds: float) -> Iterator[Case]:
     """Measure training and inference against the peers, then training against our own padded batch."""
     for shape in SHAPES:
-        for kind, words in (("train", "a training pass"), ("infer", "inference")):
+        for kind, words in KINDS.items():
             work = Work.ragged(*shape, kind=kind)
             yield rows.measured(work, SIDES, threads, seconds, f"{words}, T up to {work.steps}")
     ragged, padded = Work.ragged(*SHAPES[0]), Work(*SHAPES[0], kind="train")

@@ -17,7 +17,7 @@ import numpy as np
 import fastlstm
 from fastlstm.bench.work import Array
 from fastlstm.demo import vowels
-from fastlstm.demo.vowels import Utterances
+from fastlstm.demo.vowels import Utterances, load_utterances
 from fastlstm.training import Adam
 
 from . import rows
@@ -115,7 +115,7 @@ def measure(threads: int, seconds: float) -> Iterator[Case]:
     names = rows.here(SIDES, threads)
     if "torch" in names:
         import_module("torch").set_num_threads(threads)
-    learned, tested = vowels.load_utterances()
+    learned, tested = load_utterances()
     check(names, learned, tested)
     reached: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
     final: dict[str, list[float]] = {name: [] for name in names}
