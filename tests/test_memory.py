@@ -1,4 +1,4 @@
-"""The compiled kernels stay inside their arrays and read nothing that was not written.
+"""The compiled kernels stay inside their arrays, read nothing that was not written, and need no more than is promised.
 
 Every array that the backend allocates, and every one it is given, lies here between two margins of NaN, and
 fresh memory is NaN too: a write outside shows in a margin, a read outside or too early in the results.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tracemalloc
 import types
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import pytest
 from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
-from fastlstm import dispatch
+from fastlstm import LSTM, dispatch, use_backend
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
 CASES = [
@@ -129,3 +130,45 @@ def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden):
     h, c = dispatch.backend_named("cpu").step(p.cell, params, guarded.array(p.x[0]), *state)
     expected = {name: expected[name] for name in ("h_n", "c_n")}
     assert_close("agreement", {"h_n": h, "c_n": c}, expected, backend="cpu", dtype=dtype)
+
+
+def most_bytes(model, steps, batch, lengths):
+    """Most bytes that a training pass holds at once beyond its inputs and outputs, as NumPy allocates them."""
+    x = np.ones((steps, batch, model.cell.input_size), model.cell.dtype)
+    dy = np.ones((steps, batch, model.cell.output_size), model.cell.dtype)
+
+    def train():
+        y, state, tape = model.forward(x, lengths=lengths)
+        grads = model.backward(tape, dy)
+        return y, *state, grads.x, *grads.state, *grads.params.values()
+
+    train()  # compiles
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        outputs = train()
+        return tracemalloc.get_traced_memory()[1] - before - sum(array.nbytes for array in outputs)
+    finally:
+        tracemalloc.stop()
+
+
+PROMISED = 7  # numbers for each hidden unit, step, sequence, layer and direction: the docstring of LSTM.backward
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (1, True), (3, False), (2, True)])
+def test_a_training_pass_allocates_no_more_than_is_promised(dtype, layers, bidirectional, ragged):
+    if BackendUnderTest("cpu").missing:
+        pytest.skip(BackendUnderTest("cpu").missing)
+    steps, batch, inputs, hidden = 200, 8, 64, 64  # 64 units are whole vectors on every processor
+    model = LSTM(inputs, hidden, layers, bidirectional=bidirectional, dtype=dtype, seed=0)
+    directions = model.cell.num_directions
+    promised = PROMISED * layers * directions + 2 * (layers - 1) * directions
+    if ragged:  # a copy of a layer's input, and for each row of it its place and that in reverse, in 8 bytes each
+        promised += max(inputs, directions * hidden * (layers > 1)) / hidden + 16 / model.cell.dtype.itemsize / hidden
+    with use_backend("cpu"):
+        once, twice = (
+            most_bytes(model, count, batch, [count - 1] + [count] * (batch - 1) if ragged else None)
+            for count in (steps, 2 * steps)
+        )
+    assert (twice - once) / (steps * batch * hidden * model.cell.dtype.itemsize) <= promised + 0.01

@@ -8,6 +8,7 @@ below were chosen by cross-validation within the 270 training utterances.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -86,28 +87,49 @@ def train(xp: ModuleType, rng: np.random.Generator, utterances: Utterances) -> t
     """Train on random batches of the utterances."""
     from tqdm import tqdm
 
-    lstm = LSTM(utterances.frames.shape[-1], HIDDEN, bidirectional=True, seed=rng).to(xp)
-    head = Linear(2 * HIDDEN, SPEAKERS, seed=rng).to(xp)
+    lstm, head = new_model(rng, utterances.frames.shape[-1])
+    lstm, head = lstm.to(xp), head.to(xp)
     optimiser = Adam(lstm.params | head.params, lr=RATE, weight_decay=DECAY)
-    count = len(utterances.lengths)
     progress = tqdm(range(EPOCHS), desc="training", unit="epoch")
     for epoch in progress:
-        optimiser.lr = RATE * (1 - epoch / EPOCHS)
-        for chosen in np.array_split(rng.permutation(count), count // BATCH):
-            batch = utterances.select(chosen)
-            x, speakers = xp.asarray(batch.frames), xp.asarray(batch.speakers)
-            share = xp.asarray(1 / batch.lengths[:, None], dtype=x.dtype)
-
-            y, _, tape = lstm.forward(x, lengths=batch.lengths)
-            mean = y.sum(axis=0) * share  # (B, 2 * HIDDEN): y is zero past each length
-            loss, dlogits = softmax_cross_entropy(head(mean), speakers)
-            head_grads = head.backward(mean, dlogits)
-            dy = xp.broadcast_to(head_grads.x * share, y.shape)  # what it says past each length is ignored
-            lstm_grads = lstm.backward(tape, dy)
-            grads, _ = clip_by_global_norm(lstm_grads.params | head_grads.params, 1.0)
-            optimiser.step(grads)
+        optimiser.lr = rate(epoch)
+        for batch in batches(rng, utterances):
+            loss = learn(xp, lstm, head, optimiser, batch)
         progress.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
     return lstm, head
+
+
+def new_model(rng: np.random.Generator, features: int) -> tuple[LSTM, Linear]:
+    """Return an LSTM and a linear layer with initial weights."""
+    return LSTM(features, HIDDEN, bidirectional=True, seed=rng), Linear(2 * HIDDEN, SPEAKERS, seed=rng)
+
+
+def rate(epoch: int) -> float:
+    """Learning rate of an epoch: it falls to zero along a line."""
+    return RATE * (1 - epoch / EPOCHS)
+
+
+def batches(rng: np.random.Generator, utterances: Utterances) -> Iterator[Utterances]:
+    """Give all utterances once, in random batches."""
+    count = len(utterances.lengths)
+    for chosen in np.array_split(rng.permutation(count), count // BATCH):
+        yield utterances.select(chosen)
+
+
+def learn(xp: ModuleType, lstm: LSTM, head: Linear, optimiser: Adam, batch: Utterances) -> Any:
+    """Make one step of the optimiser, and return the loss before it."""
+    x, speakers = xp.asarray(batch.frames), xp.asarray(batch.speakers)
+    share = xp.asarray(1 / batch.lengths[:, None], dtype=x.dtype)
+
+    y, _, tape = lstm.forward(x, lengths=batch.lengths)
+    mean = y.sum(axis=0) * share  # (B, 2 * HIDDEN): y is zero past each length
+    loss, dlogits = softmax_cross_entropy(head(mean), speakers)
+    head_grads = head.backward(mean, dlogits)
+    dy = xp.broadcast_to(head_grads.x * share, y.shape)  # what it says past each length is ignored
+    lstm_grads = lstm.backward(tape, dy)
+    grads, _ = clip_by_global_norm(lstm_grads.params | head_grads.params, 1.0)
+    optimiser.step(grads)
+    return loss
 
 
 def accuracy(xp: ModuleType, lstm: LSTM, head: Linear, utterances: Utterances) -> float:

@@ -1,0 +1,7 @@
+"""The studies of ``benchmarks/study.py``, one module each.
+
+A module has ``ABOUT``, what it measures in words; ``SIDES``, whom it compares; and ``measure(threads, seconds)``, which
+gives one :class:`~studies.record.Case` after the other.
+"""
+
+NAMES = ("vowels", "loop", "ragged", "hydrology", "memory", "start", "threads", "growth")

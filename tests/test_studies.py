@@ -1,0 +1,214 @@
+"""The studies of benchmarks/study.py, on works so small that they take no time: what they compare, check and keep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the CPU kernels need Numba")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
+
+import study as command
+from studies import NAMES, growth, hydrology, loop, memory, ragged, record, show, start, threads, vowels
+from studies.record import OURS, Case, Study
+
+from fastlstm.errors import ResultsFileError
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="the oracle PyTorch is not installed")
+
+
+def test_every_study_says_what_it_is():
+    for name in NAMES:
+        module = sys.modules[f"studies.{name}"]
+        assert module.SIDES[0] == OURS and len(module.ABOUT) > 50 and module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("module", "small", "count"),
+    [
+        (hydrology, {"SHAPE": (3, 2, 4, 8)}, 2),
+        (ragged, {"SHAPES": ((4, 3, 2, 8),)}, 3),
+        (growth, {"SIZES": {"T": (2, 3), "B": (1,), "H": (8,)}}, 4),
+        (threads, {"SHAPES": ((3, 2, 4, 8),)}, 4),
+        (loop, {"STEPS": 3}, 1),
+        (memory, {"SHAPES": ((30, 2, 4, 16),)}, 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_study_measures_all_sides_in_the_same_rounds(torch, monkeypatch, module, small, count):
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    before = torch.get_num_threads()
+    cases = list(module.measure(2, 0.0))
+    assert len(cases) == count
+    for case in cases:
+        assert not case.refused
+        assert case.spread(OURS).middle > 0
+        if module not in (memory,) and "padded" not in case.name:
+            assert case.ratio("torch") is not None
+    assert torch.get_num_threads() == before
+
+
+def test_the_loop_feeds_the_output_back(torch, monkeypatch):
+    monkeypatch.setattr(loop, "STEPS", 7)
+    problem = loop.Problem.of(loop.WORK)
+    expected = problem.x[0], None
+    x, state = expected
+    for _ in range(7):
+        y, state = problem.model(x[None], state)
+        x = y[0, :, : loop.INPUTS]
+    for build in (loop.ours, loop.torch_lstm, loop.torch_cell):
+        np.testing.assert_allclose(build(problem, 1)(), y[0], atol=1e-5)
+
+
+def test_a_side_that_computes_something_else_is_not_timed_in_the_loop(torch, monkeypatch):
+    monkeypatch.setattr(loop, "STEPS", 3)
+    wrong = loop.SIDES | {"torch": ("torch", lambda problem, threads: lambda: problem.x[0] @ np.ones((10, 100), "f4"))}
+    monkeypatch.setattr(loop, "SIDES", wrong)
+    (case,) = loop.measure(1, 0.0)
+    assert "something else" in case.refused["torch"] and "torch" not in case.values
+
+
+def test_other_bits_on_more_threads_stop_the_study(torch, monkeypatch):
+    monkeypatch.setattr(threads, "SHAPES", ((3, 2, 4, 8),))
+    one, two = np.array([0.0]), np.array([-0.0])
+    assert threads.same_bits((one,), (one.copy(),)) and not threads.same_bits((one,), (two,))
+    monkeypatch.setattr(threads, "same_bits", lambda first, second: False)
+    with pytest.raises(RuntimeError, match="other bits"):
+        list(threads.measure(2, 0.0))
+
+
+def test_the_exponent_is_that_of_the_power():
+    sizes = (1, 10, 100)
+    cases = [Case(f"{size}", {OURS: (3.0 * size**1.5,)}, facts={"B": size}) for size in sizes]
+    assert growth.exponent(growth.sweep(cases, "B")) == pytest.approx(1.5)
+    assert growth.sweep(cases, "T") == {} and np.isnan(growth.exponent({}))
+
+
+@pytest.fixture
+def speakers(monkeypatch):
+    """The study of vowels, much shortened."""
+    pytest.importorskip("sktime")
+    monkeypatch.setattr(vowels.vowels, "EPOCHS", 2)
+    monkeypatch.setattr(vowels, "SEEDS", (0, 1))
+    monkeypatch.setattr(vowels, "GOAL", 0.3)
+    monkeypatch.setattr(vowels, "PAUSE", 0.0)
+    return vowels
+
+
+def test_vowels_are_the_same_training_on_both_sides(torch, speakers):
+    (case,) = speakers.measure(1, 0.0)
+    facts = case.facts
+    assert set(case.values) == {OURS, "torch"} and len(case.values[OURS]) == 2
+    assert facts["seeds that a side did not get there with"] == 0
+    assert facts[f"final accuracy, {OURS}"] == pytest.approx(facts["final accuracy, torch"], abs=0.01)
+    assert facts[f"epochs, {OURS}"] == facts["epochs, torch"]
+
+
+def test_another_recipe_in_torch_is_found_before_anything_is_timed(torch, speakers, monkeypatch):
+    learn = speakers.Torch.learn
+    monkeypatch.setattr(speakers.Torch, "learn", lambda self, rate, batch: learn(self, 1.1 * rate, batch))
+    with pytest.raises(RuntimeError, match="torch computes something else after an epoch"):
+        list(speakers.measure(1, 0.0))
+
+
+def test_a_goal_that_is_never_reached_is_said(speakers, monkeypatch):
+    monkeypatch.setattr(speakers, "GOAL", 1.1)
+    monkeypatch.setattr(speakers, "SIDES", (OURS,))
+    with pytest.raises(RuntimeError, match="not reached"):
+        list(speakers.measure(1, 0.0))
+
+
+@pytest.mark.parametrize("side", start.SIDES)
+def test_a_process_that_starts_prints_the_seconds_of_each_part(side, capsys, monkeypatch):
+    if side != OURS:
+        pytest.importorskip(side)
+        monkeypatch.setattr(sys.modules[side], "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "argv", ["-c", "1"])
+    exec(start.SCRIPTS[side], {})
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["seconds"]) == len(start.PARTS) and min(found["seconds"]) > 0
+
+
+FAKE = """
+import json, os, pathlib, sys
+left = pathlib.Path(os.environ["NUMBA_CACHE_DIR"]) / "left"
+compiled = 0 if left.exists() else 3
+left.touch()
+print(json.dumps({"seconds": [1.0, 1.0 + compiled, 0.5, 0.25], "compiled": compiled}))
+"""
+
+
+def test_a_start_is_cold_once_and_then_warm(monkeypatch):
+    monkeypatch.setattr(start, "SIDES", (OURS,))
+    monkeypatch.setattr(start, "SCRIPTS", {OURS: FAKE})
+    monkeypatch.setattr(start, "ROUNDS", 2)
+    found = {case.name: case.values[OURS] for case in start.measure(1, 0.0)}
+    assert found["cold: training pass"] == (4.0, 4.0) and found["warm: training pass"] == (1.0, 1.0)
+    assert found["cold: all three calls"] == (4.75, 4.75) and found["warm: import and calls"] == (2.75, 2.75)
+    monkeypatch.setattr(start, "SCRIPTS", {OURS: FAKE.replace("0 if left.exists() else 3", "3")})
+    with pytest.raises(RuntimeError, match="warm process compiled 3"):
+        list(start.measure(1, 0.0))
+    monkeypatch.setattr(start, "SCRIPTS", {OURS: "raise SystemExit('no such thing')"})
+    with pytest.raises(RuntimeError, match="no such thing"):
+        list(start.measure(1, 0.0))
+
+
+def test_the_command_keeps_what_it_prints(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(memory, "SHAPES", ((30, 2, 4, 16),))
+    assert command.main(["memory", "--out", str(tmp_path / "new"), "--threads", "1"]) == 0
+    found = record.load(tmp_path / "new" / "memory.json")
+    assert found.study == "memory" and found.threads == 1 and found.machine["processor"] and found.made
+    out = capsys.readouterr().out
+    for case in found.cases:
+        assert show.amount(case.spread(OURS).middle, "bytes") in out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["memory.json"]
+
+
+def test_all_studies_are_run_in_a_process_each(monkeypatch):
+    ran = []
+
+    def run(given, check):
+        ran.append(given[2])
+        return type("Done", (), {"returncode": 3 if given[2] == "loop" else 0})
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    assert command.main(["all"]) == 3
+    assert ran == list(NAMES)
+
+
+def test_a_study_is_read_as_it_was_written(tmp_path):
+    case = Case("a", {OURS: (1.0, 2.0), "torch": (3.0, 4.0)}, facts={"T": 3}, refused={"jax": "failed"})
+    study = Study(
+        "loop", "about", {"processor": "some"}, 2, (case,), {"openvino": "pip install openvino"}, "2000-01-01"
+    )
+    record.save(tmp_path / "loop.json", study)
+    assert record.load(tmp_path / "loop.json") == study
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "another"},
+        {"version": 2},
+        {"cases": [{"name": "a", "values": {OURS: [1.0], "torch": [1.0, 2.0]}}]},
+        {"cases": [{"name": "a", "values": {OURS: [0.0]}}]},
+        {"cases": [{"name": "a", "values": {OURS: ["much"]}}]},
+        {"cases": [{"name": "a", "values": {OURS: [1.0]}, "unit": "miles"}]},
+        {"cases": 3},
+        {"unknown": 1},
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, change):
+    path = tmp_path / "loop.json"
+    record.save(path, Study("loop", "about", {}, 1))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ResultsFileError, match=r"loop\.json"):
+        record.load(path)
