@@ -134,7 +134,8 @@ class LSTM:
             The length of each sequence, in 0..T, in any order; all T by default.
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
-            then takes longer and gives the same gradients to the last bit. The backends `cuda` and
+            then takes longer and gives the same gradients to the last bit. In place of the ``7 * T * B * H``
+            numbers that :meth:`backward` speaks of, 4.25 at most are then needed. The backends `cuda` and
             `reference` keep the gates nonetheless.
 
         Returns
@@ -151,12 +152,6 @@ class LSTM:
         ------
         ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
             Before any work, if an argument does not fit.
-
-        Notes
-        -----
-        On the CPU, the call and its backward pass take at most 7 * T * B * H numbers of memory for each layer
-        and direction beyond inputs and outputs, 4.25 * T * B * H with `recompute`, and four times the
-        parameters. H counts as rounded up to whole vectors of the processor, T * B as the sum of the lengths.
         """
         dropout = self._next_dropout()
         try:
@@ -213,8 +208,8 @@ class LSTM:
         -----
         Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
         numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call. H
-        is rounded up to whole vectors of the processor. With several layers, ``2 * T * B * D * H`` for each but the last
-        come on top, its output and the gradient by it, and with dropout its mask; in a ragged batch, one copy of a
+        is rounded up to whole vectors of the processor. With several layers, ``2 * T * B * D * H`` for each but the
+        last come on top, its output and the gradient by it, and with dropout its mask; in a ragged batch, one copy of a
         layer's input, and the places of its rows. What remains does not grow with T: the weights in the kernels' order,
         and scratch.
         """

@@ -10,6 +10,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
+from fastlstm.backends.plan import Meetings, choose
 
 CPU = BackendUnderTest("cpu")
 pytestmark = pytest.mark.skipif(bool(CPU.missing), reason=str(CPU.missing))
@@ -27,8 +28,9 @@ CASES = {
 
 
 @pytest.fixture
-def any_number_of_threads():
-    """Leave the number of threads as it was."""
+def any_number_of_threads(monkeypatch):
+    """Leave the number of threads as it was; and threads may meet, though there are more of them than cores."""
+    monkeypatch.setattr(Meetings, "worth_it", lambda self: True)
     yield
     fastlstm.set_num_threads(None)
 
@@ -90,3 +92,36 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", "many")
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
     assert fastlstm.get_num_threads() >= 1
+
+
+def test_meetings_rest_while_cores_are_busy_and_come_back():
+    meetings = Meetings()
+    assert meetings.worth_it()
+    meetings.report(yields=0, meetings=100)
+    assert meetings.worth_it()
+    rests = []
+    for _ in range(12):
+        meetings.report(yields=100, meetings=100)
+        rest = next(n for n in range(10_000) if meetings.worth_it())
+        rests.append(rest)
+    assert rests[0] >= 1
+    assert rests == sorted(rests)
+    assert rests[-1] == rests[-2] > 100 * rests[0]
+    meetings.report(yields=0, meetings=100)
+    meetings.report(yields=100, meetings=100)
+    assert next(n for n in range(10_000) if meetings.worth_it()) == rests[0]
+
+
+def test_a_call_that_may_not_meet_says_and_computes_the_same(dtype):
+    case = CASES["units"]
+    p = problem(case).astype(dtype)
+    fastlstm.set_num_threads(3)
+    try:
+        together = solve(p, CPU)
+        assert choose(200, 5, 30, 130, 17, 6, 3, True).kind == "units"
+        assert choose(200, 5, 30, 130, 17, 6, 3, False) == choose(200, 5, 30, 130, 17, 6, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Meetings, "worth_it", lambda self: False)
+            assert_identical(solve(p, CPU), together)
+    finally:
+        fastlstm.set_num_threads(None)

@@ -10,8 +10,8 @@ import pytest
 from fastlstm import LSTM, ArgumentError, use_backend
 
 # Of a training call beyond inputs, outputs and parameters, in numbers per hidden unit, step, sequence, layer and
-# direction: what the docstring of LSTM.forward promises.
-PROMISED = {False: 7.0, True: 4.25}
+# direction: what the docstring of LSTM.forward promises; tests/test_memory.py has the bound without `recompute`.
+PROMISED = 4.25
 # Steps and sequences so many that a chunk of the backward pass is a quarter, or an eighth, of the steps; units that are
 # no whole vector of any width; more inputs and units than the tile takes at a time.
 SIZES = {"few rows": (30, 5, 5, 11, 2), "many rows": (70, 9, 4, 19, 1), "long products": (6, 3, 150, 133, 1)}
@@ -38,14 +38,13 @@ def test_gradients_are_the_same_bits(dtype, sizes, ragged):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_memory_of_a_training_call(dtype, recompute):
+def test_memory_of_a_training_call(dtype):
     steps, batch, inputs, hidden = 400, 16, 8, 64
     model = LSTM(inputs, hidden, bidirectional=True, dtype=dtype, seed=0)
     x, dy = np.ones((steps, batch, inputs), dtype), np.ones((steps, batch, 2 * hidden), dtype)
 
     def train():
-        y, _, tape = model.forward(x, recompute=recompute)
+        y, _, tape = model.forward(x, recompute=True)
         grads = model.backward(tape, dy)
         return y.nbytes + grads.x.nbytes
 
@@ -60,7 +59,7 @@ def test_memory_of_a_training_call(dtype, recompute):
     weights = sum(value.nbytes for value in model.params.values())
     packed = steps * batch * inputs * np.dtype(dtype).itemsize  # the reverse direction's copy of x
     used = (peak - outputs - 4 * weights - packed) / (steps * batch * hidden * 2 * np.dtype(dtype).itemsize)
-    assert 0.3 * PROMISED[recompute] < used <= PROMISED[recompute]
+    assert 2.0 < used <= PROMISED  # less than h and c would mean that this measures something else
 
 
 @pytest.mark.parametrize("value", [1, "yes", None, np.ones(1)])

@@ -9,7 +9,7 @@ the backward pass computes the gates of these steps again, by one product, since
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from fastlstm.backends.base import Array, Params
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights, layer_weights
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import Plan, choose
+from fastlstm.backends.plan import MEETINGS, Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
@@ -186,9 +186,22 @@ def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Ar
     return y
 
 
-def _plan(packing: Packing, inputs: int, hidden: int, dtype: Any, threads: int) -> Plan:
-    blocks = -(-hidden // lanes(dtype))
-    return choose(packing.rows, packing.order.size, inputs, hidden, blocks, ROWS, threads)
+def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, weights: Weights) -> None:
+    """Choose a plan, and run a kernel by it; `prepare` returns what it needs before the plan's own arguments."""
+    hidden, inputs = weights.weight_hh.shape[1], weights.weight_ih.shape[1]
+    blocks, meet = -(-hidden // lanes(weights.weight_hh.dtype)), MEETINGS.worth_it()
+
+    def plan(threads: int) -> Plan:
+        return choose(packing.rows, packing.order.size, inputs, hidden, blocks, ROWS, threads, meet)
+
+    def arguments(threads: int) -> tuple[Any, ...]:
+        chosen = plan(threads)
+        return (*prepare(chosen), chosen.parts(packing, blocks), chosen.kind == "units")
+
+    wanted = plan(get_num_threads())
+    yields = run_team(arguments, kernel, wanted.threads)
+    if wanted.kind == "units":
+        MEETINGS.report(yields, packing.offsets.size)
 
 
 def _direction_forward(
@@ -220,13 +233,11 @@ def _direction_forward(
         np.empty((blocks, GATES, width), dtype),
     )  # fmt: skip
 
-    def prepare(threads: int) -> tuple[Any, ...]:
-        plan = _plan(packing, inputs, hidden, dtype, threads)
-        scratch = (plan.ahead * batch, blocks) if plan.ahead else (threads * GROUP, 1)
-        a = np.empty((*scratch, GATES, width), dtype)
-        return (*arguments, plan.ahead, a, plan.parts(packing, blocks), plan.kind == "units")
+    def prepare(plan: Plan) -> tuple[Any, ...]:
+        scratch = (plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)
+        return (*arguments, plan.ahead, np.empty((*scratch, GATES, width), dtype))
 
-    run_team(prepare, layer_forward, _plan(packing, inputs, hidden, dtype, get_num_threads()).threads)
+    _run(layer_forward, prepare, packing, weights)
     return DirectionTape(tape, h_rows, c0.copy())
 
 
@@ -277,12 +288,10 @@ def _direction_backward(
         np.empty((blocks, min(DEPTH, packing.rows), panel), dtype),
     )  # fmt: skip
 
-    def prepare(threads: int) -> tuple[Any, ...]:
-        plan = _plan(packing, inputs, hidden, dtype, threads)
-        right = np.empty((threads, max(GROUP, min(DEPTH, packing.rows)), panel), dtype)
-        return (*arguments, right, plan.parts(packing, blocks), plan.kind == "units")
+    def prepare(plan: Plan) -> tuple[Any, ...]:
+        return (*arguments, np.empty((plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel), dtype))
 
-    run_team(prepare, layer_backward, _plan(packing, inputs, hidden, dtype, get_num_threads()).threads)
+    _run(layer_backward, prepare, packing, weights)
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 

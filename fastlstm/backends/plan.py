@@ -10,7 +10,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.packing import Packing
 
-__all__ = ["Plan", "choose"]
+__all__ = ["MEETINGS", "Meetings", "Plan", "choose"]
 
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations.
 _OPERATIONS_WORTH_A_THREAD = 2_000_000
@@ -60,8 +60,39 @@ class Plan(NamedTuple):
         return how + (f"; input products {self.ahead} steps ahead" if self.ahead else "")
 
 
+class Meetings:
+    """Whether it is worth it now that threads meet after each step.
+
+    Where other work keeps the cores busy, a thread that is waited for may stand in the system's queue for
+    milliseconds, at every step. That shows in how often the others give up spinning; then the next calls do
+    without meetings, and more of them each time that the next attempt is no better. Results do not depend on it.
+    """
+
+    FIRST_REST, LONGEST_REST = 8, 1024  # calls
+
+    def __init__(self) -> None:
+        self._resting, self._next_rest = 0, self.FIRST_REST
+
+    def worth_it(self) -> bool:
+        """Say whether this call may meet, and count it."""
+        self._resting = max(0, self._resting - 1)
+        return self._resting == 0
+
+    def report(self, yields: int, meetings: int) -> None:
+        """Take note of how often the threads of a call gave their cores away in so many meetings."""
+        if 16 * yields <= meetings:
+            self._next_rest = self.FIRST_REST
+        else:
+            self._resting, self._next_rest = self._next_rest, min(2 * self._next_rest, self.LONGEST_REST)
+
+
+MEETINGS = Meetings()
+
+
 @functools.lru_cache(maxsize=256)
-def choose(rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_rows: int, threads: int) -> Plan:
+def choose(
+    rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_rows: int, threads: int, meet: bool = True
+) -> Plan:
     """Choose how to run one layer in one direction.
 
     Parameters
@@ -76,6 +107,8 @@ def choose(rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_ro
         Rows of the matrix tile.
     threads : int
         The most threads to use.
+    meet : bool
+        Whether threads may meet after each step.
     """
     row_operations: Any = 8 * hidden * (inputs + hidden)
     threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
@@ -84,6 +117,7 @@ def choose(rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_ro
     if threads > 1 and not few:
         return Plan("rows", threads, 0)
     ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
+    threads = threads if meet else 1
     while threads > 1 and batch * 8 * hidden * hidden < threads * _OPERATIONS_WORTH_A_MEETING:
         threads -= 1
     threads = min(threads, blocks)

@@ -114,7 +114,7 @@ def release(workers: list[_Worker]) -> None:
         _busy -= len(workers)
 
 
-def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., None], wanted: int) -> None:
+def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., None], wanted: int) -> int:
     """Run a kernel with a team of threads, this one among them.
 
     Parameters
@@ -126,6 +126,11 @@ def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., No
         The kernel; releases the GIL.
     wanted : int
         The most threads of use.
+
+    Returns
+    -------
+    int
+        How often its threads gave their cores away while they waited for each other: 0 where each has a core.
     """
     workers = reserve(min(wanted, get_num_threads()) - 1) if wanted > 1 else []
     threads = 1 + len(workers)
@@ -147,3 +152,4 @@ def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., No
     for error in errors:
         if error is not None:
             raise error
+    return int(counters[1:, 1].sum())
