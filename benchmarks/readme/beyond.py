@@ -181,6 +181,9 @@ def growth_picture(study: Study) -> bytes:
     FigureCanvasAgg(figure)
     for axis, panel in zip(growth.SIZES, figure.subplots(1, len(growth.SIZES)), strict=True):
         cases = [case for case in study.cases if axis in case.facts]
+        if not cases:
+            panel.set_axis_off()
+            continue
         for side in (OURS, *_sides(cases)):
             points = [(case.facts[axis], case.spread(side)) for case in cases if case.values.get(side)]
             sizes = [size for size, _ in points]
