@@ -58,7 +58,7 @@ def _under(studies: Sequence[Study]) -> str:
 def _cell(case: Case, side: str) -> str:
     """Return the median, and behind it what it is of ours."""
     if not case.values.get(side):
-        return "not equal" if side in case.refused else "-"
+        return "not timed" if side in case.refused else "-"
     found = case.ratio(side)
     return f"{show.amount(case.spread(side).middle, case.unit)} ({cells.ratio(found)})"
 
