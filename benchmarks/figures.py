@@ -58,8 +58,7 @@ def machines(folder: Path) -> list[Machine]:
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
         machine = Machine(place, {}, {})
         for path in sorted(place.glob("*.json")):
-            kind = json.loads(path.read_text(encoding="utf-8")).get("format")
-            if kind == bench.FORMAT:
+            if _kind(path) == bench.FORMAT:
                 machine.kernels[path.stem] = bench.load(path)
                 continue
             study = record.load(path)
@@ -69,6 +68,15 @@ def machines(folder: Path) -> list[Machine]:
         if machine.kernels or machine.studies:
             found.append(machine)
     return found
+
+
+def _kind(path: Path) -> str | None:
+    """Say what a file calls itself; what is wrong with it, its own reader says."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content.get("format") if isinstance(content, dict) else None
 
 
 def section(folder: Path = RESULTS, root: Path = README.parent, why: Path = reasons.FILE) -> str:

@@ -208,10 +208,10 @@ class LSTM:
         -----
         Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
         numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call. H
-        is rounded up to whole vectors of the processor. With several layers, ``2 * T * B * D * H`` for each but the
-        last come on top, its output and the gradient by it, and with dropout its mask; in a ragged batch, one copy of a
-        layer's input, and the places of its rows. What remains does not grow with T: the weights in the kernels' order,
-        and scratch.
+        is rounded up to whole vectors of the processor. On top come, for each layer but the last, ``2 * T * B * D * H``
+        for its output and the gradient by that, and with dropout its mask; in a ragged batch, one copy of a layer's
+        input, and the places of its rows. What remains does not grow with T: the weights in the kernels' order, and
+        scratch.
         """
         if isinstance(tape, Tape) and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")

@@ -58,7 +58,7 @@ def _under(studies: Sequence[Study]) -> str:
 def _cell(case: Case, side: str) -> str:
     """Return the median, and behind it what it is of ours."""
     if not case.values.get(side):
-        return "not equal" if side in case.refused else "-"
+        return "not timed" if side in case.refused else "-"
     found = case.ratio(side)
     return f"{show.amount(case.spread(side).middle, case.unit)} ({cells.ratio(found)})"
 
@@ -181,6 +181,9 @@ def growth_picture(study: Study) -> bytes:
     FigureCanvasAgg(figure)
     for axis, panel in zip(growth.SIZES, figure.subplots(1, len(growth.SIZES)), strict=True):
         cases = [case for case in study.cases if axis in case.facts]
+        if not cases:
+            panel.set_axis_off()
+            continue
         for side in (OURS, *_sides(cases)):
             points = [(case.facts[axis], case.spread(side)) for case in cases if case.values.get(side)]
             sizes = [size for size, _ in points]

@@ -21,7 +21,7 @@ def amount(value: float, unit: str) -> str:
         return table.time_of(value)
     for name in ("bytes", "KiB", "MiB"):
         if value < KIB:
-            return f"{value:.3g} {name}"
+            return f"{value:.3g} {name}" if value < 999 and name != "bytes" else f"{value:.0f} {name}"
         value /= KIB
     return f"{value:.3g} GiB"
 

@@ -1,0 +1,176 @@
+"""The README's figures are what the committed results say, losses and reasons included."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import bench_data
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
+
+import figures
+from readme import reasons
+from studies import memory, record
+from studies.record import OURS, Case, Study
+
+from fastlstm.bench import pictures
+from fastlstm.bench import results as bench
+from fastlstm.errors import ResultsFileError
+
+ROOT = Path(__file__).parent.parent
+NOISE = bench_data.NOISE
+WHY = '[[reason]]\nopponent = "onnxruntime"\nwhy = "It keeps its packed weights between calls."\n'
+
+
+def test_the_readme_is_what_the_committed_results_say():
+    text = figures.README.read_text(encoding="utf-8")
+    assert text == figures.replaced(text, figures.section()), "run `python benchmarks/figures.py`"
+
+
+def test_every_picture_in_the_readme_is_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", figures.README.read_text(encoding="utf-8")):
+        assert (ROOT / path).is_file(), path
+
+
+def values(seconds):
+    return tuple(seconds * factor for factor in NOISE)
+
+
+def study(name, *cases, **changes):
+    given = {"machine": {"processor": "made up", "torch": "0.0"}, "threads": 2, "made": "2000-01-01T00:00:00"} | changes
+    return Study(name, "about", cases=cases, **given)
+
+
+def studies():
+    """One of each kind, with a loss in the closed loop."""
+    facts = {"seeds": 3, "seeds that a side did not get there with": 1}
+    facts |= {f"epochs, {side}": 7 for side in (OURS, "torch")}
+    facts |= {f"final accuracy, {side}": 0.975 for side in (OURS, "torch")}
+    both = {OURS: values(2.0), "torch": values(3.0)}
+    return [
+        study("vowels", Case("training to 95%", both, facts=facts)),
+        study("loop", Case("7 steps", both | {"onnxruntime": values(1.0)}, refused={"openvino": "failed"})),
+        study("memory", Case("1,2,3,4 float32", {OURS: (5e6,)}, "bytes", {memory.GROWING: 6.5, memory.FIXED: 1000.0})),
+        study("start", Case("warm: import", both)),
+        study("threads", *(Case(f"a, {n} threads", {OURS: values(2.0 / n)}, facts={"threads": n}) for n in (1, 2))),
+        study("growth", *(Case(f"T={n}", {OURS: values(1e-6 * n)}, facts={"T": n}) for n in (10, 100, 1000))),
+    ]
+
+
+@pytest.fixture
+def committed(tmp_path):
+    """Results of a machine that does not exist, and a README that has no figures yet."""
+    folder = tmp_path / "results" / "made-up"
+    folder.mkdir(parents=True)
+    bench.save(folder / "bench.json", bench_data.cpu_results())
+    for found in studies():
+        record.save(folder / f"{found.study}.json", found)
+    (tmp_path / "reasons.toml").write_text(WHY)
+    return tmp_path
+
+
+def section(root):
+    return figures.section(root / "results", root, root / "reasons.toml")
+
+
+def test_nothing_is_shown_of_no_results(tmp_path):
+    assert "benchmarks/README.md" in section(tmp_path)
+
+
+def test_every_study_has_its_figures_and_its_machine(committed):
+    text = section(committed)
+    assert "| JapaneseVowels: training to 95% | 2 s | 3 s (1.50) | - | - |" in text
+    assert "| closed loop: 7 steps | 2 s | 3 s (1.50) | 1 s (**0.50**) | not timed |" in text
+    assert "| 1,2,3,4 float32 | 4.77 MiB | 6.50 | 1000 bytes |" in text
+    assert "| warm: import | 2 s | 3 s (1.50) |" in text
+    assert "| a, 2 threads | 1 s (2.00x) |" in text
+    assert "T from 10 to 1,000: fastlstm 1.00" in text and "| 1,000 | 1 ms | 1 us |" in text
+    assert "7 (fastlstm) and 7 (torch) epochs" in text and "97.5% (torch)" in text
+    parts = text.split("\n\n")
+    for part, under in pairwise(parts):
+        if part.startswith("|"):
+            assert under.startswith("*made up") and "2 threads on each side" in under and "2000-01-01" in under
+
+
+def test_losses_are_shown_with_their_reason(committed):
+    text = section(committed)
+    assert "1 of 9" not in text
+    assert "against onnxruntime: faster in 0 of 10 rows, no difference in 1, slower in 9" in text
+    assert "against torch: faster in 9 of 9 rows, no difference in 0, slower in 0" in text
+    assert "- **onnxruntime**: closed loop: 7 steps (0.50). It keeps its packed weights between calls." in text
+    (kernels,) = (part for part in text.split("\n\n") if "**onnxruntime**: 1,32,64,128 infer" in part)
+    assert kernels.count("(0.80)") == 9 and "between calls" in kernels
+    (committed / "reasons.toml").write_text(WHY.replace('"onnxruntime"', '"onnxruntime"\nstudy = "loop"'))
+    with pytest.raises(reasons.MissingReasonError, match="1,32,64,128 infer float32"):
+        section(committed)
+
+
+def test_rows_that_a_peer_wins_are_shown_in_every_grid(committed):
+    path = committed / "results" / "made-up" / "bench.json"
+    small = bench_data.row(bench_data.Work(*bench_data.CENTRE), {OURS: 1.0, "onnxruntime": 2.0})
+    lost = bench_data.row(bench_data.Work(3, 3, 3, 3), {OURS: 1.0, "onnxruntime": 0.5})
+    won = bench_data.row(bench_data.Work(4, 4, 4, 4), {OURS: 1.0, "onnxruntime": 2.0})
+    bench.save(path, bench_data.results(small, lost, won))
+    text = section(committed)
+    assert "| 3,3,3,3 | infer float32 | 1 s | **0.50** |" in text and "4,4,4,4" not in text
+    assert "2 of 3 rows are shown" in text
+
+
+@pytest.mark.parametrize("why", ["", "  ", "It is 2 times faster."])
+def test_a_reason_is_words_without_figures(why):
+    with pytest.raises(ValueError, match="words without figures"):
+        reasons.Reason(why)
+
+
+def test_another_result_makes_another_readme(committed):
+    before = section(committed)
+    path = committed / "results" / "made-up" / "loop.json"
+    found = record.load(path)
+    (case,) = found.cases
+    changed = dataclasses.replace(case, values={**case.values, "torch": values(4.0)})
+    record.save(path, dataclasses.replace(found, cases=(changed,)))
+    assert section(committed) != before
+
+
+def test_the_command_writes_and_then_finds_nothing_to_do(committed, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    readme = committed / "README.md"
+    readme.write_text(f"before\n{figures.BEGIN}\n{figures.END}\nafter\n")
+    monkeypatch.setattr(figures, "README", readme)
+    monkeypatch.setattr(pictures, "draw", lambda results: {"scaling": b"a picture", "crossover": "there is no GPU"})
+    monkeypatch.setattr(figures, "RESULTS", committed / "results")
+    original = figures.section
+    monkeypatch.setattr(
+        figures, "section", lambda: original(committed / "results", committed, committed / "reasons.toml")
+    )
+    assert figures.main(["--check"]) == 1 and "differ" in capsys.readouterr().err
+    assert figures.main([]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "](results/made-up/study-growth.png)" in text and "](results/made-up/bench-scaling.png)" in text
+    assert figures.main(["--check"]) == 0
+    readme.write_text(text.replace("| 2 s |", "| 1 s |", 1))
+    assert figures.main(["--check"]) == 1
+    (committed / "reasons.toml").write_text("")
+    assert figures.main([]) == 1 and "does not say why" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", figures.BEGIN, figures.END + figures.BEGIN, 2 * (figures.BEGIN + figures.END)])
+def test_a_readme_without_the_marks_is_refused(text):
+    with pytest.raises(ValueError, match="two marks"):
+        figures.replaced(text, "inside")
+
+
+def test_broken_results_are_refused(committed):
+    folder = committed / "results" / "made-up"
+    (folder / "loop.json").rename(folder / "vowels.json")
+    with pytest.raises(ResultsFileError, match="holds the study 'loop'"):
+        section(committed)
+    (folder / "vowels.json").write_text("{")
+    with pytest.raises(ResultsFileError, match=r"vowels\.json"):
+        section(committed)
