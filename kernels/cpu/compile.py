@@ -7,6 +7,7 @@ whether a cached kernel is fresh is taken over all of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -43,12 +44,14 @@ def kernel(function: Callable[..., None]) -> Any:
     return dispatcher
 
 
-def routine(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels call, once for each dtype.
+def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
+    """Compile a function that kernels call, once for each dtype; with `inline`, into each of its callers.
 
     Left to itself, Numba compiles a function anew for every constant that it is called with.
     """
-    dispatcher = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+    if function is None:
+        return functools.partial(routine, inline=inline)
+    dispatcher = njit(forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
     resolve = dispatcher.get_call_template
 
     def resolve_plain(args: Any, kws: Any) -> Any:

@@ -173,7 +173,7 @@ def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_las
         pre_activations(high - low, x_rows, inputs, x_rows, 0, 0, weights, source, 0, target, a_row)
 
 
-@routine
+@routine(inline=True)
 def pre_activations(rows, x, inputs, h, hidden, h_row, weights, start, start_row, a, a_row):
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units.
 

@@ -275,7 +275,7 @@ def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_ro
     _gate_tile(rows, VECTORS, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row)
 
 
-@routine
+@routine(inline=True)
 def gate_tiles(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
     """Run :func:`gate_tile` over any number of rows, while the rows of B after these are fetched."""
     size = (k1 + k2) * VECTORS * lanes_of(b)
