@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.simd import (
     address,
     call_llvm,
@@ -133,7 +133,7 @@ def _fraction_part(which):
 _numerator, _denominator = _fraction_part(0), _fraction_part(1)
 
 
-@njit(forceinline=True)
+@routine(inline=True)
 def sigmoid(a):
     r"""Return :math:`1 / (1 + e^{-a})`, from :math:`e^{-|a|}`, which cannot overflow.
 
@@ -148,7 +148,7 @@ def sigmoid(a):
     return select(a >= 0.0, 1.0, e) / (e + 1.0)
 
 
-@njit(forceinline=True)
+@routine(inline=True)
 def tanh(a):
     r"""Return the hyperbolic tangent as :math:`b - b q`, where the errors of the quotient q count little.
 

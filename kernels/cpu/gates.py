@@ -6,9 +6,8 @@ of units keeps its five values side by side, :data:`TAPE` vectors: i, f, g, o an
 
 from __future__ import annotations
 
-from numba import njit
-
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
+from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.simd import fma, load, load_first, offset, store
 
 __all__ = ["GATES", "TAPE", "gates_again", "gates_backward", "gates_forward"]
@@ -17,7 +16,7 @@ GATES = 4  # i, f, g, o
 TAPE = 5  # i, f, g, o, c
 
 
-@njit(forceinline=True)
+@routine(inline=True)
 def gates_forward(a_i, a_f, a_g, a_o, c_prev):
     """Activate the gates and update the state.
 
@@ -39,7 +38,7 @@ def gates_forward(a_i, a_f, a_g, a_o, c_prev):
     return i, f, g, o, c, h
 
 
-@njit(forceinline=True)
+@routine(inline=True)
 def gates_again(gates, width, units, c):
     """Activate pre-activations in place, and put the known cell state beside them: the tape, rebuilt.
 
@@ -61,7 +60,7 @@ def gates_again(gates, width, units, c):
     store(offset(gates, 4 * width), c)
 
 
-@njit(forceinline=True)
+@routine(inline=True)
 def gates_backward(dh, dc, tape, width, c_prev, da):
     """Take the gradients by h and c back through one gate step.
 
