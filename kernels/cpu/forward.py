@@ -77,6 +77,10 @@ def layer_forward(
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
     barrier(counters, thread, threads)
 
+    together = block_last - block_first if ahead else 1
+    x_inputs = 0 if ahead else inputs
+    a_row = a.shape[1] * tile_row
+    sum_row = a_row if ahead else 0
     for step in range(offsets.size - 1):
         low = offsets[step]
         active = min(offsets[step + 1] - low, row_last)
@@ -87,57 +91,61 @@ def layer_forward(
             ahead_low = low
             end = offsets[min(step + ahead, offsets.size - 1)]
             _project_inputs(x, packed, packed_bias, a, low, end, block_first, block_last)
-        for number in range(block_first, block_last):
-            # To and fro: what the caches still hold of the weights is what the step before used last.
-            block = block_first + block_last - 1 - number if step & 1 else number
-            units = min(width, hidden - block * width)
-            weights = offset(address(packed), block * (inputs + hidden) * tile_row)
+        for group in range(block_first, block_last, together):
+            end_group = min(group + together, block_last)
             for start in range(row_first, active, GROUP):
                 end = min(start + GROUP, active)
                 h_prev = offset(address(h_rows), (here + start) * stride)
-                if ahead:
-                    a_row = a.shape[1] * tile_row
-                    a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
-                    weights_hh = offset(weights, inputs * tile_row)
-                    pre_activations(
-                        end - start, h_prev, 0, h_prev, hidden, stride, weights_hh, a_rows, a_row, a_rows, a_row
-                    )
-                else:
-                    a_row = tile_row
-                    a_rows = offset(address(a), thread * GROUP * tile_row)
-                    x_rows = offset(address(x), (low + start) * inputs)
-                    bias_row = offset(address(packed_bias), block * tile_row)
-                    pre_activations(
-                        end - start, x_rows, inputs, h_prev, hidden, stride, weights, bias_row, 0, a_rows, a_row
-                    )
-                for row in range(start, end):
-                    here_a = offset(a_rows, (row - start) * a_row)
-                    here_c = offset(address(c_rows), row * stride + block * width)
-                    # Lanes beyond the units become harmless constants even if NaN arrives there.
-                    i, f, g, o, c, h = gates_forward(
-                        load_first(here_a, units),
-                        load_first(offset(here_a, width), units),
-                        load_first(offset(here_a, 2 * width), units),
-                        load_first(offset(here_a, 3 * width), units),
-                        load(here_c),
-                    )
-                    store(here_c, c)
-                    store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
-                    if training:
-                        kept = tape.shape[2]
-                        left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
-                        if kept == TAPE:
-                            store(left, i)
-                            store(offset(left, width), f)
-                            store(offset(left, 2 * width), g)
-                            store(offset(left, 3 * width), o)
-                        store(offset(left, (kept - 1) * width), c)
-                    if step + 1 < lengths[row]:
-                        store(offset(address(h_rows), (following + row) * stride + block * width), h)
+                for number in range(group, end_group):
+                    # To and fro: what the caches still hold of the weights is what the step before used last.
+                    block = block_first + block_last - 1 - number if step & 1 else number
+                    weights = offset(address(packed), block * (inputs + hidden) * tile_row)
+                    if ahead:
+                        weights = offset(weights, inputs * tile_row)
+                        a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
+                        first_sum = a_rows
                     else:
-                        final = order[row] * hidden + block * width
-                        store_first(offset(address(h_n), final), h, units)
-                        store_first(offset(address(c_n), final), c, units)
+                        a_rows = offset(address(a), thread * GROUP * tile_row)
+                        first_sum = offset(address(packed_bias), block * tile_row)
+                    pre_activations(
+                        end - start, offset(address(x), (low + start) * inputs), x_inputs, h_prev, hidden, stride,
+                        weights, first_sum, sum_row, a_rows, a_row,
+                    )  # fmt: skip
+                for number in range(group, end_group):
+                    block = block_first + block_last - 1 - number if step & 1 else number
+                    units = min(width, hidden - block * width)
+                    if ahead:
+                        a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
+                    else:
+                        a_rows = offset(address(a), thread * GROUP * tile_row)
+                    for row in range(start, end):
+                        here_a = offset(a_rows, (row - start) * a_row)
+                        here_c = offset(address(c_rows), row * stride + block * width)
+                        # Lanes beyond the units become harmless constants even if NaN arrives there.
+                        i, f, g, o, c, h = gates_forward(
+                            load_first(here_a, units),
+                            load_first(offset(here_a, width), units),
+                            load_first(offset(here_a, 2 * width), units),
+                            load_first(offset(here_a, 3 * width), units),
+                            load(here_c),
+                        )
+                        store(here_c, c)
+                        store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
+                        if training:
+                            kept = tape.shape[2]
+                            left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
+                            if kept == TAPE:
+                                store(left, i)
+                                store(offset(left, width), f)
+                                store(offset(left, 2 * width), g)
+                                store(offset(left, 3 * width), o)
+                            store(offset(left, (kept - 1) * width), c)
+                        if step + 1 < lengths[row]:
+                            store(offset(address(h_rows), (following + row) * stride + block * width), h)
+                        else:
+                            final = order[row] * hidden + block * width
+                            store_first(offset(address(h_n), final), h, units)
+                            store_first(offset(address(c_n), final), c, units)
         if divided:
             barrier(counters, thread, threads)
 
