@@ -18,6 +18,7 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
+from fastlstm.backends.memory import CACHE_LINE, one_block
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
 CASES = [
@@ -94,6 +95,8 @@ def guarded(monkeypatch):
         if name.startswith("fastlstm.backends.") and hasattr(module, "np") and not host_only:
             monkeypatch.setattr(module, "np", guarded_numpy)
     monkeypatch.setattr(type(implementation), "xp", guarded_numpy)
+    cpu = sys.modules["fastlstm.backends.cpu"]
+    monkeypatch.setattr(cpu, "one_block", lambda dtype, *shapes: [guard.empty(shape, dtype) for shape in shapes])
     yield guard
     guard.check()
 
@@ -130,6 +133,17 @@ def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden):
     h, c = dispatch.backend_named("cpu").step(p.cell, params, guarded.array(p.x[0]), *state)
     expected = {name: expected[name] for name in ("h_n", "c_n")}
     assert_close("agreement", {"h_n": h, "c_n": c}, expected, backend="cpu", dtype=dtype)
+
+
+def test_the_arrays_of_a_block_are_apart_and_each_starts_a_cache_line(dtype):
+    shapes = [(3, 5), (0, 7), (16,), (1, 1, 1), (2, 16)]
+    for _ in range(8):  # blocks lie at different places
+        arrays = one_block(dtype, *shapes)
+        assert [(a.shape, a.dtype) for a in arrays] == [(shape, dtype) for shape in shapes]
+        assert all(a.flags.carray and a.ctypes.data % CACHE_LINE == 0 for a in arrays)
+        for number, array in enumerate(arrays):
+            array[...] = number
+        assert all((array == number).all() for number, array in enumerate(arrays))
 
 
 def most_bytes(model, steps, batch, lengths):

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastlstm.backends.base import Array, Params
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights, layer_weights
+from fastlstm.backends.memory import one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import MEETINGS, Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
@@ -222,20 +223,26 @@ def _direction_forward(
     hidden, width = h0.shape[1], lanes(x.dtype)
     blocks = -(-hidden // width)
     rows, reverse = packing.rows, direction == 1
-    tape = np.empty((rows if keep_tape else 0, blocks, 1 if recompute else TAPE, width), dtype)
-    h_rows = np.empty((rows if keep_tape else 2 * batch, blocks * width), dtype)
+    tape, h_rows = one_block(
+        dtype,
+        (rows if keep_tape else 0, blocks, 1 if recompute else TAPE, width),
+        (rows if keep_tape else 2 * batch, blocks * width),
+    )
     arguments = (
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), packing.pack(x, reverse),
         h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
         y, direction * hidden, h_n, c_n, keep_tape, tape, h_rows,
-        np.empty((batch, blocks * width), dtype),
-        np.empty((blocks, inputs + hidden, GATES, width), dtype),
-        np.empty((blocks, GATES, width), dtype),
     )  # fmt: skip
 
     def prepare(plan: Plan) -> tuple[Any, ...]:
-        scratch = (plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)
-        return (*arguments, plan.ahead, np.empty((*scratch, GATES, width), dtype))
+        *scratch, a = one_block(
+            dtype,
+            (batch, blocks * width),
+            (blocks, inputs + hidden, GATES, width),
+            (blocks, GATES, width),
+            (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
+        )
+        return (*arguments, *scratch, plan.ahead, a)
 
     _run(layer_forward, prepare, packing, weights)
     return DirectionTape(tape, h_rows, c0.copy())
@@ -274,22 +281,26 @@ def _direction_backward(
         weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
         packing.order, packing.lengths, packing.offsets, packing.places(reverse),
         dy, direction * hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, chunk,
-        np.empty((again[0], blocks, TAPE, width), dtype),
-        np.empty((again[1], inputs + hidden, GATES, width), dtype),
-        np.empty((again[1], GATES, width), dtype),
-        np.empty((packing.rows_of_chunk(chunk), depth), dtype),
-        np.empty((batch, blocks * width), dtype),
-        np.empty((batch, blocks * width), dtype),
-        np.empty((-(-inputs // panel), depth, panel), dtype),
-        np.empty((-(-hidden // panel), depth, panel), dtype),
-        np.empty((depth, -(-inputs // width) * width), dtype),
-        np.empty((depth, blocks * width), dtype),
-        np.empty(depth, dtype),
-        np.empty((blocks, min(DEPTH, packing.rows), panel), dtype),
     )  # fmt: skip
 
     def prepare(plan: Plan) -> tuple[Any, ...]:
-        return (*arguments, np.empty((plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel), dtype))
+        scratch = one_block(
+            dtype,
+            (again[0], blocks, TAPE, width),
+            (again[1], inputs + hidden, GATES, width),
+            (again[1], GATES, width),
+            (packing.rows_of_chunk(chunk), depth),
+            (batch, blocks * width),
+            (batch, blocks * width),
+            (-(-inputs // panel), depth, panel),
+            (-(-hidden // panel), depth, panel),
+            (depth, -(-inputs // width) * width),
+            (depth, blocks * width),
+            (depth,),
+            (blocks, min(DEPTH, packing.rows), panel),
+            (plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel),
+        )
+        return (*arguments, *scratch)
 
     _run(layer_backward, prepare, packing, weights)
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])

@@ -134,6 +134,9 @@ def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., No
     """
     workers = reserve(min(wanted, get_num_threads()) - 1) if wanted > 1 else []
     threads = 1 + len(workers)
+    if threads == 1:  # no one to wait for
+        kernel(*prepare(1), np.zeros((2, 8), np.int64), 0, 1)
+        return 0
     counters = np.zeros((1 + threads, 8), np.int64)
     done: SimpleQueue[BaseException | None] = SimpleQueue()
     started = 0
