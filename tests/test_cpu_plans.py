@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from harness import REFERENCE, BackendUnderTest, Case, problem, solve
@@ -30,7 +31,7 @@ CASES = {
 @pytest.fixture
 def any_number_of_threads(monkeypatch):
     """Leave the number of threads as it was; and threads may meet, though there are more of them than cores."""
-    monkeypatch.setattr(Meetings, "worth_it", lambda self: True)
+    monkeypatch.setattr(Meetings, "worth_it", lambda self, kind: True)
     yield
     fastlstm.set_num_threads(None)
 
@@ -94,22 +95,49 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() >= 1
 
 
-def test_meetings_rest_while_cores_are_busy_and_come_back():
+def calls_that_meet(meetings, calls, seconds):
+    """Make calls that take what `seconds` says for those that meet and the others; return which met."""
+    found = []
+    for _ in range(calls):
+        met = meetings.worth_it("kind")
+        meetings.report("kind", met, seconds[met])
+        found.append(met)
+    return found
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_what_is_faster_is_kept_and_the_other_tried_ever_more_rarely(faster):
     meetings = Meetings()
-    assert meetings.worth_it()
-    meetings.report(yields=0, meetings=100)
-    assert meetings.worth_it()
-    rests = []
-    for _ in range(12):
-        meetings.report(yields=100, meetings=100)
-        rest = next(n for n in range(10_000) if meetings.worth_it())
-        rests.append(rest)
-    assert rests[0] >= 1
+    found = calls_that_meet(meetings, 10_000, {faster: 1.0, not faster: 2.0})
+    assert found[0], "a first call meets"
+    trials = [n for n, met in enumerate(found) if met != faster]
+    rests = [after - before for before, after in itertools.pairwise(trials)]
     assert rests == sorted(rests)
-    assert rests[-1] == rests[-2] > 100 * rests[0]
-    meetings.report(yields=0, meetings=100)
-    meetings.report(yields=100, meetings=100)
-    assert next(n for n in range(10_000) if meetings.worth_it()) == rests[0]
+    assert rests[0] <= 2 * meetings.FIRST_REST + 1
+    assert rests[-1] == rests[-2] == meetings.LONGEST_REST + 1
+    assert meetings.worth_it("another kind"), "each kind of call has trials of its own"
+
+
+def test_one_slow_call_does_not_decide_whether_threads_meet():
+    meetings = Meetings()
+    calls_that_meet(meetings, 100, {True: 1.0, False: 2.0})
+    meetings.report("kind", True, 1000.0)
+    assert all(calls_that_meet(meetings, 5, {True: 1.0, False: 2.0}))
+
+
+def test_meetings_end_when_the_cores_get_busy_and_come_back():
+    meetings = Meetings()
+    calls_that_meet(meetings, 1000, {True: 1.0, False: 2.0})
+    assert calls_that_meet(meetings, 100, {True: 40.0, False: 2.0}).count(True) < 10
+    calls = calls_that_meet(meetings, 2 * meetings.LONGEST_REST, {True: 1.0, False: 2.0})
+    assert calls[-100:].count(True) > 90
+
+
+def test_kinds_of_calls_are_not_remembered_without_end():
+    meetings = Meetings()
+    for kind in range(10 * meetings.KINDS):
+        meetings.report(kind, meetings.worth_it(kind), 1.0)
+    assert len(meetings._trials) <= meetings.KINDS + 1
 
 
 def test_a_call_that_may_not_meet_says_and_computes_the_same(dtype):
@@ -121,7 +149,7 @@ def test_a_call_that_may_not_meet_says_and_computes_the_same(dtype):
         assert choose(200, 5, 30, 130, 17, 6, 3, True).kind == "units"
         assert choose(200, 5, 30, 130, 17, 6, 3, False) == choose(200, 5, 30, 130, 17, 6, 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Meetings, "worth_it", lambda self: False)
+            patch.setattr(Meetings, "worth_it", lambda self, kind: False)
             assert_identical(solve(p, CPU), together)
     finally:
         fastlstm.set_num_threads(None)

@@ -1,6 +1,6 @@
 """The CPU backend: sorts and packs the batch, provides memory and threads, and calls ``kernels/cpu``.
 
-The kernels see the sequences sorted by length and their steps packed (``kernels/cpu/sequence.py`` says
+The kernels see the sequences sorted by length and their steps packed (``kernels/cpu/forward.py`` says
 how). What a training call keeps are, for each layer and direction, six numbers a hidden unit and step: the
 four gates, c, and the h before the step; the backward pass adds at most one for the gradients of the gates,
 which are kept for an eighth to a quarter of the steps at a time. With `recompute` it keeps two, c and h, and
@@ -9,6 +9,7 @@ the backward pass computes the gates of these steps again, by one product, since
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,19 +191,26 @@ def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Ar
 def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, weights: Weights) -> None:
     """Choose a plan, and run a kernel by it; `prepare` returns what it needs before the plan's own arguments."""
     hidden, inputs = weights.weight_hh.shape[1], weights.weight_ih.shape[1]
-    blocks, meet = -(-hidden // lanes(weights.weight_hh.dtype)), MEETINGS.worth_it()
+    batch, most = packing.order.size, get_num_threads()
+    blocks = -(-hidden // lanes(weights.weight_hh.dtype))
 
-    def plan(threads: int) -> Plan:
-        return choose(packing.rows, packing.order.size, inputs, hidden, blocks, ROWS, threads, meet)
+    def plan(threads: int, meet: bool = True) -> Plan:
+        return choose(packing.rows, batch, inputs, hidden, blocks, ROWS, threads, meet)
 
     def arguments(threads: int) -> tuple[Any, ...]:
-        chosen = plan(threads)
+        chosen = plan(threads, wanted.kind == "units")
         return (*prepare(chosen), chosen.parts(packing, blocks), chosen.kind == "units")
 
-    wanted = plan(get_num_threads())
-    yields = run_team(arguments, kernel, wanted.threads)
-    if wanted.kind == "units":
-        MEETINGS.report(yields, packing.offsets.size)
+    wanted = plan(most)
+    if wanted.kind != "units":
+        run_team(arguments, kernel, wanted.threads)
+        return
+    kind = kernel, packing.rows.bit_length(), batch, inputs, hidden, blocks, most
+    wanted = plan(most, MEETINGS.worth_it(kind))
+    start = time.perf_counter()
+    threads = run_team(arguments, kernel, wanted.threads)
+    if threads == wanted.threads:  # no other call had its workers
+        MEETINGS.report(kind, threads > 1, (time.perf_counter() - start) / packing.rows)
 
 
 def _direction_forward(

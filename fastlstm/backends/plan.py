@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import statistics
+from collections import deque
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,29 +64,52 @@ class Plan(NamedTuple):
 
 
 class Meetings:
-    """Whether it is worth it now that threads meet after each step.
+    """Whether it pays that threads meet after each step: a matter of measurement, call by call.
 
-    Where other work keeps the cores busy, a thread that is waited for may stand in the system's queue for
-    milliseconds, at every step. That shows in how often the others give up spinning; then the next calls do
-    without meetings, and more of them each time that the next attempt is no better. Results do not depend on it.
+    It depends on the machine, and on what else runs there: on busy cores a thread that is waited for may stand in
+    the system's queue for milliseconds, at every step. So both ways are tried for each kind of call, and the faster
+    is kept; the other has another try after some calls, and after twice as many each time that it loses again.
+    Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
+    KINDS = 256  # of calls that are remembered
 
     def __init__(self) -> None:
-        self._resting, self._next_rest = 0, self.FIRST_REST
+        self._trials: dict[Hashable, _Trial] = {}
 
-    def worth_it(self) -> bool:
-        """Say whether this call may meet, and count it."""
-        self._resting = max(0, self._resting - 1)
-        return self._resting == 0
+    def worth_it(self, kind: Hashable) -> bool:
+        """Say whether a call of this kind is to meet."""
+        if len(self._trials) > self.KINDS:
+            self._trials.clear()
+        trial = self._trials.setdefault(kind, _Trial(self.FIRST_REST))
+        faster = trial.faster()
+        untried = trial.seconds[faster] and not trial.seconds[not faster]
+        return not faster if untried or trial.calls >= trial.rest else faster
 
-    def report(self, yields: int, meetings: int) -> None:
-        """Take note of how often the threads of a call gave their cores away in so many meetings."""
-        if 16 * yields <= meetings:
-            self._next_rest = self.FIRST_REST
-        else:
-            self._resting, self._next_rest = self._next_rest, min(2 * self._next_rest, self.LONGEST_REST)
+    def report(self, kind: Hashable, met: bool, seconds: float) -> None:
+        """Take note of how long a call took, for each of its rows."""
+        trial = self._trials.setdefault(kind, _Trial(self.FIRST_REST))
+        before = trial.faster()
+        trial.seconds[met].append(seconds)
+        if trial.faster() != before:
+            trial.rest = self.FIRST_REST
+        elif met != before:
+            trial.rest = min(2 * trial.rest, self.LONGEST_REST)
+        trial.calls = 0 if met != before else trial.calls + 1
+
+
+class _Trial:
+    """What calls of one kind took, by whether their threads met; and how long the slower way rests."""
+
+    def __init__(self, rest: int) -> None:
+        self.seconds: dict[bool, deque[float]] = {met: deque(maxlen=3) for met in (True, False)}
+        self.calls, self.rest = 0, rest
+
+    def faster(self) -> bool:
+        """Compare medians, so that neither a compilation nor a disturbed call decides."""
+        met, alone = (statistics.median_low(times) if times else None for times in self.seconds.values())
+        return alone is None or (met is not None and met <= alone)
 
 
 MEETINGS = Meetings()

@@ -73,8 +73,7 @@ def barrier(counters, thread, threads):
     ----------
     counters : (1 + threads, 8) int64 array, zeroed before the kernel starts
         Element (0, 0) counts arrivals, and (0, 1) is set to give up waiting, for good: the kernel then runs to
-        its end, and its results are worthless. Row 1 + t holds how many barriers thread t has passed, and how
-        often it gave its core away while it waited, but for the first, before which threads are still waking.
+        its end, and its results are worthless. Element (1 + t, 0) holds how many barriers thread t has passed.
         A row is a cache line, so that waiting on one does not disturb the others.
     thread, threads : int
         This thread's number and the team's size.
@@ -92,7 +91,6 @@ def barrier(counters, thread, threads):
             _relax()
         else:
             _yield_processor()
-            counters[1 + thread, 1] += passed > 1
 
 
 @routine
