@@ -24,6 +24,8 @@ CASES = {
     "units": Case(40, 5, 30, 130),
     "units, ragged": Case(40, 5, 30, 130, bidirectional=True, lengths=(3, 40, 0, 17, 25)),
     "units, one sequence": Case(60, 1, 20, 250),
+    "directions": Case(60, 3, 20, 70, bidirectional=True),
+    "directions, ragged": Case(60, 4, 20, 80, 2, True, lengths=(33, 60, 0, 47)),
     "stacked": Case(12, 25, 16, 65, 2, True, lengths="zeros", dropout=0.3),
 }
 
@@ -51,10 +53,16 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, name, any_number_of_th
         fastlstm.set_num_threads(threads)
         plans.append(plans_of(CASES[name], dtype))
         found.append(solve(p.astype(dtype), CPU))
-    kind = {"rows": "its own sequences", "units": "its own hidden units", "stacked": "threads"}[name.split(",")[0]]
+    kind = {
+        "rows": "its own sequences",
+        "units": "its own hidden units",
+        "directions": "both directions at once",
+        "stacked": "threads",
+    }[name.split(",")[0]]
     assert "on one thread" in plans[0]
-    assert all(kind in plan for plan in plans[1:]), plans
-    assert len(set(plans)) > 1
+    assert kind in plans[-1], plans
+    assert all("threads" in plan or "at once" in plan for plan in plans[1:]), plans
+    assert len(set(plans)) > 1, "threads make no difference"
     for other in found[1:]:
         assert_identical(other, found[0])
     assert_close("agreement", found[0], truth, backend="cpu", dtype=dtype)

@@ -85,10 +85,13 @@ class CpuBackend(LayeredBackend):
         allocate = np.zeros if packing.ragged else np.empty
         y = allocate((steps * batch, len(weights) * h0.shape[2]), x.dtype)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
-        tapes = [
-            _direction_forward(w, x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape, recompute)
-            for d, w in enumerate(weights)
-        ]
+
+        def run(d: int, threads: int) -> DirectionTape:
+            return _direction_forward(
+                weights[d], x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape, recompute, threads
+            )
+
+        tapes = _run_directions(run, weights, packing)
         tape = LayerTape(x, packing, tapes) if keep_tape else None
         return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
 
@@ -107,9 +110,10 @@ class CpuBackend(LayeredBackend):
     def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         blocks, threads = -(-cell.hidden_size // lanes(cell.dtype)), get_num_threads()
+        inputs = [cell.layer_input_size(layer) for layer in range(cell.num_layers)]
         return [
-            str(choose(rows, batch, cell.layer_input_size(layer), cell.hidden_size, blocks, ROWS, threads))
-            for layer in range(cell.num_layers)
+            str(choose(rows, batch, size, cell.hidden_size, blocks, ROWS, threads, True, cell.num_directions))
+            for size in inputs
         ]
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
@@ -157,6 +161,7 @@ class CpuBackend(LayeredBackend):
         dx = (np.zeros if tape.packing.ragged else np.empty)((steps * batch, inputs), dh_n.dtype)
         dh_n, dc_n = _plain(dh_n), _plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
+        # One direction after the other: each adds to dx, and a second one would not fit into the memory promised.
         dweights = [
             _direction_backward(w, tape, d, dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d]) for d, w in enumerate(weights)
         ]
@@ -188,25 +193,47 @@ def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Ar
     return y
 
 
-def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, weights: Weights) -> None:
-    """Choose a plan, and run a kernel by it; `prepare` returns what it needs before the plan's own arguments."""
-    hidden, inputs = weights.weight_hh.shape[1], weights.weight_ih.shape[1]
-    batch, most = packing.order.size, get_num_threads()
-    blocks = -(-hidden // lanes(weights.weight_hh.dtype))
+def _run_directions(run: Callable[[int, int], Any], weights: Sequence[Weights], packing: Packing) -> list[Any]:
+    """Run a layer's directions forward, at once if that is better; `run` is given one, and the most threads for it."""
+    most, directions = get_num_threads(), range(len(weights))
+    if len(weights) == 1 or _plan(packing, weights[0], most, True, len(weights)).kind != "directions":
+        return [run(direction, most) for direction in directions]
+    found: list[Any] = [None] * len(weights)
 
-    def plan(threads: int, meet: bool = True) -> Plan:
-        return choose(packing.rows, batch, inputs, hidden, blocks, ROWS, threads, meet)
+    def share(counters: Array, thread: int, threads: int) -> None:
+        for direction in directions[thread::threads]:
+            found[direction] = run(direction, 1)
+
+    run_team(lambda threads: (), share, len(weights))
+    return found
+
+
+def _plan(packing: Packing, weights: Weights, threads: int, meet: bool = True, directions: int = 1) -> Plan:
+    """Choose a plan for a layer, or for one direction of it."""
+    hidden, inputs = weights.weight_hh.shape[1], weights.weight_ih.shape[1]
+    blocks = -(-hidden // lanes(weights.weight_hh.dtype))
+    return choose(packing.rows, packing.order.size, inputs, hidden, blocks, ROWS, threads, meet, directions)
+
+
+def _run(
+    kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, weights: Weights, most: int
+) -> None:
+    """Choose a plan of at most so many threads, and run a kernel by it.
+
+    `prepare` returns the kernel's arguments up to those that belong to the plan.
+    """
+    blocks = -(-weights.weight_hh.shape[1] // lanes(weights.weight_hh.dtype))
 
     def arguments(threads: int) -> tuple[Any, ...]:
-        chosen = plan(threads, wanted.kind == "units")
+        chosen = _plan(packing, weights, threads, wanted.kind == "units")
         return (*prepare(chosen), chosen.parts(packing, blocks), chosen.kind == "units")
 
-    wanted = plan(most)
+    wanted = _plan(packing, weights, most)
     if wanted.kind != "units":
         run_team(arguments, kernel, wanted.threads)
         return
-    kind = kernel, packing.rows.bit_length(), batch, inputs, hidden, blocks, most
-    wanted = plan(most, MEETINGS.worth_it(kind))
+    kind = kernel, packing.rows.bit_length(), packing.order.size, weights.weight_ih.shape, weights.weight_ih.dtype, most
+    wanted = _plan(packing, weights, most, MEETINGS.worth_it(kind))
     start = time.perf_counter()
     threads = run_team(arguments, kernel, wanted.threads)
     if threads == wanted.threads:  # no other call had its workers
@@ -225,6 +252,7 @@ def _direction_forward(
     c_n: Array,
     keep_tape: bool,
     recompute: bool,
+    threads: int,
 ) -> DirectionTape:
     """Run one direction; writes y, h_n and c_n."""
     dtype, batch, inputs = x.dtype, x.shape[1], x.shape[2]
@@ -252,7 +280,7 @@ def _direction_forward(
         )
         return (*arguments, *scratch, plan.ahead, a)
 
-    _run(layer_forward, prepare, packing, weights)
+    _run(layer_forward, prepare, packing, weights, threads)
     return DirectionTape(tape, h_rows, c0.copy())
 
 
@@ -310,7 +338,7 @@ def _direction_backward(
         )
         return (*arguments, *scratch)
 
-    _run(layer_backward, prepare, packing, weights)
+    _run(layer_backward, prepare, packing, weights, get_num_threads())
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 

@@ -17,6 +17,8 @@ __all__ = ["MEETINGS", "Meetings", "Plan", "choose"]
 
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations.
 _OPERATIONS_WORTH_A_THREAD = 2_000_000
+# Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
+_OPERATIONS_WORTH_A_DIRECTION = 8_000_000
 # Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
 _OPERATIONS_WORTH_A_MEETING = 100_000
 # Rows of input products that are computed together: some tiles, and still in the caches.
@@ -24,13 +26,13 @@ _ROWS_AHEAD = 48
 
 
 class Plan(NamedTuple):
-    """How a layer is run in one direction.
+    """How a layer is run, in one direction or both.
 
     Attributes
     ----------
-    kind : {"serial", "rows", "units"}
-        On one thread; each thread its own sequences; or each thread its own hidden units, the threads
-        meeting after each step.
+    kind : {"serial", "rows", "units", "directions"}
+        On one thread; each thread its own sequences; each thread its own hidden units, the threads
+        meeting after each step; or each thread its own direction (forward only, where dx is not shared).
     threads : int
         Size of the team.
     ahead : int
@@ -59,6 +61,7 @@ class Plan(NamedTuple):
             "serial": "on one thread",
             "rows": f"on {self.threads} threads, each with its own sequences",
             "units": f"on {self.threads} threads, each with its own hidden units, meeting after each step",
+            "directions": "both directions at once, each on one thread",
         }[self.kind]
         return how + (f"; input products {self.ahead} steps ahead" if self.ahead else "")
 
@@ -117,9 +120,17 @@ MEETINGS = Meetings()
 
 @functools.lru_cache(maxsize=256)
 def choose(
-    rows: int, batch: int, inputs: int, hidden: int, blocks: int, tile_rows: int, threads: int, meet: bool = True
+    rows: int,
+    batch: int,
+    inputs: int,
+    hidden: int,
+    blocks: int,
+    tile_rows: int,
+    threads: int,
+    meet: bool = True,
+    directions: int = 1,
 ) -> Plan:
-    """Choose how to run one layer in one direction.
+    """Choose how to run one layer, in one direction after the other or in both at once.
 
     Parameters
     ----------
@@ -135,6 +146,8 @@ def choose(
         The most threads to use.
     meet : bool
         Whether threads may meet after each step.
+    directions : int
+        Of the layer; 1 for the plan of one direction by itself.
     """
     row_operations: Any = 8 * hidden * (inputs + hidden)
     threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
@@ -143,8 +156,10 @@ def choose(
     if threads > 1 and not few:
         return Plan("rows", threads, 0)
     ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
-    threads = threads if meet else 1
+    spare, threads = threads > 1, threads if meet else 1
     while threads > 1 and batch * 8 * hidden * hidden < threads * _OPERATIONS_WORTH_A_MEETING:
         threads -= 1
     threads = min(threads, blocks)
+    if spare and threads <= directions > 1 and rows * row_operations >= _OPERATIONS_WORTH_A_DIRECTION:
+        return Plan("directions", directions, ahead)
     return Plan("units" if threads > 1 else "serial", threads, ahead)
