@@ -95,10 +95,10 @@ def test_each_layout_of_every_argument_at_once(backend, dtype, layout):
     assert_same(found, expected, backend, dtype)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("steps", "layers"), [(2, 1), (2, 2), (20, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_of_a_step_and_a_small_call(backend, dtype, layout, layers):
-    p = problem(Case(2, 4, 5, 8, layers)).astype(dtype)
+def test_each_layout_of_a_step_and_of_an_inference_call(backend, dtype, layout, steps, layers):
+    p = problem(Case(steps, 4, 5, 8, layers)).astype(dtype)
     made = {"x": p.x, "x_t": np.ascontiguousarray(p.x[0]), "h": p.state[0], "c": p.state[1]} | p.params
     made = {name: lay_out(layout, value) for name, value in made.items()}
 
@@ -170,6 +170,20 @@ def test_results_of_nothing_belong_to_the_caller_alone(backend, dtype, case):
     for ours, theirs in ((h_n, state[0]), (c_n, state[1]), (grads.state[0], dstate[0]), (grads.state[1], dstate[1])):
         np.testing.assert_array_equal(backend.host(ours), backend.host(theirs))
     assert not any(backend.host(value).any() for value in (y, grads.x, *grads.params.values()))
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(0, 2), (3, 0), (0, 0)])
+def test_calls_of_nothing_are_right_after_calls_of_something(backend, dtype, steps, batch):
+    """A backend may have a quicker way for calls of which it knows the like."""
+    lstm = LSTM(3, 5, dtype=dtype, seed=0)
+    lstm.params = {name: backend.array(value) for name, value in lstm.params.items()}
+    for first in ((2, 2), (40, 2)):
+        lstm(backend.array(np.ones((*first, 3), dtype)))
+    h0, c0 = (np.full((1, batch, 5), value, dtype) for value in (0.25, 0.5))
+    y, (h_n, c_n) = lstm(backend.array(np.ones((steps, batch, 3), dtype)), (backend.array(h0), backend.array(c0)))
+    assert y.shape == (steps, batch, 5)
+    for found, expected in ((h_n, h0), (c_n, c0)):
+        np.testing.assert_array_equal(backend.host(found), expected, strict=True)
 
 
 def test_one_array_may_serve_as_several_arguments(backend, dtype):

@@ -94,9 +94,9 @@ class Backend(Protocol):
         ...
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
-        """Run a small call for inference on arguments that nobody has checked, if that is sure to be right.
+        """Run a call for inference on arguments that nobody has checked, if that is sure to be right.
 
-        For calls that take less time than the checks in Python. `x` is (B, I) for one step or (T, B, I), and
+        For calls that take little more time than all the checks in Python. `x` is (B, I) for one step or (T, B, I), and
         `state` None or a pair of (L, B, H), if they are as they should be; the result is y (B, H) or (T, B, H),
         h_n and c_n. At the least doubt, None: the arguments are then checked and the other methods called,
         which give the same result.

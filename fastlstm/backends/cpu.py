@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,12 +86,12 @@ class CpuBackend(LayeredBackend):
         y = allocate((steps * batch, len(weights) * h0.shape[2]), x.dtype)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
 
-        def run(d: int, threads: int) -> DirectionTape:
+        def run(d: int, threads: int) -> DirectionTape | None:
             return _direction_forward(
                 weights[d], x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape, recompute, threads
             )
 
-        tapes = _run_directions(run, weights, packing)
+        tapes = _run_directions(run, _Size.of(weights[0].weight_ih), len(weights), packing)
         tape = LayerTape(x, packing, tapes) if keep_tape else None
         return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
 
@@ -117,33 +117,35 @@ class CpuBackend(LayeredBackend):
         ]
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
-        """Run a small call of one layer without a check in Python (see ``base.Backend.shortcut``)."""
-        if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias or cell.dtype not in ready:
+        """Run a call of one layer with few checks, or none, in Python (see ``base.Backend.shortcut``)."""
+        if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias:
             return None
         try:
             shape, hidden, dtype = x.shape, cell.hidden_size, cell.dtype
-            batch, inputs = shape[-2:]
-            if len(shape) == 3 and not 0 < shape[0] * batch <= _SMALL:
-                return None
+            steps, batch = shape[:-1] if len(shape) == 3 else (1, shape[0])
+            bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
+            weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
             if state is None:
                 h0 = c0 = np.zeros((1, batch, hidden), dtype)
             else:
                 h0, c0 = state if type(state) is tuple else ()  # which raises, and is caught below
-            rows = x if len(shape) == 2 else x.reshape(-1, inputs)
-            y = np.empty((len(rows), hidden), dtype)
-            h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
-            bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
-            weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
             # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
             if not (type(x) is type(h0) is type(c0) is type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray):
                 return None
-            if not small_forward(
-                weight_ih, weight_hh, bias, rows, h0, c0, y, h_n, c_n, cell.input_size, hidden, cell.bias
-            ):
+            y = np.empty((steps * batch, hidden), dtype)
+            h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
+            if len(y) > _SMALL:
+                fits = _many_rows(cell, Weights(weight_ih, weight_hh, bias), x, h0, c0, y, h_n, c_n)
+            else:
+                rows = x if len(shape) == 2 else x.reshape(-1, cell.input_size)
+                fits = dtype in ready and small_forward(
+                    weight_ih, weight_hh, bias, rows, h0, c0, y, h_n, c_n, cell.input_size, hidden, cell.bias
+                )
+            if not fits or not len(y):
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
             return None
-        return (y if len(shape) == 2 else y.reshape(shape[0], batch, hidden)), h_n, c_n
+        return (y if len(shape) == 2 else y.reshape(steps, batch, hidden)), h_n, c_n
 
     def layer_backward(
         self,
@@ -179,6 +181,23 @@ def _bias(weights: Weights) -> Array:
     return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else _plain(weights.bias)
 
 
+def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array) -> bool:
+    """Run one layer over x (T, B, I); return False, with nothing done, if anything does not fit."""
+    (weight_ih, weight_hh, bias), inputs, hidden = weights, cell.input_size, cell.hidden_size
+    if (
+        (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden))
+        or (bias.shape != (4 * hidden * cell.bias,) or x.shape[-1] != inputs)
+        or (h0.shape != h_n.shape or c0.shape != h_n.shape)
+        or any(array.dtype != cell.dtype for array in (*weights, x, h0, c0))
+    ):
+        return False
+    batch = x.shape[-2]
+    x, steps = _plain(x).reshape(-1, batch, inputs), len(y) // batch
+    h0, c0, packing = _plain(h0)[0], _plain(c0)[0], Packing.of(None, steps, batch)
+    _direction_forward(weights, x, h0, c0, packing, 0, y, h_n[0], c_n[0], False, False, get_num_threads())
+    return True
+
+
 def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array) -> Array:
     """Run one layer over a few rows, x (T * B, I) and states (1, B, H); writes h_n and c_n, returns y."""
     inputs, hidden = x.shape[1], h0.shape[2]
@@ -193,47 +212,58 @@ def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Ar
     return y
 
 
-def _run_directions(run: Callable[[int, int], Any], weights: Sequence[Weights], packing: Packing) -> list[Any]:
+def _run_directions(run: Callable[[int, int], Any], size: _Size, directions: int, packing: Packing) -> list[Any]:
     """Run a layer's directions forward, at once if that is better; `run` is given one, and the most threads for it."""
-    most, directions = get_num_threads(), range(len(weights))
-    if len(weights) == 1 or _plan(packing, weights[0], most, True, len(weights)).kind != "directions":
-        return [run(direction, most) for direction in directions]
-    found: list[Any] = [None] * len(weights)
+    most = get_num_threads()
+    if directions == 1 or size.plan(packing, most, directions=directions).kind != "directions":
+        return [run(direction, most) for direction in range(directions)]
+    found: list[Any] = [None] * directions
 
     def share(counters: Array, thread: int, threads: int) -> None:
-        for direction in directions[thread::threads]:
+        for direction in range(thread, directions, threads):
             found[direction] = run(direction, 1)
 
-    run_team(lambda threads: (), share, len(weights))
+    run_team(lambda threads: (), share, directions)
     return found
 
 
-def _plan(packing: Packing, weights: Weights, threads: int, meet: bool = True, directions: int = 1) -> Plan:
-    """Choose a plan for a layer, or for one direction of it."""
-    hidden, inputs = weights.weight_hh.shape[1], weights.weight_ih.shape[1]
-    blocks = -(-hidden // lanes(weights.weight_hh.dtype))
-    return choose(packing.rows, packing.order.size, inputs, hidden, blocks, ROWS, threads, meet, directions)
+class _Size(NamedTuple):
+    """Of one layer in one direction."""
+
+    inputs: int  # I
+    hidden: int  # H
+    width: int  # V, lanes of a vector
+    blocks: int  # vectors that H takes
+
+    @classmethod
+    def of(cls, weight_ih: Array) -> _Size:
+        """Read it off the weights."""
+        columns, inputs = weight_ih.shape
+        hidden, width = columns // GATES, lanes(weight_ih.dtype)
+        return cls(inputs, hidden, width, -(-hidden // width))
+
+    def plan(self, packing: Packing, threads: int, meet: bool = True, directions: int = 1) -> Plan:
+        """Choose a plan for the layer, or for one direction of it."""
+        batch = packing.order.size
+        return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, meet, directions)
 
 
-def _run(
-    kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, weights: Weights, most: int
-) -> None:
+def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, size: _Size, most: int) -> None:
     """Choose a plan of at most so many threads, and run a kernel by it.
 
     `prepare` returns the kernel's arguments up to those that belong to the plan.
     """
-    blocks = -(-weights.weight_hh.shape[1] // lanes(weights.weight_hh.dtype))
 
     def arguments(threads: int) -> tuple[Any, ...]:
-        chosen = _plan(packing, weights, threads, wanted.kind == "units")
-        return (*prepare(chosen), chosen.parts(packing, blocks), chosen.kind == "units")
+        chosen = size.plan(packing, threads, wanted.kind == "units")
+        return (*prepare(chosen), chosen.parts(packing, size.blocks), chosen.kind == "units")
 
-    wanted = _plan(packing, weights, most)
+    wanted = size.plan(packing, most)
     if wanted.kind != "units":
         run_team(arguments, kernel, wanted.threads)
         return
-    kind = kernel, packing.rows.bit_length(), packing.order.size, weights.weight_ih.shape, weights.weight_ih.dtype, most
-    wanted = _plan(packing, weights, most, MEETINGS.worth_it(kind))
+    kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
+    wanted = size.plan(packing, most, MEETINGS.worth_it(kind))
     start = time.perf_counter()
     threads = run_team(arguments, kernel, wanted.threads)
     if threads == wanted.threads:  # no other call had its workers
@@ -253,35 +283,32 @@ def _direction_forward(
     keep_tape: bool,
     recompute: bool,
     threads: int,
-) -> DirectionTape:
+) -> DirectionTape | None:
     """Run one direction; writes y, h_n and c_n."""
-    dtype, batch, inputs = x.dtype, x.shape[1], x.shape[2]
-    hidden, width = h0.shape[1], lanes(x.dtype)
-    blocks = -(-hidden // width)
-    rows, reverse = packing.rows, direction == 1
-    tape, h_rows = one_block(
-        dtype,
-        (rows if keep_tape else 0, blocks, 1 if recompute else TAPE, width),
-        (rows if keep_tape else 2 * batch, blocks * width),
-    )
+    dtype, batch, reverse = x.dtype, x.shape[1], direction == 1
+    size = inputs, hidden, width, blocks = _Size.of(weights.weight_ih)
+    rows = packing.rows if keep_tape else 0
+    kept = (rows, blocks, 1 if recompute else TAPE, width), (rows if keep_tape else 2 * batch, blocks * width)
+    tape = one_block(dtype, *kept) if keep_tape else []
     arguments = (
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), packing.pack(x, reverse),
         h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
-        y, direction * hidden, h_n, c_n, keep_tape, tape, h_rows,
+        y, direction * hidden, h_n, c_n, keep_tape,
     )  # fmt: skip
 
     def prepare(plan: Plan) -> tuple[Any, ...]:
         *scratch, a = one_block(
             dtype,
+            *(() if keep_tape else kept),
             (batch, blocks * width),
             (blocks, inputs + hidden, GATES, width),
             (blocks, GATES, width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
         )
-        return (*arguments, *scratch, plan.ahead, a)
+        return (*arguments, *tape, *scratch, plan.ahead, a)
 
-    _run(layer_forward, prepare, packing, weights, threads)
-    return DirectionTape(tape, h_rows, c0.copy())
+    _run(layer_forward, prepare, packing, size, threads)
+    return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
 
 
 def _chunk(packing: Packing) -> int:
@@ -304,9 +331,8 @@ def _direction_backward(
 ) -> Weights:
     """Back-propagate through one direction; writes dx, dh0 and dc0."""
     tape, packing = layer.directions[direction], layer.packing
-    dtype, batch, inputs = dx.dtype, dh_n.shape[0], dx.shape[1]
-    hidden, width = dh_n.shape[1], lanes(dtype)
-    blocks, reverse = -(-hidden // width), direction == 1
+    dtype, batch, reverse = dx.dtype, dh_n.shape[0], direction == 1
+    size = inputs, hidden, width, blocks = _Size.of(weights.weight_ih)
     weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
     grads = np.empty_like(weight_ih), np.empty_like(weight_hh), np.empty_like(bias)
     recompute = tape.gates.shape[2] < TAPE
@@ -338,7 +364,7 @@ def _direction_backward(
         )
         return (*arguments, *scratch)
 
-    _run(layer_backward, prepare, packing, weights, get_num_threads())
+    _run(layer_backward, prepare, packing, size, get_num_threads())
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,10 +34,17 @@ def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
     list of array
         Uninitialised, C-contiguous. The block is freed with the last of them.
     """
-    starts, end, size = [], 0, dtype.itemsize
-    for shape in shapes:
-        starts.append(end)
-        end += -(-math.prod(shape) * size // CACHE_LINE) * CACHE_LINE
-    block = np.empty(end + CACHE_LINE, np.uint8)
+    starts, size = _layout(dtype.itemsize, shapes)
+    block = np.empty(size, np.uint8)
     first = -block.__array_interface__["data"][0] % CACHE_LINE
     return [np.ndarray(shape, dtype, block, first + start) for shape, start in zip(shapes, starts, strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(itemsize: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[list[int], int]:
+    """Where in a block each array starts, from its first cache line on; and the size of the block, in bytes."""
+    starts, end = [], 0
+    for shape in shapes:
+        starts.append(end)
+        end += -(-math.prod(shape) * itemsize // CACHE_LINE) * CACHE_LINE
+    return starts, end + CACHE_LINE

@@ -34,7 +34,7 @@ class Packing:
         np.cumsum(active, out=offsets[1:])
         return cls(steps, order, sorted_lengths, offsets, True)
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """N, the number of steps of all sequences."""
         return int(self.offsets[-1])

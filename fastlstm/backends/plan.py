@@ -45,14 +45,12 @@ class Plan(NamedTuple):
 
     def parts(self, packing: Packing, blocks: int) -> Array:
         """First row, last row, first block and last block of each thread: (threads, 4)."""
+        if self.kind != "rows":
+            return _parts_of_units(self.threads, packing.order.size, blocks)
         parts: Array = np.empty((self.threads, 4), np.int64)
         parts[:] = (0, packing.order.size, 0, blocks)
-        if self.kind == "rows":
-            bounds = packing.bounds(self.threads)
-            parts[:, 0], parts[:, 1] = bounds[:-1], bounds[1:]
-        elif self.kind == "units":
-            bounds = blocks * np.arange(self.threads + 1) // self.threads
-            parts[:, 2], parts[:, 3] = bounds[:-1], bounds[1:]
+        bounds = packing.bounds(self.threads)
+        parts[:, 0], parts[:, 1] = bounds[:-1], bounds[1:]
         return parts
 
     def __str__(self) -> str:
@@ -64,6 +62,15 @@ class Plan(NamedTuple):
             "directions": "both directions at once, each on one thread",
         }[self.kind]
         return how + (f"; input products {self.ahead} steps ahead" if self.ahead else "")
+
+
+@functools.lru_cache(maxsize=16)  # as for the arrays of equal lengths in `packing`
+def _parts_of_units(threads: int, batch: int, blocks: int) -> Array:
+    parts: Array = np.empty((threads, 4), np.int64)
+    bounds = blocks * np.arange(threads + 1) // threads
+    parts[:] = (0, batch, 0, blocks)
+    parts[:, 2], parts[:, 3] = bounds[:-1], bounds[1:]
+    return parts
 
 
 class Meetings:
