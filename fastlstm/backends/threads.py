@@ -10,7 +10,10 @@ once share the workers, and none ever waits for another. Results do not depend o
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -43,6 +46,25 @@ class _Worker(threading.Thread):
             else:
                 done.put(None)
             del kernel, args, done  # an idle worker must not keep a caller's arrays alive
+
+
+_core_of_this_thread = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
+
+
+def _keep_off_this_core(workers: list[_Worker]) -> None:
+    """Have workers woken on other cores than this thread's, if there are others.
+
+    Linux often wakes a worker on the very core from which it is handed its job, and moves it milliseconds later.
+    Until then the two take turns on one core, which is worst where they meet after each step.
+    """
+    if _core_of_this_thread is None:
+        return
+    allowed = os.sched_getaffinity(0)
+    others = allowed - {_core_of_this_thread()} or allowed
+    for worker in workers:
+        assert worker.native_id
+        with contextlib.suppress(OSError):  # somebody changes at this moment what is allowed
+            os.sched_setaffinity(worker.native_id, others)
 
 
 _lock = threading.Lock()
@@ -142,6 +164,7 @@ def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., No
     started = 0
     try:
         args = (*prepare(threads), counters)
+        _keep_off_this_core(workers)
         for worker in workers:
             worker.jobs.put((kernel, args, started + 1, threads, done))
             started += 1
