@@ -1,11 +1,13 @@
 """Write the figures of the README from the results that are committed; nobody types one.
 
-    python benchmarks/figures.py          # draw the pictures, and write the README's section anew
-    python benchmarks/figures.py --check  # only say whether the README is what the results say; status 1 if not
+    python benchmarks/figures.py          # draw the pictures, and write the figures anew
+    python benchmarks/figures.py --check  # only say whether they are what the results say; status 1 if not
 
-``benchmarks/results`` has a folder for each machine, with the files of ``fastlstm bench --json`` and of
-``benchmarks/study.py --out``. Everything between the two marks in ``README.md`` is generated from them. A row in which
-a peer wins is always shown, and ``benchmarks/reasons.toml`` has to say why it does: without, this fails.
+``benchmarks/results`` has a folder for each machine: ``bench.json`` is of ``fastlstm bench``, a study's file of
+``benchmarks/study.py --out``, and any other of ``benchmarks/cpu.py``. Of the first two is made everything between
+the two marks in ``README.md``; of the others ``benchmarks/RESULTS.md``, with the roofs of the machine beside each
+row. A row in which a peer wins is always shown, and ``benchmarks/reasons.toml`` has to say why it does: without, this
+fails.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from readme import beyond, kernels, reasons
+from readme import beyond, kernels, limits, reasons
 from studies import record
 from studies.record import Study
 
@@ -28,6 +30,8 @@ from fastlstm.errors import ResultsFileError
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
+TABLES = HERE / "RESULTS.md"
+FIRST = "bench"  # the README's file among those of `fastlstm bench`
 BEGIN = (
     "<!-- figures: `python benchmarks/figures.py` makes them from benchmarks/results; what is typed here is lost -->"
 )
@@ -97,12 +101,35 @@ def section(folder: Path = RESULTS, root: Path = README.parent, why: Path = reas
     for machine in found:
         if len(found) > 1:
             parts.append(f"### {machine.folder.name}")
-        for name, results in machine.kernels.items():
-            parts += kernels.paragraphs(results, given)
-            parts += _pictures(machine.folder, root, prefix=f"{name}-")
+        if FIRST in machine.kernels:
+            parts += kernels.paragraphs(machine.kernels[FIRST], given)
+            parts += _pictures(machine.folder, root, prefix=f"{FIRST}-")
         parts += beyond.paragraphs(machine.studies, given)
         parts += _pictures(machine.folder, root, prefix="study-")
     return "\n\n".join(parts)
+
+
+def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
+    """Return what ``RESULTS.md`` has to be: every other table, and how far anyone could go.
+
+    Raises
+    ------
+    ResultsFileError, MissingReasonError
+        As for :func:`section`.
+    """
+    given = reasons.load(why)
+    parts = [
+        "# Results, shape by shape",
+        "Made by `python benchmarks/figures.py` from the files in `benchmarks/results`; what is typed here is lost. The"
+        " method stands in `fastlstm/bench/clock.py`.",
+    ]
+    for machine in machines(folder):
+        for name, results in machine.kernels.items():
+            if name != FIRST:
+                parts.append(f"## {machine.folder.name}: {name.replace('-', ' ')}")
+                parts += kernels.paragraphs(results, given, every=True)
+                parts += limits.paragraphs(results)
+    return "\n\n".join(parts) + "\n"
 
 
 def _pictures(folder: Path, root: Path, prefix: str) -> Iterator[str]:
@@ -115,10 +142,10 @@ def draw(machine: Machine) -> Iterator[Path]:
     """Draw and write the pictures of a machine; give the files."""
     from fastlstm.bench import pictures
 
-    for name, results in machine.kernels.items():
-        for picture, made in pictures.draw(results).items():
+    if FIRST in machine.kernels:
+        for picture, made in pictures.draw(machine.kernels[FIRST]).items():
             if isinstance(made, bytes):
-                path = machine.folder / f"{name}-{picture}.png"
+                path = machine.folder / f"{FIRST}-{picture}.png"
                 path.write_bytes(made)
                 yield path
     if "growth" in machine.studies:
@@ -144,27 +171,28 @@ def replaced(text: str, inside: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if README and results differ")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if figures and results differ")
     options = parser.parse_args(arguments)
     try:
         if not options.check:
             for machine in machines(RESULTS):
                 for path in draw(machine):
                     print(f"wrote {path}")
-        before = README.read_text(encoding="utf-8")
-        after = replaced(before, section())
+        readme = README.read_text(encoding="utf-8")
+        wanted = {README: replaced(readme, section()), TABLES: tables()}
     except (reasons.MissingReasonError, ResultsFileError) as error:
         print(error, file=sys.stderr)
         return 1
-    if before == after:
-        print("The README is what the results say.")
-        return 0
-    if options.check:
-        print("README.md and benchmarks/results differ: run `python benchmarks/figures.py`", file=sys.stderr)
-        return 1
-    README.write_text(after, encoding="utf-8")
-    print(f"wrote {README}")
-    return 0
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if options.check:
+            print(f"{path.name} and benchmarks/results differ: run `python benchmarks/figures.py`", file=sys.stderr)
+        else:
+            path.write_text(wanted[path], encoding="utf-8")
+            print(f"wrote {path}")
+    if not stale:
+        print("The figures are what the results say.")
+    return 1 if stale and options.check else 0
 
 
 if __name__ == "__main__":

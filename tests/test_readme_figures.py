@@ -32,6 +32,10 @@ def test_the_readme_is_what_the_committed_results_say():
     assert text == figures.replaced(text, figures.section()), "run `python benchmarks/figures.py`"
 
 
+def test_the_tables_are_what_the_committed_results_say():
+    assert figures.TABLES.read_text(encoding="utf-8") == figures.tables(), "run `python benchmarks/figures.py`"
+
+
 def test_every_picture_in_the_readme_is_there():
     for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", figures.README.read_text(encoding="utf-8")):
         assert (ROOT / path).is_file(), path
@@ -127,6 +131,25 @@ def test_a_reason_is_words_without_figures(why):
         reasons.Reason(why)
 
 
+def test_other_tables_show_every_row_and_how_far_anyone_could_go(committed):
+    """One second at the peak; ours takes two, the best peer four or, in the second row, one and a quarter."""
+    work = bench_data.Work(1000, 1, 512, 512)
+    ours = {OURS: 2.0, "onnxruntime": 4.0, "torch": 5.0}
+    first, second = (bench_data.row(work, ours), bench_data.row(bench_data.Work(10, 99, 9, 9), ours | {"torch": 1.25}))
+    results = dataclasses.replace(
+        bench_data.results(first, second), ceilings={"cpu": bench.Ceiling({"float32": float(work.operations)}, 7e9)}
+    )
+    bench.save(committed / "results" / "made-up" / "table-7.json", results)
+    (committed / "reasons.toml").write_text(WHY.replace("onnxruntime", "torch"))
+    text = figures.tables(committed / "results", committed / "reasons.toml")
+    assert "## made-up: table 7\n" in text and "1,32,64,128" not in text
+    assert "moves 7 GB/s" in text
+    assert "| 1000,1,512,512 | infer float32 | 50 % | onnxruntime | 25 % | 2.00 | 4.00 | 4096 KiB at 2 GB/s |" in text
+    assert "| 10,99,9,9 | infer float32 | 0 % | torch | 0 % | **0.62** | - | - |" in text
+    assert "- infer float32: geometric mean of the best peer's time divided by ours 1.12, least 0.62" in text
+    assert "**torch**: 10,99,9,9 infer float32 (0.62). It keeps" in text
+
+
 def test_another_result_makes_another_readme(committed):
     before = section(committed)
     path = committed / "results" / "made-up" / "loop.json"
@@ -143,11 +166,13 @@ def test_the_command_writes_and_then_finds_nothing_to_do(committed, monkeypatch,
     readme.write_text(f"before\n{figures.BEGIN}\n{figures.END}\nafter\n")
     monkeypatch.setattr(figures, "README", readme)
     monkeypatch.setattr(pictures, "draw", lambda results: {"scaling": b"a picture", "crossover": "there is no GPU"})
+    monkeypatch.setattr(figures, "TABLES", committed / "RESULTS.md")
     monkeypatch.setattr(figures, "RESULTS", committed / "results")
-    original = figures.section
+    original, others = figures.section, figures.tables
     monkeypatch.setattr(
         figures, "section", lambda: original(committed / "results", committed, committed / "reasons.toml")
     )
+    monkeypatch.setattr(figures, "tables", lambda: others(committed / "results", committed / "reasons.toml"))
     assert figures.main(["--check"]) == 1 and "differ" in capsys.readouterr().err
     assert figures.main([]) == 0
     text = readme.read_text()

@@ -14,10 +14,10 @@ from . import cells, reasons
 from .reasons import BENCH, Loss, Reason
 
 
-def paragraphs(results: Results, given: Sequence[Reason]) -> Iterator[str]:
-    """Return the table, the machine under it, the score against each peer, and the losses."""
+def paragraphs(results: Results, given: Sequence[Reason], every: bool = False) -> Iterator[str]:
+    """Return the table, of every row or of a choice, the machine under it, the score against each peer, the losses."""
     found = table.lines(results)
-    shown = chosen(found)
+    shown = found if every else chosen(found)
     names = list(dict.fromkeys(name for line in found for name in line.ratios))
     several = {line.side for line in found} != {CPU}
     yield (
