@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import tracemalloc
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.memory import CACHE_LINE, one_block
+from fastlstm.backends.memory import CACHE_LINE, POOL, Pool, one_block
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
 CASES = [
@@ -146,6 +147,89 @@ def test_the_arrays_of_a_block_are_apart_and_each_starts_a_cache_line(dtype):
         assert all((array == number).all() for number, array in enumerate(arrays))
 
 
+@pytest.fixture
+def pool(monkeypatch):
+    """An empty pool in the place of the library's."""
+    pool = Pool()
+    monkeypatch.setattr(sys.modules["fastlstm.backends.memory"], "POOL", pool)
+    return pool
+
+
+def large(elements=Pool.LEAST):
+    (array,) = one_block(np.dtype("float64"), (elements,))
+    return array
+
+
+def test_a_block_is_kept_when_its_last_array_is_gone_and_used_again(pool):
+    one, other = one_block(np.dtype("float64"), (Pool.LEAST,), (3,))
+    address = one.ctypes.data
+    view = one.reshape(2, -1)[1:, ::2]
+    del one
+    assert pool.size == 0
+    del view
+    assert pool.size == 0, "of its two arrays one is in use"
+    del other
+    assert pool.size >= Pool.LEAST * 8
+    smaller = large(Pool.LEAST // 2)
+    assert smaller.ctypes.data == address
+    assert pool.size == 0
+
+
+def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, monkeypatch):
+    monkeypatch.setattr(Pool, "MOST", 5 * 8 * Pool.LEAST)
+    several = [large(factor * Pool.LEAST) for factor in (1, 2, 1, 2)]
+    while several:
+        several.pop()
+    assert 0 < pool.size <= Pool.MOST
+    larger = large(3 * Pool.LEAST)
+    assert pool.size == 0, "what is kept never comes on top of a new block"
+    del larger
+    too_large = large(6 * Pool.LEAST)
+    del too_large
+    assert pool.size == 0
+    small = one_block(np.dtype("float32"), (8,))
+    del small
+    assert pool.size == 0
+
+
+def test_no_block_is_in_two_hands(pool):
+    """Not even if garbage collection returns one while another is taken, in some threads at once."""
+
+    def work(number):
+        rng, held = np.random.default_rng(number), []
+        for turn in range(150):
+            array = large(int(rng.integers(1, 4)) * Pool.LEAST // 4)
+            mark = 1000.0 * number + turn
+            array[:: 1 << 12] = mark
+            cycle = [array]
+            cycle.append(cycle)  # only the collector frees it
+            held.append((array, mark))
+            if len(held) > 3:
+                kept, expected = held.pop(int(rng.integers(len(held))))
+                assert (kept[:: 1 << 12] == expected).all()
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(4)))
+
+
+def test_a_tape_keeps_its_values_while_other_calls_come_and_go(pool, dtype):
+    if BackendUnderTest("cpu").missing:
+        pytest.skip(BackendUnderTest("cpu").missing)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 16, 8)).astype(dtype)
+    dy = rng.normal(size=(64, 16, 96)).astype(dtype)
+    with use_backend("cpu"):
+        lstm = LSTM(8, 96, dtype=dtype, seed=0)
+        expected = lstm.backward(lstm.forward(x)[2], dy)
+        tapes = [lstm.forward(x)[2] for _ in range(3)]
+        assert tapes[0].record.layers[0].directions[0].gates.nbytes > Pool.LEAST
+        lstm(-x)
+        lstm.backward(lstm.forward(-x)[2], dy)
+        for tape in tapes:
+            np.testing.assert_array_equal(lstm.backward(tape, dy).x, expected.x)
+
+
 def most_bytes(model, steps, batch, lengths):
     """Most bytes that a training pass holds at once beyond its inputs and outputs, as NumPy allocates them."""
     x = np.ones((steps, batch, model.cell.input_size), model.cell.dtype)
@@ -157,6 +241,7 @@ def most_bytes(model, steps, batch, lengths):
         return y, *state, grads.x, *grads.state, *grads.params.values()
 
     train()  # compiles
+    POOL.clear()  # what is kept already would not be counted
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

@@ -15,6 +15,7 @@ import numpy as np
 
 import fastlstm
 from fastlstm import LSTM
+from fastlstm.backends.memory import POOL
 
 from .record import OURS, Case
 
@@ -55,6 +56,7 @@ def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None) -> int
         return y, *state, grads.x, *grads.state, *grads.params.values()
 
     train()  # compiles, and starts the threads
+    POOL.clear()  # what is kept from earlier calls would not be counted
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
