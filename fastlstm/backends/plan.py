@@ -79,45 +79,59 @@ class Meetings:
     It depends on the machine, and on what else runs there: on busy cores a thread that is waited for may stand in
     the system's queue for milliseconds, at every step. So both ways are tried for each kind of call, and the faster
     is kept; the other has another try after some calls, and after twice as many each time that it loses again.
+    A try is of several calls, whose median counts: neither a compilation nor a disturbed call decides.
     Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
+    CALLS = 3  # of a try
+    HOPELESS = 4.0  # a try ends with a call that takes so many times as long
     KINDS = 256  # of calls that are remembered
 
     def __init__(self) -> None:
-        self._trials: dict[Hashable, _Trial] = {}
+        self._rivals: dict[Hashable, _Rivals] = {}
 
     def worth_it(self, kind: Hashable) -> bool:
         """Say whether a call of this kind is to meet."""
-        if len(self._trials) > self.KINDS:
-            self._trials.clear()
-        trial = self._trials.setdefault(kind, _Trial(self.FIRST_REST))
-        faster = trial.faster()
-        untried = trial.seconds[faster] and not trial.seconds[not faster]
-        return not faster if untried or trial.calls >= trial.rest else faster
+        if len(self._rivals) > self.KINDS:
+            self._rivals.clear()
+        rivals = self._rivals.setdefault(kind, _Rivals(self.FIRST_REST))
+        faster = rivals.faster()
+        untried = rivals.seconds[faster] and not rivals.seconds[not faster]
+        if not rivals.tries and (untried or rivals.calls >= rivals.rest):
+            rivals.tries, rivals.trying = self.CALLS, not faster
+        return rivals.trying if rivals.tries else faster
 
     def report(self, kind: Hashable, met: bool, seconds: float) -> None:
         """Take note of how long a call took, for each of its rows."""
-        trial = self._trials.setdefault(kind, _Trial(self.FIRST_REST))
-        before = trial.faster()
-        trial.seconds[met].append(seconds)
-        if trial.faster() != before:
-            trial.rest = self.FIRST_REST
-        elif met != before:
-            trial.rest = min(2 * trial.rest, self.LONGEST_REST)
-        trial.calls = 0 if met != before else trial.calls + 1
+        rivals = self._rivals.setdefault(kind, _Rivals(self.FIRST_REST))
+        before = rivals.faster()
+        rivals.seconds[met].append(seconds)
+        flipped = rivals.faster() != before
+        if rivals.tries and met == rivals.trying:
+            rivals.tries -= 1
+            others = rivals.seconds[not met]
+            if others and seconds > self.HOPELESS * statistics.median_low(others):
+                rivals.tries = 0
+            if not rivals.tries:
+                won = rivals.faster() == met
+                rivals.calls, rivals.rest = 0, self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
+        elif flipped:
+            rivals.calls, rivals.rest = 0, self.FIRST_REST
+        else:
+            rivals.calls += 1
 
 
-class _Trial:
-    """What calls of one kind took, by whether their threads met; and how long the slower way rests."""
+class _Rivals:
+    """What the last calls of one kind took, by whether their threads met; and when the slower way is tried again."""
 
     def __init__(self, rest: int) -> None:
-        self.seconds: dict[bool, deque[float]] = {met: deque(maxlen=3) for met in (True, False)}
-        self.calls, self.rest = 0, rest
+        self.seconds: dict[bool, deque[float]] = {met: deque(maxlen=Meetings.CALLS) for met in (True, False)}
+        self.rest, self.calls = rest, 0
+        self.trying, self.tries = False, 0
 
     def faster(self) -> bool:
-        """Compare medians, so that neither a compilation nor a disturbed call decides."""
+        """Say whether calls that meet are the faster ones, as far as it is known."""
         met, alone = (statistics.median_low(times) if times else None for times in self.seconds.values())
         return alone is None or (met is not None and met <= alone)
 
