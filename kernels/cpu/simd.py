@@ -19,8 +19,6 @@ A kernel written with it looks like the algorithm on one number, and runs on a w
 ``v + w``, ``- * /``         lane by lane, without reassociation; one side may be a number
 ``-v``, ``abs(v)``           lane by lane
 ``fma(a, b, c)``             a * b + c, rounded once
-``rint(v)``                  to the nearest integer, ties to even
-``power_of_two(n)``          2**n for integral lanes with a normal result
 ``v < w``, ``v >= w``        a mask, false where a lane is NaN
 ``select(m, v, w)``          v where the mask is true, else w
 ===========================  ==============================================================================
@@ -55,9 +53,7 @@ __all__ = [
     "offset",
     "peek",
     "poke",
-    "power_of_two",
     "prefetch",
-    "rint",
     "select",
     "splat",
     "store",
@@ -109,7 +105,7 @@ def llvm_vector(dtype: types.Float) -> ir.VectorType:
     return ir.VectorType(_llvm_scalar(dtype), lanes(dtype))
 
 
-def _llvm_integers(dtype: types.Float) -> ir.VectorType:
+def llvm_integers(dtype: types.Float) -> ir.VectorType:
     return ir.VectorType(ir.IntType(dtype.bitwidth), lanes(dtype))
 
 
@@ -415,16 +411,6 @@ def _lower_neg(context, builder, signature, args):
 
 
 @intrinsic
-def rint(typingctx, v):
-    """Round to the nearest integer, ties to even."""
-
-    def codegen(context, builder, signature, args):
-        return call_llvm(builder, "rint", v.dtype, args)
-
-    return v(v), codegen
-
-
-@intrinsic
 def fma(typingctx, a, b, c):
     """Return a * b + c, rounded once; `b` and `c` may be numbers."""
     vector = a if isinstance(a, Vector) else b
@@ -448,21 +434,6 @@ def copysign(typingctx, magnitude, sign):
         return call_llvm(builder, "copysign", magnitude.dtype, args)
 
     return magnitude(magnitude, sign), codegen
-
-
-@intrinsic
-def power_of_two(typingctx, n):
-    """Return 2**n for integral lanes whose result is a normal number: the exponent bits, put in place."""
-    mantissa, bias = (23, 127) if n.dtype == types.float32 else (52, 1023)
-
-    def codegen(context, builder, signature, args):
-        integers = _llvm_integers(n.dtype)
-        exponent = builder.fptosi(args[0], integers)
-        exponent = builder.add(exponent, ir.Constant(integers, [bias] * integers.count))
-        bits = builder.shl(exponent, ir.Constant(integers, [mantissa] * integers.count))
-        return builder.bitcast(bits, llvm_vector(n.dtype))
-
-    return n(n), codegen
 
 
 @intrinsic
