@@ -11,7 +11,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends.plan import Meetings, choose
+from fastlstm.backends.plan import Teams
 
 CPU = BackendUnderTest("cpu")
 pytestmark = pytest.mark.skipif(bool(CPU.missing), reason=str(CPU.missing))
@@ -32,8 +32,8 @@ CASES = {
 
 @pytest.fixture
 def any_number_of_threads(monkeypatch):
-    """Leave the number of threads as it was; and threads may meet, though there are more of them than cores."""
-    monkeypatch.setattr(Meetings, "worth_it", lambda self, kind: True)
+    """Leave the number of threads as it was; and let threads meet, though there are more of them than cores."""
+    monkeypatch.setattr(Teams, "worth_it", lambda self, kind: True)
     yield
     fastlstm.set_num_threads(None)
 
@@ -103,72 +103,72 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() >= 1
 
 
-def calls_that_meet(meetings, calls, seconds):
-    """Make calls that take what `seconds` says for those that meet and the others; return which met."""
+def calls_by_a_team(teams, calls, seconds):
+    """Make calls that take what `seconds` says for those by a team and the others; return which were by a team."""
     found = []
     for _ in range(calls):
-        met = meetings.worth_it("kind")
-        meetings.report("kind", met, seconds[met])
-        found.append(met)
+        team = teams.worth_it("kind")
+        teams.report("kind", team, seconds[team])
+        found.append(team)
     return found
 
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_what_is_faster_is_kept_and_the_other_tried_ever_more_rarely(faster):
-    meetings = Meetings()
-    found = calls_that_meet(meetings, 10_000, {faster: 1.0, not faster: 2.0})
-    assert found[0], "a first call meets"
+    teams = Teams()
+    found = calls_by_a_team(teams, 10_000, {faster: 1.0, not faster: 2.0})
+    assert found[0], "a first call is by a team"
     tries = [n for n in range(1, len(found)) if found[n] != faster and found[n - 1] == faster]
-    rests = [after - before - meetings.CALLS for before, after in itertools.pairwise(tries)]
+    rests = [after - before - teams.CALLS for before, after in itertools.pairwise(tries)]
     assert rests == sorted(rests)
-    assert rests[0] <= 2 * meetings.FIRST_REST
-    assert rests[-1] == rests[-2] == meetings.LONGEST_REST
-    assert meetings.worth_it("another kind"), "each kind of call has tries of its own"
+    assert rests[0] <= 2 * teams.FIRST_REST
+    assert rests[-1] == rests[-2] == teams.LONGEST_REST
+    assert teams.worth_it("another kind"), "each kind of call has tries of its own"
 
 
 def test_a_try_has_more_than_one_call():
-    meetings = Meetings()
-    calls_that_meet(meetings, 20, {True: 3.0, False: 2.0})
+    teams = Teams()
+    calls_by_a_team(teams, 20, {True: 3.0, False: 2.0})
     seconds = itertools.cycle([3.0, 1.0, 1.0])  # the first after a rest is slow, though it is the better way
     found = []
     for _ in range(100):
-        found.append(meetings.worth_it("kind"))
-        meetings.report("kind", found[-1], next(seconds) if found[-1] else 2.0)
+        found.append(teams.worth_it("kind"))
+        teams.report("kind", found[-1], next(seconds) if found[-1] else 2.0)
     assert found[-50:].count(True) > 40
 
 
-def test_one_slow_call_does_not_decide_whether_threads_meet():
-    meetings = Meetings()
-    calls_that_meet(meetings, 100, {True: 1.0, False: 2.0})
-    meetings.report("kind", True, 1000.0)
-    assert all(calls_that_meet(meetings, 5, {True: 1.0, False: 2.0}))
+def test_one_slow_call_does_not_decide_whether_there_is_a_team():
+    teams = Teams()
+    calls_by_a_team(teams, 100, {True: 1.0, False: 2.0})
+    teams.report("kind", True, 1000.0)
+    assert all(calls_by_a_team(teams, 5, {True: 1.0, False: 2.0}))
 
 
-def test_meetings_end_when_the_cores_get_busy_and_come_back():
-    meetings = Meetings()
-    calls_that_meet(meetings, 1000, {True: 1.0, False: 2.0})
-    assert calls_that_meet(meetings, 100, {True: 40.0, False: 2.0}).count(True) < 10
-    calls = calls_that_meet(meetings, 2 * meetings.LONGEST_REST, {True: 1.0, False: 2.0})
+def test_teams_end_when_the_cores_get_busy_and_come_back():
+    teams = Teams()
+    calls_by_a_team(teams, 1000, {True: 1.0, False: 2.0})
+    assert calls_by_a_team(teams, 100, {True: 40.0, False: 2.0}).count(True) < 10
+    calls = calls_by_a_team(teams, 2 * teams.LONGEST_REST, {True: 1.0, False: 2.0})
     assert calls[-100:].count(True) > 90
 
 
 def test_kinds_of_calls_are_not_remembered_without_end():
-    meetings = Meetings()
-    for kind in range(10 * meetings.KINDS):
-        meetings.report(kind, meetings.worth_it(kind), 1.0)
-    assert len(meetings._rivals) <= meetings.KINDS + 1
+    teams = Teams()
+    for kind in range(10 * teams.KINDS):
+        teams.report(kind, teams.worth_it(kind), 1.0)
+    assert len(teams._rivals) <= teams.KINDS + 1
 
 
-def test_a_call_that_may_not_meet_says_and_computes_the_same(dtype):
-    case = CASES["units"]
-    p = problem(case).astype(dtype)
+@pytest.mark.parametrize("name", ["units", "rows"])
+def test_a_call_without_its_team_computes_the_same(dtype, name):
+    p = problem(CASES[name]).astype(dtype)
     fastlstm.set_num_threads(3)
+    asked = []
     try:
         together = solve(p, CPU)
-        assert choose(200, 5, 30, 130, 17, 6, 3, True).kind == "units"
-        assert choose(200, 5, 30, 130, 17, 6, 3, False) == choose(200, 5, 30, 130, 17, 6, 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Meetings, "worth_it", lambda self, kind: False)
+            patch.setattr(Teams, "worth_it", lambda self, kind: asked.append(kind))  # which is None: no
             assert_identical(solve(p, CPU), together)
     finally:
         fastlstm.set_num_threads(None)
+    assert len(asked) == 2, "forward and backward"

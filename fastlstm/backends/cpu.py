@@ -20,7 +20,7 @@ from fastlstm.backends.base import Array, Params
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights, layer_weights
 from fastlstm.backends.memory import one_block
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import MEETINGS, Plan, choose
+from fastlstm.backends.plan import SURELY_WORTH_A_TEAM, TEAMS, Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
@@ -112,7 +112,7 @@ class CpuBackend(LayeredBackend):
         blocks, threads = -(-cell.hidden_size // lanes(cell.dtype)), get_num_threads()
         inputs = [cell.layer_input_size(layer) for layer in range(cell.num_layers)]
         return [
-            str(choose(rows, batch, size, cell.hidden_size, blocks, ROWS, threads, True, cell.num_directions))
+            str(choose(rows, batch, size, cell.hidden_size, blocks, ROWS, threads, cell.num_directions))
             for size in inputs
         ]
 
@@ -242,10 +242,10 @@ class _Size(NamedTuple):
         hidden, width = columns // GATES, lanes(weight_ih.dtype)
         return cls(inputs, hidden, width, -(-hidden // width))
 
-    def plan(self, packing: Packing, threads: int, meet: bool = True, directions: int = 1) -> Plan:
+    def plan(self, packing: Packing, threads: int, directions: int = 1) -> Plan:
         """Choose a plan for the layer, or for one direction of it."""
         batch = packing.order.size
-        return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, meet, directions)
+        return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, directions)
 
 
 def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, size: _Size, most: int) -> None:
@@ -255,19 +255,19 @@ def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packi
     """
 
     def arguments(threads: int) -> tuple[Any, ...]:
-        chosen = size.plan(packing, threads, wanted.kind == "units")
+        chosen = size.plan(packing, threads)
         return (*prepare(chosen), chosen.parts(packing, size.blocks), chosen.kind == "units")
 
     wanted = size.plan(packing, most)
-    if wanted.kind != "units":
+    operations = packing.rows * 8 * size.hidden * (size.inputs + size.hidden)
+    if wanted.threads == 1 or (wanted.kind == "rows" and operations > SURELY_WORTH_A_TEAM):
         run_team(arguments, kernel, wanted.threads)
         return
     kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
-    wanted = size.plan(packing, most, MEETINGS.worth_it(kind))
+    threads = wanted.threads if TEAMS.worth_it(kind) else 1
     start = time.perf_counter()
-    threads = run_team(arguments, kernel, wanted.threads)
-    if threads == wanted.threads:  # no other call had its workers
-        MEETINGS.report(kind, threads > 1, (time.perf_counter() - start) / packing.rows)
+    if run_team(arguments, kernel, threads) == threads:  # no other call had its workers
+        TEAMS.report(kind, threads > 1, (time.perf_counter() - start) / packing.rows)
 
 
 def _direction_forward(

@@ -13,10 +13,12 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.packing import Packing
 
-__all__ = ["MEETINGS", "Meetings", "Plan", "choose"]
+__all__ = ["TEAMS", "Plan", "Teams", "choose"]
 
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations.
 _OPERATIONS_WORTH_A_THREAD = 2_000_000
+# From so many on, threads with sequences of their own need no measurement.
+SURELY_WORTH_A_TEAM = 100_000_000
 # Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
 # Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
@@ -73,14 +75,15 @@ def _parts_of_units(threads: int, batch: int, blocks: int) -> Array:
     return parts
 
 
-class Meetings:
-    """Whether it pays that threads meet after each step: a matter of measurement, call by call.
+class Teams:
+    """Whether a team of threads pays where that is in doubt: a matter of measurement, call by call.
 
-    It depends on the machine, and on what else runs there: on busy cores a thread that is waited for may stand in
-    the system's queue for milliseconds, at every step. So both ways are tried for each kind of call, and the faster
-    is kept; the other has another try after some calls, and after twice as many each time that it loses again.
-    A try is of several calls, whose median counts: neither a compilation nor a disturbed call decides.
-    Results do not depend on it.
+    It depends on the machine, and on what else runs there. Waking a worker takes some microseconds, or a hundred on
+    a virtual machine; and on busy cores a thread that is waited for may stand in the system's queue for milliseconds,
+    where threads meet after each step at every step. So calls are run both ways, by a team and by one thread, and the
+    faster is kept for each kind of call; the other has another try after some calls, and after twice as many each
+    time that it loses again. A try is of several calls, whose median counts: neither a compilation nor a disturbed
+    call decides. Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
@@ -92,7 +95,7 @@ class Meetings:
         self._rivals: dict[Hashable, _Rivals] = {}
 
     def worth_it(self, kind: Hashable) -> bool:
-        """Say whether a call of this kind is to meet."""
+        """Say whether a call of this kind is to be run by a team."""
         if len(self._rivals) > self.KINDS:
             self._rivals.clear()
         rivals = self._rivals.setdefault(kind, _Rivals(self.FIRST_REST))
@@ -102,19 +105,19 @@ class Meetings:
             rivals.tries, rivals.trying = self.CALLS, not faster
         return rivals.trying if rivals.tries else faster
 
-    def report(self, kind: Hashable, met: bool, seconds: float) -> None:
+    def report(self, kind: Hashable, team: bool, seconds: float) -> None:
         """Take note of how long a call took, for each of its rows."""
         rivals = self._rivals.setdefault(kind, _Rivals(self.FIRST_REST))
         before = rivals.faster()
-        rivals.seconds[met].append(seconds)
+        rivals.seconds[team].append(seconds)
         flipped = rivals.faster() != before
-        if rivals.tries and met == rivals.trying:
+        if rivals.tries and team == rivals.trying:
             rivals.tries -= 1
-            others = rivals.seconds[not met]
+            others = rivals.seconds[not team]
             if others and seconds > self.HOPELESS * statistics.median_low(others):
                 rivals.tries = 0
             if not rivals.tries:
-                won = rivals.faster() == met
+                won = rivals.faster() == team
                 rivals.calls, rivals.rest = 0, self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
         elif flipped:
             rivals.calls, rivals.rest = 0, self.FIRST_REST
@@ -123,20 +126,20 @@ class Meetings:
 
 
 class _Rivals:
-    """What the last calls of one kind took, by whether their threads met; and when the slower way is tried again."""
+    """What the last calls of one kind took, by whether a team ran them; and when the slower way is tried again."""
 
     def __init__(self, rest: int) -> None:
-        self.seconds: dict[bool, deque[float]] = {met: deque(maxlen=Meetings.CALLS) for met in (True, False)}
+        self.seconds: dict[bool, deque[float]] = {team: deque(maxlen=Teams.CALLS) for team in (True, False)}
         self.rest, self.calls = rest, 0
         self.trying, self.tries = False, 0
 
     def faster(self) -> bool:
-        """Say whether calls that meet are the faster ones, as far as it is known."""
-        met, alone = (statistics.median_low(times) if times else None for times in self.seconds.values())
-        return alone is None or (met is not None and met <= alone)
+        """Say whether calls by a team are the faster ones, as far as it is known."""
+        team, alone = (statistics.median_low(times) if times else None for times in self.seconds.values())
+        return alone is None or (team is not None and team <= alone)
 
 
-MEETINGS = Meetings()
+TEAMS = Teams()
 
 
 @functools.lru_cache(maxsize=256)
@@ -148,7 +151,6 @@ def choose(
     blocks: int,
     tile_rows: int,
     threads: int,
-    meet: bool = True,
     directions: int = 1,
 ) -> Plan:
     """Choose how to run one layer, in one direction after the other or in both at once.
@@ -165,8 +167,6 @@ def choose(
         Rows of the matrix tile.
     threads : int
         The most threads to use.
-    meet : bool
-        Whether threads may meet after each step.
     directions : int
         Of the layer; 1 for the plan of one direction by itself.
     """
@@ -177,7 +177,7 @@ def choose(
     if threads > 1 and not few:
         return Plan("rows", threads, 0)
     ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
-    spare, threads = threads > 1, threads if meet else 1
+    spare = threads > 1
     while threads > 1 and batch * 8 * hidden * hidden < threads * _OPERATIONS_WORTH_A_MEETING:
         threads -= 1
     threads = min(threads, blocks)
