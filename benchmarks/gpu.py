@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastlstm
-from fastlstm.environment import describe
+from fastlstm.environment import describe_for_others
 
 # The most telling first, should the time run out: of a small batch all sizes, of a large one, where products take most
 # of the time whoever calls them, what is left.
@@ -114,7 +114,8 @@ def optional_torch(device: str) -> Any:
 
 def machine(cupy: Any, torch: Any) -> dict[str, str]:
     """Name everything that the figures depend on."""
-    found = describe() | {"CuPy": cupy.__version__, "NVRTC": ".".join(map(str, cupy.cuda.nvrtc.getVersion()))}
+    found = describe_for_others()
+    found |= {"CuPy": cupy.__version__, "NVRTC": ".".join(map(str, cupy.cuda.nvrtc.getVersion()))}
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     found["multiprocessors"] = str(properties["multiProcessorCount"])
     found["GPU memory, GiB"] = f"{properties['totalGlobalMem'] / 2**30:.1f}"

@@ -25,12 +25,13 @@ from studies.record import Study
 
 import fastlstm
 from fastlstm.bench import peers
-from fastlstm.environment import describe
+from fastlstm.environment import describe_for_others
 
 
 def begin(name: str, module: Any, threads: int) -> Study:
     """Return a study without cases: the machine, and who is not here."""
-    machine = describe()  # starts a process, which has to be before some of the peers start their threads
+    # Starts a process, which has to be before some of the peers start their threads.
+    machine = describe_for_others()
     sides = [side for side in module.SIDES if side in peers.CONTENDERS]
     reasons = {side: peers.missing(side, threads) for side in sides}
     packages = {package for side in sides if reasons[side] is None for package in peers.CONTENDERS[side].packages}

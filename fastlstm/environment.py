@@ -12,7 +12,7 @@ from typing import Any
 from fastlstm import __version__, dispatch
 from fastlstm.errors import BackendError
 
-__all__ = ["backends", "describe"]
+__all__ = ["backends", "describe", "describe_for_others"]
 
 _PACKAGES = ("numpy", "numba", "llvmlite", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
 
@@ -42,6 +42,12 @@ def describe() -> dict[str, str]:
     if result["backend cuda"] == "runs here":
         result["GPU"] = _gpu()
     return result
+
+
+def describe_for_others() -> dict[str, str]:
+    """The same for files that are passed on, without what is the user's own affair: folders, the system's release."""
+    public = {name: text for name, text in describe().items() if name != "kernel cache"}
+    return public | {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
 
 
 def processor() -> str:

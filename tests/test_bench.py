@@ -27,6 +27,7 @@ needs_kernels = pytest.mark.skipif(peers.missing("fastlstm", 1) is not None, rea
 def quick(monkeypatch):
     """No pauses, no ceilings: nothing here looks at a time that was really measured."""
     monkeypatch.setattr(clock, "PAUSE", 0.0)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE", 0.0)
     monkeypatch.setattr(ceilings, "of", lambda device, threads, dtypes: Ceiling(dict.fromkeys(dtypes, 1e10), 1e10))
 
 
@@ -103,6 +104,20 @@ def test_the_grids_can_be_read_or_swept():
 # The method.
 
 
+@pytest.mark.parametrize(("shares", "pauses"), [([0.0], 1), ([0.05], 1), ([1.0, 2.0, 0.5, 0.02], 4), ([1.0] * 99, 5)])
+def test_a_pause_lasts_until_no_thread_works_or_it_is_enough(monkeypatch, shares, pauses):
+    monkeypatch.setattr(clock, "PAUSE", 0.25)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE", 1.2)
+    slept, worked, left = [], [0.0], iter(shares)
+
+    def sleep(seconds):
+        slept.append(seconds)
+        worked[0] += next(left) * seconds
+
+    clock.wait_for_quiet(sleep, lambda: sum(slept), lambda: worked[0])
+    assert slept == [0.25] * pauses
+
+
 class Machine:
     """A clock that only sleeping and working move on, and what was done in which order."""
 
@@ -134,7 +149,7 @@ class Machine:
         return Side(call, lambda: (), seconds)
 
     def turns(self, sides, budget):
-        return clock.take_turns(sides, budget, sleep=self.sleep, now=lambda: self.now)
+        return clock.take_turns(sides, budget, pause=lambda: self.sleep(clock.PAUSE), now=lambda: self.now)
 
 
 def test_sides_take_turns_after_a_pause_and_an_untimed_call():

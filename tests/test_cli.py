@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 
 import fastlstm
@@ -36,6 +39,14 @@ def test_info_names_versions_backends_and_the_reason_why_one_is_missing(capsys, 
     assert "cores usable" in facts["processor"]
     if facts["backend cpu"] == "runs here":
         assert {"threads", "vectors", "kernel cache"} <= facts.keys()
+
+
+def test_what_is_passed_on_names_the_machine_and_no_folder():
+    whole, public = environment.describe(), environment.describe_for_others()
+    assert {"fastlstm", "python", "numpy", "processor"} <= public.keys() < whole.keys()
+    folder = whole["kernel cache"]
+    assert Path(folder).is_absolute()
+    assert not any(folder in text or platform.release() in text for text in public.values())
 
 
 def test_info_says_how_a_shape_would_be_run(capsys):

@@ -16,6 +16,7 @@ import study as command
 from studies import NAMES, growth, hydrology, loop, memory, ragged, record, show, start, threads, vowels
 from studies.record import OURS, Case, Study
 
+from fastlstm.bench import clock
 from fastlstm.errors import ResultsFileError
 
 
@@ -107,7 +108,7 @@ def speakers(monkeypatch, utterances):
     monkeypatch.setattr(vowels.vowels, "EPOCHS", 3)
     monkeypatch.setattr(vowels, "SEEDS", (0, 1))
     monkeypatch.setattr(vowels, "GOAL", 0.2)
-    monkeypatch.setattr(vowels, "PAUSE", 0.0)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE", 0.0)
     return vowels
 
 

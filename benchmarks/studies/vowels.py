@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import fastlstm
+from fastlstm.bench import clock
 from fastlstm.bench.work import Array
 from fastlstm.demo import vowels
 from fastlstm.demo.vowels import Utterances, load_utterances
@@ -175,16 +176,13 @@ def train(name: str, seed: int, learned: Utterances, tested: Utterances) -> tupl
     learner = LEARNERS[name](rng, learned.frames.shape[-1])
     seconds, accuracies, spent = [], [], 0.0
     for number in range(vowels.EPOCHS):
-        time.sleep(PAUSE)  # the idle threads of the other side, or of the classification, stop spinning
+        clock.wait_for_quiet()  # the idle threads of the other side, or of the classification, stop spinning
         start = time.perf_counter()
         epoch_of(learner, number, rng, learned)
         spent += time.perf_counter() - start
         seconds.append(spent)
         accuracies.append(float((learner.logits(tested).argmax(axis=-1) == tested.speakers).mean()))
     return seconds, accuracies
-
-
-PAUSE = 0.02  # seconds
 
 
 def time_to_goal(seconds: list[float], accuracies: list[float]) -> tuple[float, int] | None:

@@ -7,8 +7,9 @@
    is measured and reported on its own (:class:`Timing`), and is part of no other figure.
 3. The sides take turns, one sample of each a round, and the order rotates from round to round: a drift of the
    machine's speed meets all of them, and none always follows the same one.
-4. Before each sample there is a pause of :data:`PAUSE`: the idle threads of other libraries spin on their cores for a
-   while after they have worked, and would be measured with the next side. After the pause the caches are cold and the
+4. Before each sample there is a pause, of :data:`PAUSE` and again until no thread of the process works meanwhile
+   (:func:`wait_for_quiet`): the idle threads of other libraries spin on their cores for a while after they have worked,
+   some for a tenth of a second, and would be measured with the next side. After the pause the caches are cold and the
    cores asleep, so the side runs once untimed, unless a call takes so long (:data:`LONG`) that this does not show.
 5. A sample is several calls in a row, so many that it lasts :data:`SAMPLE`; how many is settled once for each side,
    after the warm-up. The clock is the host's; CUDA events for work that stays on a GPU.
@@ -36,9 +37,21 @@ import numpy as np
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import Array
 
-__all__ = ["SideError", "Spread", "Timing", "calls_for", "disagreement", "ratio", "spread", "take_turns", "verdict"]
+__all__ = [
+    "SideError",
+    "Spread",
+    "Timing",
+    "calls_for",
+    "disagreement",
+    "ratio",
+    "spread",
+    "take_turns",
+    "verdict",
+    "wait_for_quiet",
+]
 
-PAUSE = 0.02  # seconds
+PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds
+QUIET = 0.1  # share of a pause for which all threads of the process together may work
 SAMPLE = 1e-3  # seconds
 LONG = 0.1  # seconds
 LEAST_ROUNDS, MOST_ROUNDS = 5, 400
@@ -139,11 +152,31 @@ def calls_for(side: Side) -> tuple[int, float]:
     return count, seconds
 
 
+def wait_for_quiet(
+    sleep: Callable[[float], None] = time.sleep,
+    now: Callable[[], float] = time.perf_counter,
+    worked: Callable[[], float] = time.process_time,
+) -> None:
+    """Sleep until the threads of this process are idle, or :data:`LONGEST_PAUSE` is over.
+
+    Parameters
+    ----------
+    sleep, now, worked : callable
+        For tests: the pause, the clock, and the seconds that all threads together have worked.
+    """
+    until = now() + LONGEST_PAUSE
+    while True:
+        start, work = now(), worked()
+        sleep(PAUSE)
+        if worked() - work <= QUIET * (now() - start) or now() >= until:
+            return
+
+
 def take_turns(
     sides: Mapping[str, Side],
     budget: float,
     *,
-    sleep: Callable[[float], None] = time.sleep,
+    pause: Callable[[], None] = wait_for_quiet,
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, int], bool]:
     """Time the sides in turn.
@@ -155,7 +188,7 @@ def take_turns(
     budget : float
         Seconds to spend; at least :data:`LEAST_ROUNDS` rounds are made, at most :data:`MOST_ROUNDS`. Only where they
         take more than :data:`PATIENCE` times the budget, :data:`FEWEST_ROUNDS` are enough.
-    sleep, now : callable
+    pause, now : callable
         For tests.
 
     Returns
@@ -187,7 +220,7 @@ def take_turns(
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                sleep(PAUSE)
+                pause()
                 if short[name]:
                     sides[name].call()
                 seconds[name].append(sides[name].time(calls[name]))

@@ -24,7 +24,7 @@ from fastlstm.bench.peers import CONTENDERS, OURS
 from fastlstm.bench.results import Results, Row
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import Problem, Work
-from fastlstm.environment import describe
+from fastlstm.environment import describe_for_others
 from fastlstm.errors import ArgumentError
 
 __all__ = ["denormals", "measure", "measure_row"]
@@ -33,7 +33,8 @@ EVERYBODY = "everybody"  # is refused what does not fit in memory
 METHOD = {
     "sides": "in one process, on the same model and data, in turn, the order rotating from round to round",
     "check": f"outputs equal before timing: off by at most {clock.TOLERANCE} of the largest value of an array",
-    "sample": f"{1e3 * clock.PAUSE:.0f} ms pause, one untimed call, then calls for {1e3 * clock.SAMPLE:.0f} ms or more",
+    "sample": f"a pause of {1e3 * clock.PAUSE:.0f} ms, and until no thread of the process works; one untimed call; then"
+    f" calls for {1e3 * clock.SAMPLE:.0f} ms or more",
     "figures": "medians and quartiles over rounds; ratios of each round; no difference if 1 is between their quartiles",
     "clock": "the host's; CUDA events for what stays on a GPU",
     "threads": "equal for all sides",
@@ -81,7 +82,8 @@ def measure(
         raise ArgumentError(f"seconds must be a number of at least 0, got {seconds}")
     if threads < 1:
         raise ArgumentError(f"threads must be an integer of at least 1, got {threads}")
-    machine = describe()  # starts a process, which has to be before some of the peers start their threads
+    # Starts a process, which has to be before some of the peers start their threads.
+    machine = describe_for_others()
     reasons = {name: peers.missing(name, threads) for name in names}
     here = [name for name, reason in reasons.items() if reason is None]
     results = Results(
