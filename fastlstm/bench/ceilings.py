@@ -44,8 +44,10 @@ def _tiles() -> tuple[Any, int, int]:
     """Compile the loop over bare tiles; return it, and the tile's rows and vectors."""
     from numba import njit
 
-    from fastlstm.kernels.cpu.simd import address
     from fastlstm.kernels.cpu.tile import ROWS, VECTORS, tile
+
+    # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
+    address: Any = import_module("fastlstm.kernels.cpu.simd").address
 
     @njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
