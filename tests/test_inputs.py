@@ -95,10 +95,10 @@ def test_each_layout_of_every_argument_at_once(backend, dtype, layout):
     assert_same(found, expected, backend, dtype)
 
 
-@pytest.mark.parametrize(("steps", "layers"), [(2, 1), (2, 2), (20, 1)])
+@pytest.mark.parametrize(("steps", "batch", "layers"), [(2, 4, 1), (2, 4, 2), (20, 4, 1), (1, 20, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_of_a_step_and_of_an_inference_call(backend, dtype, layout, steps, layers):
-    p = problem(Case(steps, 4, 5, 8, layers)).astype(dtype)
+def test_each_layout_of_a_step_and_of_an_inference_call(backend, dtype, layout, steps, batch, layers):
+    p = problem(Case(steps, batch, 5, 8, layers)).astype(dtype)
     made = {"x": p.x, "x_t": np.ascontiguousarray(p.x[0]), "h": p.state[0], "c": p.state[1]} | p.params
     made = {name: lay_out(layout, value) for name, value in made.items()}
 

@@ -19,7 +19,8 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.memory import CACHE_LINE, POOL, Pool, one_block
+from fastlstm.backends.memory import POOL, Pool, one_block
+from fastlstm.kernels.cpu.simd import CACHE_LINE
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
 CASES = [

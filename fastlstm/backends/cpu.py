@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, Params
-from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights, layer_weights
+from fastlstm.backends.base import Array
+from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.memory import one_block
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import SURELY_WORTH_A_TEAM, TEAMS, Plan, choose
+from fastlstm.backends.plan import TEAMS, Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
@@ -94,18 +94,6 @@ class CpuBackend(LayeredBackend):
         tapes = _run_directions(run, _Size.of(weights[0].weight_ih), len(weights), packing)
         tape = LayerTape(x, packing, tapes) if keep_tape else None
         return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
-
-    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
-        """Advance one time step (see ``base.Backend.step``), on the weights as they lie."""
-        shape = (cell.num_layers, x.shape[0], cell.hidden_size)
-        h = np.zeros(shape, cell.dtype) if h is None else h
-        c = np.zeros(shape, cell.dtype) if c is None else c
-        h_n, c_n = np.empty(shape, cell.dtype), np.empty(shape, cell.dtype)
-        for layer in range(cell.num_layers):
-            (weights,) = layer_weights(cell, params, layer)
-            here = slice(layer, layer + 1)
-            x = _small(weights, x, h[here], c[here], h_n[here], c_n[here])
-        return h_n, c_n
 
     def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
@@ -259,8 +247,7 @@ def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packi
         return (*prepare(chosen), chosen.parts(packing, size.blocks), chosen.kind == "units")
 
     wanted = size.plan(packing, most)
-    operations = packing.rows * 8 * size.hidden * (size.inputs + size.hidden)
-    if wanted.threads == 1 or (wanted.kind == "rows" and operations > SURELY_WORTH_A_TEAM):
+    if not wanted.doubtful:
         run_team(arguments, kernel, wanted.threads)
         return
     kind = kernel, size, packing.order.size, packing.rows.bit_length(), most

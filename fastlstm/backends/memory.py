@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from fastlstm.backends.base import Array
+from fastlstm.kernels.cpu.simd import CACHE_LINE
 
-__all__ = ["CACHE_LINE", "POOL", "Pool", "one_block"]
-
-CACHE_LINE = 64  # bytes
+__all__ = ["POOL", "Pool", "one_block"]
 
 
 def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:

@@ -18,7 +18,7 @@ __all__ = ["TEAMS", "Plan", "Teams", "choose"]
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations.
 _OPERATIONS_WORTH_A_THREAD = 2_000_000
 # From so many on, threads with sequences of their own need no measurement.
-SURELY_WORTH_A_TEAM = 100_000_000
+_OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
 # Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
 # Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
@@ -39,11 +39,14 @@ class Plan(NamedTuple):
         Size of the team.
     ahead : int
         Steps whose input products are computed together; 0 if each step computes its own.
+    doubtful : bool
+        Whether the team may turn out slower than one thread, so that both have to be tried: see :class:`Teams`.
     """
 
     kind: str
     threads: int
     ahead: int
+    doubtful: bool = False
 
     def parts(self, packing: Packing, blocks: int) -> Array:
         """First row, last row, first block and last block of each thread: (threads, 4)."""
@@ -175,7 +178,7 @@ def choose(
     steps = rows / max(1, batch)
     few = batch < 2 * tile_rows * threads
     if threads > 1 and not few:
-        return Plan("rows", threads, 0)
+        return Plan("rows", threads, 0, rows * row_operations < _OPERATIONS_SURELY_WORTH_A_TEAM)
     ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
     spare = threads > 1
     while threads > 1 and batch * 8 * hidden * hidden < threads * _OPERATIONS_WORTH_A_MEETING:
@@ -183,4 +186,4 @@ def choose(
     threads = min(threads, blocks)
     if spare and threads <= directions > 1 and rows * row_operations >= _OPERATIONS_WORTH_A_DIRECTION:
         return Plan("directions", directions, ahead)
-    return Plan("units" if threads > 1 else "serial", threads, ahead)
+    return Plan("units", threads, ahead, True) if threads > 1 else Plan("serial", 1, ahead)

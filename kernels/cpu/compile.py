@@ -6,7 +6,7 @@ whether a cached kernel is fresh is taken over all of them.
 
 A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
 and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
-routine stops at LLVM's intermediate form, which halves the time of the first call. Numba's own way to extend its
+routine stops at LLVM's intermediate form, which spares much of the first call's time. Numba's own way to extend its
 compiler serves for that: a pipeline with one pass exchanged.
 """
 
