@@ -43,8 +43,13 @@ class DirectionNames(NamedTuple):
 
 def direction_names(cell: Cell, layer: int, direction: int) -> DirectionNames:
     """Names of the parameters of one layer and direction (0 forward, 1 reverse)."""
+    return _direction_names(layer, direction, cell.bias)
+
+
+@functools.lru_cache(maxsize=64)
+def _direction_names(layer: int, direction: int, bias: bool) -> DirectionNames:
     suffix = f"l{layer}" + ("_reverse" if direction else "")
-    return DirectionNames(f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_{suffix}" if cell.bias else None)
+    return DirectionNames(f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_{suffix}" if bias else None)
 
 
 def directions(cell: Cell) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.memory import POOL, Pool, one_block
+from fastlstm.backends.memory import POOL, Pool, Scratch, new_array, one_block
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
@@ -97,8 +97,10 @@ def guarded(monkeypatch):
         if name.startswith("fastlstm.backends.") and hasattr(module, "np") and not host_only:
             monkeypatch.setattr(module, "np", guarded_numpy)
     monkeypatch.setattr(type(implementation), "xp", guarded_numpy)
-    cpu = sys.modules["fastlstm.backends.cpu"]
-    monkeypatch.setattr(cpu, "one_block", lambda dtype, *shapes: [guard.empty(shape, dtype) for shape in shapes])
+    cpu, memory = (sys.modules[f"fastlstm.backends.{name}"] for name in ("cpu", "memory"))
+    for module in (cpu, memory):
+        monkeypatch.setattr(module, "one_block", lambda dtype, *shapes: [guard.empty(shape, dtype) for shape in shapes])
+    monkeypatch.setattr(cpu, "SCRATCH", Scratch())
     yield guard
     guard.check()
 
@@ -171,7 +173,9 @@ def test_a_block_is_kept_when_its_last_array_is_gone_and_used_again(pool):
     assert pool.size == 0, "of its two arrays one is in use"
     del other
     assert pool.size >= Pool.LEAST * 8
-    smaller = large(Pool.LEAST // 2)
+    much_smaller = large(Pool.LEAST // 3)
+    assert much_smaller.ctypes.data != address, "most of the block would lie idle"
+    smaller = large(Pool.LEAST * 2 // 3)
     assert smaller.ctypes.data == address
     assert pool.size == 0
 
@@ -191,6 +195,41 @@ def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, 
     small = one_block(np.dtype("float32"), (8,))
     del small
     assert pool.size == 0
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("elements", [5, Pool.LEAST])
+def test_an_array_for_the_caller_is_his_until_he_drops_it(pool, dtype, elements, zero):
+    addresses = set()
+    for _ in range(3):
+        array = new_array((elements, 2), dtype, zero=zero)
+        assert (array.shape, array.dtype) == ((elements, 2), dtype) and array.flags.carray
+        assert not zero or not array.any()
+        array[...] = 1.0
+        part = array[1:2]
+        addresses.add(array.ctypes.data)
+        del array
+        other = new_array((elements, 2), dtype, zero=True)
+        assert (part == 1.0).all(), "a view keeps the memory"
+        addresses.add(other.ctypes.data)
+        del other, part
+    assert elements < Pool.LEAST or len(addresses) == 2
+
+
+def test_scratch_is_lent_to_one_call_at_a_time_and_kept_for_a_few_shapes_only(dtype):
+    scratch, shapes = Scratch(), ((3, 4), (5,))
+    one, other = scratch.borrow(dtype, shapes), scratch.borrow(dtype, shapes)
+    assert [array.shape for array in one] == list(shapes)
+    assert not np.shares_memory(one[0], other[0])
+    scratch.give_back(dtype, shapes, one)
+    assert scratch.borrow(dtype, shapes) is one
+    scratch.give_back(dtype, shapes, one)
+    for size in range(Scratch.SHAPES):
+        scratch.give_back(dtype, ((size,),), scratch.borrow(dtype, ((size,),)))
+    assert scratch.borrow(dtype, shapes) is not one, "too many shapes: all were forgotten"
+    large = scratch.borrow(dtype, ((Pool.LEAST,),))
+    scratch.give_back(dtype, ((Pool.LEAST,),), large)
+    assert scratch.borrow(dtype, ((Pool.LEAST,),)) is not large, "the pool keeps large ones"
 
 
 def test_no_block_is_in_two_hands(pool):

@@ -9,6 +9,7 @@ the backward pass computes the gates of these steps again, by one product, since
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
-from fastlstm.backends.memory import one_block
+from fastlstm.backends.memory import SCRATCH, new_array, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TEAMS, Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
@@ -32,6 +33,8 @@ from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
 
+
+_Shapes = tuple[tuple[int, ...], ...]
 
 # Rows up to which the weights are used as they lie: packing them would read and write them all.
 _SMALL = 8
@@ -82,8 +85,7 @@ class CpuBackend(LayeredBackend):
             y = _small(weights[0], x.reshape(steps * batch, -1), h0, c0, h_n, c_n)
             return LayerResult(y.reshape(steps, batch, -1), h_n, c_n, None)
         packing = Packing.of(lengths, steps, batch)
-        allocate = np.zeros if packing.ragged else np.empty
-        y = allocate((steps * batch, len(weights) * h0.shape[2]), x.dtype)
+        y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, zero=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
 
         def run(d: int, threads: int) -> DirectionTape | None:
@@ -120,16 +122,17 @@ class CpuBackend(LayeredBackend):
             # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
             if not (type(x) is type(h0) is type(c0) is type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray):
                 return None
-            y = np.empty((steps * batch, hidden), dtype)
+            rows = steps * batch
+            y = (np.empty if rows <= _SMALL else new_array)((rows, hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
-            if len(y) > _SMALL:
+            if rows > _SMALL:
                 fits = _many_rows(cell, Weights(weight_ih, weight_hh, bias), x, h0, c0, y, h_n, c_n)
             else:
-                rows = x if len(shape) == 2 else x.reshape(-1, cell.input_size)
+                x_rows = x if len(shape) == 2 else x.reshape(-1, cell.input_size)
                 fits = dtype in ready and small_forward(
-                    weight_ih, weight_hh, bias, rows, h0, c0, y, h_n, c_n, cell.input_size, hidden, cell.bias
+                    weight_ih, weight_hh, bias, x_rows, h0, c0, y, h_n, c_n, cell.input_size, hidden, cell.bias
                 )
-            if not fits or not len(y):
+            if not fits or not rows:
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
             return None
@@ -148,7 +151,7 @@ class CpuBackend(LayeredBackend):
         columns = directions * hidden
         dy = np.empty((0, columns), dh_n.dtype) if dy is None else _plain(dy).reshape(-1, columns)
         steps, batch, inputs = tape.x.shape
-        dx = (np.zeros if tape.packing.ragged else np.empty)((steps * batch, inputs), dh_n.dtype)
+        dx = new_array((steps * batch, inputs), dh_n.dtype, zero=tape.packing.ragged)
         dh_n, dc_n = _plain(dh_n), _plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
         # One direction after the other: each adds to dx, and a second one would not fit into the memory promised.
@@ -226,9 +229,7 @@ class _Size(NamedTuple):
     @classmethod
     def of(cls, weight_ih: Array) -> _Size:
         """Read it off the weights."""
-        columns, inputs = weight_ih.shape
-        hidden, width = columns // GATES, lanes(weight_ih.dtype)
-        return cls(inputs, hidden, width, -(-hidden // width))
+        return _size(*weight_ih.shape, weight_ih.dtype)
 
     def plan(self, packing: Packing, threads: int, directions: int = 1) -> Plan:
         """Choose a plan for the layer, or for one direction of it."""
@@ -236,25 +237,46 @@ class _Size(NamedTuple):
         return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, directions)
 
 
-def _run(kernel: Any, prepare: Callable[[Plan], tuple[Any, ...]], packing: Packing, size: _Size, most: int) -> None:
+@functools.lru_cache(maxsize=64)
+def _size(columns: int, inputs: int, dtype: Any) -> _Size:
+    hidden, width = columns // GATES, lanes(dtype)
+    return _Size(inputs, hidden, width, -(-hidden // width))
+
+
+def _run(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    needs: Callable[[Plan], tuple[_Shapes, tuple[Any, ...]]],
+    dtype: Any,
+    packing: Packing,
+    size: _Size,
+    most: int,
+) -> None:
     """Choose a plan of at most so many threads, and run a kernel by it.
 
-    `prepare` returns the kernel's arguments up to those that belong to the plan.
+    `needs` returns, for a plan, the shapes of the arrays to work with, and the kernel's arguments that stand
+    between these and those that every kernel has: parts, divided, counters, thread and threads.
     """
+    borrowed: tuple[_Shapes, list[Array]] | None = None
 
-    def arguments(threads: int) -> tuple[Any, ...]:
-        chosen = size.plan(packing, threads)
-        return (*prepare(chosen), chosen.parts(packing, size.blocks), chosen.kind == "units")
+    def prepare(threads: int) -> tuple[Any, ...]:
+        nonlocal borrowed
+        plan = size.plan(packing, threads)
+        shapes, settings = needs(plan)
+        borrowed = shapes, SCRATCH.borrow(dtype, shapes)
+        return (*arguments, *borrowed[1], *settings, plan.parts(packing, size.blocks), plan.kind == "units")
 
     wanted = size.plan(packing, most)
-    if not wanted.doubtful:
-        run_team(arguments, kernel, wanted.threads)
-        return
-    kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
-    threads = wanted.threads if TEAMS.worth_it(kind) else 1
-    start = time.perf_counter()
-    if run_team(arguments, kernel, threads) == threads:  # no other call had its workers
-        TEAMS.report(kind, threads > 1, (time.perf_counter() - start) / packing.rows)
+    if wanted.doubtful:
+        kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
+        threads = wanted.threads if TEAMS.worth_it(kind) else 1
+        start = time.perf_counter()
+        if run_team(prepare, kernel, threads) == threads:  # no other call had its workers
+            TEAMS.report(kind, threads > 1, (time.perf_counter() - start) / packing.rows)
+    else:
+        run_team(prepare, kernel, wanted.threads)
+    if borrowed:
+        SCRATCH.give_back(dtype, *borrowed)
 
 
 def _direction_forward(
@@ -280,21 +302,19 @@ def _direction_forward(
     arguments = (
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), packing.pack(x, reverse),
         h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
-        y, direction * hidden, h_n, c_n, keep_tape,
+        y, direction * hidden, h_n, c_n, keep_tape, *tape,
     )  # fmt: skip
 
-    def prepare(plan: Plan) -> tuple[Any, ...]:
-        *scratch, a = one_block(
-            dtype,
-            *(() if keep_tape else kept),
+    def needs(plan: Plan) -> tuple[_Shapes, tuple[Any, ...]]:
+        shapes = (
             (batch, blocks * width),
             (blocks, inputs + hidden, GATES, width),
             (blocks, GATES, width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
         )
-        return (*arguments, *tape, *scratch, plan.ahead, a)
+        return (shapes if keep_tape else (*kept, *shapes)), (plan.ahead,)
 
-    _run(layer_forward, prepare, packing, size, threads)
+    _run(layer_forward, arguments, needs, dtype, packing, size, threads)
     return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
 
 
@@ -321,10 +341,11 @@ def _direction_backward(
     dtype, batch, reverse = dx.dtype, dh_n.shape[0], direction == 1
     size = inputs, hidden, width, blocks = _Size.of(weights.weight_ih)
     weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
-    grads = np.empty_like(weight_ih), np.empty_like(weight_hh), np.empty_like(bias)
+    grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
     recompute = tape.gates.shape[2] < TAPE
     chunk = _chunk(packing)
-    again = (packing.rows_of_chunk(chunk), blocks) if recompute else (0, 0)
+    chunk_rows = packing.rows_of_chunk(chunk)
+    again = (chunk_rows, blocks) if recompute else (0, 0)
     depth, panel = GATES * blocks * width, VECTORS * width
     arguments = (
         weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
@@ -332,13 +353,12 @@ def _direction_backward(
         dy, direction * hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, chunk,
     )  # fmt: skip
 
-    def prepare(plan: Plan) -> tuple[Any, ...]:
-        scratch = one_block(
-            dtype,
+    def needs(plan: Plan) -> tuple[_Shapes, tuple[Any, ...]]:
+        shapes = (
             (again[0], blocks, TAPE, width),
             (again[1], inputs + hidden, GATES, width),
             (again[1], GATES, width),
-            (packing.rows_of_chunk(chunk), depth),
+            (chunk_rows, depth),
             (batch, blocks * width),
             (batch, blocks * width),
             (-(-inputs // panel), depth, panel),
@@ -349,9 +369,9 @@ def _direction_backward(
             (blocks, min(DEPTH, packing.rows), panel),
             (plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel),
         )
-        return (*arguments, *scratch)
+        return shapes, ()
 
-    _run(layer_backward, prepare, packing, size, get_num_threads())
+    _run(layer_backward, arguments, needs, dtype, packing, size, get_num_threads())
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 

@@ -178,7 +178,7 @@ def _layer_rows(cell: Cell, layer: int) -> slice:
 def layer_weights(cell: Cell, params: Params, layer: int) -> list[Weights]:
     """Return the parameters of one layer, one entry per direction."""
     return [
-        Weights(*(None if name is None else params[name] for name in direction_names(cell, layer, direction)))
+        Weights(*[None if name is None else params[name] for name in direction_names(cell, layer, direction)])
         for direction in range(cell.num_directions)
     ]
 

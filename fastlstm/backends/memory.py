@@ -1,4 +1,4 @@
-"""Working memory of the CPU backend: a call's arrays side by side in one block, and large blocks used again."""
+"""Memory of the CPU backend: a call's arrays side by side in one block, and what nobody uses any more used again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
-__all__ = ["POOL", "Pool", "one_block"]
+__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "new_array", "one_block"]
 
 
 def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
@@ -37,19 +37,67 @@ def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
         Uninitialised, C-contiguous. The block is freed, or goes back to the pool, with the last of them.
     """
     starts, size = _layout(dtype.itemsize, shapes)
-    block = POOL.take(size) if size >= Pool.LEAST else np.empty(size, np.uint8)
-    first = -block.__array_interface__["data"][0] % CACHE_LINE
-    return [np.ndarray(shape, dtype, block, first + start) for shape, start in zip(shapes, starts, strict=True)]
+    block = POOL.take(size) if size >= Pool.LEAST else _from_a_line_on(size)
+    return [np.ndarray(shape, dtype, block, start) for shape, start in zip(shapes, starts, strict=True)]
+
+
+def new_array(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Array:
+    """Allocate an array for the caller, whose large block comes from the pool, and goes back when he drops it.
+
+    Without `zero` it is uninitialised.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < Pool.LEAST:
+        return (np.zeros if zero else np.empty)(shape, dtype)
+    array: Array = np.ndarray(shape, dtype, POOL.take(size))
+    if zero:
+        array.fill(0.0)
+    return array
 
 
 @functools.lru_cache(maxsize=256)
 def _layout(itemsize: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[list[int], int]:
-    """Where in a block each array starts, from its first cache line on; and the size of the block, in bytes."""
+    """Where in a block each array starts; and the size of the block, in bytes."""
     starts, end = [], 0
     for shape in shapes:
         starts.append(end)
         end += -(-math.prod(shape) * itemsize // CACHE_LINE) * CACHE_LINE
-    return starts, end + CACHE_LINE
+    return starts, end
+
+
+def _from_a_line_on(size: int) -> Array:
+    """Allocate a block of bytes that starts where a cache line does."""
+    block: Array = np.empty(size + CACHE_LINE, np.uint8)
+    first = -block.__array_interface__["data"][0] % CACHE_LINE
+    return block[first : first + size]
+
+
+class Scratch:
+    """Sets of arrays that calls work with, each lent to one at a time and then to the next that needs the same.
+
+    To make them anew would take a short call longer than to use them. A set in a large block is not kept: that block
+    goes back to the pool, where other calls find it.
+    """
+
+    SHAPES = 16  # different sets that are kept
+
+    def __init__(self) -> None:
+        self._idle: dict[Any, list[list[Array]]] = {}
+
+    def borrow(self, dtype: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
+        """Return uninitialised arrays of these shapes, as :func:`one_block` makes them, for this caller alone."""
+        try:
+            return self._idle[dtype, shapes].pop()
+        except (KeyError, IndexError):  # none yet, or all are in use
+            return one_block(dtype, *shapes)
+
+    def give_back(self, dtype: Any, shapes: tuple[tuple[int, ...], ...], arrays: list[Array]) -> None:
+        """Keep borrowed arrays for the next call; only once nobody works with them any more."""
+        if _layout(dtype.itemsize, shapes)[1] >= Pool.LEAST:
+            return
+        if len(self._idle) >= self.SHAPES and (dtype, shapes) not in self._idle:
+            self._idle.clear()
+        self._idle.setdefault((dtype, shapes), []).append(arrays)
 
 
 class Pool:
@@ -57,8 +105,8 @@ class Pool:
 
     The system provides a fresh block page by page, each set to zero; a virtual machine's may have to ask its host for
     each. That can take as long as the call itself. So a block goes back to the pool when the last array in it is
-    gone, and :data:`MOST` bytes at most are kept. A new block is made only after all that were kept, and are
-    then too small, have been freed: they never come on top of what a call needs.
+    gone, and :data:`MOST` bytes at most are kept. None is lent for less than half its size. Where a new block has to be
+    made, those kept that are too small are freed before.
     """
 
     LEAST = 1 << 20  # bytes of a block; the C library recycles smaller ones itself
@@ -77,14 +125,14 @@ class Pool:
         if self._lock.acquire(blocking=False):
             try:
                 self._collect()
-                fitting = [n for n, kept in enumerate(self._kept) if kept.size >= size]
+                fitting = [n for n, kept in enumerate(self._kept) if size <= kept.size <= 2 * size]
                 if fitting:
                     block = self._kept.pop(min(fitting, key=lambda n: self._kept[n].size))
                 else:
-                    self._kept.clear()
+                    self._kept = [kept for kept in self._kept if kept.size >= size]
             finally:
                 self._lock.release()
-        return np.asarray(_Lease(np.empty(size, np.uint8) if block is None else block, self))
+        return np.asarray(_Lease(_from_a_line_on(size) if block is None else block, self))
 
     def give_back(self, block: Array) -> None:
         """Keep a block for later."""
@@ -132,3 +180,4 @@ class _Lease:
 
 
 POOL = Pool()
+SCRATCH = Scratch()

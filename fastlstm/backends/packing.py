@@ -64,6 +64,8 @@ class Packing:
 
     def rows_of_chunk(self, chunk: int) -> int:
         """Return the most rows that `chunk` successive steps have; the chunks are counted from the last step."""
+        if not self.ragged:
+            return int(min(chunk, self.steps) * self.order.size)
         firsts = self.offsets[::-1][::chunk]
         return int(max(-np.diff(firsts, append=0), default=0))
 

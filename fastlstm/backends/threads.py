@@ -67,6 +67,8 @@ def _keep_off_this_core(workers: list[_Worker]) -> None:
             os.sched_setaffinity(worker.native_id, others)
 
 
+_NO_COUNTERS = np.zeros((2, 8), np.int64)  # for a kernel without a team, which meets no one
+
 _lock = threading.Lock()
 _idle: list[_Worker] = []
 _busy = 0
@@ -157,7 +159,7 @@ def run_team(prepare: Callable[[int], tuple[Any, ...]], kernel: Callable[..., No
     workers = reserve(min(wanted, get_num_threads()) - 1) if wanted > 1 else []
     threads = 1 + len(workers)
     if threads == 1:  # no one to wait for
-        kernel(*prepare(1), np.zeros((2, 8), np.int64), 0, 1)
+        kernel(*prepare(1), _NO_COUNTERS, 0, 1)
         return 1
     counters = np.zeros((1 + threads, 8), np.int64)
     done: SimpleQueue[BaseException | None] = SimpleQueue()

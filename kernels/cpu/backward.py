@@ -161,7 +161,7 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
             end = min(row + GROUP, high)
             out = offset(address(gates), (row - low) * gates_row + block * TAPE * width)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
-            pre_activations(end - row, x_rows, inputs, h_prev, hidden, stride, weights, start, 0, out, gates_row)
+            pre_activations(end - row, 1, x_rows, inputs, h_prev, hidden, stride, weights, 0, start, 0, out, gates_row)
             for n in range(row, end):
                 c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
                 gates_again(offset(out, (n - row) * gates_row), width, min(width, hidden - block * width), c)

@@ -16,6 +16,7 @@ Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to
 
 from __future__ import annotations
 
+from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
@@ -29,7 +30,7 @@ from fastlstm.kernels.cpu.simd import (
     store_first,
 )
 from fastlstm.kernels.cpu.team import barrier, share
-from fastlstm.kernels.cpu.tile import DEPTH, GROUP, gate_tiles
+from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, gate_tiles
 
 __all__ = ["layer_forward", "pre_activations"]
 
@@ -56,8 +57,8 @@ def layer_forward(
     c_rows,  # (B, Hp) scratch
     packed,  # (Hp/V, I + H, 4, V) scratch
     packed_bias,  # (Hp/V, 4, V) scratch
+    a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
     ahead,  # steps whose input products are computed together, 0 for none
-    a,  # (rows of those steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
     parts,  # (threads, 4), IN
     divided,  # whether units are divided among the threads
     counters,  # (1 + threads, 8) zeros, for the barrier
@@ -78,68 +79,54 @@ def layer_forward(
     barrier(counters, thread, threads)
 
     together = block_last - block_first if ahead else 1
-    x_inputs = 0 if ahead else inputs
+    x_first, bias_first = address(x), address(packed_bias)
     a_row = a.shape[1] * tile_row
-    sum_row = a_row if ahead else 0
+    a_block = tile_row if ahead else 0
     for step in range(offsets.size - 1):
         low = offsets[step]
         active = min(offsets[step + 1] - low, row_last)
         # Training keeps the state before each row; inference alternates between two.
         here = low if training else (step & 1) * batch
         following = offsets[step + 1] if training else (1 - (step & 1)) * batch
-        if ahead and step % ahead == 0:
+        if ahead and step % ahead == 0:  # full tiles even where each step has few rows
             ahead_low = low
-            end = offsets[min(step + ahead, offsets.size - 1)]
-            _project_inputs(x, packed, packed_bias, a, low, end, block_first, block_last)
-        for group in range(block_first, block_last, together):
-            end_group = min(group + together, block_last)
+            rows, x_rows = offsets[min(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
+            _products(
+                rows, x_rows, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
+                block_first, block_last, 0,
+            )  # fmt: skip
+        for turn in range(block_first, block_last, together):
+            # To and fro: what the caches still hold of the weights is what the step before used last.
+            first = block_first + block_last - together - turn if step & 1 else turn
+            last = first + together
             for start in range(row_first, active, GROUP):
                 end = min(start + GROUP, active)
-                h_prev = offset(address(h_rows), (here + start) * stride)
-                for number in range(group, end_group):
-                    # To and fro: what the caches still hold of the weights is what the step before used last.
-                    block = block_first + block_last - 1 - number if step & 1 else number
-                    weights = offset(address(packed), block * (inputs + hidden) * tile_row)
-                    if ahead:
-                        weights = offset(weights, inputs * tile_row)
-                        a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
-                        first_sum = a_rows
-                    else:
-                        a_rows = offset(address(a), thread * GROUP * tile_row)
-                        first_sum = offset(address(packed_bias), block * tile_row)
-                    pre_activations(
-                        end - start, offset(address(x), (low + start) * inputs), x_inputs, h_prev, hidden, stride,
-                        weights, first_sum, sum_row, a_rows, a_row,
+                rows, h_prev = end - start, offset(address(h_rows), (here + start) * stride)
+                if ahead:
+                    a_rows = offset(address(a), (low - ahead_low + start) * a_row)
+                    _products(
+                        rows, h_prev, 0, h_prev, hidden, stride, packed, inputs, a_rows, a_row, a_rows, a_row, tile_row,
+                        first, last, step & 1,
                     )  # fmt: skip
-                for number in range(group, end_group):
-                    block = block_first + block_last - 1 - number if step & 1 else number
+                else:
+                    a_rows = offset(address(a), thread * GROUP * a_row)
+                    x_rows = offset(x_first, (low + start) * inputs)
+                    _products(
+                        rows, x_rows, inputs, h_prev, hidden, stride, packed, 0, bias_first, 0, a_rows, a_row, 0,
+                        first, last, 0,
+                    )  # fmt: skip
+                # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
+                # the processor does not look so far ahead that it would find work in the next one.
+                for block in range(first, last):
+                    a_units = offset(a_rows, block * a_block)
+                    _update_cells(a_units, a_row, c_rows, tape, training, low, start, end, block, hidden)
+                for block in range(first, last):
                     units = min(width, hidden - block * width)
-                    if ahead:
-                        a_rows = offset(address(a), (low - ahead_low + start) * a_row + block * tile_row)
-                    else:
-                        a_rows = offset(address(a), thread * GROUP * tile_row)
                     for row in range(start, end):
-                        here_a = offset(a_rows, (row - start) * a_row)
-                        here_c = offset(address(c_rows), row * stride + block * width)
-                        # Lanes beyond the units become harmless constants even if NaN arrives there.
-                        i, f, g, o, c, h = gates_forward(
-                            load_first(here_a, units),
-                            load_first(offset(here_a, width), units),
-                            load_first(offset(here_a, 2 * width), units),
-                            load_first(offset(here_a, 3 * width), units),
-                            load(here_c),
-                        )
-                        store(here_c, c)
+                        c = load(offset(address(c_rows), row * stride + block * width))
+                        o = load(offset(a_rows, block * a_block + (row - start) * a_row + 3 * width))
+                        h = o * tanh(c)
                         store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
-                        if training:
-                            kept = tape.shape[2]
-                            left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
-                            if kept == TAPE:
-                                store(left, i)
-                                store(offset(left, width), f)
-                                store(offset(left, 2 * width), g)
-                                store(offset(left, 3 * width), o)
-                            store(offset(left, (kept - 1) * width), c)
                         if step + 1 < lengths[row]:
                             store(offset(address(h_rows), (following + row) * stride + block * width), h)
                         else:
@@ -148,6 +135,35 @@ def layer_forward(
                             store_first(offset(address(c_n), final), c, units)
         if divided:
             barrier(counters, thread, threads)
+
+
+@routine(inline=True)
+def _update_cells(a, a_row, c_rows, tape, training, low, start, end, block, hidden):
+    """Take some rows of a block through the gates: c in place, o in place of its pre-activation, all on the tape."""
+    width, stride = lanes_of(a), c_rows.shape[1]
+    units = min(width, hidden - block * width)
+    for row in range(start, end):
+        here_a = offset(a, (row - start) * a_row)
+        here_c = offset(address(c_rows), row * stride + block * width)
+        # Lanes beyond the units become harmless constants even if NaN arrives there.
+        i, f, g, o, c = gates_forward(
+            load_first(here_a, units),
+            load_first(offset(here_a, width), units),
+            load_first(offset(here_a, 2 * width), units),
+            load_first(offset(here_a, 3 * width), units),
+            load(here_c),
+        )
+        store(here_c, c)
+        store(offset(here_a, 3 * width), o)
+        if training:
+            kept = tape.shape[2]
+            left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
+            if kept == TAPE:
+                store(left, i)
+                store(offset(left, width), f)
+                store(offset(left, 2 * width), g)
+                store(offset(left, 3 * width), o)
+            store(offset(left, (kept - 1) * width), c)
 
 
 @routine
@@ -168,22 +184,31 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
 
 
 @routine
-def _project_inputs(x, packed, packed_bias, a, low, high, block_first, block_last):
-    """Compute x @ W_ih.T + b for the rows low to high: full tiles even where each step has few rows."""
-    inputs, width = x.shape[1], packed.shape[3]
-    tile_row = GATES * width
-    a_row = a.shape[1] * tile_row
-    for block in range(block_first, block_last):
-        weights = offset(address(packed), block * packed.shape[1] * tile_row)
-        source = offset(address(packed_bias), block * tile_row)
-        target = offset(address(a), block * tile_row)
-        x_rows = offset(address(x), low * inputs)
-        pre_activations(high - low, x_rows, inputs, x_rows, 0, 0, weights, source, 0, target, a_row)
+def _products(
+    rows, x, inputs, h, hidden, h_row, packed, skipped, start, start_row, a, a_row, a_block, first, last, backwards
+):  # fmt: skip
+    """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and the blocks of units from first to last.
+
+    The weights before number `skipped` are left out, which is all of W_ih where `start` has x's share already; it then
+    has a row for each row. Otherwise it is the bias, with one for all (`start_row` 0).
+    """
+    tile_row = GATES * packed.shape[3]
+    weights_block = packed.shape[1] * tile_row
+    start_block = a_block if start_row else tile_row
+    weights = offset(address(packed), skipped * tile_row)
+    together = ROW_BLOCKS if rows == 1 else 1
+    for turn in range(first, last, together):
+        blocks = min(together, last - turn)
+        block = first + last - blocks - turn if backwards else turn
+        pre_activations(
+            rows, blocks, x, inputs, h, hidden, h_row, offset(weights, block * weights_block), weights_block,
+            offset(start, block * start_block), start_row, offset(a, block * a_block), a_row,
+        )  # fmt: skip
 
 
 @routine(inline=True)
-def pre_activations(rows, x, inputs, h, hidden, h_row, weights, start, start_row, a, a_row):
-    """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units.
+def pre_activations(rows, blocks, x, inputs, h, hidden, h_row, weights, weights_block, start, start_row, a, a_row):
+    """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
     The weights are taken DEPTH rows at a time, which stay in the first-level cache while the rows pass. Where
     they are cut depends on I and H alone, so that results do not depend on the plan.
@@ -191,13 +216,19 @@ def pre_activations(rows, x, inputs, h, hidden, h_row, weights, start, start_row
     tile_row = GATES * lanes_of(a)
     whole = max(0, inputs - 1) // DEPTH * DEPTH  # leaves at least one input, if there are any, to start h's products
     for k in range(0, whole, DEPTH):
-        gate_tiles(rows, DEPTH, offset(x, k), inputs, 0, h, h_row, weights, start, start_row, a, a_row)
+        gate_tiles(
+            rows, blocks, DEPTH, offset(x, k), inputs, 0, h, h_row, weights, weights_block, start, start_row, a, a_row
+        )
         weights, start, start_row = offset(weights, DEPTH * tile_row), a, a_row
     first = min(DEPTH, hidden)
     rest = inputs - whole
-    gate_tiles(rows, rest, offset(x, whole), inputs, first, h, h_row, weights, start, start_row, a, a_row)
+    gate_tiles(
+        rows, blocks, rest, offset(x, whole), inputs, first, h, h_row, weights, weights_block, start, start_row,
+        a, a_row,
+    )  # fmt: skip
     for k in range(first, hidden, DEPTH):
         depth = min(DEPTH, hidden - k)
         gate_tiles(
-            rows, depth, offset(h, k), h_row, 0, h, h_row, offset(weights, (rest + k) * tile_row), a, a_row, a, a_row
-        )
+            rows, blocks, depth, offset(h, k), h_row, 0, h, h_row, offset(weights, (rest + k) * tile_row),
+            weights_block, a, a_row, a, a_row,
+        )  # fmt: skip

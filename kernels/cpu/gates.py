@@ -18,7 +18,7 @@ TAPE = 5  # i, f, g, o, c
 
 @routine(inline=True)
 def gates_forward(a_i, a_f, a_g, a_o, c_prev):
-    """Activate the gates and update the state.
+    """Activate the gates and update the cell state; what is left is h = o tanh(c).
 
     Parameters
     ----------
@@ -30,12 +30,10 @@ def gates_forward(a_i, a_f, a_g, a_o, c_prev):
     Returns
     -------
     tuple of Vector
-        i, f, g, o, c, h.
+        i, f, g, o, c.
     """
     i, f, g, o = sigmoid(a_i), sigmoid(a_f), tanh(a_g), sigmoid(a_o)
-    c = fma(f, c_prev, i * g)
-    h = o * tanh(c)
-    return i, f, g, o, c, h
+    return i, f, g, o, fma(f, c_prev, i * g)
 
 
 @routine(inline=True)

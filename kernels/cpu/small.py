@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
+from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gates import gates_forward
 from fastlstm.kernels.cpu.simd import (
@@ -169,7 +170,8 @@ def small_forward(
             a_g = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 2 * hidden + unit, units)
             a_o = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 3 * hidden + unit, units)
             c_prev = load_first(offset(c_row, unit), units)
-            _, _, _, _, c, h = gates_forward(a_i, a_f, a_g, a_o, c_prev)
+            _, _, _, o, c = gates_forward(a_i, a_f, a_g, a_o, c_prev)
+            h = o * tanh(c)
             store_first(offset(address(c_n), sequence * hidden + unit), c, units)
             store_first(offset(address(y), row * hidden + unit), h, units)
             if last:

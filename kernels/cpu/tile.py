@@ -5,6 +5,9 @@ per column vector of B, and per row one broadcast of A and one fused multiply-ad
 6 x 4 vectors, 24 independent accumulators, 24 multiply-adds for 4 loads and 6 broadcasts, which keeps the
 multipliers busy. A and B may lie at any strides, so the same tile serves A transposed.
 
+A single row has too few sums in one block of units to fill the multipliers' pipelines, each waiting for the one
+before, so it takes several blocks at a time.
+
 The sum over k runs in order, whatever the number of rows: a row's result does not depend on which rows
 share its tile. That is why results are bit-identical for any number of threads. The sum starts at zero and
 C is added at the end: a long product, taken in parts, loses less to rounding than one long chain of sums.
@@ -33,10 +36,12 @@ from fastlstm.kernels.cpu.simd import (
     vector_pointer,
 )
 
-__all__ = ["DEPTH", "GROUP", "ROWS", "VECTORS", "gate_tiles", "tile", "tiles"]
+__all__ = ["DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "gate_tiles", "tile", "tiles"]
 
 VECTORS = 4  # the four gates
 ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
+ROW_BLOCKS = 2  # of a single row: eight sums, for two multiply-adds a cycle that take four cycles each
+_ROW_OF_SIZES = ROW_BLOCKS * VECTORS + 1  # more than the vectors of any tile
 # A long product is taken DEPTH rows of B at a time, for GROUP rows of A and C at most: the rows of B then stay in
 # the first-level cache, and the rows of C in the second, while the tile goes over them.
 DEPTH = 128
@@ -81,8 +86,11 @@ def _emit_outer_product(builder, dtype, sums, elements, columns):
     return updated
 
 
-def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, b, b_k):
-    """Emit the loop over k, adding to the block `start`; return the sums, and the end of b."""
+def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k):
+    """Emit the loop over k, adding to the block `start`; return the sums, and the ends of B's panels.
+
+    The panels lie apart, and are as many vectors wide each as together make a row of the block.
+    """
     intp, vector = k_end.type, llvm_vector(dtype)
     zero, one = ir.Constant(intp, 0), ir.Constant(intp, 1)
     before = builder.block
@@ -90,20 +98,24 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, b, b_k):
     builder.cbranch(builder.icmp_signed(">", k_end, zero), body, after)
 
     builder.position_at_end(body)
-    k, b_now = builder.phi(intp), builder.phi(b.type)
+    k, b_now = builder.phi(intp), [builder.phi(b.type) for b in panels]
     a_now = [builder.phi(row.type) for row in a_rows]
     sums = [[builder.phi(vector) for _ in row] for row in start]
-    updated = _emit_outer_product(builder, dtype, sums, a_now, _vectors_of(builder, b_now, len(start[0]), vector.count))
-    following = [builder.add(k, one), _advance(builder, b_now, b_k), *(_advance(builder, p, a_k) for p in a_now)]
+    width = len(start[0]) // len(panels)
+    columns = [p for b in b_now for p in _vectors_of(builder, b, width, vector.count)]
+    updated = _emit_outer_product(builder, dtype, sums, a_now, columns)
+    b_then = [_advance(builder, p, b_k) for p in b_now]
+    following = [builder.add(k, one), *b_then, *(_advance(builder, p, a_k) for p in a_now)]
     builder.cbranch(builder.icmp_signed("<", following[0], k_end), body, after)
-    for phi, first, then in zip([k, b_now, *a_now], [zero, b, *a_rows], following, strict=True):
+    for phi, first, then in zip([k, *b_now, *a_now], [zero, *panels, *a_rows], following, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(then, body)
 
     builder.position_at_end(after)
-    b_end = builder.phi(b.type)
-    b_end.add_incoming(b, before)
-    b_end.add_incoming(following[1], body)
+    b_ends = [builder.phi(b.type) for b in panels]
+    for phi, first, then in zip(b_ends, panels, b_then, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, body)
     results = []
     for first, total, then in zip(start, sums, updated, strict=True):
         results.append([])
@@ -114,7 +126,7 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, b, b_k):
             result.add_incoming(x, before)
             result.add_incoming(y, body)
             results[-1].append(result)
-    return results, b_end
+    return results, b_ends
 
 
 def _emit_store(builder, dtype, values, c_rows):
@@ -148,24 +160,24 @@ def _emit_tile(builder, dtype, rows, vectors, arguments):
         for line in range(0, vectors * VECTOR_BYTES, CACHE_LINE):
             count = ir.Constant(k_end.type, line * 8 // dtype.bitwidth)
             emit_prefetch(builder, _advance(builder, pointer, count))
-    product, _ = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, b, b_k)
+    product, _ = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, [b], b_k)
     _emit_store(builder, dtype, _sums(builder, _emit_load(builder, dtype, c_rows, vectors), product), c_rows)
 
 
 def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
-    """Emit C = (A1 @ B1 + start) + A2 @ B2 for a block of fixed height."""
-    k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row = arguments
+    """Emit C = (A1 @ B1 + start) + A2 @ B2 for a block of fixed size."""
+    k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row = arguments
     one, b_k = ir.Constant(k1.type, 1), ir.Constant(k1.type, VECTORS * lanes(dtype))
-    a_rows = _rows_of(builder, a1, a1_row, rows)
-    sums, b = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, b, b_k)
+    a_rows, panels = _rows_of(builder, a1, a1_row, rows), _rows_of(builder, b, b_block, vectors // VECTORS)
+    sums, panels = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, panels, b_k)
     given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
     a_rows = _rows_of(builder, a2, a2_row, rows)
-    sums, _ = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, b, b_k)
+    sums, _ = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, panels, b_k)
     _emit_store(builder, dtype, sums, _rows_of(builder, c, c_row, rows))
 
 
 def _emit_choice(context, builder, signature, args, sizes, emit):
-    """Emit one block for each of `sizes`, and the choice between them by the leading arguments, rows and vectors."""
+    """Emit one block for each of `sizes`, and the choice between them by the two leading arguments."""
     # Inlined at each of its uses, the blocks would multiply the compiler's time.
     builder.function.attributes.add("noinline")
     intp, dtype = (
@@ -177,12 +189,12 @@ def _emit_choice(context, builder, signature, args, sizes, emit):
         for value, t in zip(args, signature.args, strict=True)
     ]
     rows, vectors, *rest = arguments
-    size = builder.add(builder.mul(rows, ir.Constant(intp, VECTORS + 1)), vectors)
+    size = builder.add(builder.mul(rows, ir.Constant(intp, _ROW_OF_SIZES)), vectors)
     end = builder.append_basic_block("tile_done")
     choice = builder.switch(size, end)
     for r, v in sizes:
         block = builder.append_basic_block(f"tile_{r}x{v}")
-        choice.add_case(ir.Constant(intp, r * (VECTORS + 1) + v), block)
+        choice.add_case(ir.Constant(intp, r * _ROW_OF_SIZES + v), block)
         builder.position_at_end(block)
         emit(builder, dtype, r, v, rest)
         builder.branch(end)
@@ -201,13 +213,13 @@ def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
 
 
 @intrinsic
-def _gate_tile(typingctx, rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
-    sizes = [(r, VECTORS) for r in range(1, ROWS + 1)]
+def _gate_tile(typingctx, rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
+    sizes = [(r, VECTORS) for r in range(1, ROWS + 1)] + [(1, n * VECTORS) for n in range(2, ROW_BLOCKS + 1)]
 
     def codegen(context, builder, signature, args):
         return _emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
 
-    return types.void(rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row), codegen
+    return types.void(rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row), codegen
 
 
 @routine
@@ -251,8 +263,8 @@ def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
 
 
 @routine
-def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
-    """Compute the pre-activations of a block: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
+def gate_tile(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
+    """Compute the pre-activations of a tile: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
 
     The chain may be cut at `start`: the first part alone (k2 = 0), and later the second (k1 = 0) from where
     that left off, give the same result to the last bit.
@@ -261,28 +273,32 @@ def gate_tile(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_ro
     ----------
     rows : int
         1 to ROWS.
+    blocks : int
+        Blocks of units: 1, or for a single row up to ROW_BLOCKS.
     k1, k2 : int
         Lengths of the inner dimensions.
     a1, a2 : pointer, IN
         Element (row, k) is ``a[row * a_row + k]``.
     b : pointer, IN
-        The k1 + k2 rows of B1 and B2, VECTORS whole vectors each, one after the other.
+        For block n at ``b[n * b_block]``: the k1 + k2 rows of B1 and B2, VECTORS whole vectors each, one after the
+        other.
     start : pointer, IN
-        Row r starts at ``start[r * start_row]``; may be C.
+        Row r starts at ``start[r * start_row]``, with VECTORS whole vectors for each block, one after the other; may
+        be C.
     c : pointer, OUT
-        Row r starts at ``c[r * c_row]``.
+        Row r starts at ``c[r * c_row]``, likewise.
     """
-    _gate_tile(rows, VECTORS, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row)
+    _gate_tile(rows, VECTORS * blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row)
 
 
 @routine(inline=True)
-def gate_tiles(rows, k1, a1, a1_row, k2, a2, a2_row, b, start, start_row, c, c_row):
+def gate_tiles(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
     """Run :func:`gate_tile` over any number of rows, while the rows of B after these are fetched."""
     size = (k1 + k2) * VECTORS * lanes_of(b)
     for row in range(0, rows, ROWS):
         if rows > 2 * ROWS:
             _prefetch_share(offset(b, size), size, row, rows)
         gate_tile(
-            min(ROWS, rows - row), k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row, b,
-            offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
+            min(ROWS, rows - row), blocks, k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row,
+            b, b_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
         )  # fmt: skip
