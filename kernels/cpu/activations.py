@@ -53,15 +53,14 @@ _LN2_PARTS = {
     types.float64: (6.93145751953125e-1, 1.42860682030941723212e-6),
 }
 
-# From e^40 on, a one beside it is lost; and e^-40 beside a one.
-_ONE_IS_LOST = {types.float32: 40.0, types.float64: 40.0}
-# From here on, e^-x is zero after rounding.
+# From here on, tanh is one after rounding; and e^-x is zero.
+_ONE = {types.float32: 20.0, types.float64: 20.0}
 _ZERO = {types.float32: 105.0, types.float64: 746.0}
-# The sigmoid's exponential is scaled by 2 to this power, so that it neither overflows nor becomes subnormal.
-_SCALE = {types.float32: -64, types.float64: -512}
+# Numerator and denominator of the sigmoid are scaled by 2 to this power, so that neither is subnormal.
+_SCALE = {types.float32: 64, types.float64: 512}
 
-# Where tanh is a half and its last place changes: below, its error needs another formula.
-_HALF = math.log(3.0) / 2.0
+# Up to here tanh is computed by a polynomial; beyond, the errors of the other formula count little.
+_NEAR = 0.7
 
 
 def _constant(dtype, value):
@@ -82,7 +81,7 @@ def _number(values):
     return number
 
 
-_one_is_lost, _zero = _number(_ONE_IS_LOST), _number(_ZERO)
+_one, _zero = _number(_ONE), _number(_ZERO)
 _scale = _number({dtype: 2.0**power for dtype, power in _SCALE.items()})
 
 
@@ -181,7 +180,7 @@ def _tanh_rest(z):
 # The error of the polynomial is, relative to the result, at most 8e-9 in float32 (rounding error 6e-8) and
 # 2e-17 in float64 (1.1e-16).
 _q = _interpolated(_exponential_rest, -math.log(2.0) / 2.0, math.log(2.0) / 2.0, {types.float32: 5, types.float64: 10})
-_p = _interpolated(_tanh_rest, 0.0, _HALF**2, {types.float32: 5, types.float64: 11})
+_p = _interpolated(_tanh_rest, 0.0, _NEAR**2, {types.float32: 6, types.float64: 13})
 
 
 @routine(inline=True)
@@ -192,30 +191,32 @@ def _mantissa(r):
 
 @routine(inline=True)
 def sigmoid(a):
-    r"""Return :math:`s / (s + s e^{-a})`, where the scale s keeps all between the largest number and the least normal.
+    r"""Return :math:`1 / (1 + e)` or, for negative a, :math:`e / (1 + e)`; :math:`e = e^{-|a|}` cannot overflow.
 
-    So results that are subnormal are right too: only the division rounds them.
+    Results that are subnormal are right too: above and below the line all is scaled, so that only the division rounds
+    them.
     """
-    a = select(_one_is_lost(a) < a, _one_is_lost(a), a)  # NaN stays NaN
-    x = -select(a < -_zero(a), -_zero(a), a)
+    x = -abs(a)
+    x = select(x < -_zero(x), -_zero(x), x)  # NaN stays NaN
     n = _rounded(x)
-    return _scale(x) / fma(_mantissa(_reduced(x, n)), _scaled_power_of_two(n), _scale(x))
+    mantissa, power = _mantissa(_reduced(x, n)), _scaled_power_of_two(n)
+    return select(a < 0.0, mantissa * power, _scale(x)) / fma(mantissa, power, _scale(x))
 
 
 @routine(inline=True)
 def tanh(a):
     r"""Return the hyperbolic tangent, from two formulas that each lose little where they are used.
 
-    Up to 1/2 that is :math:`a + a^3 p(a^2)`; beyond, :math:`1 - 2 / (1 + e^{2|a|})` with the sign of a.
+    For small a that is :math:`a + a^3 p(a^2)`; beyond, :math:`1 - 2 / (1 + e^{2|a|})` with the sign of a.
     """
     size = abs(a)
-    x = size + size
-    x = select(_one_is_lost(x) < x, _one_is_lost(x), x)  # NaN stays NaN
+    x = select(_one(size) < size, _one(size), size)  # NaN stays NaN
+    x = x + x
     n = _rounded(x)
     far = 1.0 - 2.0 / fma(_mantissa(_reduced(x, n)), _power_of_two(n), 1.0)
     z = a * a
     near = fma(size * z, _p(z), size)
-    return copysign(select(size < _HALF, near, far), a)
+    return copysign(select(size < _NEAR, near, far), a)
 
 
 @kernel
