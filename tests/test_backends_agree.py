@@ -26,6 +26,7 @@ from fastlstm.functional import lstm_backward, lstm_forward
 
 LANES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 100)  # H: around the lane counts of a vector, and beyond a tile
 TILE_ROWS = tuple(range(1, 14))  # B: every remainder of a tile of 6 rows, with one and two whole tiles before it
+FEW_ROWS = ((1, 1), (4, 1), (1, 4), (2, 2), (5, 1), (1, 8), (3, 3))  # T, B: where weights are not rearranged, and above
 FLAGS = tuple(itertools.product((1, 2), (False, True), (False, True), (False, True), (None, "zeros")))
 
 CASES = [
@@ -36,6 +37,7 @@ CASES = [
     # More rows than go over a slice of the weights at a time, and more inputs and units than a slice has.
     *(Case(2, *sizes) for sizes in ((131, 3, 9), (2, 200, 5), (3, 128, 129), (2, 5, 261), (67, 130, 40))),
     *(Case(*sizes) for sizes in itertools.product((1, 2), repeat=4)),
+    *(Case(*rows, 11, hidden, 2, bias=hidden != 33) for rows in FEW_ROWS for hidden in (5, 33, 64)),
     *(
         Case(5, 4, 3, 6, layers, bidirectional, bias, batch_first, state, lengths, dropout=0.25 if layers > 1 else 0.0)
         for layers, bidirectional, bias, (batch_first, state), lengths in itertools.product(
@@ -180,8 +182,9 @@ def test_a_tape_serves_twice_and_no_input_changes(backend, dtype):
             np.testing.assert_array_equal(backend.host(value), expected)
 
 
-def test_missing_gradients_are_zeros(backend, dtype):
-    p = problem(dataclasses.replace(RAGGED, dropout=0.0)).astype(dtype)
+@pytest.mark.parametrize("case", [dataclasses.replace(RAGGED, dropout=0.0), Case(2, 2, 5, 20)], ids=str)
+def test_missing_gradients_are_zeros(backend, dtype, case):
+    p = problem(case).astype(dtype)
     params = {name: backend.array(value) for name, value in p.params.items()}
     y, (h_n, c_n), tape = lstm_forward(params, backend.array(p.x), None, p.lengths)
     dy, dh, dc = (backend.array(value) for value in (p.dy, *p.dstate))

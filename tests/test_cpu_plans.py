@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close, assert_identical
@@ -81,6 +82,14 @@ def test_inference_has_the_same_bits_too(dtype, name, any_number_of_threads):
         found.append({"y": y, "h_n": h_n, "c_n": c_n})
     for other in found[1:]:
         assert_identical(other, found[0])
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (3, 2), (8, 1)])
+def test_few_rows_give_the_same_bits_in_training_as_in_inference(dtype, steps, batch):
+    lstm, x = LSTM(7, 21, dtype=dtype, seed=0), np.random.default_rng(0).normal(size=(steps, batch, 7)).astype(dtype)
+    with fastlstm.use_backend("cpu"):
+        (y, state), (taped_y, taped_state, _) = lstm(x), lstm.forward(x)
+    assert_identical(dict(zip("yhc", (y, *state), strict=True)), dict(zip("yhc", (taped_y, *taped_state), strict=True)))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])

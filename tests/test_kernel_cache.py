@@ -68,7 +68,9 @@ def test_the_second_process_compiles_nothing_and_a_changed_source_is_compiled_ag
     assert second == first
     # Not the file of a cached kernel, but one that the kernels call into: Numba alone would not notice.
     gates = folder / "fastlstm" / "kernels" / "cpu" / "gates.py"
-    gates.write_text(gates.read_text().replace("h = o * tanh(c)", "h = o * tanh(c) * 2.0"))
+    before = gates.read_text()
+    gates.write_text(before.replace("return i, f, g, o, ", "return i, f, g, 2.0 * o, "))
+    assert gates.read_text() != before
     misses, hits, changed = run(folder, cache)
     assert (misses, hits) == (3, 0)
     assert changed == pytest.approx(2 * first)

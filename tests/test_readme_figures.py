@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scri
 
 import figures
 from readme import reasons
-from studies import memory, record
+from studies import memory, recompute, record
 from studies.record import OURS, Case, Study
 
 from fastlstm.bench import pictures
@@ -60,6 +60,12 @@ def studies():
         study("vowels", Case("training to 95%", both, facts=facts)),
         study("loop", Case("7 steps", both | {"onnxruntime": values(1.0)}, refused={"openvino": "failed"})),
         study("memory", Case("1,2,3,4 float32", {OURS: (5e6,)}, "bytes", {memory.GROWING: 6.5, memory.FIXED: 1000.0})),
+        study(
+            "recompute",
+            Case(
+                "5,6,7,8 float64", {OURS: values(2.0), recompute.RECOMPUTED: values(2.5)}, facts={recompute.SAVED: 0.6}
+            ),
+        ),
         study("start", Case("warm: import", both)),
         study("threads", *(Case(f"a, {n} threads", {OURS: values(2.0 / n)}, facts={"threads": n}) for n in (1, 2))),
         study("growth", *(Case(f"T={n}", {OURS: values(1e-6 * n)}, facts={"T": n}) for n in (10, 100, 1000))),
@@ -91,6 +97,8 @@ def test_every_study_has_its_figures_and_its_machine(committed):
     assert "| JapaneseVowels: training to 95% | 2 s | 3 s (1.50) | - | - |" in text
     assert "| closed loop: 7 steps | 2 s | 3 s (1.50) | 1 s (**0.50**) | not timed |" in text
     assert "| 1,2,3,4 float32 | 4.77 MiB | 6.50 | 1000 bytes |" in text
+    assert "with it, in how many times the time, 1.25 at most" in text
+    assert "| 5,6,7,8 float64 | 2 s | 2.5 s | 1.25 | 0.60 |" in text
     assert "| warm: import | 2 s | 3 s (1.50) |" in text
     assert "| a, 2 threads | 1 s (2.00x) |" in text
     assert "T from 10 to 1,000: fastlstm 1.00" in text and "| 1,000 | 1 ms | 1 us |" in text

@@ -13,7 +13,7 @@ pytest.importorskip("numba", reason="the CPU kernels need Numba")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
 
 import study as command
-from studies import NAMES, growth, hydrology, loop, memory, ragged, record, show, start, threads, vowels
+from studies import NAMES, growth, hydrology, loop, memory, ragged, recompute, record, show, start, threads, vowels
 from studies.record import OURS, Case, Study
 
 from fastlstm.bench import clock
@@ -40,6 +40,7 @@ def test_every_study_says_what_it_is():
         (threads, {"SHAPES": ((3, 2, 4, 8),)}, 4),
         (loop, {"STEPS": 3}, 1),
         (memory, {"SHAPES": ((30, 2, 4, 16),)}, 2),
+        (recompute, {"SHAPES": ((30, 2, 4, 16),)}, 2),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -52,7 +53,10 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, monkeypatch, modul
     for case in cases:
         assert not case.refused
         assert case.spread(OURS).middle > 0
-        if module not in (memory,) and "padded" not in case.name:
+        if module is recompute:
+            assert case.ratio(recompute.RECOMPUTED) is not None
+            assert 0 < case.facts[recompute.SAVED] < 1
+        elif module is not memory and "padded" not in case.name:
             assert case.ratio("torch") is not None
     assert torch.get_num_threads() == before
 

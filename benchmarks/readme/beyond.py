@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from studies import growth, memory, show
+from studies import growth, memory, recompute, show
 from studies.record import OURS, Case, Study
 
 from fastlstm.bench import table as bench_table
@@ -116,6 +116,25 @@ def _memory(study: Study) -> Iterator[str]:
     yield cells.table(["T,B,I,H", "allocated", "numbers per unit, step and sequence", "fixed"], rows)
 
 
+def _recompute(study: Study) -> Iterator[str]:
+    worst = max(found.middle for case in study.cases if (found := case.ratio(recompute.RECOMPUTED)))
+    yield (
+        "The low-memory mode, which computes the gates again in the backward pass: a training pass with it, in how many"
+        f" times the time, {worst:.2f} at most, and in what share of the memory."
+    )
+    rows = [
+        [
+            case.name,
+            show.amount(case.spread(OURS).middle, case.unit),
+            show.amount(case.spread(recompute.RECOMPUTED).middle, case.unit),
+            cells.ratio(case.ratio(recompute.RECOMPUTED)),
+            f"{case.facts[recompute.SAVED]:.2f}",
+        ]
+        for case in study.cases
+    ]
+    yield cells.table(["T,B,I,H", OURS, "with recompute", "times the time", "share of the memory"], rows)
+
+
 def _start(study: Study) -> Iterator[str]:
     yield (
         "Start: seconds in a new process. Cold is the first process ever, which compiles the kernels, warm every later"
@@ -166,6 +185,7 @@ def _growth(study: Study) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[Study], Iterator[str]]] = {
     "memory": _memory,
+    "recompute": _recompute,
     "start": _start,
     "threads": _threads,
     "growth": _growth,

@@ -44,14 +44,14 @@ def measure(threads: int, seconds: float) -> Iterator[Case]:
             yield Case(f"{','.join(map(str, shape))} {dtype}", {OURS: (float(once),)}, "bytes", facts)
 
 
-def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None) -> int:
+def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None, *, recompute: bool = False) -> int:
     """Most bytes that a training pass holds at once beyond its inputs and outputs."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((steps, batch, model.cell.input_size)).astype(model.cell.dtype)
     dy = rng.standard_normal((steps, batch, model.cell.output_size)).astype(model.cell.dtype)
 
     def train() -> tuple[Any, ...]:
-        y, state, tape = model.forward(x, lengths=lengths)
+        y, state, tape = model.forward(x, lengths=lengths, recompute=recompute)
         grads = model.backward(tape, dy)
         return y, *state, grads.x, *grads.state, *grads.params.values()
 

@@ -28,7 +28,7 @@ from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
 from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.small import prepare, ready, small_forward
+from fastlstm.kernels.cpu.small import prepare, ready, small_backward, small_forward, small_forward_taped
 from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
@@ -36,8 +36,9 @@ __all__ = ["BACKEND", "CpuBackend"]
 
 _Shapes = tuple[tuple[int, ...], ...]
 
-# Rows up to which the weights are used as they lie: packing them would read and write them all.
-_SMALL = 8
+# Rows up to which the weights are used as they lie: packing them would read and write them all. Going back, their
+# gradients would be unpacked as well, but each row there takes longer.
+_SMALL, _SMALL_BACKWARD = 8, 4
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
 _CHUNK_ROWS = 256
@@ -80,13 +81,13 @@ class CpuBackend(LayeredBackend):
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
         x, h0, c0 = _plain(x), _plain(h0), _plain(c0)
         steps, batch, _ = x.shape
-        if lengths is None and len(weights) == 1 and not keep_tape and steps * batch <= _SMALL:
-            h_n, c_n = np.empty_like(h0), np.empty_like(c0)
-            y = _small(weights[0], x.reshape(steps * batch, -1), h0, c0, h_n, c_n)
-            return LayerResult(y.reshape(steps, batch, -1), h_n, c_n, None)
         packing = Packing.of(lengths, steps, batch)
         y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, zero=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
+        if _is_small(packing, len(weights), _SMALL):
+            small = _small_forward(weights[0], x, h0, c0, y, h_n, c_n, keep_tape)
+            tape = LayerTape(x, packing, [small]) if small else None
+            return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
 
         def run(d: int, threads: int) -> DirectionTape | None:
             return _direction_forward(
@@ -154,6 +155,9 @@ class CpuBackend(LayeredBackend):
         dx = new_array((steps * batch, inputs), dh_n.dtype, zero=tape.packing.ragged)
         dh_n, dc_n = _plain(dh_n), _plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
+        if _is_small(tape.packing, directions, _SMALL_BACKWARD):
+            dweights = [_small_backward(weights[0], tape, dy, dh_n[0], dc_n[0], dx, dh0[0], dc0[0])]
+            return LayerGradients(dx.reshape(tape.x.shape), dh0, dc0, dweights)
         # One direction after the other: each adds to dx, and a second one would not fit into the memory promised.
         dweights = [
             _direction_backward(w, tape, d, dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d]) for d, w in enumerate(weights)
@@ -189,18 +193,47 @@ def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Arra
     return True
 
 
-def _small(weights: Weights, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array) -> Array:
-    """Run one layer over a few rows, x (T * B, I) and states (1, B, H); writes h_n and c_n, returns y."""
-    inputs, hidden = x.shape[1], h0.shape[2]
-    y = np.empty((x.shape[0], hidden), x.dtype)
-    if x.dtype not in ready:
-        prepare(x.dtype)
-    fits = small_forward(
-        _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), _plain(x), _plain(h0), _plain(c0),
-        y, h_n, c_n, inputs, hidden, weights.bias is not None,
+def _is_small(packing: Packing, directions: int, most: int) -> bool:
+    """Say whether a layer has so few rows that its weights are used as they lie."""
+    return packing.rows <= most and directions == 1 and not packing.ragged
+
+
+def _small_forward(
+    weights: Weights, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array, keep_tape: bool
+) -> DirectionTape | None:
+    """Run one layer over a few rows; writes y, h_n and c_n. The tape keeps the gates even with `recompute`."""
+    rows, inputs, hidden = len(y), x.shape[2], h0.shape[2]
+    weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
+    x = x.reshape(rows, inputs)
+    if not keep_tape:
+        if x.dtype not in ready:
+            prepare(x.dtype)
+        fits = small_forward(
+            weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, weights.bias is not None
+        )
+        assert fits
+        return None
+    size = _Size.of(weight_ih)
+    tape, h_rows = one_block(x.dtype, (rows, size.blocks, TAPE, size.width), (rows, size.blocks * size.width))
+    small_forward_taped(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, tape, h_rows)
+    return DirectionTape(tape, h_rows, c0[0].copy())
+
+
+def _small_backward(
+    weights: Weights, layer: LayerTape, dy: Array, dh_n: Array, dc_n: Array, dx: Array, dh0: Array, dc0: Array
+) -> Weights:
+    """Back-propagate through one layer over a few rows; writes dx, dh0 and dc0."""
+    (tape,), dtype = layer.directions, dx.dtype
+    weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
+    grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
+    shapes = ((len(dx), len(weight_hh)),)
+    scratch = SCRATCH.borrow(dtype, shapes)
+    small_backward(
+        weight_ih, weight_hh, layer.x.reshape(dx.shape), tape.gates, tape.h_rows, tape.c0, dy, dh_n, dc_n,
+        dx, dh0, dc0, *grads, *scratch,
     )  # fmt: skip
-    assert fits or not y.size
-    return y
+    SCRATCH.give_back(dtype, shapes, scratch)
+    return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 
 def _run_directions(run: Callable[[int, int], Any], size: _Size, directions: int, packing: Packing) -> list[Any]:

@@ -14,7 +14,7 @@ from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, un
 from fastlstm.kernels.cpu.simd import REGISTERS, address, fill, lanes_of, load, load_first, offset, store, store_first
 from fastlstm.kernels.cpu.team import barrier, share
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
-from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS, tile, tiles
+from fastlstm.kernels.cpu.tile import GROUP, VECTORS, rows_of_tile, tile, tiles
 
 __all__ = ["DEPTH", "layer_backward"]
 
@@ -191,7 +191,12 @@ def _gates_back(
                 dh = dh + load_first(offset(address(dy), place + block * width), units)
             left = offset(address(gates), ((here - gates_row + row) * blocks + block) * TAPE * width)
             out = offset(address(da), ((here - chunk_row + row) * blocks + block) * GATES * width)
-            store(here_dc, gates_backward(dh, load(here_dc), left, width, c_prev, out))
+            da_i, da_f, da_g, da_o, dc = gates_backward(dh, load(here_dc), left, width, c_prev)
+            store(out, da_i)
+            store(offset(out, width), da_f)
+            store(offset(out, 2 * width), da_g)
+            store(offset(out, 3 * width), da_o)
+            store(here_dc, dc)
             store(here_dh, fill(here_dh, 0.0))
 
 
@@ -242,10 +247,12 @@ def _add_product(left, rows, operand, operand_row, panel, gradient, first, last)
         pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
         for block in range(first, last):
             source = offset(address(left), block * left.shape[1] * columns)
-            for row in range(0, columns, ROWS):
-                count = min(ROWS, columns - row)
+            row = 0
+            while row < columns:
+                count = rows_of_tile(columns - row)
                 out = offset(address(gradient), (block * columns + row) * stride + column)
                 tile(count, vectors, rows, offset(source, row), 1, columns, panel, columns, out, stride)
+                row += count
 
 
 @routine

@@ -59,7 +59,7 @@ def gates_again(gates, width, units, c):
 
 
 @routine(inline=True)
-def gates_backward(dh, dc, tape, width, c_prev, da):
+def gates_backward(dh, dc, tape, width, c_prev):
     """Take the gradients by h and c back through one gate step.
 
     Parameters
@@ -72,20 +72,18 @@ def gates_backward(dh, dc, tape, width, c_prev, da):
         Lanes of a vector.
     c_prev : Vector
         The cell state before.
-    da : pointer, OUT
-        The gradients by the pre-activations: four vectors, i, f, g, o.
 
     Returns
     -------
-    Vector
-        The gradient by `c_prev`.
+    tuple of Vector
+        The gradients by the pre-activations, i, f, g, o, and by `c_prev`.
     """
     i, f = load(tape), load(offset(tape, width))
     g, o = load(offset(tape, 2 * width)), load(offset(tape, 3 * width))
     tanh_c = tanh(load(offset(tape, 4 * width)))
     dc = fma(dh * o, 1.0 - tanh_c * tanh_c, dc)
-    store(da, dc * g * (i * (1.0 - i)))
-    store(offset(da, width), dc * c_prev * (f * (1.0 - f)))
-    store(offset(da, 2 * width), dc * i * (1.0 - g * g))
-    store(offset(da, 3 * width), dh * tanh_c * (o * (1.0 - o)))
-    return dc * f
+    da_i = dc * g * (i * (1.0 - i))
+    da_f = dc * c_prev * (f * (1.0 - f))
+    da_g = dc * i * (1.0 - g * g)
+    da_o = dh * tanh_c * (o * (1.0 - o))
+    return da_i, da_f, da_g, da_o, dc * f

@@ -1,4 +1,7 @@
-"""A few rows on the weights as they lie: streaming, where packing the weights would cost more than the step."""
+"""A few rows on the weights as they lie: streaming, where packing the weights would cost more than the step.
+
+Training has the same in both directions of time: a step or a few, as in learning online.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,28 @@ from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.gates import gates_forward
+from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
 from fastlstm.kernels.cpu.simd import (
     Vector,
     address,
     call_llvm,
+    fill,
     first_lanes,
+    fma,
     lanes,
     lanes_of,
     llvm_vector,
+    load,
     load_first,
     load_masked,
     load_vector,
     offset,
+    splat,
+    store,
     store_first,
 )
 
-__all__ = ["prepare", "ready", "small_forward"]
+__all__ = ["prepare", "ready", "small_backward", "small_forward", "small_forward_taped"]
 
 
 def _sum_of_rows(builder, dtype, rows):
@@ -156,27 +164,156 @@ def small_forward(
         or (c_n.shape != h0.shape or y.shape != (rows, hidden))
     ):
         return False
-    width = lanes_of(address(x))
+    nowhere = address(y)
+    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, False, nowhere, nowhere)
+    return True
+
+
+@kernel
+def small_forward_taped(
+    weight_ih,  # (4H, I), IN
+    weight_hh,  # (4H, H), IN
+    bias,  # (4H,), or (0,) for none, IN
+    x,  # (T * B, I), IN
+    h0,  # (1, B, H), IN
+    c0,  # (1, B, H), IN
+    y,  # (T * B, H), OUT
+    h_n,  # (1, B, H), OUT
+    c_n,  # (1, B, H), OUT
+    tape,  # (T * B, Hp/V, 5, V), OUT
+    h_rows,  # (T * B, Hp) the state before each row, OUT
+):
+    """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
+    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
+    _run(
+        weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, True, address(tape), address(h_rows)
+    )  # fmt: skip
+
+
+@routine(inline=True)
+def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, training, tape, h_rows):
+    """Run the recurrence, row by row; `tape` and `h_rows` are pointers, which only training uses."""
+    batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
+    blocks = (hidden + width - 1) // width
     for row in range(rows):
         sequence = row % batch
         first, last = row < batch, row >= rows - batch
         x_row = offset(address(x), row * inputs)
         h_row = offset(address(h0), sequence * hidden) if first else offset(address(y), (row - batch) * hidden)
         c_row = offset(address(c0) if first else address(c_n), sequence * hidden)
-        for unit in range(0, hidden, width):
+        for block in range(blocks):
+            unit = block * width
             units = min(width, hidden - unit)
             a_i = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, unit, units)
             a_f = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, hidden + unit, units)
             a_g = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 2 * hidden + unit, units)
             a_o = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 3 * hidden + unit, units)
             c_prev = load_first(offset(c_row, unit), units)
-            _, _, _, o, c = gates_forward(a_i, a_f, a_g, a_o, c_prev)
+            i, f, g, o, c = gates_forward(a_i, a_f, a_g, a_o, c_prev)
             h = o * tanh(c)
             store_first(offset(address(c_n), sequence * hidden + unit), c, units)
             store_first(offset(address(y), row * hidden + unit), h, units)
             if last:
                 store_first(offset(address(h_n), sequence * hidden + unit), h, units)
-    return True
+            if training:
+                left = offset(tape, (row * blocks + block) * TAPE * width)
+                store(left, i)
+                store(offset(left, width), f)
+                store(offset(left, 2 * width), g)
+                store(offset(left, 3 * width), o)
+                store(offset(left, 4 * width), c)
+                store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_row, unit), units))
+
+
+@kernel
+def small_backward(
+    weight_ih,  # (4H, I), IN
+    weight_hh,  # (4H, H), IN
+    x,  # (T * B, I), IN
+    tape,  # (T * B, Hp/V, 5, V), IN
+    h_rows,  # (T * B, Hp), IN
+    c0,  # (B, H), IN
+    dy,  # (T * B, H), or (0, H) for zero, IN
+    dh_n,  # (B, H), IN
+    dc_n,  # (B, H), IN
+    dx,  # (T * B, I), OUT
+    dh0,  # (B, H), OUT; and before that the gradient by the h of the step
+    dc0,  # (B, H), OUT; likewise
+    dweight_ih,  # (4H, I), OUT
+    dweight_hh,  # (4H, H), OUT
+    dbias,  # (4H,), or (0,) for none, OUT
+    da,  # (T * B, 4H) scratch
+):
+    """Back-propagate through one layer over a few rows."""
+    (rows, inputs), (batch, hidden) = x.shape, dh0.shape
+    blocks, width, gates = tape.shape[1], tape.shape[3], GATES * hidden
+    dh0[:] = dh_n
+    dc0[:] = dc_n
+    for low in range(rows - batch, -1, -batch):
+        for sequence in range(batch):
+            row = low + sequence
+            dh_row, dc_row = offset(address(dh0), sequence * hidden), offset(address(dc0), sequence * hidden)
+            da_row = offset(address(da), row * gates)
+            for block in range(blocks):
+                unit = block * width
+                units = min(width, hidden - unit)
+                dh, dc = load_first(offset(dh_row, unit), units), load_first(offset(dc_row, unit), units)
+                if dy.size:
+                    dh = dh + load_first(offset(address(dy), row * hidden + unit), units)
+                if low:
+                    c_prev = load(offset(address(tape), ((row - batch) * blocks + block + 1) * TAPE * width - width))
+                else:
+                    c_prev = load_first(offset(address(c0), sequence * hidden + unit), units)
+                kept = offset(address(tape), (row * blocks + block) * TAPE * width)
+                da_i, da_f, da_g, da_o, dc = gates_backward(dh, dc, kept, width, c_prev)
+                store_first(offset(da_row, unit), da_i, units)
+                store_first(offset(da_row, hidden + unit), da_f, units)
+                store_first(offset(da_row, 2 * hidden + unit), da_g, units)
+                store_first(offset(da_row, 3 * hidden + unit), da_o, units)
+                store_first(offset(dc_row, unit), dc, units)
+        step = offset(address(da), low * gates)
+        _product(batch, gates, hidden, step, gates, 1, address(weight_hh), hidden, address(dh0))
+    all_da, h_row = address(da), h_rows.shape[1]
+    _product(rows, gates, inputs, all_da, gates, 1, address(weight_ih), inputs, address(dx))
+    _product(gates, rows, inputs, all_da, 1, gates, address(x), inputs, address(dweight_ih))
+    _product(gates, rows, hidden, all_da, 1, gates, address(h_rows), h_row, address(dweight_hh))
+    for gate_unit in range(dbias.size):
+        total = da[0, gate_unit]
+        for row in range(1, rows):
+            total += da[row, gate_unit]
+        dbias[gate_unit] = total
+
+
+_TOGETHER = 8  # rows of B that are read side by side
+
+
+@routine
+def _product(m, k, n, a, a_row, a_k, b, b_row, c):
+    """Compute C = A @ B, (m, k) times (k, n), on matrices as they lie: B, if large, is read once from end to end.
+
+    Parameters
+    ----------
+    m, k, n : int
+        Sizes, at least 1.
+    a : pointer, IN
+        Element (i, j) of A is ``a[i * a_row + j * a_k]``.
+    b : pointer, IN
+        Row j of B starts at ``b[j * b_row]``.
+    c : pointer, OUT
+        C, without padding.
+    """
+    width = lanes_of(c)
+    for first in range(0, k, _TOGETHER):
+        last = min(first + _TOGETHER, k)
+        for i in range(m):
+            for column in range(0, n, width):
+                count = min(width, n - column)
+                here = offset(c, i * n + column)
+                total = load_first(here, count) if first else fill(here, 0.0)
+                for row in range(first, last):
+                    factor = splat(offset(a, i * a_row + row * a_k))
+                    total = fma(factor, load_first(offset(b, row * b_row + column), count), total)
+                store_first(here, total, count)
 
 
 @routine

@@ -36,7 +36,7 @@ from fastlstm.kernels.cpu.simd import (
     vector_pointer,
 )
 
-__all__ = ["DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "gate_tiles", "tile", "tiles"]
+__all__ = ["DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "gate_tiles", "rows_of_tile", "tile", "tiles"]
 
 VECTORS = 4  # the four gates
 ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
@@ -242,24 +242,30 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
     _tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row)
 
 
+@routine(inline=True)
+def rows_of_tile(left):
+    """Return how many of the rows that are left the next tile takes: never one alone, whose few sums wait in turn."""
+    return ROWS - 1 if left == ROWS + 1 else min(ROWS, left)
+
+
 @routine
-def _prefetch_share(following, size, row, rows):
-    """Prefetch what belongs to these rows, of all `rows`, of the `size` elements that are wanted next."""
+def _prefetch_share(following, size, row, end, rows):
+    """Prefetch what belongs to the rows up to `end`, of all `rows`, of the `size` elements that are wanted next."""
     line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
-    for n in range(size * row // rows, size * min(row + ROWS, rows) // rows, line):
+    for n in range(size * row // rows, size * end // rows, line):
         prefetch(offset(following, n))
 
 
 @routine
 def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
     """Add a product to any number of rows of C, as :func:`tile` does, while the rows of B after these are fetched."""
-    for row in range(0, rows, ROWS):
+    row = 0
+    while row < rows:
+        count = rows_of_tile(rows - row)
         if rows > 2 * ROWS:
-            _prefetch_share(offset(b, k * b_k), k * b_k, row, rows)
-        tile(
-            min(ROWS, rows - row), vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k,
-            offset(c, row * c_row), c_row,
-        )  # fmt: skip
+            _prefetch_share(offset(b, k * b_k), k * b_k, row, row + count, rows)
+        tile(count, vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k, offset(c, row * c_row), c_row)
+        row += count
 
 
 @routine
@@ -295,10 +301,13 @@ def gate_tile(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, s
 def gate_tiles(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
     """Run :func:`gate_tile` over any number of rows, while the rows of B after these are fetched."""
     size = (k1 + k2) * VECTORS * lanes_of(b)
-    for row in range(0, rows, ROWS):
+    row = 0
+    while row < rows:
+        count = rows_of_tile(rows - row)
         if rows > 2 * ROWS:
-            _prefetch_share(offset(b, size), size, row, rows)
+            _prefetch_share(offset(b, size), size, row, row + count, rows)
         gate_tile(
-            min(ROWS, rows - row), blocks, k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row,
+            count, blocks, k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row,
             b, b_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
         )  # fmt: skip
+        row += count
