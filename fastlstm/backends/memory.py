@@ -47,7 +47,8 @@ def new_array(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Arra
     Without `zero` it is uninitialised.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < Pool.LEAST:
+    # What is larger than the pool would not be kept; and of zeros, the system provides only those that are touched.
+    if not Pool.LEAST <= size <= Pool.MOST:
         return (np.zeros if zero else np.empty)(shape, dtype)
     array: Array = np.ndarray(shape, dtype, POOL.take(size))
     if zero:
