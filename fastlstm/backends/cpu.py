@@ -378,19 +378,22 @@ def _direction_backward(
     recompute = tape.gates.shape[2] < TAPE
     chunk = _chunk(packing)
     chunk_rows = packing.rows_of_chunk(chunk)
-    again = (chunk_rows, blocks) if recompute else (0, 0)
     depth, panel = GATES * blocks * width, VECTORS * width
     arguments = (
         weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
         packing.order, packing.lengths, packing.offsets, packing.places(reverse),
         dy, direction * hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, chunk,
+        *(() if recompute else (None, None, None)),
     )  # fmt: skip
+    again = (
+        (chunk_rows, blocks, TAPE, width),
+        (blocks, inputs + hidden, GATES, width),
+        (blocks, GATES, width),
+    )
 
     def needs(plan: Plan) -> tuple[_Shapes, tuple[Any, ...]]:
         shapes = (
-            (again[0], blocks, TAPE, width),
-            (again[1], inputs + hidden, GATES, width),
-            (again[1], GATES, width),
+            *(again if recompute else ()),
             (chunk_rows, depth),
             (batch, blocks * width),
             (batch, blocks * width),

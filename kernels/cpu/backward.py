@@ -49,8 +49,8 @@ def layer_backward(
     dweight_hh,  # (4H, H), OUT
     dbias,  # (4H,), or (0,) for none, OUT
     chunk,  # steps whose gate gradients are kept at a time
-    gates,  # (rows of a chunk, Hp/V, 5, V) scratch if the tape has c alone, else (0, Hp/V, 5, V)
-    packed,  # (Hp/V, I + H, 4, V) scratch likewise, else (0, I + H, 4, V)
+    gates,  # (rows of a chunk, Hp/V, 5, V) scratch if the tape has c alone, else None
+    packed,  # (Hp/V, I + H, 4, V) scratch likewise
     packed_bias,  # (Hp/V, 4, V) scratch likewise
     da,  # (rows of a chunk, 4 * Hp) scratch
     dh_rows,  # (B, Hp) scratch
@@ -71,8 +71,7 @@ def layer_backward(
     """Back-propagate through the recurrence."""
     row_first, row_last, block_first, block_last = parts[thread]
     first, last = share(tape.shape[1], thread, threads)
-    rebuild = packed.shape[0] > 0
-    if rebuild:
+    if gates is not None:  # Numba compiles a kernel without, and one with what belongs to it
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
@@ -83,15 +82,18 @@ def layer_backward(
     while chunk_last > 0:
         chunk_first = max(0, chunk_last - chunk)
         low, high = offsets[chunk_first], offsets[chunk_last]
-        if rebuild:
+        if gates is not None:
             _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last)
             barrier(counters, thread, threads)
         for step in range(chunk_last - 1, chunk_first - 1, -1):
             active = min(offsets[step + 1] - offsets[step], row_last)
             before = offsets[step - 1] if step else -1
+            if gates is not None:
+                whole, first_row = gates, low
+            else:
+                whole, first_row = tape, 0
             _gates_back(
-                offsets[step], before, low, order, places, gates if rebuild else tape, low if rebuild else 0, tape,
-                c0, dy, column, da, dh_rows, dc_rows,
+                offsets[step], before, low, order, places, whole, first_row, tape, c0, dy, column, da, dh_rows, dc_rows,
                 row_first, active, block_first, block_last,
             )  # fmt: skip
             if divided:
@@ -118,15 +120,23 @@ def layer_backward(
 def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads):
     """Zero this thread's share of the sums, and put the final states' gradients in place."""
     first, last = share(gradient_bias.size, thread, threads)
-    gradient_ih[first:last] = 0.0
-    gradient_hh[first:last] = 0.0
-    gradient_bias[first:last] = 0.0
+    for row in range(first, last):
+        gradient_bias[row] = 0.0
+        _clear(offset(address(gradient_ih), row * gradient_ih.shape[1]), gradient_ih.shape[1])
+        _clear(offset(address(gradient_hh), row * gradient_hh.shape[1]), gradient_hh.shape[1])
     hidden = dh_n.shape[1]
     first, last = share(order.size, thread, threads)
     for row in range(first, last):
         for unit in range(dh_rows.shape[1]):
             dh_rows[row, unit] = dh_n[order[row], unit] if unit < hidden else 0.0
             dc_rows[row, unit] = dc_n[order[row], unit] if unit < hidden else 0.0
+
+
+@routine
+def _clear(row, columns):
+    """Set a row of whole vectors to zero."""
+    for column in range(0, columns, lanes_of(row)):
+        store(offset(row, column), fill(row, 0.0))
 
 
 @routine
