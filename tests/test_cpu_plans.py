@@ -12,7 +12,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends.plan import Teams
+from fastlstm.backends.plan import Trials
 
 CPU = BackendUnderTest("cpu")
 pytestmark = pytest.mark.skipif(bool(CPU.missing), reason=str(CPU.missing))
@@ -34,7 +34,7 @@ CASES = {
 @pytest.fixture
 def any_number_of_threads(monkeypatch):
     """Leave the number of threads as it was; and let threads meet, though there are more of them than cores."""
-    monkeypatch.setattr(Teams, "worth_it", lambda self, kind: True)
+    monkeypatch.setattr(Trials, "pick", lambda self, kind, ways: 0)
     yield
     fastlstm.set_num_threads(None)
 
@@ -112,72 +112,75 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() >= 1
 
 
-def calls_by_a_team(teams, calls, seconds):
-    """Make calls that take what `seconds` says for those by a team and the others; return which were by a team."""
+def ways_of_calls(trials, calls, seconds):
+    """Make calls that take what `seconds` says for each way to run them; return the ways they were run."""
     found = []
     for _ in range(calls):
-        team = teams.worth_it("kind")
-        teams.report("kind", team, seconds[team])
-        found.append(team)
+        way = trials.pick("kind", len(seconds))
+        trials.report("kind", way, seconds[way])
+        found.append(way)
     return found
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_what_is_faster_is_kept_and_the_other_tried_ever_more_rarely(faster):
-    teams = Teams()
-    found = calls_by_a_team(teams, 10_000, {faster: 1.0, not faster: 2.0})
-    assert found[0], "a first call is by a team"
-    tries = [n for n in range(1, len(found)) if found[n] != faster and found[n - 1] == faster]
-    rests = [after - before - teams.CALLS for before, after in itertools.pairwise(tries)]
+@pytest.mark.parametrize(("ways", "fastest"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
+def test_what_is_fastest_is_kept_and_others_tried_ever_more_rarely(ways, fastest):
+    trials = Trials()
+    found = ways_of_calls(trials, 20_000, [1.0 if way == fastest else 2.0 for way in range(ways)])
+    assert found[0] == 0, "the first plan is the most promising"
+    tries = [n for n in range(1, len(found)) if found[n] != fastest and found[n - 1] == fastest]
+    rests = [after - before - trials.CALLS for before, after in itertools.pairwise(tries)]
     assert rests == sorted(rests)
-    assert rests[0] <= 2 * teams.FIRST_REST
-    assert rests[-1] == rests[-2] == teams.LONGEST_REST
-    assert teams.worth_it("another kind"), "each kind of call has tries of its own"
+    assert rests[0] <= trials.FIRST_REST * 2**ways
+    assert rests[-1] == rests[-2] == trials.LONGEST_REST
+    assert {found[n] for n in tries[-4:]} == set(range(ways)) - {fastest}, "each of the others has its turn"
+    assert trials.pick("another kind", ways) == 0, "each kind of call has tries of its own"
 
 
 def test_a_try_has_more_than_one_call():
-    teams = Teams()
-    calls_by_a_team(teams, 20, {True: 3.0, False: 2.0})
+    trials = Trials()
+    ways_of_calls(trials, 20, [3.0, 2.0])
     seconds = itertools.cycle([3.0, 1.0, 1.0])  # the first after a rest is slow, though it is the better way
     found = []
     for _ in range(100):
-        found.append(teams.worth_it("kind"))
-        teams.report("kind", found[-1], next(seconds) if found[-1] else 2.0)
-    assert found[-50:].count(True) > 40
+        found.append(trials.pick("kind", 2))
+        trials.report("kind", found[-1], 2.0 if found[-1] else next(seconds))
+    assert found[-50:].count(0) > 40
 
 
-def test_one_slow_call_does_not_decide_whether_there_is_a_team():
-    teams = Teams()
-    calls_by_a_team(teams, 100, {True: 1.0, False: 2.0})
-    teams.report("kind", True, 1000.0)
-    assert all(calls_by_a_team(teams, 5, {True: 1.0, False: 2.0}))
+def test_one_slow_call_decides_nothing():
+    trials = Trials()
+    ways_of_calls(trials, 100, [1.0, 2.0])
+    trials.report("kind", 0, 1000.0)
+    assert ways_of_calls(trials, 5, [1.0, 2.0]) == [0] * 5
 
 
 def test_teams_end_when_the_cores_get_busy_and_come_back():
-    teams = Teams()
-    calls_by_a_team(teams, 1000, {True: 1.0, False: 2.0})
-    assert calls_by_a_team(teams, 100, {True: 40.0, False: 2.0}).count(True) < 10
-    calls = calls_by_a_team(teams, 2 * teams.LONGEST_REST, {True: 1.0, False: 2.0})
-    assert calls[-100:].count(True) > 90
+    trials = Trials()
+    ways_of_calls(trials, 1000, [1.0, 2.0, 3.0])
+    assert ways_of_calls(trials, 100, [40.0, 2.0, 3.0]).count(0) < 10
+    assert ways_of_calls(trials, 4 * trials.LONGEST_REST, [1.0, 2.0, 3.0])[-100:].count(0) > 90
 
 
 def test_kinds_of_calls_are_not_remembered_without_end():
-    teams = Teams()
-    for kind in range(10 * teams.KINDS):
-        teams.report(kind, teams.worth_it(kind), 1.0)
-    assert len(teams._rivals) <= teams.KINDS + 1
+    trials = Trials()
+    for kind in range(10 * trials.KINDS):
+        trials.report(kind, trials.pick(kind, 2), 1.0)
+    assert len(trials._rivals) <= trials.KINDS + 1
+    trials.report("forgotten meanwhile", 0, 1.0)
 
 
-@pytest.mark.parametrize("name", ["units", "rows"])
-def test_a_call_without_its_team_computes_the_same(dtype, name):
+@pytest.mark.parametrize(("name", "ways"), [("units", 2), ("rows", 3), ("rows, ragged", 3)])
+def test_every_way_to_run_a_call_computes_the_same(dtype, name, ways):
     p = problem(CASES[name]).astype(dtype)
     fastlstm.set_num_threads(3)
-    asked = []
+    asked, found = [], []
     try:
-        together = solve(p, CPU)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Teams, "worth_it", lambda self, kind: asked.append(kind))  # which is None: no
-            assert_identical(solve(p, CPU), together)
+            for way in range(ways):
+                patch.setattr(Trials, "pick", lambda self, kind, ways, way=way: asked.append(ways) or way)
+                found.append(solve(p, CPU))
     finally:
         fastlstm.set_num_threads(None)
-    assert len(asked) == 2, "forward and backward"
+    assert set(asked) == {ways}
+    for other in found[1:]:
+        assert_identical(other, found[0])

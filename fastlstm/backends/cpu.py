@@ -21,7 +21,7 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.memory import SCRATCH, new_array, one_block
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import TEAMS, Plan, choose
+from fastlstm.backends.plan import TRIALS, Plan, choose
 from fastlstm.backends.threads import get_num_threads, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
@@ -101,11 +101,13 @@ class CpuBackend(LayeredBackend):
     def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         blocks, threads = -(-cell.hidden_size // lanes(cell.dtype)), get_num_threads()
-        inputs = [cell.layer_input_size(layer) for layer in range(cell.num_layers)]
-        return [
-            str(choose(rows, batch, size, cell.hidden_size, blocks, ROWS, threads, cell.num_directions))
-            for size in inputs
-        ]
+        found = []
+        for layer in range(cell.num_layers):
+            inputs = cell.layer_input_size(layer)
+            plans = choose(rows, batch, inputs, cell.hidden_size, blocks, ROWS, threads, cell.num_directions)
+            words = ", or ".join(map(str, plans))
+            found.append(words + (": whichever proves faster" if len(plans) > 1 else ""))
+        return found
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Run a call of one layer with few checks, or none, in Python (see ``base.Backend.shortcut``)."""
@@ -239,7 +241,7 @@ def _small_backward(
 def _run_directions(run: Callable[[int, int], Any], size: _Size, directions: int, packing: Packing) -> list[Any]:
     """Run a layer's directions forward, at once if that is better; `run` is given one, and the most threads for it."""
     most = get_num_threads()
-    if directions == 1 or size.plan(packing, most, directions=directions).kind != "directions":
+    if directions == 1 or size.plans(packing, most, directions=directions)[0].kind != "directions":
         return [run(direction, most) for direction in range(directions)]
     found: list[Any] = [None] * directions
 
@@ -264,8 +266,8 @@ class _Size(NamedTuple):
         """Read it off the weights."""
         return _size(*weight_ih.shape, weight_ih.dtype)
 
-    def plan(self, packing: Packing, threads: int, directions: int = 1) -> Plan:
-        """Choose a plan for the layer, or for one direction of it."""
+    def plans(self, packing: Packing, threads: int, directions: int = 1) -> tuple[Plan, ...]:
+        """Choose a plan for the layer or for one direction of it, or several to try."""
         batch = packing.order.size
         return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, directions)
 
@@ -290,24 +292,23 @@ def _run(
     `needs` returns, for a plan, the shapes of the arrays to work with, and the kernel's arguments that stand
     between these and those that every kernel has: parts, divided, counters, thread and threads.
     """
+    plans = size.plans(packing, most)
+    kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
+    way = TRIALS.pick(kind, len(plans)) if len(plans) > 1 else 0
     borrowed: tuple[_Shapes, list[Array]] | None = None
 
     def prepare(threads: int) -> tuple[Any, ...]:
         nonlocal borrowed
-        plan = size.plan(packing, threads)
+        # Other calls may have the workers that this plan is for.
+        plan = plans[way] if threads == plans[way].threads else size.plans(packing, threads)[0]
         shapes, settings = needs(plan)
         borrowed = shapes, SCRATCH.borrow(dtype, shapes)
         return (*arguments, *borrowed[1], *settings, plan.parts(packing, size.blocks), plan.kind == "units")
 
-    wanted = size.plan(packing, most)
-    if wanted.doubtful:
-        kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
-        threads = wanted.threads if TEAMS.worth_it(kind) else 1
-        start = time.perf_counter()
-        if run_team(prepare, kernel, threads) == threads:  # no other call had its workers
-            TEAMS.report(kind, threads > 1, (time.perf_counter() - start) / packing.rows)
-    else:
-        run_team(prepare, kernel, wanted.threads)
+    start = time.perf_counter()
+    team = run_team(prepare, kernel, plans[way].threads)
+    if len(plans) > 1 and team == plans[way].threads:
+        TRIALS.report(kind, way, (time.perf_counter() - start) / packing.rows)
     if borrowed:
         SCRATCH.give_back(dtype, *borrowed)
 

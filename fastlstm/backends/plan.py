@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections import deque
 from collections.abc import Hashable
@@ -13,16 +14,18 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.packing import Packing
 
-__all__ = ["TEAMS", "Plan", "Teams", "choose"]
+__all__ = ["TRIALS", "Plan", "Trials", "choose"]
 
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations.
 _OPERATIONS_WORTH_A_THREAD = 2_000_000
-# From so many on, threads with sequences of their own need no measurement.
+# From so many on, a team needs no measurement to be better than one thread.
 _OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
 # Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
 # Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
 _OPERATIONS_WORTH_A_MEETING = 100_000
+# With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile.
+_ROWS_WORTH_ALL_WEIGHTS = 32
 # Rows of input products that are computed together: some tiles, and still in the caches.
 _ROWS_AHEAD = 48
 
@@ -39,14 +42,11 @@ class Plan(NamedTuple):
         Size of the team.
     ahead : int
         Steps whose input products are computed together; 0 if each step computes its own.
-    doubtful : bool
-        Whether the team may turn out slower than one thread, so that both have to be tried: see :class:`Teams`.
     """
 
     kind: str
     threads: int
     ahead: int
-    doubtful: bool = False
 
     def parts(self, packing: Packing, blocks: int) -> Array:
         """First row, last row, first block and last block of each thread: (threads, 4)."""
@@ -78,15 +78,15 @@ def _parts_of_units(threads: int, batch: int, blocks: int) -> Array:
     return parts
 
 
-class Teams:
-    """Whether a team of threads pays where that is in doubt: a matter of measurement, call by call.
+class Trials:
+    """Which of several plans is the fastest, where that is in doubt: a matter of measurement, call by call.
 
     It depends on the machine, and on what else runs there. Waking a worker takes some microseconds, or a hundred on
     a virtual machine; and on busy cores a thread that is waited for may stand in the system's queue for milliseconds,
-    where threads meet after each step at every step. So calls are run both ways, by a team and by one thread, and the
-    faster is kept for each kind of call; the other has another try after some calls, and after twice as many each
-    time that it loses again. A try is of several calls, whose median counts: neither a compilation nor a disturbed
-    call decides. Results do not depend on it.
+    where threads meet after each step at every step. So calls are run all ways, and the fastest is kept for each kind
+    of call; another has a try after some calls, and after twice as many each time that one loses again. A try is of
+    several calls, whose median counts: neither a compilation nor a disturbed call decides. Results do not depend on
+    it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
@@ -97,52 +97,61 @@ class Teams:
     def __init__(self) -> None:
         self._rivals: dict[Hashable, _Rivals] = {}
 
-    def worth_it(self, kind: Hashable) -> bool:
-        """Say whether a call of this kind is to be run by a team."""
+    def pick(self, kind: Hashable, ways: int) -> int:
+        """Say which of so many ways a call of this kind is to be run; the first call takes number 0."""
         if len(self._rivals) > self.KINDS:
             self._rivals.clear()
-        rivals = self._rivals.setdefault(kind, _Rivals(self.FIRST_REST))
-        faster = rivals.faster()
-        untried = rivals.seconds[faster] and not rivals.seconds[not faster]
-        if not rivals.tries and (untried or rivals.calls >= rivals.rest):
-            rivals.tries, rivals.trying = self.CALLS, not faster
-        return rivals.trying if rivals.tries else faster
+        rivals = self._rivals.setdefault(kind, _Rivals(ways, self.FIRST_REST))
+        if not rivals.tries:
+            fastest = rivals.fastest()
+            others = [(fastest + n) % ways for n in range(1, ways)]
+            untried = [way for way in others if not rivals.seconds[way]]
+            if rivals.seconds[fastest] and (untried or rivals.calls >= rivals.rest):
+                rivals.trying = untried[0] if untried else others[rivals.lost % len(others)]
+                rivals.tries = self.CALLS
+        return rivals.trying if rivals.tries else rivals.fastest()
 
-    def report(self, kind: Hashable, team: bool, seconds: float) -> None:
+    def report(self, kind: Hashable, way: int, seconds: float) -> None:
         """Take note of how long a call took, for each of its rows."""
-        rivals = self._rivals.setdefault(kind, _Rivals(self.FIRST_REST))
-        before = rivals.faster()
-        rivals.seconds[team].append(seconds)
-        flipped = rivals.faster() != before
-        if rivals.tries and team == rivals.trying:
+        rivals = self._rivals.get(kind)
+        if rivals is None:  # forgotten meanwhile
+            return
+        before = rivals.fastest()
+        rivals.seconds[way].append(seconds)
+        if rivals.tries and way == rivals.trying:
             rivals.tries -= 1
-            others = rivals.seconds[not team]
-            if others and seconds > self.HOPELESS * statistics.median_low(others):
+            if seconds > self.HOPELESS * min(
+                rivals.median(other) for other in range(len(rivals.seconds)) if other != way
+            ):
                 rivals.tries = 0
             if not rivals.tries:
-                won = rivals.faster() == team
-                rivals.calls, rivals.rest = 0, self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
-        elif flipped:
+                won = rivals.fastest() == way
+                rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
+                rivals.rest = self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
+        elif rivals.fastest() != before:
             rivals.calls, rivals.rest = 0, self.FIRST_REST
         else:
             rivals.calls += 1
 
 
 class _Rivals:
-    """What the last calls of one kind took, by whether a team ran them; and when the slower way is tried again."""
+    """What the last calls of one kind took, each way; and when one that is slower is tried again."""
 
-    def __init__(self, rest: int) -> None:
-        self.seconds: dict[bool, deque[float]] = {team: deque(maxlen=Teams.CALLS) for team in (True, False)}
-        self.rest, self.calls = rest, 0
-        self.trying, self.tries = False, 0
+    def __init__(self, ways: int, rest: int) -> None:
+        self.seconds: list[deque[float]] = [deque(maxlen=Trials.CALLS) for _ in range(ways)]
+        self.rest, self.calls, self.lost = rest, 0, 0
+        self.trying, self.tries = 0, 0
 
-    def faster(self) -> bool:
-        """Say whether calls by a team are the faster ones, as far as it is known."""
-        team, alone = (statistics.median_low(times) if times else None for times in self.seconds.values())
-        return alone is None or (team is not None and team <= alone)
+    def median(self, way: int) -> float:
+        """Of the last calls of one way; infinite before the first."""
+        return statistics.median_low(self.seconds[way]) if self.seconds[way] else math.inf
+
+    def fastest(self) -> int:
+        """Say which way is the fastest, as far as it is known."""
+        return min(range(len(self.seconds)), key=self.median)
 
 
-TEAMS = Teams()
+TRIALS = Trials()
 
 
 @functools.lru_cache(maxsize=256)
@@ -155,8 +164,11 @@ def choose(
     tile_rows: int,
     threads: int,
     directions: int = 1,
-) -> Plan:
+) -> tuple[Plan, ...]:
     """Choose how to run one layer, in one direction after the other or in both at once.
+
+    Where several plans are returned, it is not clear which is the fastest: see :class:`Trials`. The first is the most
+    promising.
 
     Parameters
     ----------
@@ -176,14 +188,16 @@ def choose(
     row_operations: Any = 8 * hidden * (inputs + hidden)
     threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
     steps = rows / max(1, batch)
-    few = batch < 2 * tile_rows * threads
-    if threads > 1 and not few:
-        return Plan("rows", threads, 0, rows * row_operations < _OPERATIONS_SURELY_WORTH_A_TEAM)
     ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
-    spare = threads > 1
-    while threads > 1 and batch * 8 * hidden * hidden < threads * _OPERATIONS_WORTH_A_MEETING:
-        threads -= 1
-    threads = min(threads, blocks)
-    if spare and threads <= directions > 1 and rows * row_operations >= _OPERATIONS_WORTH_A_DIRECTION:
-        return Plan("directions", directions, ahead)
-    return Plan("units", threads, ahead, True) if threads > 1 else Plan("serial", 1, ahead)
+    alone = Plan("serial", 1, ahead)
+    if threads == 1:
+        return (alone,)
+    meeting = int(min(threads, blocks, batch * 8 * hidden * hidden // _OPERATIONS_WORTH_A_MEETING))
+    units = (Plan("units", meeting, ahead),) if meeting > 1 else ()
+    if batch >= 2 * tile_rows * threads:
+        own_units = units if batch < _ROWS_WORTH_ALL_WEIGHTS * threads else ()
+        doubt = rows * row_operations < _OPERATIONS_SURELY_WORTH_A_TEAM
+        return (Plan("rows", threads, 0), *own_units, *((alone,) if doubt else ()))
+    if meeting <= directions > 1 and rows * row_operations >= _OPERATIONS_WORTH_A_DIRECTION:
+        return (Plan("directions", directions, ahead),)
+    return (*units, alone)
