@@ -180,12 +180,12 @@ def _bias(weights: Weights) -> Array:
 
 def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array) -> bool:
     """Run one layer over x (T, B, I); return False, with nothing done, if anything does not fit."""
-    (weight_ih, weight_hh, bias), inputs, hidden = weights, cell.input_size, cell.hidden_size
-    if (
-        (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden))
-        or (bias.shape != (4 * hidden * cell.bias,) or x.shape[-1] != inputs)
-        or (h0.shape != h_n.shape or c0.shape != h_n.shape)
-        or any(array.dtype != cell.dtype for array in (*weights, x, h0, c0))
+    (weight_ih, weight_hh, bias), inputs, hidden, dtype = weights, cell.input_size, cell.hidden_size, cell.dtype
+    if not (
+        (weight_ih.shape == (4 * hidden, inputs) and weight_hh.shape == (4 * hidden, hidden))
+        and (bias.shape == (4 * hidden * cell.bias,) and x.shape[-1] == inputs)
+        and (h0.shape == c0.shape == h_n.shape and h0.dtype == c0.dtype == x.dtype == dtype)
+        and (weight_ih.dtype == weight_hh.dtype == bias.dtype == dtype)
     ):
         return False
     batch = x.shape[-2]
@@ -292,9 +292,11 @@ def _run(
     `needs` returns, for a plan, the shapes of the arrays to work with, and the kernel's arguments that stand
     between these and those that every kernel has: parts, divided, counters, thread and threads.
     """
-    plans = size.plans(packing, most)
-    kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
-    way = TRIALS.pick(kind, len(plans)) if len(plans) > 1 else 0
+    plans, way = size.plans(packing, most), 0
+    doubtful = len(plans) > 1
+    if doubtful:
+        kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
+        way = TRIALS.pick(kind, len(plans))
     borrowed: tuple[_Shapes, list[Array]] | None = None
 
     def prepare(threads: int) -> tuple[Any, ...]:
@@ -306,8 +308,7 @@ def _run(
         return (*arguments, *borrowed[1], *settings, plan.parts(packing, size.blocks), plan.kind == "units")
 
     start = time.perf_counter()
-    team = run_team(prepare, kernel, plans[way].threads)
-    if len(plans) > 1 and team == plans[way].threads:
+    if run_team(prepare, kernel, plans[way].threads) == plans[way].threads and doubtful:
         TRIALS.report(kind, way, (time.perf_counter() - start) / packing.rows)
     if borrowed:
         SCRATCH.give_back(dtype, *borrowed)
