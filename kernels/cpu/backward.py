@@ -61,7 +61,7 @@ def layer_backward(
     gradient_hh,  # (4 * Hp, Hp) scratch
     gradient_bias,  # (4 * Hp,) scratch
     left,  # (Hp/V, DEPTH, 4 * V) scratch: the blocks of da, each for itself
-    right,  # (threads, DEPTH, 4 * V) scratch: a panel of x or h; also a tile of dx
+    right,  # (threads, DEPTH or GROUP, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
     parts,  # (threads, 4), IN
     divided,  # whether units are divided among the threads
     counters,  # (1 + threads, 8) zeros
@@ -78,12 +78,13 @@ def layer_backward(
     _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads)
     barrier(counters, thread, threads)
 
+    panel = offset(address(right), thread * right.shape[1] * right.shape[2])
     chunk_last = offsets.size - 1
     while chunk_last > 0:
         chunk_first = max(0, chunk_last - chunk)
         low, high = offsets[chunk_first], offsets[chunk_last]
         if gates is not None:
-            _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last)
+            _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last, panel)
             barrier(counters, thread, threads)
         for step in range(chunk_last - 1, chunk_first - 1, -1):
             active = min(offsets[step + 1] - offsets[step], row_last)
@@ -100,7 +101,6 @@ def layer_backward(
                 barrier(counters, thread, threads)
             _state_back(step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last)
         barrier(counters, thread, threads)
-        panel = offset(address(right), thread * right.shape[1] * right.shape[2])
         for start in range(low, high, DEPTH):
             rows = min(DEPTH, high - start)
             _split_blocks(da, start - low, rows, left, gradient_bias, first, last)
@@ -156,25 +156,25 @@ def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last
 
 
 @routine
-def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last):
+def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last, a):
     """Compute the gates of the rows low to high again, for all their steps at once, since the states are known.
 
     The sums are those of the forward pass, in the same order, so the gates are the same to the last bit.
     """
     inputs, hidden = x.shape[1], packed.shape[1] - x.shape[1]
     blocks, width, stride = tape.shape[1], tape.shape[3], h_rows.shape[1]
-    tile_row, gates_row = GATES * width, blocks * TAPE * width
+    tile_row = GATES * width
     for block in range(first, last):
         weights = offset(address(packed), block * packed.shape[1] * tile_row)
         start = offset(address(packed_bias), block * tile_row)
         for row in range(low, high, GROUP):
             end = min(row + GROUP, high)
-            out = offset(address(gates), (row - low) * gates_row + block * TAPE * width)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
-            pre_activations(end - row, 1, x_rows, inputs, h_prev, hidden, stride, weights, 0, start, 0, out, gates_row)
+            pre_activations(end - row, 1, x_rows, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row)
             for n in range(row, end):
                 c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
-                gates_again(offset(out, (n - row) * gates_row), width, min(width, hidden - block * width), c)
+                out = offset(address(gates), ((n - low) * blocks + block) * TAPE * width)
+                gates_again(offset(a, (n - row) * tile_row), width, min(width, hidden - block * width), c, out)
 
 
 @routine

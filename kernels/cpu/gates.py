@@ -37,25 +37,27 @@ def gates_forward(a_i, a_f, a_g, a_o, c_prev):
 
 
 @routine(inline=True)
-def gates_again(gates, width, units, c):
-    """Activate pre-activations in place, and put the known cell state beside them: the tape, rebuilt.
+def gates_again(a, width, units, c, tape):
+    """Activate pre-activations and put the known cell state beside them: the tape, rebuilt.
 
     Parameters
     ----------
-    gates : pointer, IN and OUT
-        Four vectors of `width` lanes, the pre-activations; then the five of the tape.
+    a : pointer, IN
+        Four vectors of `width` lanes, the pre-activations.
     width : int
         Lanes of a vector.
     units : int
         Lanes that are units; the others become harmless constants, as in the forward pass.
     c : Vector
         The cell state after this step.
+    tape : pointer, OUT
+        Five vectors: i, f, g, o, c.
     """
-    store(gates, sigmoid(load_first(gates, units)))
-    store(offset(gates, width), sigmoid(load_first(offset(gates, width), units)))
-    store(offset(gates, 2 * width), tanh(load_first(offset(gates, 2 * width), units)))
-    store(offset(gates, 3 * width), sigmoid(load_first(offset(gates, 3 * width), units)))
-    store(offset(gates, 4 * width), c)
+    store(tape, sigmoid(load_first(a, units)))
+    store(offset(tape, width), sigmoid(load_first(offset(a, width), units)))
+    store(offset(tape, 2 * width), tanh(load_first(offset(a, 2 * width), units)))
+    store(offset(tape, 3 * width), sigmoid(load_first(offset(a, 3 * width), units)))
+    store(offset(tape, 4 * width), c)
 
 
 @routine(inline=True)
