@@ -1,1 +1,1 @@
-"""The kernels of the CPU backend, from the bottom: simd, activations, tile, gates, pack, team, forward, backward, small."""
+"""The kernels of the CPU backend, from the bottom: simd, activations, tile, gates, pack, team; then whole layers."""
