@@ -34,6 +34,7 @@ class _Worker(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="fastlstm-worker", daemon=True)
         self.jobs: SimpleQueue[_Job] = SimpleQueue()
+        self.cores: set[int] = set()  # it may be woken on, as far as this was set
         self.start()
 
     def run(self) -> None:
@@ -62,9 +63,11 @@ def _keep_off_this_core(workers: list[_Worker]) -> None:
     allowed = os.sched_getaffinity(0)
     others = allowed - {_core_of_this_thread()} or allowed
     for worker in workers:
-        assert worker.native_id
-        with contextlib.suppress(OSError):  # somebody changes at this moment what is allowed
-            os.sched_setaffinity(worker.native_id, others)
+        if worker.cores != others:  # it takes longer to set than all else here
+            assert worker.native_id
+            with contextlib.suppress(OSError):  # somebody changes at this moment what is allowed
+                os.sched_setaffinity(worker.native_id, others)
+                worker.cores = others
 
 
 _NO_COUNTERS = np.zeros((2, 8), np.int64)  # for a kernel without a team, which meets no one
