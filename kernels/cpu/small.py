@@ -192,37 +192,40 @@ def small_forward_taped(
 
 @routine(inline=True)
 def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, training, tape, h_rows):
-    """Run the recurrence, row by row; `tape` and `h_rows` are pointers, which only training uses."""
+    """Run the recurrence; `tape` and `h_rows` are pointers, which only training uses."""
     batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
     blocks = (hidden + width - 1) // width
-    for row in range(rows):
-        sequence = row % batch
-        first, last = row < batch, row >= rows - batch
-        x_row = offset(address(x), row * inputs)
-        h_row = offset(address(h0), sequence * hidden) if first else offset(address(y), (row - batch) * hidden)
-        c_row = offset(address(c0) if first else address(c_n), sequence * hidden)
+    for low in range(0, rows, batch):
+        first, last = low == 0, low + batch == rows
+        x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
+        h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
+        c_step = address(c0) if first else address(c_n)
+        # The weights of a block serve all sequences while they are in the first-level cache.
         for block in range(blocks):
             unit = block * width
             units = min(width, hidden - unit)
-            a_i = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, unit, units)
-            a_f = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, hidden + unit, units)
-            a_g = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 2 * hidden + unit, units)
-            a_o = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 3 * hidden + unit, units)
-            c_prev = load_first(offset(c_row, unit), units)
-            i, f, g, o, c = gates_forward(a_i, a_f, a_g, a_o, c_prev)
-            h = o * tanh(c)
-            store_first(offset(address(c_n), sequence * hidden + unit), c, units)
-            store_first(offset(address(y), row * hidden + unit), h, units)
-            if last:
-                store_first(offset(address(h_n), sequence * hidden + unit), h, units)
-            if training:
-                left = offset(tape, (row * blocks + block) * TAPE * width)
-                store(left, i)
-                store(offset(left, width), f)
-                store(offset(left, 2 * width), g)
-                store(offset(left, 3 * width), o)
-                store(offset(left, 4 * width), c)
-                store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_row, unit), units))
+            for sequence in range(batch):
+                x_row, h_row = offset(x_step, sequence * inputs), offset(h_step, sequence * hidden)
+                own = sequence * hidden + unit
+                a_i = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, unit, units)
+                a_f = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, hidden + unit, units)
+                a_g = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 2 * hidden + unit, units)
+                a_o = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 3 * hidden + unit, units)
+                i, f, g, o, c = gates_forward(a_i, a_f, a_g, a_o, load_first(offset(c_step, own), units))
+                h = o * tanh(c)
+                store_first(offset(address(c_n), own), c, units)
+                store_first(offset(y_step, own), h, units)
+                if last:
+                    store_first(offset(address(h_n), own), h, units)
+                if training:
+                    row = low + sequence
+                    left = offset(tape, (row * blocks + block) * TAPE * width)
+                    store(left, i)
+                    store(offset(left, width), f)
+                    store(offset(left, 2 * width), g)
+                    store(offset(left, 3 * width), o)
+                    store(offset(left, 4 * width), c)
+                    store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_row, unit), units))
 
 
 @kernel
