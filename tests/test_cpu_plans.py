@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -159,6 +161,39 @@ def test_teams_end_when_the_cores_get_busy_and_come_back():
     ways_of_calls(trials, 1000, [1.0, 2.0, 3.0])
     assert ways_of_calls(trials, 100, [40.0, 2.0, 3.0]).count(0) < 10
     assert ways_of_calls(trials, 4 * trials.LONGEST_REST, [1.0, 2.0, 3.0])[-100:].count(0) > 90
+
+
+def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
+    # A few rows more, and one thread is out of the question: its number must not be taken for another plan's.
+    trials = Trials()
+    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu"], "TRIALS", trials)
+    lstm = LSTM(34, 128, seed=0)
+    fastlstm.set_num_threads(2)
+    try:
+        with fastlstm.use_backend("cpu"):
+            for steps in (15, 16):
+                for _ in range(5):
+                    lstm(np.zeros((steps, 40, 34), np.float32))
+                    for rivals in trials._rivals.values():
+                        rivals.fastest, rivals.tries = len(rivals.seconds) - 1, 0
+    finally:
+        fastlstm.set_num_threads(None)
+    assert sorted(len(rivals.seconds) for rivals in trials._rivals.values()) == [2, 3]
+
+
+def test_several_threads_pick_at_once():
+    trials, ways = Trials(), 3
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for kind in rng.integers(0, 3 * Trials.KINDS, 3000).tolist():
+            way = trials.pick(kind, ways)
+            assert 0 <= way < ways
+            trials.report(kind, way, rng.random())
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(4)))
 
 
 def test_kinds_of_calls_are_not_remembered_without_end():

@@ -295,7 +295,7 @@ def _run(
     plans, way = size.plans(packing, most), 0
     doubtful = len(plans) > 1
     if doubtful:
-        kind = kernel, size, packing.order.size, packing.rows.bit_length(), most
+        kind = kernel, size, packing.order.size, packing.rows.bit_length(), plans
         way = TRIALS.pick(kind, len(plans))
     borrowed: tuple[_Shapes, list[Array]] | None = None
 

@@ -101,34 +101,33 @@ class Trials:
         """Say which of so many ways a call of this kind is to be run; the first call takes number 0."""
         if len(self._rivals) > self.KINDS:
             self._rivals.clear()
-        rivals = self._rivals.setdefault(kind, _Rivals(ways, self.FIRST_REST))
-        if not rivals.tries:
-            fastest = rivals.fastest()
-            others = [(fastest + n) % ways for n in range(1, ways)]
-            untried = [way for way in others if not rivals.seconds[way]]
-            if rivals.seconds[fastest] and (untried or rivals.calls >= rivals.rest):
-                rivals.trying = untried[0] if untried else others[rivals.lost % len(others)]
-                rivals.tries = self.CALLS
-        return rivals.trying if rivals.tries else rivals.fastest()
+        rivals = self._rivals.get(kind)
+        if rivals is None:
+            rivals = self._rivals[kind] = _Rivals(ways, self.FIRST_REST)
+        untried = math.inf in rivals.medians
+        if not rivals.tries and (untried or rivals.calls >= rivals.rest) and rivals.seconds[rivals.fastest]:
+            others = [way for way in range(ways) if way != rivals.fastest]
+            unknown = [way for way in others if not rivals.seconds[way]]
+            rivals.trying = unknown[0] if unknown else others[rivals.lost % len(others)]
+            rivals.tries = self.CALLS
+        return rivals.trying if rivals.tries else rivals.fastest
 
     def report(self, kind: Hashable, way: int, seconds: float) -> None:
         """Take note of how long a call took, for each of its rows."""
         rivals = self._rivals.get(kind)
         if rivals is None:  # forgotten meanwhile
             return
-        before = rivals.fastest()
-        rivals.seconds[way].append(seconds)
+        before = rivals.fastest
+        rivals.note(way, seconds)
         if rivals.tries and way == rivals.trying:
             rivals.tries -= 1
-            if seconds > self.HOPELESS * min(
-                rivals.median(other) for other in range(len(rivals.seconds)) if other != way
-            ):
+            if seconds > self.HOPELESS * min(rivals.medians[:way] + rivals.medians[way + 1 :]):
                 rivals.tries = 0
             if not rivals.tries:
-                won = rivals.fastest() == way
+                won = rivals.fastest == way
                 rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
                 rivals.rest = self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
-        elif rivals.fastest() != before:
+        elif rivals.fastest != before:
             rivals.calls, rivals.rest = 0, self.FIRST_REST
         else:
             rivals.calls += 1
@@ -139,16 +138,16 @@ class _Rivals:
 
     def __init__(self, ways: int, rest: int) -> None:
         self.seconds: list[deque[float]] = [deque(maxlen=Trials.CALLS) for _ in range(ways)]
+        self.medians = [math.inf] * ways
+        self.fastest = 0
         self.rest, self.calls, self.lost = rest, 0, 0
         self.trying, self.tries = 0, 0
 
-    def median(self, way: int) -> float:
-        """Of the last calls of one way; infinite before the first."""
-        return statistics.median_low(self.seconds[way]) if self.seconds[way] else math.inf
-
-    def fastest(self) -> int:
-        """Say which way is the fastest, as far as it is known."""
-        return min(range(len(self.seconds)), key=self.median)
+    def note(self, way: int, seconds: float) -> None:
+        """Take note of a call, and of which way is the fastest now, as far as it is known."""
+        self.seconds[way].append(seconds)
+        self.medians[way] = statistics.median_low(self.seconds[way])
+        self.fastest = self.medians.index(min(self.medians))
 
 
 TRIALS = Trials()
