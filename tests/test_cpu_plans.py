@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -166,7 +165,7 @@ def test_teams_end_when_the_cores_get_busy_and_come_back():
 def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
     # A few rows more, and one thread is out of the question: its number must not be taken for another plan's.
     trials = Trials()
-    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu"], "TRIALS", trials)
+    monkeypatch.setattr("fastlstm.backends.cpu.TRIALS", trials)
     lstm = LSTM(34, 128, seed=0)
     fastlstm.set_num_threads(2)
     try:
