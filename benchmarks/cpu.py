@@ -47,8 +47,9 @@ def works(options: argparse.Namespace) -> list[Work]:
 
 
 def best_ratios(found: list[table.Line], kind: str, dtype: str) -> list[float]:
-    """The best peer's time over ours, for each row of a kind and dtype."""
+    """The best peer's time over ours, for each row of a kind and dtype; not of the ragged batch, which is no shape."""
     chosen = [line for line in found if (line.row.work.kind, line.row.work.dtype) == (kind, dtype)]
+    chosen = [line for line in chosen if line.row.work.lengths is None]
     return [min(ratio.middle for ratio in line.ratios.values()) for line in chosen if line.ratios]
 
 

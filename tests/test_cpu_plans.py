@@ -148,6 +148,12 @@ def test_a_try_has_more_than_one_call():
     assert found[-50:].count(0) > 40
 
 
+def test_what_is_hopeless_takes_little_of_the_time():
+    found = ways_of_calls(Trials(), 50_000, [100.0, 1.0, 400.0])
+    assert (100.0 * found.count(0) + 400.0 * found.count(2)) / 50_000 < 2 * Trials.SHARE
+    assert found[10_000:].count(0) and found[10_000:].count(2), "each is tried again all the same"
+
+
 def test_one_slow_call_decides_nothing():
     trials = Trials()
     ways_of_calls(trials, 100, [1.0, 2.0])

@@ -91,7 +91,8 @@ class Trials:
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
     CALLS = 3  # of a try
-    HOPELESS = 4.0  # a try ends with a call that takes so many times as long
+    HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
+    SHARE = 0.02  # and the next is so far away that such tries take no more of the time
     KINDS = 256  # of calls that are remembered
 
     def __init__(self) -> None:
@@ -121,12 +122,16 @@ class Trials:
         rivals.note(way, seconds)
         if rivals.tries and way == rivals.trying:
             rivals.tries -= 1
-            if seconds > self.HOPELESS * min(rivals.medians[:way] + rivals.medians[way + 1 :]):
+            best = min(rivals.medians[:way] + rivals.medians[way + 1 :])
+            hopeless = seconds > self.HOPELESS * best
+            if hopeless:
                 rivals.tries = 0
             if not rivals.tries:
                 won = rivals.fastest == way
                 rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
                 rivals.rest = self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
+                if hopeless:
+                    rivals.rest = max(rivals.rest, int(seconds / (self.SHARE * best)))
         elif rivals.fastest != before:
             rivals.calls, rivals.rest = 0, self.FIRST_REST
         else:
