@@ -21,7 +21,6 @@ import math
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-from numpy.polynomial import Chebyshev, Polynomial
 
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.simd import (
@@ -148,6 +147,8 @@ def _interpolated(function, low, high, terms):
 
     @functools.cache
     def coefficients(count):
+        from numpy.polynomial import Chebyshev, Polynomial  # only where something is compiled
+
         return Chebyshev.interpolate(function, count - 1, [low, high]).convert(kind=Polynomial).coef.tolist()
 
     @intrinsic
