@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from readme import beyond, kernels, limits, reasons
+from readme import beyond, goals, kernels, limits, reasons
 from studies import record
 from studies.record import Study
 
@@ -124,11 +124,12 @@ def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
         " method stands in `fastlstm/bench/clock.py`.",
     ]
     for machine in machines(folder):
-        for name, results in machine.kernels.items():
-            if name != FIRST:
-                parts.append(f"## {machine.folder.name}: {name.replace('-', ' ')}")
-                parts += kernels.paragraphs(results, given, every=True)
-                parts += limits.paragraphs(results)
+        others = {name: results for name, results in machine.kernels.items() if name != FIRST}
+        parts += [f"## {machine.folder.name}", *goals.paragraphs(others, machine.studies)] if others else []
+        for name, results in others.items():
+            parts.append(f"### {name.replace('-', ' ')}")
+            parts += kernels.paragraphs(results, given, every=True)
+            parts += limits.paragraphs(results)
     return "\n\n".join(parts) + "\n"
 
 

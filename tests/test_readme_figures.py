@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
 
 import figures
-from readme import reasons
+from readme import goals, reasons
 from studies import memory, recompute, record
 from studies.record import OURS, Case, Study
 
@@ -150,12 +150,39 @@ def test_other_tables_show_every_row_and_how_far_anyone_could_go(committed):
     bench.save(committed / "results" / "made-up" / "table-7.json", results)
     (committed / "reasons.toml").write_text(WHY.replace("onnxruntime", "torch"))
     text = figures.tables(committed / "results", committed / "reasons.toml")
-    assert "## made-up: table 7\n" in text and "1,32,64,128" not in text
+    assert "## made-up\n" in text and "### table 7\n" in text and "1,32,64,128" not in text
     assert "moves 7 GB/s" in text
     assert "| 1000,1,512,512 | infer float32 | 50 % | onnxruntime | 25 % | 2.00 | 4.00 | 4096 KiB at 2 GB/s |" in text
     assert "| 10,99,9,9 | infer float32 | 0 % | torch | 0 % | **0.62** | - | - |" in text
     assert "- infer float32: geometric mean of the best peer's time divided by ours 1.12, least 0.62" in text
     assert "**torch**: 10,99,9,9 infer float32 (0.62). It keeps" in text
+
+
+def test_goals_stand_beside_what_was_measured_and_what_misses_is_bold(committed):
+    """Ours takes one second, but for the step; the ragged batch, twice as fast as asked, is no part of the mean."""
+    peak = bench_data.Work(*goals.PEAK)
+    results = bench_data.results(
+        bench_data.row(peak, {OURS: 1.0, "torch": 1.2}),
+        bench_data.row(bench_data.Work(9, 9, 9, 9), {OURS: 1.0, "onnxruntime": 2.7, "torch": 3.0}),
+        bench_data.row(bench_data.Work(9, 9, 9, 9, kind="train"), {OURS: 1.0, "torch": 1.1}),
+        bench_data.row(bench_data.Work.ragged(9, 9, 9, 9), {OURS: 1.0, "torch": 40.0}),
+        bench_data.row(bench_data.Work(1, 1, 9, 9, kind="stream"), {OURS: 5e-6, "onnxruntime": 20e-6}),
+        ceilings={"cpu": bench.Ceiling({"float32": 1.25 * peak.operations}, 7e9)},
+    )
+    bench.save(committed / "results" / "made-up" / "table-7.json", results)
+    text = figures.tables(committed / "results", committed / "reasons.toml")
+    assert "| inference, float32: best peer's time / ours, least | at least 1 | 1.20 |" in text
+    assert "| geometric mean | at least 1.4 | 1.80 |" in text
+    assert "| training, float32: torch's time / ours, least | at least 1.2 | **1.10** |" in text
+    assert "| geometric mean | at least 2 | **1.10** |" in text
+    assert "| training, float64: torch's time / ours, geometric mean | at least 1.5 | - |" in text
+    assert "50,64,512,512 | at least 0.8 | 0.80 |" in text
+    assert "| a streaming step, microseconds | at most 4 | **5.00** |" in text
+    assert "| a streaming step: onnxruntime's time / ours | at least 2 | 4.00 |" in text
+    assert "| ragged training: torch's packed sequences / ours | at least 20 | 40.00 |" in text
+    assert "| training with recompute, times the time | at most 1.35 | 1.25 |" in text
+    assert "sequence | at most 7 | 6.50 |" in text
+    assert "| first calls in a later process, seconds | at most 0.5 | - |" in text
 
 
 def test_another_result_makes_another_readme(committed):

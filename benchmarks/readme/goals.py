@@ -1,0 +1,162 @@
+"""What this project holds itself to on a processor, and how far it is there: met, or missed by how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from studies import memory, ragged, recompute
+from studies.record import OURS, Case, Study
+
+from fastlstm.bench import table
+from fastlstm.bench.peers import CPU
+from fastlstm.bench.results import Results
+from fastlstm.bench.table import Line
+
+from . import cells
+
+PEAK = (50, 64, 512, 512)  # where most of the time is arithmetic
+
+
+class Goal(NamedTuple):
+    """One goal: what is asked for, at least or at most, and how to read it off the results; None if it is not there."""
+
+    words: str
+    asked: float
+    at_most: bool
+    found: Callable[..., float | None]
+
+    def cell(self, given: Sequence[Line] | Mapping[str, Study]) -> str:
+        """Return the value, bold if it misses the goal."""
+        value = self.found(given)
+        if value is None:
+            return "-"
+        met = value <= self.asked if self.at_most else value >= self.asked
+        return f"{value:.2f}" if met else f"**{value:.2f}**"
+
+
+def _ratios(kind: str, dtype: str) -> Callable[[Sequence[Line]], list[float]]:
+    """Make the function that returns, for each row of a kind and dtype, the best peer's time divided by ours."""
+
+    def ratios(lines: Sequence[Line]) -> list[float]:
+        works = [(line, line.row.work) for line in lines]
+        chosen = [line for line, work in works if (work.kind, work.dtype, work.lengths) == (kind, dtype, None)]
+        return [min(ratio.middle for ratio in line.ratios.values()) for line in chosen if line.ratios]
+
+    return ratios
+
+
+def _least(kind: str, dtype: str) -> Callable[[Sequence[Line]], float | None]:
+    return lambda lines: min(_ratios(kind, dtype)(lines), default=None)
+
+
+def _mean(kind: str, dtype: str) -> Callable[[Sequence[Line]], float | None]:
+    def mean(lines: Sequence[Line]) -> float | None:
+        ratios = _ratios(kind, dtype)(lines)
+        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+    return mean
+
+
+def _share(lines: Sequence[Line]) -> float | None:
+    found = [line for line in lines if (line.row.work.shape, line.row.work.kind) == (PEAK, "infer")]
+    return next((line.share for line in found if line.row.work.dtype == "float32"), None)
+
+
+def _step(lines: Sequence[Line]) -> float | None:
+    return next((1e6 * line.seconds.middle for line in lines if line.row.work.kind == "stream"), None)
+
+
+def _step_ratio(lines: Sequence[Line]) -> float | None:
+    found = [line.ratios.get("onnxruntime") for line in lines if line.row.work.kind == "stream"]
+    return next((ratio.middle for ratio in found if ratio), None)
+
+
+def _ragged(lines: Sequence[Line]) -> float | None:
+    found = [line.ratios.get("torch") for line in lines if line.row.work.lengths]
+    return next((ratio.middle for ratio in found if ratio), None)
+
+
+OF_SHAPES = (
+    Goal("inference, float32: best peer's time / ours, least", 1.0, False, _least("infer", "float32")),
+    Goal("geometric mean", 1.4, False, _mean("infer", "float32")),
+    Goal("training, float32: torch's time / ours, least", 1.2, False, _least("train", "float32")),
+    Goal("geometric mean", 2.0, False, _mean("train", "float32")),
+    Goal("inference, float64: torch's time / ours, geometric mean", 1.5, False, _mean("infer", "float64")),
+    Goal("training, float64: torch's time / ours, geometric mean", 1.5, False, _mean("train", "float64")),
+    Goal(f"share of the peak, inference, float32, {','.join(map(str, PEAK))}", 0.8, False, _share),
+    Goal("a streaming step, microseconds", 4.0, True, _step),
+    Goal("a streaming step: onnxruntime's time / ours", 2.0, False, _step_ratio),
+    Goal("ragged training: torch's packed sequences / ours", 20.0, False, _ragged),
+)
+"""Of the tables of ``benchmarks/cpu.py``: over its eight shapes."""
+
+
+def _case(study: str, words: str) -> Callable[[Mapping[str, Study]], Case | None]:
+    """Make the function that finds the case of a study whose name ends so."""
+
+    def find(studies: Mapping[str, Study]) -> Case | None:
+        return (
+            next((case for case in studies[study].cases if case.name.endswith(words)), None)
+            if study in studies
+            else None
+        )
+
+    return find
+
+
+def _padded(studies: Mapping[str, Study]) -> float | None:
+    case = _case("ragged", "against ourselves padded")(studies)
+    ratio = case.ratio(ragged.PADDED) if case else None
+    return 1.0 / ratio.middle if ratio else None
+
+
+def _seconds(words: str) -> Callable[[Mapping[str, Study]], float | None]:
+    def seconds(studies: Mapping[str, Study]) -> float | None:
+        case = _case("start", words)(studies)
+        return case.spread(OURS).middle if case else None
+
+    return seconds
+
+
+def _memory(studies: Mapping[str, Study]) -> float | None:
+    return (
+        max((case.facts[memory.GROWING] for case in studies["memory"].cases), default=None)
+        if "memory" in studies
+        else None
+    )
+
+
+def _recompute(studies: Mapping[str, Study]) -> float | None:
+    cases = studies["recompute"].cases if "recompute" in studies else ()
+    return max((ratio.middle for case in cases if (ratio := case.ratio(recompute.RECOMPUTED))), default=None)
+
+
+OF_STUDIES = (
+    Goal("ragged training, share of our own padded time", 0.85, True, _padded),
+    Goal("first calls of a model with an empty kernel cache, seconds", 10.0, True, _seconds("cold: all three calls")),
+    Goal("first calls in a later process, seconds", 0.5, True, _seconds("warm: all three calls")),
+    Goal("training memory that grows with T, numbers a unit, step and sequence", 7.0, True, _memory),
+    Goal("training with recompute, times the time", 1.35, True, _recompute),
+)
+
+
+def paragraphs(kernels: Mapping[str, Results], studies: Mapping[str, Study]) -> Iterator[str]:
+    """Return the goals, beside each what was measured: in `kernels`, by the name of the file, and in `studies`."""
+    yield (
+        "What the project holds itself to, and where it is: bold is what misses its goal. How far the machine itself"
+        " would let anyone go stands under each table."
+    )
+    if kernels:
+        found = [[line for line in table.lines(results) if line.side == CPU] for results in kernels.values()]
+        rows = [[goal.words, _asked(goal), *map(goal.cell, found)] for goal in OF_SHAPES]
+        yield cells.table(["goal", "asked", *(name.replace("-", " ") for name in kernels)], rows)
+    if studies:
+        yield cells.table(
+            ["goal", "asked", "studies"], [[goal.words, _asked(goal), goal.cell(studies)] for goal in OF_STUDIES]
+        )
+
+
+def _asked(goal: Goal) -> str:
+    return f"at {'most' if goal.at_most else 'least'} {goal.asked:g}"
