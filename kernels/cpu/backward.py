@@ -120,39 +120,45 @@ def layer_backward(
 def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads):
     """Zero this thread's share of the sums, and put the final states' gradients in place."""
     first, last = share(gradient_bias.size, thread, threads)
-    for row in range(first, last):
-        gradient_bias[row] = 0.0
-        _clear(offset(address(gradient_ih), row * gradient_ih.shape[1]), gradient_ih.shape[1])
-        _clear(offset(address(gradient_hh), row * gradient_hh.shape[1]), gradient_hh.shape[1])
-    hidden = dh_n.shape[1]
+    _clear(address(gradient_bias), first, last, 1)
+    _clear(address(gradient_ih), first, last, gradient_ih.shape[1])
+    _clear(address(gradient_hh), first, last, gradient_hh.shape[1])
+    hidden, stride = dh_n.shape[1], dh_rows.shape[1]
+    width = lanes_of(address(dh_rows))
     first, last = share(order.size, thread, threads)
     for row in range(first, last):
-        for unit in range(dh_rows.shape[1]):
-            dh_rows[row, unit] = dh_n[order[row], unit] if unit < hidden else 0.0
-            dc_rows[row, unit] = dc_n[order[row], unit] if unit < hidden else 0.0
+        for unit in range(0, hidden, width):
+            units, source, target = min(width, hidden - unit), order[row] * hidden + unit, row * stride + unit
+            store(offset(address(dh_rows), target), load_first(offset(address(dh_n), source), units))
+            store(offset(address(dc_rows), target), load_first(offset(address(dc_n), source), units))
 
 
 @routine
-def _clear(row, columns):
-    """Set a row of whole vectors to zero."""
-    for column in range(0, columns, lanes_of(row)):
-        store(offset(row, column), fill(row, 0.0))
+def _clear(matrix, first, last, columns):
+    """Set some rows of a matrix to zero."""
+    width, count = lanes_of(matrix), (last - first) * columns
+    start = offset(matrix, first * columns)
+    for n in range(0, count, width):
+        store_first(offset(start, n), fill(start, 0.0), min(width, count - n))
 
 
 @routine
 def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads):
     """Write this thread's share of the gradients by the bias and the initial states."""
-    hidden, width = dh0.shape[1], lanes_of(address(dh_rows))
+    hidden, stride = dh0.shape[1], dh_rows.shape[1]
+    width = lanes_of(address(dh_rows))
     if dbias.size:
         for block in range(first, last):
             for gate in range(GATES):
-                for lane in range(min(width, hidden - block * width)):
-                    dbias[gate * hidden + block * width + lane] = gradient_bias[(block * GATES + gate) * width + lane]
+                total = load(offset(address(gradient_bias), (block * GATES + gate) * width))
+                place = gate * hidden + block * width
+                store_first(offset(address(dbias), place), total, min(width, hidden - block * width))
     first, last = share(order.size, thread, threads)
     for row in range(first, last):
-        for unit in range(hidden):
-            dh0[order[row], unit] = dh_rows[row, unit]
-            dc0[order[row], unit] = dc_rows[row, unit]
+        for unit in range(0, hidden, width):
+            units, source, target = min(width, hidden - unit), row * stride + unit, order[row] * hidden + unit
+            store_first(offset(address(dh0), target), load(offset(address(dh_rows), source)), units)
+            store_first(offset(address(dc0), target), load(offset(address(dc_rows), source)), units)
 
 
 @routine

@@ -169,18 +169,22 @@ def _update_cells(a, a_row, c_rows, tape, training, low, start, end, block, hidd
 @routine
 def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last):
     """Put the initial states of some rows in place; a sequence of length 0 ends with them."""
-    hidden = h0.shape[1]
+    hidden, stride = h0.shape[1], h_rows.shape[1]
+    width = lanes_of(address(h_rows))
     for row in range(first, last):
-        sequence = order[row]
-        for unit in range(c_rows.shape[1]):
-            inside = unit < hidden
-            c_rows[row, unit] = c0[sequence, unit] if inside else 0.0
+        source = order[row] * hidden
+        for unit in range(0, hidden, width):
+            units = min(width, hidden - unit)
+            h, c = (
+                load_first(offset(address(h0), source + unit), units),
+                load_first(offset(address(c0), source + unit), units),
+            )
+            store(offset(address(c_rows), row * stride + unit), c)
             if lengths[row] > 0 or not training:
-                h_rows[row, unit] = h0[sequence, unit] if inside else 0.0
-        if lengths[row] == 0:
-            for unit in range(hidden):
-                h_n[sequence, unit] = h0[sequence, unit]
-                c_n[sequence, unit] = c0[sequence, unit]
+                store(offset(address(h_rows), row * stride + unit), h)
+            if lengths[row] == 0:
+                store_first(offset(address(h_n), source + unit), h, units)
+                store_first(offset(address(c_n), source + unit), c, units)
 
 
 @routine
@@ -215,20 +219,18 @@ def pre_activations(rows, blocks, x, inputs, h, hidden, h_row, weights, weights_
     """
     tile_row = GATES * lanes_of(a)
     whole = max(0, inputs - 1) // DEPTH * DEPTH  # leaves at least one input, if there are any, to start h's products
-    for k in range(0, whole, DEPTH):
-        gate_tiles(
-            rows, blocks, DEPTH, offset(x, k), inputs, 0, h, h_row, weights, weights_block, start, start_row, a, a_row
-        )
-        weights, start, start_row = offset(weights, DEPTH * tile_row), a, a_row
     first = min(DEPTH, hidden)
-    rest = inputs - whole
-    gate_tiles(
-        rows, blocks, rest, offset(x, whole), inputs, first, h, h_row, weights, weights_block, start, start_row,
-        a, a_row,
-    )  # fmt: skip
-    for k in range(first, hidden, DEPTH):
-        depth = min(DEPTH, hidden - k)
+    k = 0
+    while k < inputs + hidden:
+        k1, k2, a1, a1_row = DEPTH, 0, offset(x, k), inputs
+        if k == whole:
+            k1, k2 = inputs - whole, first
+        elif k > whole:
+            a1, a1_row = offset(h, k - inputs), h_row
+            k1 = min(DEPTH, inputs + hidden - k)
         gate_tiles(
-            rows, blocks, depth, offset(h, k), h_row, 0, h, h_row, offset(weights, (rest + k) * tile_row),
-            weights_block, a, a_row, a, a_row,
+            rows, blocks, k1, a1, a1_row, k2, h, h_row, offset(weights, k * tile_row), weights_block, start, start_row,
+            a, a_row,
         )  # fmt: skip
+        start, start_row = a, a_row
+        k += k1 + k2

@@ -18,10 +18,12 @@ from fastlstm.kernels.cpu.simd import (
     fill,
     lanes,
     lanes_of,
+    load,
     load_first,
     load_vector,
     offset,
     store,
+    store_first,
     vector_pointer,
 )
 from fastlstm.kernels.cpu.tile import VECTORS
@@ -104,10 +106,9 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
         _pack_columns(weight_ih, packed, 0, block)
         _pack_columns(weight_hh, packed, inputs, block)
         for gate in range(GATES):
-            for lane in range(width):
-                unit = block * width + lane
-                inside = unit < hidden and bias.size > 0
-                packed_bias[block, gate, lane] = bias[gate * hidden + unit] if inside else 0.0
+            units = min(width, hidden - block * width) if bias.size else 0
+            target = offset(address(packed_bias), (block * GATES + gate) * width)
+            store(target, load_first(offset(address(bias), gate * hidden + block * width), units))
 
 
 @routine
@@ -180,6 +181,7 @@ def unpack_gradient(packed, gradient, first, last):
     for block in range(first, last):
         for gate in range(GATES):
             for lane in range(min(width, hidden - block * width)):
-                row = gate * hidden + block * width + lane
-                for n in range(columns):
-                    gradient[row, n] = packed[(block * GATES + gate) * width + lane, n]
+                source = offset(address(packed), ((block * GATES + gate) * width + lane) * packed.shape[1])
+                target = offset(address(gradient), (gate * hidden + block * width + lane) * columns)
+                for n in range(0, columns, width):
+                    store_first(offset(target, n), load(offset(source, n)), min(width, columns - n))
