@@ -136,7 +136,7 @@ class LSTM:
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer and gives the same gradients to the last bit. In place of the ``7 * T * B * H``
             numbers that :meth:`backward` speaks of, 4.25 at most are then needed. The backends `cuda` and
-            `reference` keep the gates nonetheless.
+            `reference`, and calls of a few steps, keep the gates nonetheless.
 
         Returns
         -------

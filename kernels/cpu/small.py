@@ -185,9 +185,7 @@ def small_forward_taped(
 ):
     """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    _run(
-        weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, True, address(tape), address(h_rows)
-    )  # fmt: skip
+    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, True, address(tape), address(h_rows))
 
 
 @routine(inline=True)
