@@ -8,11 +8,15 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from harness import BackendUnderTest
 
 import fastlstm
-from fastlstm.backends.threads import run_team
+from fastlstm import LSTM, use_backend
+from fastlstm.backends.workers import release, reserve, run_each, run_team
+from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.team import barrier, dismiss, summon, this_call
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"
@@ -27,38 +31,49 @@ def two_threads():
     fastlstm.set_num_threads(None)
 
 
-def run(work, threads=2):
-    """Run work(thread) in a team, as a kernel that takes nothing else would be run."""
-    return run_team(lambda size: (), lambda counters, thread, size: work(thread), threads)
+@pytest.fixture
+def model():
+    """A model and an input that two threads share."""
+    if missing := BackendUnderTest("cpu").missing:
+        pytest.skip(str(missing))
+    lstm = LSTM(16, 64, seed=0)
+    x = np.random.default_rng(0).normal(size=(40, 64, 16)).astype(np.float32)
+    with use_backend("cpu"):
+        assert "2 threads" in lstm.plan(x)
+    return lstm, x
+
+
+def train(lstm, x):
+    """Return the bits of a training call's results."""
+    with use_backend("cpu"):
+        y, _, tape = lstm.forward(x)
+        return np.concatenate([y.ravel(), lstm.backward(tape, y).x.ravel()]).tobytes()
 
 
 @needs_cores
-def test_a_worker_is_kept_off_the_core_from_which_it_is_handed_its_job():
-    allowed, found = os.sched_getaffinity(0), {}
-
-    def work(thread):
-        found[thread] = os.sched_getaffinity(0)
-
+def test_a_worker_is_kept_off_the_core_from_which_it_is_called():
+    allowed = os.sched_getaffinity(0)
     for core in allowed:
+        time.sleep(0.05)  # the worker falls asleep
         os.sched_setaffinity(0, {core})
         os.sched_setaffinity(0, allowed)  # this thread stays where it is for now, and may run anywhere
-        assert run(work) == 2
-        assert found[0] == allowed, "the caller's own cores are its own affair"
-        assert len(found[1]) == len(allowed) - 1
-        assert found[1] < allowed
+        here, there = run_each(lambda thread: os.sched_getaffinity(0), 2)
+        assert here == allowed, "the caller's own cores are its own affair"
+        assert len(there) == len(allowed) - 1
+        assert there < allowed
 
 
 @needs_cores
-def test_a_worker_keeps_to_the_cores_of_its_caller():
-    allowed, found = os.sched_getaffinity(0), {}
-
-    def work(thread):
-        found[thread] = os.sched_getaffinity(0)
-
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_a_worker_keeps_to_the_cores_of_its_caller(pause):
+    """Also one that is still awake from a call by somebody who had other cores."""
+    allowed = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert run(work) == 2
-        assert found == {0: {min(allowed)}, 1: {min(allowed)}}
+        for cores in (allowed, {min(allowed)}, {max(allowed)}):
+            os.sched_setaffinity(0, cores)
+            here, there = run_each(lambda thread: os.sched_getaffinity(0), 2)
+            assert here == cores and there <= cores
+            time.sleep(pause)
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -74,27 +89,112 @@ def test_an_error_in_any_thread_is_raised_when_all_are_done(failing):
         done.append(thread)
 
     with pytest.raises(ZeroDivisionError):
-        run(work)
+        run_each(work, 2)
     assert done == [1 - failing]
-    assert run(lambda thread: None) == 2, "the worker is idle again"
+    assert run_each(lambda thread: threading.get_ident(), 2) != [threading.get_ident()] * 2, "the worker is idle again"
+
+
+def test_each_is_run_though_there_are_not_so_many_workers():
+    assert run_each(lambda number: number**2, 7) == [number**2 for number in range(7)]
 
 
 def test_calls_at_once_never_have_more_workers_than_are_allowed():
-    sizes, inside, most = [], [], []
+    inside, most, found = [], [], []
 
-    def work(thread):
-        inside.append(thread)
+    def work(number):
+        inside.append(number)
         most.append(len(inside))
         time.sleep(0.005)
-        inside.remove(thread)
+        inside.remove(number)
+        return number
 
-    threads = [threading.Thread(target=lambda: sizes.append(run(work))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(run_each(work, 2))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert len(sizes) == 4
+    assert found == [[0, 1]] * 4
     assert max(most) <= 4 + 1, "four callers, and one worker between them"
+
+
+def test_a_worker_is_called_awake_and_asleep_and_for_work_of_pythons_between(model):
+    lstm, x = model
+    expected = train(lstm, x)
+    for pause in (0.0, 1e-4, 1e-3, 3e-3, 0.02):
+        for _ in range(5):
+            assert run_each(lambda number: number, 2) == [0, 1]
+            assert train(lstm, x) == expected
+            time.sleep(pause)
+
+
+@kernel
+def each_after_the_other(found, team, thread):
+    """Write, thread by thread with some time between, how many have written before; the first begins."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    for turn in range(found.size):
+        barrier(team, thread)
+        if turn == thread:
+            for n in range(100_000_000 * (thread > 0)):
+                found[thread] = found[thread - 1] + (n & 1)
+    if thread == 0:
+        dismiss(team)
+
+
+def test_a_kernel_ends_when_all_threads_have_ended_theirs():
+    fastlstm.set_num_threads(3)
+    for _ in range(3):
+        found = np.zeros(3, np.int64)
+        workers = reserve(2)
+        try:
+            run_team(each_after_the_other, (found,), workers)
+            assert found.tolist() == [0, 1, 2]
+        finally:
+            release(workers)
+
+
+def test_an_idle_worker_sleeps(model):
+    lstm, x = model
+    train(lstm, x)
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before < 0.1
+
+
+def test_a_kernel_that_cannot_be_called_leaves_the_workers_for_the_next(model):
+    lstm, x = model
+    expected = train(lstm, x)
+
+    def broken(*arguments):
+        raise KeyboardInterrupt
+
+    workers = reserve(1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_team(broken, (), workers)
+    finally:
+        release(workers)
+    assert len(workers) == 1
+    assert train(lstm, x) == expected
+    time.sleep(0.02)
+    assert train(lstm, x) == expected
+
+
+def test_more_threads_than_cores_run_one_after_the_other(model):
+    lstm, x = model
+    expected = train(lstm, x)
+    fastlstm.set_num_threads(4)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        if allowed:
+            os.sched_setaffinity(0, {min(allowed)})
+        for _ in range(3):
+            assert train(lstm, x) == expected
+    finally:
+        if allowed:
+            os.sched_setaffinity(0, allowed)
 
 
 # In a process of its own: libraries that other tests load have threads that do not bear a fork.

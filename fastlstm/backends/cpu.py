@@ -21,8 +21,9 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.memory import SCRATCH, new_array, one_block
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import TRIALS, Plan, choose
-from fastlstm.backends.threads import get_num_threads, run_team
+from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
+from fastlstm.backends.threads import get_num_threads
+from fastlstm.backends.workers import release, reserve, run_each, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
 from fastlstm.kernels.cpu.forward import layer_forward
@@ -243,14 +244,7 @@ def _run_directions(run: Callable[[int, int], Any], size: _Size, directions: int
     most = get_num_threads()
     if directions == 1 or size.plans(packing, most, directions=directions)[0].kind != "directions":
         return [run(direction, most) for direction in range(directions)]
-    found: list[Any] = [None] * directions
-
-    def share(counters: Array, thread: int, threads: int) -> None:
-        for direction in range(thread, directions, threads):
-            found[direction] = run(direction, 1)
-
-    run_team(lambda threads: (), share, directions)
-    return found
+    return run_each(lambda direction: run(direction, 1), directions)
 
 
 class _Size(NamedTuple):
@@ -278,40 +272,50 @@ def _size(columns: int, inputs: int, dtype: Any) -> _Size:
     return _Size(inputs, hidden, width, -(-hidden // width))
 
 
+class _Way(NamedTuple):
+    """One way to run a kernel: by a plan, and with what follows from it."""
+
+    plan: Plan
+    shapes: _Shapes  # of the arrays to work with
+    settings: tuple[Any, ...]  # the kernel's arguments after these, up to the team
+
+
+class _Ways(NamedTuple):
+    """The ways of which one may be the fastest, the most promising first."""
+
+    ways: tuple[_Way, ...]
+    kind: object  # of calls, for the trials which is the fastest; None if there is but one
+
+
+@functools.lru_cache(maxsize=Trials.KINDS)
+def _kind(*_: Any) -> object:
+    """Return an object for each kind of call, found faster than what it stands for."""
+    return object()
+
+
 def _run(
-    kernel: Any,
-    arguments: tuple[Any, ...],
-    needs: Callable[[Plan], tuple[_Shapes, tuple[Any, ...]]],
-    dtype: Any,
-    packing: Packing,
-    size: _Size,
-    most: int,
+    kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Ways], dtype: Any, rows: int, most: int
 ) -> None:
-    """Choose a plan of at most so many threads, and run a kernel by it.
+    """Run a kernel over so many rows, on at most so many threads.
 
-    `needs` returns, for a plan, the shapes of the arrays to work with, and the kernel's arguments that stand
-    between these and those that every kernel has: parts, divided, counters, thread and threads.
+    `ways_for` returns the ways for a number of threads, with the arguments that come after those that are given.
     """
-    plans, way = size.plans(packing, most), 0
-    doubtful = len(plans) > 1
-    if doubtful:
-        kind = kernel, size, packing.order.size, packing.rows.bit_length(), plans
-        way = TRIALS.pick(kind, len(plans))
-    borrowed: tuple[_Shapes, list[Array]] | None = None
-
-    def prepare(threads: int) -> tuple[Any, ...]:
-        nonlocal borrowed
-        # Other calls may have the workers that this plan is for.
-        plan = plans[way] if threads == plans[way].threads else size.plans(packing, threads)[0]
-        shapes, settings = needs(plan)
-        borrowed = shapes, SCRATCH.borrow(dtype, shapes)
-        return (*arguments, *borrowed[1], *settings, plan.parts(packing, size.blocks), plan.kind == "units")
-
-    start = time.perf_counter()
-    if run_team(prepare, kernel, plans[way].threads) == plans[way].threads and doubtful:
-        TRIALS.report(kind, way, (time.perf_counter() - start) / packing.rows)
-    if borrowed:
-        SCRATCH.give_back(dtype, *borrowed)
+    ways, kind = ways_for(most)
+    number = TRIALS.pick(kind, len(ways)) if kind else 0
+    way = ways[number]
+    workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
+    try:
+        as_planned = 1 + len(workers) == way.plan.threads
+        if not as_planned:  # other calls have the workers
+            way = ways_for(1 + len(workers)).ways[0]
+        scratch = SCRATCH.borrow(dtype, way.shapes)
+        start = time.perf_counter()
+        run_team(kernel, (*arguments, *scratch, *way.settings), workers[: way.plan.threads - 1])
+    finally:
+        release(workers)
+    if kind and as_planned:
+        TRIALS.report(kind, number, (time.perf_counter() - start) / rows)
+    SCRATCH.give_back(dtype, way.shapes, scratch)
 
 
 def _direction_forward(
@@ -329,28 +333,42 @@ def _direction_forward(
     threads: int,
 ) -> DirectionTape | None:
     """Run one direction; writes y, h_n and c_n."""
-    dtype, batch, reverse = x.dtype, x.shape[1], direction == 1
-    size = inputs, hidden, width, blocks = _Size.of(weights.weight_ih)
-    rows = packing.rows if keep_tape else 0
-    kept = (rows, blocks, 1 if recompute else TAPE, width), (rows if keep_tape else 2 * batch, blocks * width)
-    tape = one_block(dtype, *kept) if keep_tape else []
+    dtype, reverse = x.dtype, direction == 1
+    size = _Size.of(weights.weight_ih)
+    rows, kept = packing.rows, 1 if recompute else TAPE
+    shapes = (rows, size.blocks, kept, size.width), (rows, size.blocks * size.width)
+    tape = one_block(dtype, *shapes) if keep_tape else []
     arguments = (
         _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights), packing.pack(x, reverse),
         h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
-        y, direction * hidden, h_n, c_n, keep_tape, *tape,
+        y, direction * size.hidden, h_n, c_n, keep_tape, *tape,
     )  # fmt: skip
 
-    def needs(plan: Plan) -> tuple[_Shapes, tuple[Any, ...]]:
+    def ways(most: int) -> _Ways:
+        return _forward_ways(size, packing, keep_tape, most)
+
+    _run(layer_forward, arguments, ways, dtype, packing.rows, threads)
+    return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_ways(size: _Size, packing: Packing, training: bool, most: int) -> _Ways:
+    """Return the ways to run the forward kernel on at most so many threads."""
+    inputs, _, width, blocks = size
+    batch, plans = packing.order.size, size.plans(packing, most)
+    tape = () if training else ((0, blocks, TAPE, width), (2 * batch, blocks * width))
+    ways = []
+    for plan in plans:
         shapes = (
+            *tape,
             (batch, blocks * width),
-            (blocks, inputs + hidden, GATES, width),
+            (blocks, inputs + size.hidden, GATES, width),
             (blocks, GATES, width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
         )
-        return (shapes if keep_tape else (*kept, *shapes)), (plan.ahead,)
-
-    _run(layer_forward, arguments, needs, dtype, packing, size, threads)
-    return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
+        ways.append(_Way(plan, shapes, (plan.ahead, plan.parts(packing, blocks), plan.kind == "units")))
+    kind = _kind(layer_forward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
+    return _Ways(tuple(ways), kind)
 
 
 def _chunk(packing: Packing) -> int:
@@ -373,27 +391,35 @@ def _direction_backward(
 ) -> Weights:
     """Back-propagate through one direction; writes dx, dh0 and dc0."""
     tape, packing = layer.directions[direction], layer.packing
-    dtype, batch, reverse = dx.dtype, dh_n.shape[0], direction == 1
-    size = inputs, hidden, width, blocks = _Size.of(weights.weight_ih)
+    dtype, reverse = dx.dtype, direction == 1
+    size = _Size.of(weights.weight_ih)
     weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
     grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
     recompute = tape.gates.shape[2] < TAPE
-    chunk = _chunk(packing)
-    chunk_rows = packing.rows_of_chunk(chunk)
-    depth, panel = GATES * blocks * width, VECTORS * width
     arguments = (
         weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
         packing.order, packing.lengths, packing.offsets, packing.places(reverse),
-        dy, direction * hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, chunk,
+        dy, direction * size.hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, _chunk(packing),
         *(() if recompute else (None, None, None)),
     )  # fmt: skip
-    again = (
-        (chunk_rows, blocks, TAPE, width),
-        (blocks, inputs + hidden, GATES, width),
-        (blocks, GATES, width),
-    )
 
-    def needs(plan: Plan) -> tuple[_Shapes, tuple[Any, ...]]:
+    def ways(most: int) -> _Ways:
+        return _backward_ways(size, packing, recompute, most)
+
+    _run(layer_backward, arguments, ways, dtype, packing.rows, get_num_threads())
+    return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_ways(size: _Size, packing: Packing, recompute: bool, most: int) -> _Ways:
+    """Return the ways to run the backward kernel on at most so many threads."""
+    inputs, hidden, width, blocks = size
+    batch, plans = packing.order.size, size.plans(packing, most)
+    chunk_rows = packing.rows_of_chunk(_chunk(packing))
+    depth, panel = GATES * blocks * width, VECTORS * width
+    again = ((chunk_rows, blocks, TAPE, width), (blocks, inputs + hidden, GATES, width), (blocks, GATES, width))
+    ways = []
+    for plan in plans:
         shapes = (
             *(again if recompute else ()),
             (chunk_rows, depth),
@@ -407,10 +433,9 @@ def _direction_backward(
             (blocks, min(DEPTH, packing.rows), panel),
             (plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel),
         )
-        return shapes, ()
-
-    _run(layer_backward, arguments, needs, dtype, packing, size, get_num_threads())
-    return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
+        ways.append(_Way(plan, shapes, (plan.parts(packing, blocks), plan.kind == "units")))
+    kind = _kind(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
+    return _Ways(tuple(ways), kind)
 
 
 BACKEND: Any = CpuBackend()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import math
+import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,15 +34,15 @@ def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
     Returns
     -------
     list of array
-        Uninitialised, C-contiguous. The block is freed, or goes back to the pool, with the last of them.
+        Uninitialised, C-contiguous. The block is freed, or free for the next call, with the last of them.
     """
     starts, size = _layout(dtype.itemsize, shapes)
-    block = POOL.take(size) if size >= Pool.LEAST else _from_a_line_on(size)
-    return [np.ndarray(shape, dtype, block, start) for shape, start in zip(shapes, starts, strict=True)]
+    memory, first = POOL.take(size) if size >= Pool.LEAST else _bytes_and_line(size)
+    return [np.ndarray(shape, dtype, memory, first + start) for shape, start in zip(shapes, starts, strict=True)]
 
 
 def new_array(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Array:
-    """Allocate an array for the caller, whose large block comes from the pool, and goes back when he drops it.
+    """Allocate an array for the caller; a large one in a block of the pool, free again when he drops it.
 
     Without `zero` it is uninitialised.
     """
@@ -50,7 +50,7 @@ def new_array(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Arra
     # What is larger than the pool would not be kept; and of zeros, the system provides only those that are touched.
     if not Pool.LEAST <= size <= Pool.MOST:
         return (np.zeros if zero else np.empty)(shape, dtype)
-    array: Array = np.ndarray(shape, dtype, POOL.take(size))
+    array: Array = np.ndarray(shape, dtype, *POOL.take(size))
     if zero:
         array.fill(0.0)
     return array
@@ -66,18 +66,17 @@ def _layout(itemsize: int, shapes: tuple[tuple[int, ...], ...]) -> tuple[list[in
     return starts, end
 
 
-def _from_a_line_on(size: int) -> Array:
-    """Allocate a block of bytes that starts where a cache line does."""
-    block: Array = np.empty(size + CACHE_LINE, np.uint8)
-    first = -block.__array_interface__["data"][0] % CACHE_LINE
-    return block[first : first + size]
+def _bytes_and_line(size: int) -> tuple[Array, int]:
+    """Allocate bytes; return them, and where among them a cache line starts, from which on there are `size`."""
+    memory: Array = np.empty(size + CACHE_LINE, np.uint8)
+    return memory, -memory.__array_interface__["data"][0] % CACHE_LINE
 
 
 class Scratch:
     """Sets of arrays that calls work with, each lent to one at a time and then to the next that needs the same.
 
-    To make them anew would take a short call longer than to use them. A set in a large block is not kept: that block
-    goes back to the pool, where other calls find it.
+    To make them anew would take a short call longer than to use them. A set in a large block is not kept: other
+    calls find that block in the pool.
     """
 
     SHAPES = 16  # different sets that are kept
@@ -101,84 +100,74 @@ class Scratch:
         self._idle.setdefault((dtype, shapes), []).append(arrays)
 
 
+class _Block(NamedTuple):
+    """A block of memory that the pool knows."""
+
+    memory: Array  # bytes, owned by this array: every array made of them refers to it
+    first: int  # of its bytes, where a cache line starts
+    size: int  # from there on
+
+
 class Pool:
-    """Blocks of memory that nobody uses, kept for the next call.
+    """Large blocks of memory, each lent again once nobody uses it.
 
     The system provides a fresh block page by page, each set to zero; a virtual machine's may have to ask its host for
-    each. That can take as long as the call itself. So a block goes back to the pool when the last array in it is
-    gone, and :data:`MOST` bytes at most are kept. None is lent for less than half its size. Where a new block has to be
-    made, those kept that are too small are freed before.
+    each. That can take as long as the call itself. So the pool remembers the blocks that it lent, :data:`MOST` bytes
+    in all, and has nothing to do when one is not used any more: that only the pool refers to it shows its reference
+    count. None is lent for less than half its size. Where a new block has to be made, those that lie idle and are too
+    small are freed before.
     """
 
     LEAST = 1 << 20  # bytes of a block; the C library recycles smaller ones itself
-    MOST = 1 << 28  # bytes kept
+    MOST = 1 << 28  # bytes of all blocks; the one lent longest ago is forgotten, and freed when it is not used
 
     def __init__(self) -> None:
-        self._kept: list[Array] = []
-        self._returned: collections.deque[Array] = collections.deque()
-        # Never waited for: a block may come back at any point at which Python collects garbage, also while
-        # this very thread holds the lock; and in a forked child it may be held by a thread that is not there.
+        self._blocks: list[_Block] = []
+        # Never waited for: in a forked child it may be held by a thread that is not there.
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> Array:
-        """Return a block of at least `size` bytes, which comes back by itself."""
-        block = None
-        if self._lock.acquire(blocking=False):
-            try:
-                self._collect()
-                fitting = [n for n, kept in enumerate(self._kept) if size <= kept.size <= 2 * size]
-                if fitting:
-                    block = self._kept.pop(min(fitting, key=lambda n: self._kept[n].size))
-                else:
-                    self._kept = [kept for kept in self._kept if kept.size >= size]
-            finally:
-                self._lock.release()
-        return np.asarray(_Lease(_from_a_line_on(size) if block is None else block, self))
-
-    def give_back(self, block: Array) -> None:
-        """Keep a block for later."""
-        self._returned.append(block)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._collect()
-            finally:
-                self._lock.release()
+    def take(self, size: int) -> tuple[Array, int]:
+        """Return bytes that are nobody else's, and the first of them, from which on there are at least `size`."""
+        if not self._lock.acquire(blocking=False):
+            return _bytes_and_line(size)
+        try:
+            for n, block in enumerate(self._blocks):
+                if size <= block.size <= 2 * size and sys.getrefcount(block.memory) == _IDLE:
+                    self._blocks.append(self._blocks.pop(n))
+                    return block.memory, block.first
+            self._blocks = [block for block in self._blocks if block.size >= size or not _is_idle(block)]
+            block = _Block(*_bytes_and_line(size), size)
+            if size <= self.MOST:
+                self._blocks.append(block)
+                self._forget()
+            return block.memory, block.first
+        finally:
+            self._lock.release()
 
     def clear(self) -> None:
-        """Free what is kept."""
+        """Free what nobody uses."""
         with self._lock:
-            self._collect()
-            self._kept.clear()
+            self._blocks.clear()
 
     @property
     def size(self) -> int:
-        """Bytes that are kept."""
+        """Bytes that are kept, and nobody uses."""
         with self._lock:
-            self._collect()
-            return sum(block.size for block in self._kept)
+            return sum(block.size for block in self._blocks if _is_idle(block))
 
-    def _collect(self) -> None:
-        """Put what has come back among what is kept, and free the oldest of too much."""
-        while self._returned:
-            self._kept.append(self._returned.popleft())
-        while sum(block.size for block in self._kept) > self.MOST:
-            self._kept.pop(0)
+    def _forget(self) -> None:
+        """Let go of the oldest of too many."""
+        surplus = sum(block.size for block in self._blocks) - self.MOST
+        while surplus > 0:
+            surplus -= self._blocks.pop(0).size
 
 
-class _Lease:
-    """Owns a block on behalf of the arrays in it: NumPy keeps what their memory comes from, this, as long as them."""
+def _is_idle(block: _Block) -> bool:
+    return sys.getrefcount(block.memory) == _IDLE
 
-    def __init__(self, block: Array, pool: Pool) -> None:
-        self.block, self.pool = block, pool
 
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        interface: dict[str, Any] = self.block.__array_interface__
-        return interface
-
-    def __del__(self) -> None:
-        self.pool.give_back(self.block)
-
+_probe = _Block(np.empty(0, np.uint8), 0, 0)
+_IDLE = sys.getrefcount(_probe.memory)  # references to the memory of a block that only the pool refers to
 
 POOL = Pool()
 SCRATCH = Scratch()

@@ -12,9 +12,12 @@ from fastlstm.backends.base import Array
 __all__ = ["Packing"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """How the steps of a ragged batch are packed: the longest sequence first, step by step, without padding."""
+    """How the steps of a ragged batch are packed: the longest sequence first, step by step, without padding.
+
+    One for equal lengths is made once for each size of a batch, so that what depends on it can be kept.
+    """
 
     steps: int  # T
     order: Array  # (B,) the sequence at each row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -151,7 +150,7 @@ class _Rivals:
     def note(self, way: int, seconds: float) -> None:
         """Take note of a call, and of which way is the fastest now, as far as it is known."""
         self.seconds[way].append(seconds)
-        self.medians[way] = statistics.median_low(self.seconds[way])
+        self.medians[way] = sorted(self.seconds[way])[(len(self.seconds[way]) - 1) // 2]
         self.fastest = self.medians.index(min(self.medians))
 
 

@@ -12,7 +12,7 @@ from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
 from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, unpack_gradient
 from fastlstm.kernels.cpu.simd import REGISTERS, address, fill, lanes_of, load, load_first, offset, store, store_first
-from fastlstm.kernels.cpu.team import barrier, share
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
 from fastlstm.kernels.cpu.tile import GROUP, VECTORS, rows_of_tile, tile, tiles
 
@@ -64,19 +64,21 @@ def layer_backward(
     right,  # (threads, DEPTH or GROUP, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
     parts,  # (threads, 4), IN
     divided,  # whether units are divided among the threads
-    counters,  # (1 + threads, 8) zeros
+    team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
-    threads,
 ):
     """Back-propagate through the recurrence."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
     row_first, row_last, block_first, block_last = parts[thread]
-    first, last = share(tape.shape[1], thread, threads)
+    first, last = share(tape.shape[1], team, thread)
     if gates is not None:  # Numba compiles a kernel without, and one with what belongs to it
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
-    _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads)
-    barrier(counters, thread, threads)
+    _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread)
+    barrier(team, thread)
 
     panel = offset(address(right), thread * right.shape[1] * right.shape[2])
     chunk_last = offsets.size - 1
@@ -85,7 +87,7 @@ def layer_backward(
         low, high = offsets[chunk_first], offsets[chunk_last]
         if gates is not None:
             _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last, panel)
-            barrier(counters, thread, threads)
+            barrier(team, thread)
         for step in range(chunk_last - 1, chunk_first - 1, -1):
             active = min(offsets[step + 1] - offsets[step], row_last)
             before = offsets[step - 1] if step else -1
@@ -98,34 +100,36 @@ def layer_backward(
                 row_first, active, block_first, block_last,
             )  # fmt: skip
             if divided:
-                barrier(counters, thread, threads)
+                barrier(team, thread)
             _state_back(step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last)
-        barrier(counters, thread, threads)
+        barrier(team, thread)
         for start in range(low, high, DEPTH):
             rows = min(DEPTH, high - start)
             _split_blocks(da, start - low, rows, left, gradient_bias, first, last)
             _add_product(left, rows, x, start, panel, gradient_ih, first, last)
             _add_product(left, rows, h_rows, start, panel, gradient_hh, first, last)
-        start, end = share(high - low, thread, threads)
+        start, end = share(high - low, team, thread)
         _inputs_back(da, start, end, low, packed_ih, places, accumulate, dx, panel)
-        barrier(counters, thread, threads)
+        barrier(team, thread)
         chunk_last = chunk_first
 
     unpack_gradient(gradient_ih, dweight_ih, first, last)
     unpack_gradient(gradient_hh, dweight_hh, first, last)
-    _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads)
+    _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, team, thread)
+    if thread == 0:
+        dismiss(team)
 
 
 @routine
-def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, thread, threads):
+def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread):
     """Zero this thread's share of the sums, and put the final states' gradients in place."""
-    first, last = share(gradient_bias.size, thread, threads)
+    first, last = share(gradient_bias.size, team, thread)
     _clear(address(gradient_bias), first, last, 1)
     _clear(address(gradient_ih), first, last, gradient_ih.shape[1])
     _clear(address(gradient_hh), first, last, gradient_hh.shape[1])
     hidden, stride = dh_n.shape[1], dh_rows.shape[1]
     width = lanes_of(address(dh_rows))
-    first, last = share(order.size, thread, threads)
+    first, last = share(order.size, team, thread)
     for row in range(first, last):
         for unit in range(0, hidden, width):
             units, source, target = min(width, hidden - unit), order[row] * hidden + unit, row * stride + unit
@@ -143,7 +147,7 @@ def _clear(matrix, first, last, columns):
 
 
 @routine
-def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, thread, threads):
+def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, team, thread):
     """Write this thread's share of the gradients by the bias and the initial states."""
     hidden, stride = dh0.shape[1], dh_rows.shape[1]
     width = lanes_of(address(dh_rows))
@@ -153,7 +157,7 @@ def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last
                 total = load(offset(address(gradient_bias), (block * GATES + gate) * width))
                 place = gate * hidden + block * width
                 store_first(offset(address(dbias), place), total, min(width, hidden - block * width))
-    first, last = share(order.size, thread, threads)
+    first, last = share(order.size, team, thread)
     for row in range(first, last):
         for unit in range(0, hidden, width):
             units, source, target = min(width, hidden - unit), row * stride + unit, order[row] * hidden + unit

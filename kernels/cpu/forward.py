@@ -6,10 +6,10 @@ never computed, read or stored, and the rows of all steps together are one matri
 rows. Row n belongs at ``places[n]`` of the caller's (T * B). A batch of equal lengths is the special case
 ``offsets[s] = s * B``, without a copy.
 
-A kernel is run by a team of threads, each calling it with its own number. Each computes some sequences
-(rows) and some blocks of hidden units: ``parts[thread]`` = first row, last row, first block, last block.
-Where every thread has its own rows and all units, the steps need no synchronisation; where units are
-divided, the team meets after each step.
+A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has
+the others do so (``team.py``). Each computes some sequences (rows) and some blocks of hidden units:
+``parts[thread]`` = first row, last row, first block, last block. Where every thread has its own rows and
+all units, the steps need no synchronisation; where units are divided, the team meets after each step.
 
 Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to whole vectors.
 """
@@ -29,7 +29,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, share
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, gate_tiles
 
 __all__ = ["layer_forward", "pre_activations"]
@@ -61,22 +61,24 @@ def layer_forward(
     ahead,  # steps whose input products are computed together, 0 for none
     parts,  # (threads, 4), IN
     divided,  # whether units are divided among the threads
-    counters,  # (1 + threads, 8) zeros, for the barrier
+    team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
-    threads,
 ):
     """Run the recurrence; see the module's docstring for the layout."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
     width, stride = packed.shape[3], h_rows.shape[1]
     batch, features = order.size, y.shape[1]
     tile_row = GATES * width
     row_first, row_last, block_first, block_last = parts[thread]
 
-    first, last = share(packed.shape[0], thread, threads)
+    first, last = share(packed.shape[0], team, thread)
     pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
-    first, last = share(batch, thread, threads)
+    first, last = share(batch, team, thread)
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
-    barrier(counters, thread, threads)
+    barrier(team, thread)
 
     together = block_last - block_first if ahead else 1
     x_first, bias_first = address(x), address(packed_bias)
@@ -134,7 +136,9 @@ def layer_forward(
                             store_first(offset(address(h_n), final), h, units)
                             store_first(offset(address(c_n), final), c, units)
         if divided:
-            barrier(counters, thread, threads)
+            barrier(team, thread)
+    if thread == 0:
+        dismiss(team)
 
 
 @routine(inline=True)

@@ -1,4 +1,22 @@
-"""A barrier for the threads that run one kernel together."""
+"""The threads that run one kernel together: how they are called, and the barrier at which they meet.
+
+Nothing of a hand-over is Python's. The caller's thread enters a kernel, and there it has every other thread call the
+same kernel with the same arguments, but for the number of the thread (:func:`this_call`, :func:`summon`). The others
+have been waiting inside compiled code (:func:`serve`) since they finished the call before, without the interpreter's
+lock; so a call that soon follows another finds them awake.
+
+What they meet in is the `team`, a (1 + threads, 8) int64 array, a cache line for each row, so that waiting on one
+does not disturb the others:
+
+=====================  ==========================================================================================
+``team[0, ARRIVALS]``  how often threads have arrived at barriers
+``team[0, FINISHED]``  how many threads, of those that were summoned, have finished the call
+``team[1 + t, 0]``     how many barriers thread t has passed
+``team[1 + t, 1]``     address of the mailbox of thread t's worker
+=====================  ==========================================================================================
+
+A mailbox is an (8,) int64 array of its worker: a command, then what belongs to it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +28,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.simd import address, offset
 
-__all__ = ["barrier", "share"]
+__all__ = ["COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "serve", "share", "summon", "this_call"]
+
+ARRIVALS, FINISHED = 0, 1
+MAILBOX = 1  # in a thread's row of the team
+COMMAND, CALL, ARGUMENTS, THREAD, DONE = range(5)  # of a mailbox
+NOTHING, RUN, LEAVE = range(3)  # commands
 
 _SPINS = 1000  # about 20 microseconds: longer than a phase's imbalance, far below a scheduler's quantum
 
@@ -31,12 +54,44 @@ def _fetch_add(typingctx, pointer, value):
 
 @intrinsic
 def _load_atomic(typingctx, pointer):
-    """Read an integer that other threads write."""
+    """Read an integer that other threads write; what they wrote before it is seen after."""
 
     def codegen(context, builder, signature, args):
         return builder.load_atomic(args[0], "acquire", 8)
 
     return pointer.dtype(pointer), codegen
+
+
+@intrinsic
+def _store_atomic(typingctx, pointer, value):
+    """Write an integer that other threads read; who sees it sees what was written before it."""
+
+    def codegen(context, builder, signature, args):
+        value = context.cast(builder, args[1], signature.args[1], pointer.dtype)
+        builder.store_atomic(value, args[0], "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(pointer, value), codegen
+
+
+@intrinsic
+def _pointer_at(typingctx, number):
+    """Take an integer for the address of int64 numbers."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def _address_as_number(typingctx, pointer):
+    """Return a pointer as an integer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(pointer), codegen
 
 
 @intrinsic
@@ -65,35 +120,145 @@ def _yield_processor(typingctx):
     return types.void(), codegen
 
 
+@routine(inline=True)
+def _wait_a_little(spins):
+    """Wait, who has done so `spins` times already."""
+    if spins < _SPINS:
+        _relax()
+    else:
+        _yield_processor()
+
+
+# --- calling a kernel together ------------------------------------------------------------------------------
+
+_CALL = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), ir.IntType(64)])
+
+
+@intrinsic
+def this_call(typingctx):
+    """Give what another thread needs to call the kernel in which this stands, with the same arguments.
+
+    The kernel has an argument called `thread`, which alone will be another. To be used by the kernel itself: in a
+    routine it would mean that routine.
+
+    Returns
+    -------
+    call : int
+        Address of a function of the arguments and a thread's number.
+    arguments : int
+        Address of the arguments, which are there until this call ends.
+    """
+
+    def codegen(context, builder, signature, args):
+        function, module, i64 = builder.function, builder.module, ir.IntType(64)
+        kept = ir.LiteralStructType([arg.type for arg in function.args])
+        place = cgutils.alloca_once(builder, kept)
+        for n, arg in enumerate(function.args):
+            builder.store(arg, cgutils.gep_inbounds(builder, place, 0, n))
+
+        call = ir.Function(module, _CALL, f"{function.name}.of_thread")
+        call.linkage = "internal"
+        inner = ir.IRBuilder(call.append_basic_block())
+        there = inner.bitcast(call.args[0], kept.as_pointer())
+        values = [inner.load(cgutils.gep_inbounds(inner, there, 0, n)) for n in range(len(function.args))]
+        # Numba's functions first take the places of their result and of an exception: each thread has its own.
+        for n in range(2):
+            values[n] = inner.alloca(function.args[n].type.pointee)
+        (number,) = (n for n, arg in enumerate(function.args) if arg.name == "arg.thread")
+        values[number] = call.args[1]
+        inner.call(function, values)
+        inner.ret_void()
+        return context.make_tuple(
+            builder, signature.return_type, [builder.ptrtoint(call, i64), builder.ptrtoint(place, i64)]
+        )
+
+    return types.UniTuple(types.int64, 2)(), codegen
+
+
+@intrinsic
+def _run(typingctx, call, arguments, thread):
+    """Make the call for a thread."""
+
+    def codegen(context, builder, signature, args):
+        builder.call(builder.inttoptr(args[0], _CALL.as_pointer()), [builder.inttoptr(args[1], _CALL.args[0]), args[2]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 @routine
-def barrier(counters, thread, threads):
-    """Wait until every thread of the team is here; what they wrote before is visible after.
+def summon(team, call, arguments):
+    """Have the team's other threads make a call, too."""
+    for thread in range(1, team.shape[0] - 1):
+        mailbox = _pointer_at(team[1 + thread, MAILBOX])
+        mailbox[CALL], mailbox[ARGUMENTS], mailbox[THREAD] = call, arguments, thread
+        mailbox[DONE] = _address_as_number(offset(address(team), FINISHED))
+        _store_atomic(offset(mailbox, COMMAND), RUN)
+
+
+@routine
+def dismiss(team):
+    """Wait until the team's other threads have finished the call."""
+    others, spins = team.shape[0] - 2, 0
+    while _load_atomic(offset(address(team), FINISHED)) < others:
+        _wait_a_little(spins)
+        spins += 1
+
+
+@kernel
+def serve(mailbox, patience):
+    """Do what the mailbox says, as long as there is something to do.
 
     Parameters
     ----------
-    counters : (1 + threads, 8) int64 array, zeroed before the kernel starts
-        Element (0, 0) counts arrivals, and (0, 1) is set to give up waiting, for good: the kernel then runs to
-        its end, and its results are worthless. Element (1 + t, 0) holds how many barriers thread t has passed.
-        A row is a cache line, so that waiting on one does not disturb the others.
-    thread, threads : int
-        This thread's number and the team's size.
+    mailbox : (8,) int64 array
+    patience : int
+        How often to look for another command; those after the first thousand or so let other threads run first.
+
+    Returns
+    -------
+    bool
+        Whether the command was to leave; else there was nothing to do any more.
     """
-    if threads == 1:
-        return
-    passed = counters[1 + thread, 0] + 1
-    counters[1 + thread, 0] = passed
-    arrivals = address(counters)
-    _fetch_add(arrivals, 1)
+    command = address(mailbox)
     spins = 0
-    while _load_atomic(arrivals) < passed * threads and _load_atomic(offset(arrivals, 1)) == 0:
-        spins += 1
-        if spins < _SPINS:
-            _relax()
-        else:
-            _yield_processor()
+    while spins <= patience:
+        found = _load_atomic(command)
+        if found == NOTHING:
+            _wait_a_little(spins)
+            spins += 1
+            continue
+        # The next one may be given as soon as this one is done.
+        mailbox[COMMAND] = NOTHING
+        if found == LEAVE:
+            return True
+        _run(mailbox[CALL], mailbox[ARGUMENTS], mailbox[THREAD])
+        _fetch_add(_pointer_at(mailbox[DONE]), 1)
+        spins = 0
+    return False
+
+
+# --- within a call ------------------------------------------------------------------------------------------
 
 
 @routine
-def share(count, thread, threads):
+def barrier(team, thread):
+    """Wait until every thread of the team is here; what they wrote before is visible after."""
+    threads = team.shape[0] - 1
+    if threads == 1:
+        return
+    passed = team[1 + thread, 0] + 1
+    team[1 + thread, 0] = passed
+    arrivals = address(team)
+    _fetch_add(arrivals, 1)
+    spins = 0
+    while _load_atomic(arrivals) < passed * threads:
+        _wait_a_little(spins)
+        spins += 1
+
+
+@routine
+def share(count, team, thread):
     """Divide `count` items evenly; return the first item of this thread and the first of the next."""
+    threads = team.shape[0] - 1
     return count * thread // threads, count * (thread + 1) // threads
