@@ -312,7 +312,8 @@ def _run(
         start = time.perf_counter()
         run_team(kernel, (*arguments, *scratch, *way.settings), workers[: way.plan.threads - 1])
     finally:
-        release(workers)
+        if workers:
+            release(workers)
     if kind and as_planned:
         TRIALS.report(kind, number, (time.perf_counter() - start) / rows)
     SCRATCH.give_back(dtype, way.shapes, scratch)

@@ -29,7 +29,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, gate_tiles
 
 __all__ = ["layer_forward", "pre_activations"]
@@ -90,6 +90,8 @@ def layer_forward(
         # Training keeps the state before each row; inference alternates between two.
         here = low if training else (step & 1) * batch
         following = offsets[step + 1] if training else (1 - (step & 1)) * batch
+        if divided:
+            fetch(offset(address(h_rows), here * stride), active * stride)
         if ahead and step % ahead == 0:  # full tiles even where each step has few rows
             ahead_low = low
             rows, x_rows = offsets[min(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)

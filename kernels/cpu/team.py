@@ -29,9 +29,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.simd import address, offset
+from fastlstm.kernels.cpu.simd import CACHE_LINE, VECTOR_BYTES, address, lanes_of, offset, prefetch
 
-__all__ = ["COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "serve", "share", "summon", "this_call"]
+__all__ = ["COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "summon", "this_call"]
 
 ARRIVALS, FINISHED = 0, 1
 MAILBOX = 1  # in a thread's row of the team
@@ -255,6 +255,13 @@ def barrier(team, thread):
     while _load_atomic(arrivals) < passed * threads:
         _wait_a_little(spins)
         spins += 1
+
+
+@routine
+def fetch(pointer, count):
+    """Prefetch so many elements that other threads wrote: one by one, each would take long to come from their caches."""
+    for n in range(0, count, CACHE_LINE * lanes_of(pointer) // VECTOR_BYTES):
+        prefetch(offset(pointer, n))
 
 
 @routine
