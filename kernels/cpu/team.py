@@ -259,7 +259,7 @@ def barrier(team, thread):
 
 @routine
 def fetch(pointer, count):
-    """Prefetch so many elements that other threads wrote: one by one, each would take long to come from their caches."""
+    """Prefetch so many elements that other threads wrote; one after the other, they would be long in coming."""
     for n in range(0, count, CACHE_LINE * lanes_of(pointer) // VECTOR_BYTES):
         prefetch(offset(pointer, n))
 
