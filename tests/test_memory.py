@@ -181,6 +181,17 @@ def test_a_block_is_kept_when_its_last_array_is_gone_and_used_again(pool):
     assert pool.size == 0
 
 
+def test_the_smallest_block_that_fits_is_taken(pool):
+    """Else calls that need several sizes would have to make a new one each time."""
+    sizes = [2, 1, 3, 1]
+    blocks = [large(size * Pool.LEAST) for size in sizes]
+    addresses = {block.ctypes.data for block in blocks}
+    for order in (sizes, sizes[::-1], sorted(sizes)):
+        del blocks
+        blocks = [large(size * Pool.LEAST) for size in order]
+        assert {block.ctypes.data for block in blocks} == addresses
+
+
 def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, monkeypatch):
     monkeypatch.setattr(Pool, "MOST", 5 * 8 * Pool.LEAST)
     several = [large(factor * Pool.LEAST) for factor in (1, 2, 1, 2)]

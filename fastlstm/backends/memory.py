@@ -131,10 +131,11 @@ class Pool:
         if not self._lock.acquire(blocking=False):
             return _bytes_and_line(size)
         try:
-            for n, block in enumerate(self._blocks):
-                if size <= block.size <= 2 * size and sys.getrefcount(block.memory) == _IDLE:
-                    self._blocks.append(self._blocks.pop(n))
-                    return block.memory, block.first
+            fitting = [n for n, block in enumerate(self._blocks) if size <= block.size <= 2 * size and _is_idle(block)]
+            if fitting:
+                block = self._blocks.pop(min(fitting, key=lambda n: self._blocks[n].size))
+                self._blocks.append(block)
+                return block.memory, block.first
             self._blocks = [block for block in self._blocks if block.size >= size or not _is_idle(block)]
             block = _Block(*_bytes_and_line(size), size)
             if size <= self.MOST:
