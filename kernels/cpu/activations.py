@@ -85,7 +85,7 @@ _scale = _number({dtype: 2.0**power for dtype, power in _SCALE.items()})
 
 
 def _interpolated(function, low, high, terms):
-    """Make the function that evaluates the polynomial that meets a function at Chebyshev's points.
+    """Make the function that emits the polynomial that meets a function at Chebyshev's points.
 
     `terms` are those of the polynomial, for each dtype. They are added in pairs, and these one after the other: a chain
     of operations half as long as Horner's for one multiplication more.
@@ -97,22 +97,18 @@ def _interpolated(function, low, high, terms):
 
         return Chebyshev.interpolate(function, count - 1, [low, high]).convert(kind=Polynomial).coef.tolist()
 
-    @intrinsic
-    def polynomial(typingctx, x):
-        def codegen(context, builder, signature, args):
-            values, square = [_constant(x.dtype, c) for c in coefficients(terms[x.dtype])], builder.fmul(*args, *args)
-            pairs = [
-                call_llvm(builder, "fma", x.dtype, [odd, args[0], even])
-                for even, odd in zip(values[::2], values[1::2], strict=False)
-            ]
-            total, *rest = reversed(pairs + values[2 * len(pairs) :])
-            for pair in rest:
-                total = call_llvm(builder, "fma", x.dtype, [total, square, pair])
-            return total
+    def emit(builder, dtype, x):
+        values, square = [_constant(dtype, c) for c in coefficients(terms[dtype])], builder.fmul(x, x)
+        pairs = [
+            call_llvm(builder, "fma", dtype, [odd, x, even])
+            for even, odd in zip(values[::2], values[1::2], strict=False)
+        ]
+        total, *rest = reversed(pairs + values[2 * len(pairs) :])
+        for pair in rest:
+            total = call_llvm(builder, "fma", dtype, [total, square, pair])
+        return total
 
-        return x(x), codegen
-
-    return polynomial
+    return emit
 
 
 def _exponential_rest(r):
@@ -134,36 +130,26 @@ def _exponential(sign, terms, scale):
     q = _interpolated(lambda r: sign**2 * _exponential_rest(sign * r), -unit / 2.0, unit / 2.0, terms)
 
     @intrinsic
-    def reduced(typingctx, u):
-        """Return n, beside a large number, and r."""
+    def exponential(typingctx, u):
         dtype = u.dtype
 
         def codegen(context, builder, signature, args):
-            whole = _constant(dtype, _WHOLE[dtype] + scale[dtype])  # the scale comes with n
-            n = call_llvm(builder, "fma", dtype, [args[0], _constant(dtype, sign * _LOG2_E), whole])
-            minus_n, r = builder.fsub(whole, n), args[0]
+            def fma_with(x, y, constant):
+                return call_llvm(builder, "fma", dtype, [x, y, _constant(dtype, constant)])
+
+            whole = _WHOLE[dtype] + scale[dtype]  # the scale comes with n
+            n = fma_with(args[0], _constant(dtype, sign * _LOG2_E), whole)
+            minus_n, r = builder.fsub(_constant(dtype, whole), n), args[0]
             for part in _LN2_PARTS[dtype]:
                 r = call_llvm(builder, "fma", dtype, [minus_n, _constant(dtype, part / sign), r])
-            return context.make_tuple(builder, signature.return_type, [n, r])
+            power = fma_with(fma_with(q(builder, dtype, r), r, sign), r, 1.0)
+            # n is added to the exponent.
+            integers, vector = llvm_integers(dtype), llvm_vector(dtype)
+            shift = ir.Constant(integers, [_MANTISSA_BITS[dtype]] * vector.count)
+            power, n = (builder.bitcast(value, integers) for value in (power, n))
+            return builder.bitcast(builder.add(power, builder.shl(n, shift)), vector)
 
-        return types.UniTuple(u, 2)(u), codegen
-
-    @intrinsic
-    def times_power(typingctx, value, n):
-        """Add n to the exponent."""
-
-        def codegen(context, builder, signature, args):
-            integers, vector = llvm_integers(value.dtype), llvm_vector(value.dtype)
-            shift = ir.Constant(integers, [_MANTISSA_BITS[value.dtype]] * vector.count)
-            value_bits, n_bits = (builder.bitcast(arg, integers) for arg in args)
-            return builder.bitcast(builder.add(value_bits, builder.shl(n_bits, shift)), vector)
-
-        return value(value, n), codegen
-
-    @routine(inline=True)
-    def exponential(u):
-        n, r = reduced(u)
-        return times_power(fma(fma(q(r), r, sign), r, 1.0), n)
+        return u(u), codegen
 
     return exponential
 
@@ -173,7 +159,15 @@ def _exponential(sign, terms, scale):
 _EXPONENTIAL_TERMS = {types.float32: 5, types.float64: 10}
 _scaled_exp_of_minus = _exponential(-1.0, _EXPONENTIAL_TERMS, _SCALE)
 _exp_of_twice = _exponential(2.0, _EXPONENTIAL_TERMS, _UNSCALED)
-_p = _interpolated(_tanh_rest, 0.0, _NEAR**2, {types.float32: 6, types.float64: 13})
+_emit_p = _interpolated(_tanh_rest, 0.0, _NEAR**2, {types.float32: 6, types.float64: 13})
+
+
+@intrinsic
+def _p(typingctx, z):
+    def codegen(context, builder, signature, args):
+        return _emit_p(builder, z.dtype, args[0])
+
+    return z(z), codegen
 
 
 @routine(inline=True)

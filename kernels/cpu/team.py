@@ -95,38 +95,22 @@ def _address_as_number(typingctx, pointer):
 
 
 @intrinsic
-def _relax(typingctx):
-    """Tell the core that this is a spin loop."""
+def _wait_a_little(typingctx, spins):
+    """Wait, who has done so `spins` times: at first in a spin loop; later, the one waited for may need this core."""
 
     def codegen(context, builder, signature, args):
-        if "x86_64" in llvm.get_process_triple():
-            function_type = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.sse2.pause"), [])
+        def call(name, result):
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name), [])
+
+        with builder.if_else(builder.icmp_signed("<", args[0], ir.Constant(args[0].type, _SPINS))) as (early, late):
+            with early:
+                if "x86_64" in llvm.get_process_triple():
+                    call("llvm.x86.sse2.pause", ir.VoidType())
+            with late:
+                call("SwitchToThread" if sys.platform == "win32" else "sched_yield", ir.IntType(32))
         return context.get_dummy_value()
 
-    return types.void(), codegen
-
-
-@intrinsic
-def _yield_processor(typingctx):
-    """Let another thread run: the thread that is waited for may need this core."""
-
-    def codegen(context, builder, signature, args):
-        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
-        function_type = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@routine(inline=True)
-def _wait_a_little(spins):
-    """Wait, who has done so `spins` times already."""
-    if spins < _SPINS:
-        _relax()
-    else:
-        _yield_processor()
+    return types.void(spins), codegen
 
 
 # --- calling a kernel together ------------------------------------------------------------------------------
@@ -152,7 +136,8 @@ def this_call(typingctx):
     def codegen(context, builder, signature, args):
         function, module, i64 = builder.function, builder.module, ir.IntType(64)
         kept = ir.LiteralStructType([arg.type for arg in function.args])
-        place = cgutils.alloca_once(builder, kept)
+        with builder.goto_entry_block():
+            place = builder.alloca(kept)  # Numba's own way to ask for it would set it to zero first
         for n, arg in enumerate(function.args):
             builder.store(arg, cgutils.gep_inbounds(builder, place, 0, n))
 
