@@ -45,9 +45,10 @@ class _Worker(threading.Thread):
         self.address = self.mailbox.ctypes.data
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: look into the mailbox
         self.reserved, self.asleep = False, True  # changed by who has the lock, or has reserved the worker
-        self.patience = _LITTLE_PATIENCE
+        self.patience = _PATIENCE
         self.cores: set[int] = set()  # it may be woken on, as far as this was set,
         self.allowed: set[int] = set()  # which was for a caller who may run on these
+        serve(self.mailbox, 0)  # compiled here: a worker that could not serve would be waited for without end
         self.start()
 
     def run(self) -> None:
