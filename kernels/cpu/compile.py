@@ -12,6 +12,7 @@ compiler serves for that: a pipeline with one pass exchanged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from numba import _dynfunc, njit, types
+from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 
 from fastlstm.kernels.cpu.simd import VECTOR_BYTES
@@ -45,12 +48,23 @@ def kernel(function: Callable[..., None]) -> Any:
     Where no folder can be written, it is compiled in every process.
     """
     dispatcher = njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy")(function)
-    try:
-        dispatcher.enable_caching()
-    except RuntimeError:  # Numba found no folder that it may write
-        return dispatcher
-    dispatcher._cache._cache_file._source_stamp = _STAMP
+    with contextlib.suppress(RuntimeError):  # Numba found no folder that it may write
+        dispatcher._cache = _Cache(function)
     return dispatcher
+
+
+class _Cache(FunctionCache):
+    """Numba's on-disk cache, for kernels."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _STAMP
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
+        rtsys.initialize(target_context)  # the kernels' code refers to it
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 class _Part(JITCodeLibrary):
