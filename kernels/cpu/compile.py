@@ -6,8 +6,8 @@ whether a cached kernel is fresh is taken over all of them.
 
 A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
 and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
-routine stops at LLVM's intermediate form, which spares much of the first call's time. Numba's own way to extend its
-compiler serves for that: a pipeline with one pass exchanged.
+routine stops at LLVM's intermediate form, and only the whole kernel is optimised, which spares much of the first
+call's time. Numba's own way to extend its compiler serves for that: a pipeline with one pass exchanged.
 """
 
 from __future__ import annotations
@@ -42,39 +42,31 @@ def _stamp() -> str:
 _STAMP = _stamp()
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Compile a kernel at its first call, without the GIL, and keep it on disk for the next process.
+class _Code(JITCodeLibrary):
+    """A module of LLVM's, optimised when all parts of the kernel are together and not function by function before."""
 
-    Where no folder can be written, it is compiled in every process.
-    """
-    dispatcher = njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy")(function)
-    with contextlib.suppress(RuntimeError):  # Numba found no folder that it may write
-        dispatcher._cache = _Cache(function)
-    return dispatcher
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout
 
 
-class _Cache(FunctionCache):
-    """Numba's on-disk cache, for kernels."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        super().__init__(function)
-        self._cache_file._source_stamp = _STAMP
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
-        rtsys.initialize(target_context)  # the kernels' code refers to it
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
-
-
-class _Part(JITCodeLibrary):
-    """A module of LLVM's to be linked into others: not optimised on its own, never loaded."""
+class _Part(_Code):
+    """One to be linked into others: not optimised on its own at all, never loaded."""
 
     def _optimize_final_module(self) -> None:
         pass
 
     def _finalize_final_module(self) -> None:
         self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerKernel(NativeLowering):
+    _name = "lower_kernel"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _Code(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return bool(super().run_pass(state))
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -96,12 +88,49 @@ class _LowerPart(NativeLowering):
         return True
 
 
-class _PartCompiler(CompilerBase):
+class _Compiler(CompilerBase):
+    """Numba's for functions without Python objects, with a lowering of our own."""
+
+    lowering: type[NativeLowering]
+
     def define_pipelines(self) -> list[Any]:
         pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        pipeline.passes = [(_LowerPart if step is NativeLowering else step, why) for step, why in pipeline.passes]
+        pipeline.passes = [(self.lowering if step is NativeLowering else step, why) for step, why in pipeline.passes]
         pipeline.finalize()
         return [pipeline]
+
+
+class _KernelCompiler(_Compiler):
+    lowering = _LowerKernel
+
+
+class _PartCompiler(_Compiler):
+    lowering = _LowerPart
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Compile a kernel at its first call, without the GIL, and keep it on disk for the next process.
+
+    Where no folder can be written, it is compiled in every process.
+    """
+    dispatcher = njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_KernelCompiler)(function)
+    with contextlib.suppress(RuntimeError):  # Numba found no folder that it may write
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+class _Cache(FunctionCache):
+    """Numba's on-disk cache, for kernels."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _STAMP
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
+        rtsys.initialize(target_context)  # the kernels' code refers to it
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
