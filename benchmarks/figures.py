@@ -129,7 +129,7 @@ def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
         for name, results in others.items():
             parts.append(f"### {name.replace('-', ' ')}")
             parts += kernels.paragraphs(results, given, every=True)
-            parts += limits.paragraphs(results)
+            parts += limits.paragraphs(results, machine.studies.get("roofs"))
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,21 @@ pytest.importorskip("numba", reason="the CPU kernels need Numba")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
 
 import study as command
-from studies import NAMES, growth, hydrology, loop, memory, ragged, recompute, record, show, start, threads, vowels
+from studies import (
+    NAMES,
+    growth,
+    hydrology,
+    loop,
+    memory,
+    ragged,
+    recompute,
+    record,
+    roofs,
+    show,
+    start,
+    threads,
+    vowels,
+)  # fmt: skip
 from studies.record import OURS, Case, Study
 
 from fastlstm.bench import clock
@@ -59,6 +74,33 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, monkeypatch, modul
         elif module is not memory and "padded" not in case.name:
             assert case.ratio("torch") is not None
     assert torch.get_num_threads() == before
+
+
+def test_roofs_are_measured_in_the_rounds_of_the_calls(monkeypatch):
+    monkeypatch.setattr(roofs, "SHAPES", ((1, 1, 8, 16), (3, 9, 8, 16)))
+    cases = {case.name: case for case in roofs.measure(2, 0.0)}
+    assert len(cases) == 2 * (2 * 2 + 1)
+    for name, case in cases.items():
+        assert case.facts["threads"] == (1 if name.endswith("1 thread") else 2)
+        assert {OURS, roofs.TILE} <= set(case.values)
+        assert (roofs.WEIGHTS in case.values) == name.startswith("1,1,")
+        assert (roofs.NOTHING in case.values) == (name.startswith("1,1,") and "train" not in name)
+        assert (roofs.BLAS in case.values) != (roofs.BLAS in case.refused)
+
+
+def test_the_reading_loop_reads_everything_as_often_as_it_says():
+    array, total = np.arange(1024, dtype=np.float32), np.zeros(16, np.float32)
+    roofs._reader()(3, array, total)
+    assert total.sum() == 3 * array.sum()  # integers below 2**24: exact in any order
+
+
+def test_the_tile_makes_the_operations_that_it_says():
+    job, operations = roofs.ceilings.tile_job("float32", 1e6)
+    assert operations == pytest.approx(1e6, rel=0.02)
+    c = inspect.getclosurevars(job).nonlocals["c"]
+    before = c.sum()
+    job()
+    assert c.sum() - before == operations / 2  # ones times ones: each multiply-add adds one
 
 
 def test_the_loop_feeds_the_output_back(torch, monkeypatch):

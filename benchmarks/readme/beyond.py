@@ -39,10 +39,11 @@ def paragraphs(found: Mapping[str, Study], given: Sequence[Reason]) -> Iterator[
 
 
 def losses(found: Any) -> list[Loss]:
-    """Return every case and peer where the peer needs less."""
+    """Return every case and peer where the peer needs less; the machine's roofs, which always do, are no peers."""
     return [
         Loss(study.study, f"{TITLES.get(study.study, study.study)}: {case.name}", side, spread)
         for study in found
+        if study.study != "roofs"
         for case in study.cases
         for side in case.values
         if side != OURS and (spread := case.ratio(side)) is not None and verdict(spread) == "slower"

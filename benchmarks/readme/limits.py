@@ -1,16 +1,20 @@
 """How far anyone could go: each row against the roofs of the machine that it was measured on.
 
-Two roofs matter to an LSTM. The arithmetic: 8 T B H (I + H) operations forward, three times as many with all
-gradients, at the measured peak. And the recurrent weights, 4 H^2 numbers that every step reads again: with few
-sequences at once each is used only once or twice when it arrives, and the caches' bandwidth decides.
+The roofs are those of the study ``roofs``, each measured in turn with the call itself: the arithmetic, 8 T B H (I + H)
+operations forward and three times as many with all gradients; the weights, which every step reads again and a few
+sequences use only once or twice when they arrive; and for single steps the call as such. Where a row is not in the
+study, its roof is the arithmetic at the peak that was measured once, before the table.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from studies import roofs
+from studies.record import Case, Study
 
 from fastlstm.bench import table
 from fastlstm.bench.clock import Spread
@@ -20,57 +24,83 @@ from fastlstm.bench.table import Line
 
 from . import cells
 
-FEW = 8  # sequences at once: each number of the weights is then used too rarely for the arithmetic to be the limit
+PEAK = "peak"  # measured before the table
 
 
-def paragraphs(results: Results) -> Iterator[str]:
-    """Return the table of limits and how to read it; nothing without a measured peak."""
-    found = [line for line in table.lines(results) if line.side == CPU and line.ratios and line.share]
-    found = [line for line in found if not line.row.work.lengths and line.row.work.kind != "stream"]
+class Limit(NamedTuple):
+    """What bounds a row: the time of the roof as a share of our call's, and who comes nearest to us."""
+
+    line: Line
+    roof: str
+    share: float
+    peer: str
+    ratio: Spread  # the peer's time / ours
+    case: Case | None  # of the study, if it has the row
+
+    @property
+    def at_most(self) -> float:
+        """The best peer's time divided by the roof's: what the ratio would be at the roof."""
+        return self.ratio.middle / self.share
+
+
+def paragraphs(results: Results, study: Study | None = None) -> Iterator[str]:
+    """Return the table of limits and how to read it; nothing where no roof was measured."""
+    found = [limit for line in table.lines(results) if (limit := _limit(line, study, results.threads))]
     if not found:
         return
     yield (
-        "How far anyone could go: a kernel that ran at the machine's measured peak, and did nothing but multiply and"
-        " add, would beat the best peer by *at most* so much. Where that is little above one, the peer is near the"
-        " roof itself. With few sequences, every step reads all recurrent weights again, and the caches that hold"
-        f" them are the roof; a copy in main memory moves {results.ceilings['cpu'].bandwidth / 1e9:.0f} GB/s here."
+        "How far anyone could go. A roof is what a call cannot get below on this machine, and stands here as a share of"
+        f" our time: the {roofs.TILE}, as many multiply-adds on data in the first-level cache; {roofs.WEIGHTS}, as"
+        f" often as the steps need them, where few sequences share them; {roofs.NOTHING}, with as many arrays. The"
+        " largest of them counts. They were measured in turn with the call; only the *peak* was measured once, before"
+        " the table. *At most* is the best peer's time divided by the roof's: nobody could be further ahead of that peer"
+        f" here, whoever wrote the kernel. Last, where it was measured: {roofs.BLAS}, the matrix products alone by its"
+        " BLAS, divided by our whole call. A copy in main memory moves"
+        f" {results.ceilings['cpu'].bandwidth / 1e9:.0f} GB/s."
     )
-    head = ["T,B,I,H", "what", "fastlstm, of peak", "best peer", "of peak", "ratio", "at most", "weights"]
-    yield cells.table(head, map(_row, found), left=2)
-    groups: dict[str, list[float]] = {}
-    for line in found:
-        groups.setdefault(f"{line.row.work.kind} {line.row.work.dtype}", []).append(_best(line)[1].middle)
-    yield "\n".join(
-        f"- {what}: geometric mean of the best peer's time divided by ours {math.exp(np.mean(np.log(ratios))):.2f},"
-        f" least {min(ratios):.2f}"
-        for what, ratios in groups.items()
-    )
+    head = ["T,B,I,H", "what", "roof", "of our time", "best peer", "ratio", "at most", roofs.BLAS]
+    yield cells.table(head, map(_row, found), left=3)
+    groups: dict[str, list[Limit]] = {}
+    for limit in found:
+        groups.setdefault(f"{limit.line.row.work.kind} {limit.line.row.work.dtype}", []).append(limit)
+    yield "\n".join(f"- {what}: {_summary(members)}" for what, members in groups.items())
 
 
-def _best(line: Line) -> tuple[str, Spread]:
-    return min(line.ratios.items(), key=lambda item: item[1].middle)
+def _summary(limits: Sequence[Limit]) -> str:
+    ratios, most = [limit.ratio.middle for limit in limits], [limit.at_most for limit in limits]
+    words = f"geometric mean of the best peer's time divided by ours {_mean(ratios):.2f}, least {min(ratios):.2f}"
+    if all(limit.case for limit in limits):
+        words += f"; with every call at its roof it would be {_mean(most):.2f}, and the least {min(most):.2f}"
+    return words
 
 
-def _row(line: Line) -> Sequence[str]:
-    work = line.row.work
-    name, ratio = _best(line)
-    assert line.share is not None
-    theirs = line.share / ratio.middle
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(np.mean(np.log(ratios)))
+
+
+def _limit(line: Line, study: Study | None, threads: int) -> Limit | None:
+    if line.side != CPU or not line.ratios or line.row.work.lengths:
+        return None
+    peer, ratio = min(line.ratios.items(), key=lambda item: item[1].middle)
+    name = roofs.name_of(line.row.work, threads)
+    cases = [case for case in study.cases if case.name == name] if study and line.row.work.dtype == "float32" else []
+    if cases:
+        shares = {roof: found.middle for roof in roofs.ROOFS if (found := cases[0].ratio(roof))}
+        roof = max(shares, key=lambda name: shares[name])
+        return Limit(line, roof, shares[roof], peer, ratio, cases[0])
+    return Limit(line, PEAK, line.share, peer, ratio, None) if line.share else None
+
+
+def _row(limit: Limit) -> Sequence[str]:
+    work = limit.line.row.work
+    blas = limit.case.ratio(roofs.BLAS) if limit.case else None
     return [
         work.name,
         f"{work.kind} {work.dtype}",
-        f"{100 * line.share:.0f} %",
-        name,
-        f"{100 * theirs:.0f} %",
-        cells.ratio(ratio),
-        f"{1 / theirs:.2f}" if theirs > 1 / 100 else "-",
-        _weights(line) if work.batch <= FEW < work.steps else "-",
+        limit.roof,
+        f"{100 * limit.share:.0f} %",
+        limit.peer,
+        cells.ratio(limit.ratio),
+        f"{limit.at_most:.2f}" if limit.share > 1 / 100 else "-",
+        f"{blas.middle:.2f}" if blas else "-",
     ]
-
-
-def _weights(line: Line) -> str:
-    """Size of the recurrent weights, and the rate at which our steps read them, once each, or twice with gradients."""
-    work = line.row.work
-    size = 4 * work.hidden**2 * np.dtype(work.dtype).itemsize
-    reads = work.steps * (2 if work.kind == "train" else 1)
-    return f"{size / 2**10:.0f} KiB at {reads * size / line.seconds.middle / 1e9:.0f} GB/s"

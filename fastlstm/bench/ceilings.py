@@ -7,10 +7,13 @@ is that of a copy between two arrays far larger than the caches, counted as byte
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from threading import Barrier
@@ -21,11 +24,12 @@ import numpy as np
 from fastlstm.bench.results import Ceiling
 from fastlstm.bench.sides import event_seconds
 
-__all__ = ["cpu", "cpu_bandwidth", "cpu_peak", "cuda", "of"]
+__all__ = ["at_once", "cpu", "cpu_bandwidth", "cpu_peak", "cuda", "of", "tile_job"]
 
 SECONDS = 0.3  # for each ceiling
 CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each of the two arrays of a copy
 CUDA_SIZE = 4096  # of the square matrices
+_OPERATIONS = 5e7  # of a sample of the tile: about half a millisecond
 
 
 def of(device: str, threads: int, dtypes: tuple[str, ...]) -> Ceiling:
@@ -57,20 +61,26 @@ def _tiles() -> tuple[Any, int, int]:
     return tiles, ROWS, VECTORS
 
 
-def cpu_peak(dtype: str, threads: int, seconds: float) -> float:
-    """Operations per second of `threads` threads at once, each with the bare tile on data in the first-level cache."""
+def tile_job(dtype: str, operations: float) -> tuple[Callable[[], None], float]:
+    """Return a call of the bare tile on data in the first-level cache, and its operations: about so many, one at least.
+
+    A multiply-add is two operations.
+    """
     from fastlstm.kernels.cpu.simd import lanes
 
     tiles, rows, vectors = _tiles()
-    k, columns, count = 64, int(vectors * lanes(np.dtype(dtype))), 2000
-    operations = 2.0 * count * int(rows) * k * columns
+    k, columns = 64, int(vectors * lanes(np.dtype(dtype)))
+    of_one = 2.0 * rows * k * columns
+    count = max(1, round(operations / of_one))
+    a, b, c = np.ones((rows, k), dtype), np.ones((k, columns), dtype), np.zeros((rows, columns), dtype)
+    tiles(1, k, a, b, c)  # compiles
+    return lambda: tiles(count, k, a, b, c), count * of_one
 
-    def job() -> Callable[[], None]:
-        a, b, c = np.ones((rows, k), dtype), np.ones((k, columns), dtype), np.zeros((rows, columns), dtype)
-        tiles(1, k, a, b, c)
-        return lambda: tiles(count, k, a, b, c)
 
-    return operations * threads / _shortest([job() for _ in range(threads)], seconds)
+def cpu_peak(dtype: str, threads: int, seconds: float) -> float:
+    """Operations per second of `threads` threads at once, each with the bare tile on data in the first-level cache."""
+    jobs = [tile_job(dtype, _OPERATIONS) for _ in range(threads)]
+    return sum(operations for _, operations in jobs) / _shortest([job for job, _ in jobs], seconds)
 
 
 def cpu_bandwidth(threads: int, seconds: float, size: int) -> float:
@@ -84,21 +94,45 @@ def cpu_bandwidth(threads: int, seconds: float, size: int) -> float:
     return 16.0 * share * threads / _shortest([job() for _ in range(threads)], seconds)
 
 
-def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
-    """Run all jobs at once, each on a thread, again and again; the shortest time in which all of them were done."""
-    barrier = Barrier(len(jobs))
+@contextlib.contextmanager
+def at_once(jobs: Sequence[Callable[[], None]]) -> Iterator[Callable[[int], float]]:
+    """Run jobs at once, each on a thread of its own, which is kept to a core of its own where the system lets it.
 
-    def run(job: Callable[[], None]) -> tuple[float, float]:
+    Yields
+    ------
+    seconds : callable
+        Runs each job so many times in a row; the seconds from the first start to the last end, divided by the number.
+    """
+    barrier = Barrier(len(jobs))
+    here = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else [])
+
+    def keep_to_a_core() -> None:
+        for core in here:  # two threads that wake at once may be put on one core, and stay there for milliseconds
+            os.sched_setaffinity(0, {core})
+            break
+
+    def run(job: Callable[[], None], count: int) -> tuple[float, float]:
         barrier.wait()
         start = time.perf_counter()
-        job()
+        for _ in range(count):
+            job()
         return start, time.perf_counter()
 
+    with ThreadPoolExecutor(len(jobs), initializer=keep_to_a_core) as pool:
+
+        def seconds(count: int) -> float:
+            starts, ends = zip(*pool.map(run, jobs, [count] * len(jobs)), strict=True)
+            return float(max(ends) - min(starts)) / count
+
+        yield seconds
+
+
+def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
+    """Run all jobs at once, again and again; the shortest time in which all of them were done."""
     best, rounds, until = math.inf, 0, time.perf_counter() + seconds
-    with ThreadPoolExecutor(len(jobs)) as pool:
+    with at_once(jobs) as timed:
         while rounds < 3 or time.perf_counter() < until:
-            starts, ends = zip(*pool.map(run, jobs), strict=True)
-            best = min(best, max(ends) - min(starts))
+            best = min(best, timed(1))
             rounds += 1
     return best
 
