@@ -53,7 +53,7 @@ def paragraphs(results: Results, study: Study | None = None) -> Iterator[str]:
         f" our time: the {roofs.TILE}, as many multiply-adds on data in the first-level cache; {roofs.WEIGHTS}, as"
         f" often as the steps need them, where few sequences share them; {roofs.NOTHING}, with as many arrays. The"
         " largest of them counts. They were measured in turn with the call; only the *peak* was measured once, before"
-        " the table. *At most* is the best peer's time divided by the roof's: nobody could be further ahead of that peer"
+        " the table. *At most* is the best peer's time divided by the roof's: nobody could be further ahead of it"
         f" here, whoever wrote the kernel. Last, where it was measured: {roofs.BLAS}, the matrix products alone by its"
         " BLAS, divided by our whole call. A copy in main memory moves"
         f" {results.ceilings['cpu'].bandwidth / 1e9:.0f} GB/s."
