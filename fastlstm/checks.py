@@ -89,11 +89,18 @@ def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
         )
     like = given["weight_ih_l0"]
     kind_of("weight_ih_l0", like)
-    if like.dtype.newbyteorder("=") != cell.dtype:
-        raise DTypeError(f"parameter weight_ih_l0 has dtype {like.dtype}, but the model is {cell.dtype}")
     if like.dtype != cell.dtype:
+        if like.dtype.newbyteorder("=") != cell.dtype:
+            raise DTypeError(f"parameter weight_ih_l0 has dtype {like.dtype}, but the model is {cell.dtype}")
         like = like.astype(cell.dtype)
-    return {name: array(name, given[name], like, shape, _axes(name)) for name, shape in shapes.items()}
+    kind, device, dtype = type(like), like.device, like.dtype
+    checked = {}
+    for name, shape in shapes.items():
+        value = given[name]
+        if not (type(value) is kind and value.shape == shape and value.dtype == dtype and value.device == device):
+            value = array(name, value, like, shape, _axes(name))  # brings it to the dtype's byte order, or says why not
+        checked[name] = value
+    return checked
 
 
 def _axes(name: str) -> str:

@@ -37,9 +37,9 @@ __all__ = ["BACKEND", "CpuBackend"]
 
 _Shapes = tuple[tuple[int, ...], ...]
 
-# Rows up to which the weights are used as they lie: packing them would read and write them all. Going back, their
-# gradients would be unpacked as well, but each row there takes longer.
-_SMALL, _SMALL_BACKWARD = 8, 4
+# Rows up to which the weights are used as they lie: packing them would read and write them all, and going back, their
+# gradients would be unpacked as well.
+_SMALL = 8
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
 _CHUNK_ROWS = 256
@@ -85,7 +85,7 @@ class CpuBackend(LayeredBackend):
         packing = Packing.of(lengths, steps, batch)
         y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, zero=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
-        if _is_small(packing, len(weights), _SMALL):
+        if _is_small(packing, len(weights)):
             small = _small_forward(weights[0], x, h0, c0, y, h_n, c_n, keep_tape)
             tape = LayerTape(x, packing, [small]) if small else None
             return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
@@ -158,7 +158,7 @@ class CpuBackend(LayeredBackend):
         dx = new_array((steps * batch, inputs), dh_n.dtype, zero=tape.packing.ragged)
         dh_n, dc_n = _plain(dh_n), _plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
-        if _is_small(tape.packing, directions, _SMALL_BACKWARD):
+        if _is_small(tape.packing, directions):
             dweights = [_small_backward(weights[0], tape, dy, dh_n[0], dc_n[0], dx, dh0[0], dc0[0])]
             return LayerGradients(dx.reshape(tape.x.shape), dh0, dc0, dweights)
         # One direction after the other: each adds to dx, and a second one would not fit into the memory promised.
@@ -196,9 +196,9 @@ def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Arra
     return True
 
 
-def _is_small(packing: Packing, directions: int, most: int) -> bool:
+def _is_small(packing: Packing, directions: int) -> bool:
     """Say whether a layer has so few rows that its weights are used as they lie."""
-    return packing.rows <= most and directions == 1 and not packing.ragged
+    return packing.rows <= _SMALL and directions == 1 and not packing.ragged
 
 
 def _small_forward(

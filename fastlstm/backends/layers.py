@@ -32,8 +32,8 @@ class LayerResult(NamedTuple):
     """What one layer's forward pass gives back."""
 
     y: Array  # (T, B, D*H)
-    h_n: Array  # (D, B, H)
-    c_n: Array  # (D, B, H)
+    h_n: Array  # (D, B, H), nobody else's
+    c_n: Array  # (D, B, H), nobody else's
     tape: Any
 
 
@@ -41,8 +41,8 @@ class LayerGradients(NamedTuple):
     """What one layer's backward pass gives back."""
 
     x: Array  # (T, B, I)
-    h0: Array  # (D, B, H)
-    c0: Array  # (D, B, H)
+    h0: Array  # (D, B, H), nobody else's
+    c0: Array  # (D, B, H), nobody else's
     weights: Sequence[Weights]  # one per direction
 
 
@@ -104,7 +104,7 @@ class LayeredBackend(ABC):
             y = self.xp.zeros((steps, batch, cell.output_size), x.dtype)
             tape = StackTape((steps, batch), [], []) if keep_tape else None
             return ForwardResult(y, self.xp.array(h0), self.xp.array(c0), tape)
-        h_n, c_n = self.xp.empty(h0.shape, x.dtype), self.xp.empty(c0.shape, x.dtype)
+        h_n, c_n = [], []
         stack = StackTape((steps, batch), [], [])
         for layer in range(cell.num_layers):
             mask = dropout_mask(self.xp, dropout, layer, x) if layer and dropout else None
@@ -114,10 +114,12 @@ class LayeredBackend(ABC):
             result = self.layer_forward(
                 layer_weights(cell, params, layer), x, h0[rows], c0[rows], lengths, keep_tape, recompute
             )
-            x, h_n[rows], c_n[rows] = result.y, result.h_n, result.c_n
+            x = result.y
+            h_n.append(result.h_n)
+            c_n.append(result.c_n)
             stack.layers.append(result.tape)
             stack.masks.append(mask)
-        return ForwardResult(x, h_n, c_n, stack if keep_tape else None)
+        return ForwardResult(x, self._joined(h_n), self._joined(c_n), stack if keep_tape else None)
 
     def backward(
         self,
@@ -136,21 +138,24 @@ class LayeredBackend(ABC):
             dx = self.xp.zeros((steps, batch, cell.input_size), dtype)
             zeros = {name: self.xp.zeros(value.shape, dtype) for name, value in params.items()}
             return BackwardResult(dx, self.xp.array(dh_n), self.xp.array(dc_n), zeros)
-        dh0, dc0 = self.xp.empty(dh_n.shape, dtype), self.xp.empty(dc_n.shape, dtype)
+        dh0, dc0 = [], []
         found: Params = {}
         for layer in reversed(range(cell.num_layers)):
             rows = _layer_rows(cell, layer)
             grads = self.layer_backward(
                 layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows]
             )
-            dh0[rows], dc0[rows] = grads.h0, grads.c0
+            dh0.append(grads.h0)
+            dc0.append(grads.c0)
             for direction, weights in enumerate(grads.weights):
                 for name, value in zip(direction_names(cell, layer, direction), weights, strict=True):
                     if name is not None:
                         found[name] = value
             mask = tape.masks[layer]
             dy = grads.x if mask is None else grads.x * mask
-        return BackwardResult(dy, dh0, dc0, {name: found[name] for name in params})
+        return BackwardResult(
+            dy, self._joined(dh0[::-1]), self._joined(dc0[::-1]), {name: found[name] for name in params}
+        )
 
     def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
         """Advance one time step (see ``base.Backend.step``)."""
@@ -168,6 +173,10 @@ class LayeredBackend(ABC):
     def _states(self, cell: Cell, batch: int, dtype: Any, *given: Array | None) -> tuple[Array, ...]:
         shape = (cell.num_layers * cell.num_directions, batch, cell.hidden_size)
         return tuple(self.xp.zeros(shape, dtype) if value is None else value for value in given)
+
+    def _joined(self, layers: list[Array]) -> Array:
+        """Join what belongs to the states of each layer, (D, B, H), to one array."""
+        return layers[0] if len(layers) == 1 else self.xp.concatenate(layers)
 
 
 def _layer_rows(cell: Cell, layer: int) -> slice:

@@ -14,7 +14,7 @@ from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, un
 from fastlstm.kernels.cpu.simd import REGISTERS, address, fill, lanes_of, load, load_first, offset, store, store_first
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
-from fastlstm.kernels.cpu.tile import GROUP, VECTORS, rows_of_tile, tile, tiles
+from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, gate_tile, rows_of_tile, tile, tiles
 
 __all__ = ["DEPTH", "layer_backward"]
 
@@ -226,9 +226,13 @@ def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, bl
     depth, stride = packed_hh.shape[1], dh_rows.shape[1]
     width = packed_hh.shape[2] // VECTORS
     panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
-    for number in range(panel_first, panel_last):
+    # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several whole ones.
+    single = row_last - row_first == 1 and block_first % VECTORS == 0 and block_last % VECTORS == 0
+    together = ROW_BLOCKS if single else 1
+    for turn in range(0, panel_last - panel_first, together):
+        panels = min(together, panel_last - panel_first - turn)
         # To and fro, as in the forward pass: the caches still hold what the step before used last.
-        panel = panel_first + panel_last - 1 - number if step & 1 else number
+        panel = panel_last - panels - turn if step & 1 else panel_first + turn
         block = max(block_first, panel * VECTORS)
         vectors = min(block_last, (panel + 1) * VECTORS) - block
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
@@ -236,7 +240,10 @@ def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, bl
             rows = min(GROUP, row_last - start)
             gates = offset(address(da), (first_row + start) * depth)
             out = offset(address(dh_rows), start * stride + block * width)
-            _add_long_product(rows, vectors, depth, gates, weights, out, stride)
+            if single:
+                _add_long_row(panels, depth, gates, weights, out)
+            else:
+                _add_long_product(rows, vectors, depth, gates, weights, out, stride)
 
 
 @routine
@@ -309,3 +316,12 @@ def _add_long_product(rows, vectors, depth, gates, weights, out, out_row):
     for k in range(0, depth, SLICE):
         part = min(SLICE, depth - k)
         tiles(rows, vectors, part, offset(gates, k), depth, 1, offset(weights, k * columns), columns, out, out_row)
+
+
+@routine
+def _add_long_row(panels, depth, gates, weights, out):
+    """Add gates @ weights to `out` for one row and several whole panels, with the sums of :func:`_add_long_product`."""
+    columns = VECTORS * lanes_of(out)
+    for k in range(0, depth, SLICE):
+        part, a, b = min(SLICE, depth - k), offset(gates, k), offset(weights, k * columns)
+        gate_tile(1, panels, part, a, 0, 0, a, 0, b, depth * columns, out, 0, out, 0)

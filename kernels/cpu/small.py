@@ -21,7 +21,6 @@ from fastlstm.kernels.cpu.simd import (
     Vector,
     address,
     call_llvm,
-    fill,
     first_lanes,
     fma,
     lanes,
@@ -285,7 +284,7 @@ def small_backward(
         dbias[gate_unit] = total
 
 
-_TOGETHER = 8  # rows of B that are read side by side
+_TOGETHER = 4  # rows of B that are read side by side
 
 
 @routine
@@ -303,18 +302,51 @@ def _product(m, k, n, a, a_row, a_k, b, b_row, c):
     c : pointer, OUT
         C, without padding.
     """
-    width = lanes_of(c)
-    for first in range(0, k, _TOGETHER):
-        last = min(first + _TOGETHER, k)
+    together = k // _TOGETHER * _TOGETHER
+    for j in range(0, together, _TOGETHER):
         for i in range(m):
-            for column in range(0, n, width):
-                count = min(width, n - column)
-                here = offset(c, i * n + column)
-                total = load_first(here, count) if first else fill(here, 0.0)
-                for row in range(first, last):
-                    factor = splat(offset(a, i * a_row + row * a_k))
-                    total = fma(factor, load_first(offset(b, row * b_row + column), count), total)
-                store_first(here, total, count)
+            _four_rows(n, offset(a, i * a_row + j * a_k), a_k, offset(b, j * b_row), b_row, offset(c, i * n), j > 0)
+    for j in range(together, k):
+        for i in range(m):
+            _one_row(n, splat(offset(a, i * a_row + j * a_k)), offset(b, j * b_row), offset(c, i * n), j > 0)
+
+
+@routine(inline=True)
+def _four_rows(n, a, a_k, b, b_row, c, add):
+    """Compute a[0] b[0] + ... + a[3] b[3] for rows of n elements; add it to c, or store it there."""
+    width = lanes_of(c)
+    f0, f1, f2, f3 = splat(a), splat(offset(a, a_k)), splat(offset(a, 2 * a_k)), splat(offset(a, 3 * a_k))
+    b1, b2, b3 = offset(b, b_row), offset(b, 2 * b_row), offset(b, 3 * b_row)
+    whole = n // width * width
+    for column in range(0, whole, width):
+        total = f0 * load(offset(b, column))
+        total = fma(f1, load(offset(b1, column)), total)
+        total = fma(f2, load(offset(b2, column)), total)
+        total = fma(f3, load(offset(b3, column)), total)
+        here = offset(c, column)
+        store(here, total + load(here) if add else total)
+    if whole < n:
+        rest = n - whole
+        total = f0 * load_first(offset(b, whole), rest)
+        total = fma(f1, load_first(offset(b1, whole), rest), total)
+        total = fma(f2, load_first(offset(b2, whole), rest), total)
+        total = fma(f3, load_first(offset(b3, whole), rest), total)
+        here = offset(c, whole)
+        store_first(here, total + load_first(here, rest) if add else total, rest)
+
+
+@routine(inline=True)
+def _one_row(n, factor, b, c, add):
+    """Compute factor times a row of n elements; add it to c, or store it there."""
+    width = lanes_of(c)
+    whole = n // width * width
+    for column in range(0, whole, width):
+        product, here = factor * load(offset(b, column)), offset(c, column)
+        store(here, product + load(here) if add else product)
+    if whole < n:
+        rest, here = n - whole, offset(c, whole)
+        product = factor * load_first(offset(b, whole), rest)
+        store_first(here, product + load_first(here, rest) if add else product, rest)
 
 
 @routine

@@ -36,7 +36,9 @@ from fastlstm.kernels.cpu.simd import (
     vector_pointer,
 )
 
-__all__ = ["DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "gate_tiles", "rows_of_tile", "tile", "tiles"]
+__all__ = [
+    "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "gate_tile", "gate_tiles", "rows_of_tile", "tile", "tiles",
+]  # fmt: skip
 
 VECTORS = 4  # the four gates
 ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
