@@ -26,6 +26,7 @@ CASES = {
     "units": Case(40, 5, 30, 130),
     "units, ragged": Case(40, 5, 30, 130, bidirectional=True, lengths=(3, 40, 0, 17, 25)),
     "units, one sequence": Case(60, 1, 20, 250),
+    "units, one sequence, whole vectors": Case(30, 1, 20, 160),
     "directions": Case(60, 3, 20, 70, bidirectional=True),
     "directions, ragged": Case(60, 4, 20, 80, 2, True, lengths=(33, 60, 0, 47)),
     "stacked": Case(12, 25, 16, 65, 2, True, lengths="zeros", dropout=0.3),

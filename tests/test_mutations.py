@@ -48,7 +48,7 @@ FORWARD_SLIPS = {
     "reverse runs forwards": (reference, "reversed(times) if reverse else times", "times"),
     "recurrence reads the cell": (reference, "h @ weights.weight_hh.T", "c @ weights.weight_hh.T"),
     "states of the wrong layer": (layers, "h0[rows], c0[rows], lengths", "h0[:2], c0[:2], lengths"),
-    "directions side by side in the wrong order": (layers, "c_n[rows] = result.y,", "c_n[rows] = result.y[..., ::-1],"),
+    "directions side by side in the wrong order": (layers, "x = result.y", "x = result.y[..., ::-1]"),
 }
 # the forward pass stays right and a gradient goes wrong
 BACKWARD_SLIPS = {
@@ -103,11 +103,12 @@ BACKWARD_SLIPS = {
     "truncated after one step": (reference, "np.where(step.active, da @ weights.weight_hh, dh)", "0 * dh"),
     "dropout forgotten on the way back": (layers, "grads.x if mask is None else grads.x * mask", "grads.x"),
     "dropout not scaled on the way back": (layers, "grads.x * mask", "grads.x * (mask > 0)"),
+    "initial states' gradients in the wrong order": (layers, "self._joined(dh0[::-1])", "self._joined(dh0)"),
     "final states of the wrong layer": (layers, "dy, dh_n[rows], dc_n[rows]", "dy, dh_n[rows] * 0, dc_n[rows]"),
     "initial states swapped": (
         layers,
-        "dh0[rows], dc0[rows] = grads.h0, grads.c0",
-        "dh0[rows], dc0[rows] = grads.c0, grads.h0",
+        "self._joined(dh0[::-1]), self._joined(dc0[::-1])",
+        "self._joined(dc0[::-1]), self._joined(dh0[::-1])",
     ),
 }
 
