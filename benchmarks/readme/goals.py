@@ -102,7 +102,7 @@ def _case(study: str, words: str) -> Callable[[Mapping[str, Study]], Case | None
 
 
 def _padded(studies: Mapping[str, Study]) -> float | None:
-    case = _case("ragged", "against ourselves padded")(studies)
+    case = _case("ragged", f"T up to {ragged.SHAPES[-1][0]}, against ourselves padded")(studies)
     ratio = case.ratio(ragged.PADDED) if case else None
     return 1.0 / ratio.middle if ratio else None
 
