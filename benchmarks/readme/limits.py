@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from studies import roofs
-from studies.record import Case, Study
+from studies.record import OURS, Case, Study
 
 from fastlstm.bench import table
 from fastlstm.bench.clock import Spread
@@ -82,12 +82,16 @@ def _limit(line: Line, study: Study | None, threads: int) -> Limit | None:
     if line.side != CPU or not line.ratios or line.row.work.lengths:
         return None
     peer, ratio = min(line.ratios.items(), key=lambda item: item[1].middle)
-    name = roofs.name_of(line.row.work, threads)
-    cases = [case for case in study.cases if case.name == name] if study and line.row.work.dtype == "float32" else []
-    if cases:
-        shares = {roof: found.middle for roof in roofs.ROOFS if (found := cases[0].ratio(roof))}
+    measured = {case.name: case for case in study.cases} if study and line.row.work.dtype == "float32" else {}
+    case, alone = (measured.get(roofs.name_of(line.row.work, count)) for count in (threads, 1))
+    if case:
+        shares = {roof: found.middle for roof in roofs.ROOFS if (found := case.ratio(roof))}
+        # Starting several threads takes time, and a short call does without them: then the roof is that of one.
+        if alone and threads > 1:
+            ours = case.spread(OURS).middle
+            shares = {roof: min(share, alone.spread(roof).middle / ours) for roof, share in shares.items()}
         roof = max(shares, key=lambda name: shares[name])
-        return Limit(line, roof, shares[roof], peer, ratio, cases[0])
+        return Limit(line, roof, shares[roof], peer, ratio, case)
     return Limit(line, PEAK, line.share, peer, ratio, None) if line.share else None
 
 
