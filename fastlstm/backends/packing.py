@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastlstm.backends.base import Array
+from fastlstm.backends.memory import new_array
 
 __all__ = ["Packing"]
 
@@ -63,7 +64,11 @@ class Packing:
     def pack(self, x: Array, reverse: bool) -> Array:
         """Pack a sequence (T, B, I) into (N, I); a view where the rows lie in order already."""
         flat = x.reshape(-1, x.shape[2])
-        return flat[self.places(reverse)] if self.ragged or reverse else flat
+        if not self.ragged and not reverse:
+            return flat
+        packed = new_array((self.rows, x.shape[2]), x.dtype)
+        # Every place is there; NumPy would make sure of it in a copy.
+        return np.take(flat, self.places(reverse), axis=0, out=packed, mode="clip")
 
     def rows_of_chunk(self, chunk: int) -> int:
         """Return the most rows that `chunk` successive steps have; the chunks are counted from the last step."""
@@ -71,12 +76,6 @@ class Packing:
             return int(min(chunk, self.steps) * self.order.size)
         firsts = self.offsets[::-1][::chunk]
         return int(max(-np.diff(firsts, append=0), default=0))
-
-    def bounds(self, threads: int) -> Array:
-        """Divide the rows among threads, equal in steps: (threads + 1,)."""
-        work = np.cumsum(self.lengths)
-        shares = work[-1] * np.arange(1, threads) / threads
-        return np.concatenate([[0], np.searchsorted(work, shares, side="left") + 1, [self.order.size]])
 
 
 # The arrays of equal lengths depend on little, and nobody writes them: short calls need not make them anew.

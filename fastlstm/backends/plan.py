@@ -48,14 +48,8 @@ class Plan(NamedTuple):
     ahead: int
 
     def parts(self, packing: Packing, blocks: int) -> Array:
-        """First row, last row, first block and last block of each thread: (threads, 4)."""
-        if self.kind != "rows":
-            return _parts_of_units(self.threads, packing.order.size, blocks)
-        parts: Array = np.empty((self.threads, 4), np.int64)
-        parts[:] = (0, packing.order.size, 0, blocks)
-        bounds = packing.bounds(self.threads)
-        parts[:, 0], parts[:, 1] = bounds[:-1], bounds[1:]
-        return parts
+        """First row, last row, distance of the rows, first and last block of each thread: (threads, 5)."""
+        return _parts(self.kind, self.threads, packing.order.size, packing.ragged, blocks)
 
     def __str__(self) -> str:
         """Say it in words."""
@@ -69,11 +63,16 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)  # as for the arrays of equal lengths in `packing`
-def _parts_of_units(threads: int, batch: int, blocks: int) -> Array:
-    parts: Array = np.empty((threads, 4), np.int64)
-    bounds = blocks * np.arange(threads + 1) // threads
-    parts[:] = (0, batch, 0, blocks)
-    parts[:, 2], parts[:, 3] = bounds[:-1], bounds[1:]
+def _parts(kind: str, threads: int, batch: int, ragged: bool, blocks: int) -> Array:
+    parts: Array = np.empty((threads, 5), np.int64)
+    parts[:] = (0, batch, 1, 0, blocks)
+    bounds = np.arange(threads + 1)
+    if kind != "rows":
+        parts[:, 3], parts[:, 4] = (bounds * blocks // threads)[:-1], (bounds * blocks // threads)[1:]
+    elif ragged:  # the rows stand sorted by length: dealt out in turn, they are as many for each thread at every step
+        parts[:, 0], parts[:, 2] = bounds[:-1], threads
+    else:
+        parts[:, 0], parts[:, 1] = (bounds * batch // threads)[:-1], (bounds * batch // threads)[1:]
     return parts
 
 

@@ -62,7 +62,7 @@ def layer_backward(
     gradient_bias,  # (4 * Hp,) scratch
     left,  # (Hp/V, DEPTH, 4 * V) scratch: the blocks of da, each for itself
     right,  # (threads, DEPTH or GROUP, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
-    parts,  # (threads, 4), IN
+    parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
     team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
@@ -71,7 +71,7 @@ def layer_backward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    row_first, row_last, block_first, block_last = parts[thread]
+    row_first, row_last, row_step, block_first, block_last = parts[thread]
     first, last = share(tape.shape[1], team, thread)
     if gates is not None:  # Numba compiles a kernel without, and one with what belongs to it
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
@@ -97,11 +97,13 @@ def layer_backward(
                 whole, first_row = tape, 0
             _gates_back(
                 offsets[step], before, low, order, places, whole, first_row, tape, c0, dy, column, da, dh_rows, dc_rows,
-                row_first, active, block_first, block_last,
+                row_first, active, row_step, block_first, block_last,
             )  # fmt: skip
             if divided:
                 barrier(team, thread)
-            _state_back(step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last)
+            _state_back(
+                step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first, block_last
+            )
         barrier(team, thread)
         for start in range(low, high, DEPTH):
             rows = min(DEPTH, high - start)
@@ -180,7 +182,9 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
         for row in range(low, high, GROUP):
             end = min(row + GROUP, high)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
-            pre_activations(end - row, 1, x_rows, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row)
+            pre_activations(
+                end - row, 1, x_rows, inputs, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row
+            )  # fmt: skip
             for n in range(row, end):
                 c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
                 out = offset(address(gates), ((n - low) * blocks + block) * TAPE * width)
@@ -190,12 +194,12 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
 @routine
 def _gates_back(
     here, before, chunk_row, order, places, gates, gates_row, tape, c0, dy, column, da, dh_rows, dc_rows,
-    row_first, row_last, block_first, block_last,
+    row_first, row_last, row_step, block_first, block_last,
 ):  # fmt: skip
     """Take one step's gradients through the gates: dc in place, the gate gradients to `da`, dh to zero."""
     hidden, features = c0.shape[1], dy.shape[1]
     blocks, width, stride = tape.shape[1], tape.shape[3], dh_rows.shape[1]
-    for row in range(row_first, row_last):
+    for row in range(row_first, row_last, row_step):
         place = places[here + row] * features + column
         for block in range(block_first, block_last):
             units = min(width, hidden - block * width)
@@ -221,13 +225,15 @@ def _gates_back(
 
 
 @routine
-def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, block_first, block_last):
+def _state_back(
+    step, first_row, da, packed_hh, dh_rows, row_first, row_last, row_step, block_first, block_last
+):  # fmt: skip
     """Compute dh = da @ W_hh for this thread's rows and units."""
     depth, stride = packed_hh.shape[1], dh_rows.shape[1]
     width = packed_hh.shape[2] // VECTORS
     panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several whole ones.
-    single = row_last - row_first == 1 and block_first % VECTORS == 0 and block_last % VECTORS == 0
+    single = row_first < row_last <= row_first + row_step and block_first % VECTORS == 0 and block_last % VECTORS == 0
     together = ROW_BLOCKS if single else 1
     for turn in range(0, panel_last - panel_first, together):
         panels = min(together, panel_last - panel_first - turn)
@@ -236,14 +242,14 @@ def _state_back(step, first_row, da, packed_hh, dh_rows, row_first, row_last, bl
         block = max(block_first, panel * VECTORS)
         vectors = min(block_last, (panel + 1) * VECTORS) - block
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
-        for start in range(row_first, row_last, GROUP):
-            rows = min(GROUP, row_last - start)
+        for start in range(row_first, row_last, GROUP * row_step):
+            rows = min(GROUP, (row_last - start + row_step - 1) // row_step)
             gates = offset(address(da), (first_row + start) * depth)
             out = offset(address(dh_rows), start * stride + block * width)
             if single:
                 _add_long_row(panels, depth, gates, weights, out)
             else:
-                _add_long_product(rows, vectors, depth, gates, weights, out, stride)
+                _add_long_product(rows, vectors, depth, gates, row_step * depth, weights, out, row_step * stride)
 
 
 @routine
@@ -297,7 +303,8 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
                 for v in range(vectors):
                     place = offset(block, r * columns + v * width)
                     store(place, fill(place, 0.0))
-            _add_long_product(rows, vectors, depth, offset(address(da), start * depth), weights, block, columns)
+            gates = offset(address(da), start * depth)
+            _add_long_product(rows, vectors, depth, gates, depth, weights, block, columns)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -310,12 +317,12 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
 
 
 @routine
-def _add_long_product(rows, vectors, depth, gates, weights, out, out_row):
+def _add_long_product(rows, vectors, depth, gates, gates_row, weights, out, out_row):
     """Add gates @ weights to `out`, for some rows of `depth` gate gradients and one panel of the weights."""
     columns = VECTORS * lanes_of(out)
     for k in range(0, depth, SLICE):
         part = min(SLICE, depth - k)
-        tiles(rows, vectors, part, offset(gates, k), depth, 1, offset(weights, k * columns), columns, out, out_row)
+        tiles(rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row)
 
 
 @routine

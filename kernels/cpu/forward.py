@@ -8,8 +8,8 @@ rows. Row n belongs at ``places[n]`` of the caller's (T * B). A batch of equal l
 
 A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has
 the others do so (``team.py``). Each computes some sequences (rows) and some blocks of hidden units:
-``parts[thread]`` = first row, last row, first block, last block. Where every thread has its own rows and
-all units, the steps need no synchronisation; where units are divided, the team meets after each step.
+``parts[thread]`` = first row, last row, distance of its rows, first block, last block. Where every thread has its own
+rows and all units, the steps need no synchronisation; where units are divided, the team meets after each step.
 
 Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to whole vectors.
 """
@@ -59,7 +59,7 @@ def layer_forward(
     packed_bias,  # (Hp/V, 4, V) scratch
     a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
     ahead,  # steps whose input products are computed together, 0 for none
-    parts,  # (threads, 4), IN
+    parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
     team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
@@ -72,7 +72,7 @@ def layer_forward(
     width, stride = packed.shape[3], h_rows.shape[1]
     batch, features = order.size, y.shape[1]
     tile_row = GATES * width
-    row_first, row_last, block_first, block_last = parts[thread]
+    row_first, row_last, row_step, block_first, block_last = parts[thread]
 
     first, last = share(packed.shape[0], team, thread)
     pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
@@ -96,39 +96,40 @@ def layer_forward(
             ahead_low = low
             rows, x_rows = offsets[min(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
             _products(
-                rows, x_rows, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
+                rows, x_rows, inputs, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
                 block_first, block_last, 0,
             )  # fmt: skip
         for turn in range(block_first, block_last, together):
             # To and fro: what the caches still hold of the weights is what the step before used last.
             first = block_first + block_last - together - turn if step & 1 else turn
             last = first + together
-            for start in range(row_first, active, GROUP):
-                end = min(start + GROUP, active)
-                rows, h_prev = end - start, offset(address(h_rows), (here + start) * stride)
-                if ahead:
+            for start in range(row_first, active, GROUP * row_step):
+                rows = min(GROUP, (active - start + row_step - 1) // row_step)
+                h_prev = offset(address(h_rows), (here + start) * stride)
+                if ahead:  # every row is this thread's
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
                     _products(
-                        rows, h_prev, 0, h_prev, hidden, stride, packed, inputs, a_rows, a_row, a_rows, a_row, tile_row,
-                        first, last, step & 1,
+                        rows, h_prev, 0, 0, h_prev, hidden, stride, packed, inputs, a_rows, a_row, a_rows, a_row,
+                        tile_row, first, last, step & 1,
                     )  # fmt: skip
                 else:
                     a_rows = offset(address(a), thread * GROUP * a_row)
                     x_rows = offset(x_first, (low + start) * inputs)
                     _products(
-                        rows, x_rows, inputs, h_prev, hidden, stride, packed, 0, bias_first, 0, a_rows, a_row, 0,
-                        first, last, 0,
+                        rows, x_rows, inputs, row_step * inputs, h_prev, hidden, row_step * stride, packed, 0,
+                        bias_first, 0, a_rows, a_row, 0, first, last, 0,
                     )  # fmt: skip
                 # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
                 # the processor does not look so far ahead that it would find work in the next one.
                 for block in range(first, last):
                     a_units = offset(a_rows, block * a_block)
-                    _update_cells(a_units, a_row, c_rows, tape, training, low, start, end, block, hidden)
+                    _update_cells(a_units, a_row, c_rows, tape, training, low, start, rows, row_step, block, hidden)
                 for block in range(first, last):
                     units = min(width, hidden - block * width)
-                    for row in range(start, end):
+                    for n in range(rows):
+                        row = start + n * row_step
                         c = load(offset(address(c_rows), row * stride + block * width))
-                        o = load(offset(a_rows, block * a_block + (row - start) * a_row + 3 * width))
+                        o = load(offset(a_rows, block * a_block + n * a_row + 3 * width))
                         h = o * tanh(c)
                         store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
                         if step + 1 < lengths[row]:
@@ -144,12 +145,13 @@ def layer_forward(
 
 
 @routine(inline=True)
-def _update_cells(a, a_row, c_rows, tape, training, low, start, end, block, hidden):
+def _update_cells(a, a_row, c_rows, tape, training, low, start, rows, row_step, block, hidden):
     """Take some rows of a block through the gates: c in place, o in place of its pre-activation, all on the tape."""
     width, stride = lanes_of(a), c_rows.shape[1]
     units = min(width, hidden - block * width)
-    for row in range(start, end):
-        here_a = offset(a, (row - start) * a_row)
+    for n in range(rows):
+        row = start + n * row_step
+        here_a = offset(a, n * a_row)
         here_c = offset(address(c_rows), row * stride + block * width)
         # Lanes beyond the units become harmless constants even if NaN arrives there.
         i, f, g, o, c = gates_forward(
@@ -195,7 +197,8 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
 
 @routine
 def _products(
-    rows, x, inputs, h, hidden, h_row, packed, skipped, start, start_row, a, a_row, a_block, first, last, backwards
+    rows, x, inputs, x_row, h, hidden, h_row, packed, skipped, start, start_row, a, a_row, a_block, first, last,
+    backwards,
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and the blocks of units from first to last.
 
@@ -211,13 +214,15 @@ def _products(
         blocks = min(together, last - turn)
         block = first + last - blocks - turn if backwards else turn
         pre_activations(
-            rows, blocks, x, inputs, h, hidden, h_row, offset(weights, block * weights_block), weights_block,
+            rows, blocks, x, inputs, x_row, h, hidden, h_row, offset(weights, block * weights_block), weights_block,
             offset(start, block * start_block), start_row, offset(a, block * a_block), a_row,
         )  # fmt: skip
 
 
 @routine(inline=True)
-def pre_activations(rows, blocks, x, inputs, h, hidden, h_row, weights, weights_block, start, start_row, a, a_row):
+def pre_activations(
+    rows, blocks, x, inputs, x_row, h, hidden, h_row, weights, weights_block, start, start_row, a, a_row
+):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
     The weights are taken DEPTH rows at a time, which stay in the first-level cache while the rows pass. Where
@@ -228,7 +233,7 @@ def pre_activations(rows, blocks, x, inputs, h, hidden, h_row, weights, weights_
     first = min(DEPTH, hidden)
     k = 0
     while k < inputs + hidden:
-        k1, k2, a1, a1_row = DEPTH, 0, offset(x, k), inputs
+        k1, k2, a1, a1_row = DEPTH, 0, offset(x, k), x_row
         if k == whole:
             k1, k2 = inputs - whole, first
         elif k > whole:
