@@ -11,7 +11,19 @@ from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
 from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, unpack_gradient
-from fastlstm.kernels.cpu.simd import REGISTERS, address, fill, lanes_of, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.simd import (
+    REGISTERS,
+    address,
+    fill,
+    lanes_of,
+    load,
+    load_first,
+    maximum,
+    minimum,
+    offset,
+    store,
+    store_first,
+)
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, gate_tile, rows_of_tile, tile, tiles
@@ -83,13 +95,13 @@ def layer_backward(
     panel = offset(address(right), thread * right.shape[1] * right.shape[2])
     chunk_last = offsets.size - 1
     while chunk_last > 0:
-        chunk_first = max(0, chunk_last - chunk)
+        chunk_first = maximum(0, chunk_last - chunk)
         low, high = offsets[chunk_first], offsets[chunk_last]
         if gates is not None:
             _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last, panel)
             barrier(team, thread)
         for step in range(chunk_last - 1, chunk_first - 1, -1):
-            active = min(offsets[step + 1] - offsets[step], row_last)
+            active = minimum(offsets[step + 1] - offsets[step], row_last)
             before = offsets[step - 1] if step else -1
             if gates is not None:
                 whole, first_row = gates, low
@@ -106,7 +118,7 @@ def layer_backward(
             )
         barrier(team, thread)
         for start in range(low, high, DEPTH):
-            rows = min(DEPTH, high - start)
+            rows = minimum(DEPTH, high - start)
             _split_blocks(da, start - low, rows, left, gradient_bias, first, last)
             _add_product(left, rows, x, start, panel, gradient_ih, first, last)
             _add_product(left, rows, h_rows, start, panel, gradient_hh, first, last)
@@ -134,7 +146,7 @@ def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, 
     first, last = share(order.size, team, thread)
     for row in range(first, last):
         for unit in range(0, hidden, width):
-            units, source, target = min(width, hidden - unit), order[row] * hidden + unit, row * stride + unit
+            units, source, target = minimum(width, hidden - unit), order[row] * hidden + unit, row * stride + unit
             store(offset(address(dh_rows), target), load_first(offset(address(dh_n), source), units))
             store(offset(address(dc_rows), target), load_first(offset(address(dc_n), source), units))
 
@@ -145,7 +157,7 @@ def _clear(matrix, first, last, columns):
     width, count = lanes_of(matrix), (last - first) * columns
     start = offset(matrix, first * columns)
     for n in range(0, count, width):
-        store_first(offset(start, n), fill(start, 0.0), min(width, count - n))
+        store_first(offset(start, n), fill(start, 0.0), minimum(width, count - n))
 
 
 @routine
@@ -158,11 +170,11 @@ def _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last
             for gate in range(GATES):
                 total = load(offset(address(gradient_bias), (block * GATES + gate) * width))
                 place = gate * hidden + block * width
-                store_first(offset(address(dbias), place), total, min(width, hidden - block * width))
+                store_first(offset(address(dbias), place), total, minimum(width, hidden - block * width))
     first, last = share(order.size, team, thread)
     for row in range(first, last):
         for unit in range(0, hidden, width):
-            units, source, target = min(width, hidden - unit), row * stride + unit, order[row] * hidden + unit
+            units, source, target = minimum(width, hidden - unit), row * stride + unit, order[row] * hidden + unit
             store_first(offset(address(dh0), target), load(offset(address(dh_rows), source)), units)
             store_first(offset(address(dc0), target), load(offset(address(dc_rows), source)), units)
 
@@ -180,7 +192,7 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
         weights = offset(address(packed), block * packed.shape[1] * tile_row)
         start = offset(address(packed_bias), block * tile_row)
         for row in range(low, high, GROUP):
-            end = min(row + GROUP, high)
+            end = minimum(row + GROUP, high)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
             pre_activations(
                 end - row, 1, x_rows, inputs, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row
@@ -188,7 +200,7 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
             for n in range(row, end):
                 c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
                 out = offset(address(gates), ((n - low) * blocks + block) * TAPE * width)
-                gates_again(offset(a, (n - row) * tile_row), width, min(width, hidden - block * width), c, out)
+                gates_again(offset(a, (n - row) * tile_row), width, minimum(width, hidden - block * width), c, out)
 
 
 @routine
@@ -202,7 +214,7 @@ def _gates_back(
     for row in range(row_first, row_last, row_step):
         place = places[here + row] * features + column
         for block in range(block_first, block_last):
-            units = min(width, hidden - block * width)
+            units = minimum(width, hidden - block * width)
             if before >= 0:
                 source = ((before + row) * blocks + block) * tape.shape[2] + tape.shape[2] - 1
                 c_prev = load(offset(address(tape), source * width))
@@ -236,14 +248,14 @@ def _state_back(
     single = row_first < row_last <= row_first + row_step and block_first % VECTORS == 0 and block_last % VECTORS == 0
     together = ROW_BLOCKS if single else 1
     for turn in range(0, panel_last - panel_first, together):
-        panels = min(together, panel_last - panel_first - turn)
+        panels = minimum(together, panel_last - panel_first - turn)
         # To and fro, as in the forward pass: the caches still hold what the step before used last.
         panel = panel_last - panels - turn if step & 1 else panel_first + turn
-        block = max(block_first, panel * VECTORS)
-        vectors = min(block_last, (panel + 1) * VECTORS) - block
+        block = maximum(block_first, panel * VECTORS)
+        vectors = minimum(block_last, (panel + 1) * VECTORS) - block
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
         for start in range(row_first, row_last, GROUP * row_step):
-            rows = min(GROUP, (row_last - start + row_step - 1) // row_step)
+            rows = minimum(GROUP, (row_last - start + row_step - 1) // row_step)
             gates = offset(address(da), (first_row + start) * depth)
             out = offset(address(dh_rows), start * stride + block * width)
             if single:
@@ -276,7 +288,7 @@ def _add_product(left, rows, operand, operand_row, panel, gradient, first, last)
     columns, stride = left.shape[2], gradient.shape[1]
     width = columns // GATES
     for column in range(0, stride, columns):
-        vectors = min(VECTORS, (stride - column) // width)
+        vectors = minimum(VECTORS, (stride - column) // width)
         pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
         for block in range(first, last):
             source = offset(address(left), block * left.shape[1] * columns)
@@ -295,10 +307,10 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
     width = columns // VECTORS
     for panel in range(packed_ih.shape[0]):
         column = panel * columns
-        vectors = min(VECTORS, (inputs - column + width - 1) // width)
+        vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
         weights = offset(address(packed_ih), panel * depth * columns)
         for start in range(first_row, last_row, GROUP):
-            rows = min(GROUP, last_row - start)
+            rows = minimum(GROUP, last_row - start)
             for r in range(rows):
                 for v in range(vectors):
                     place = offset(block, r * columns + v * width)
@@ -308,7 +320,7 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
-                    units = min(width, inputs - column - v * width)
+                    units = minimum(width, inputs - column - v * width)
                     out = offset(address(dx), target + v * width)
                     value = load(offset(block, r * columns + v * width))
                     if accumulate:
@@ -321,7 +333,7 @@ def _add_long_product(rows, vectors, depth, gates, gates_row, weights, out, out_
     """Add gates @ weights to `out`, for some rows of `depth` gate gradients and one panel of the weights."""
     columns = VECTORS * lanes_of(out)
     for k in range(0, depth, SLICE):
-        part = min(SLICE, depth - k)
+        part = minimum(SLICE, depth - k)
         tiles(rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row)
 
 
@@ -330,5 +342,5 @@ def _add_long_row(panels, depth, gates, weights, out):
     """Add gates @ weights to `out` for one row and several whole panels, with the sums of :func:`_add_long_product`."""
     columns = VECTORS * lanes_of(out)
     for k in range(0, depth, SLICE):
-        part, a, b = min(SLICE, depth - k), offset(gates, k), offset(weights, k * columns)
+        part, a, b = minimum(SLICE, depth - k), offset(gates, k), offset(weights, k * columns)
         gate_tile(1, panels, part, a, 0, 0, a, 0, b, depth * columns, out, 0, out, 0)

@@ -25,6 +25,8 @@ from fastlstm.kernels.cpu.simd import (
     lanes_of,
     load,
     load_first,
+    maximum,
+    minimum,
     offset,
     store,
     store_first,
@@ -86,7 +88,7 @@ def layer_forward(
     a_block = tile_row if ahead else 0
     for step in range(offsets.size - 1):
         low = offsets[step]
-        active = min(offsets[step + 1] - low, row_last)
+        active = minimum(offsets[step + 1] - low, row_last)
         # Training keeps the state before each row; inference alternates between two.
         here = low if training else (step & 1) * batch
         following = offsets[step + 1] if training else (1 - (step & 1)) * batch
@@ -94,7 +96,7 @@ def layer_forward(
             fetch(offset(address(h_rows), here * stride), active * stride)
         if ahead and step % ahead == 0:  # full tiles even where each step has few rows
             ahead_low = low
-            rows, x_rows = offsets[min(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
+            rows, x_rows = offsets[minimum(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
             _products(
                 rows, x_rows, inputs, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
                 block_first, block_last, 0,
@@ -104,7 +106,7 @@ def layer_forward(
             first = block_first + block_last - together - turn if step & 1 else turn
             last = first + together
             for start in range(row_first, active, GROUP * row_step):
-                rows = min(GROUP, (active - start + row_step - 1) // row_step)
+                rows = minimum(GROUP, (active - start + row_step - 1) // row_step)
                 h_prev = offset(address(h_rows), (here + start) * stride)
                 if ahead:  # every row is this thread's
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
@@ -125,7 +127,7 @@ def layer_forward(
                     a_units = offset(a_rows, block * a_block)
                     _update_cells(a_units, a_row, c_rows, tape, training, low, start, rows, row_step, block, hidden)
                 for block in range(first, last):
-                    units = min(width, hidden - block * width)
+                    units = minimum(width, hidden - block * width)
                     for n in range(rows):
                         row = start + n * row_step
                         c = load(offset(address(c_rows), row * stride + block * width))
@@ -148,7 +150,7 @@ def layer_forward(
 def _update_cells(a, a_row, c_rows, tape, training, low, start, rows, row_step, block, hidden):
     """Take some rows of a block through the gates: c in place, o in place of its pre-activation, all on the tape."""
     width, stride = lanes_of(a), c_rows.shape[1]
-    units = min(width, hidden - block * width)
+    units = minimum(width, hidden - block * width)
     for n in range(rows):
         row = start + n * row_step
         here_a = offset(a, n * a_row)
@@ -182,7 +184,7 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
     for row in range(first, last):
         source = order[row] * hidden
         for unit in range(0, hidden, width):
-            units = min(width, hidden - unit)
+            units = minimum(width, hidden - unit)
             h, c = (
                 load_first(offset(address(h0), source + unit), units),
                 load_first(offset(address(c0), source + unit), units),
@@ -211,7 +213,7 @@ def _products(
     weights = offset(address(packed), skipped * tile_row)
     together = ROW_BLOCKS if rows == 1 else 1
     for turn in range(first, last, together):
-        blocks = min(together, last - turn)
+        blocks = minimum(together, last - turn)
         block = first + last - blocks - turn if backwards else turn
         pre_activations(
             rows, blocks, x, inputs, x_row, h, hidden, h_row, offset(weights, block * weights_block), weights_block,
@@ -229,8 +231,9 @@ def pre_activations(
     they are cut depends on I and H alone, so that results do not depend on the plan.
     """
     tile_row = GATES * lanes_of(a)
-    whole = max(0, inputs - 1) // DEPTH * DEPTH  # leaves at least one input, if there are any, to start h's products
-    first = min(DEPTH, hidden)
+    # At least one input is left, if there are any, to start the products of h.
+    whole = maximum(0, inputs - 1) // DEPTH * DEPTH
+    first = minimum(DEPTH, hidden)
     k = 0
     while k < inputs + hidden:
         k1, k2, a1, a1_row = DEPTH, 0, offset(x, k), x_row
@@ -238,7 +241,7 @@ def pre_activations(
             k1, k2 = inputs - whole, first
         elif k > whole:
             a1, a1_row = offset(h, k - inputs), h_row
-            k1 = min(DEPTH, inputs + hidden - k)
+            k1 = minimum(DEPTH, inputs + hidden - k)
         gate_tiles(
             rows, blocks, k1, a1, a1_row, k2, h, h_row, offset(weights, k * tile_row), weights_block, start, start_row,
             a, a_row,

@@ -21,6 +21,7 @@ from fastlstm.kernels.cpu.simd import (
     load,
     load_first,
     load_vector,
+    minimum,
     offset,
     store,
     store_first,
@@ -73,7 +74,7 @@ def _pack_columns(weight, packed, first_k, block):
     """Write one block's rows of a weight (4H, K) as columns from `first_k` of `packed` (H/V, all k, 4, V)."""
     hidden, inputs = weight.shape[0] // GATES, weight.shape[1]
     width = packed.shape[3]
-    units = min(width, hidden - block * width)
+    units = minimum(width, hidden - block * width)
     for gate in range(GATES):
         row = gate * hidden + block * width
         done = 0
@@ -106,7 +107,7 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
         _pack_columns(weight_ih, packed, 0, block)
         _pack_columns(weight_hh, packed, inputs, block)
         for gate in range(GATES):
-            units = min(width, hidden - block * width) if bias.size else 0
+            units = minimum(width, hidden - block * width) if bias.size else 0
             target = offset(address(packed_bias), (block * GATES + gate) * width)
             store(target, load_first(offset(address(bias), gate * hidden + block * width), units))
 
@@ -132,7 +133,7 @@ def pack_backward(weight, packed, first, last):
                     unit = block * width + lane
                     k = (block * GATES + gate) * width + lane
                     for v in range(VECTORS):
-                        inside = min(width, columns - column - v * width) if unit < hidden else 0
+                        inside = minimum(width, columns - column - v * width) if unit < hidden else 0
                         target = offset(address(packed), ((panel * packed.shape[1] + k) * VECTORS + v) * width)
                         if inside > 0:
                             source = (gate * hidden + unit) * columns + column + v * width
@@ -157,7 +158,7 @@ def pack_rows(source, row_length, column, columns, packed, first, last):
     width = lanes_of(source)
     for row in range(first, last):
         for v in range(0, columns, width):
-            inside = min(width, row_length - column - v)
+            inside = minimum(width, row_length - column - v)
             target = offset(packed, (row - first) * columns + v)
             if inside > 0:
                 store(target, load_first(offset(source, row * row_length + column + v), inside))
@@ -180,8 +181,8 @@ def unpack_gradient(packed, gradient, first, last):
     width = lanes_of(address(packed))
     for block in range(first, last):
         for gate in range(GATES):
-            for lane in range(min(width, hidden - block * width)):
+            for lane in range(minimum(width, hidden - block * width)):
                 source = offset(address(packed), ((block * GATES + gate) * width + lane) * packed.shape[1])
                 target = offset(address(gradient), (gate * hidden + block * width + lane) * columns)
                 for n in range(0, columns, width):
-                    store_first(offset(target, n), load(offset(source, n)), min(width, columns - n))
+                    store_first(offset(target, n), load(offset(source, n)), minimum(width, columns - n))

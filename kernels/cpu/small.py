@@ -30,6 +30,7 @@ from fastlstm.kernels.cpu.simd import (
     load_first,
     load_masked,
     load_vector,
+    minimum,
     offset,
     splat,
     store,
@@ -200,7 +201,7 @@ def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, tra
         # The weights of a block serve all sequences while they are in the first-level cache.
         for block in range(blocks):
             unit = block * width
-            units = min(width, hidden - unit)
+            units = minimum(width, hidden - unit)
             for sequence in range(batch):
                 x_row, h_row = offset(x_step, sequence * inputs), offset(h_step, sequence * hidden)
                 own = sequence * hidden + unit
@@ -256,7 +257,7 @@ def small_backward(
             da_row = offset(address(da), row * gates)
             for block in range(blocks):
                 unit = block * width
-                units = min(width, hidden - unit)
+                units = minimum(width, hidden - unit)
                 dh, dc = load_first(offset(dh_row, unit), units), load_first(offset(dc_row, unit), units)
                 if dy.size:
                     dh = dh + load_first(offset(address(dy), row * hidden + unit), units)

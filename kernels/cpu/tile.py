@@ -30,6 +30,7 @@ from fastlstm.kernels.cpu.simd import (
     lanes_of,
     llvm_vector,
     load_vector,
+    minimum,
     offset,
     prefetch,
     splat_scalar,
@@ -247,7 +248,7 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
 @routine(inline=True)
 def rows_of_tile(left):
     """Return how many of the rows that are left the next tile takes: never one alone, whose few sums wait in turn."""
-    return ROWS - 1 if left == ROWS + 1 else min(ROWS, left)
+    return ROWS - 1 if left == ROWS + 1 else minimum(ROWS, left)
 
 
 @routine
