@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return max(subprocess.run([sys.executable, __file__, name, *given], check=False).returncode for name in NAMES)
 
     def keep(study: Study) -> None:
-        for line in show.lines_of(study.cases[-1], rivals=options.study != "roofs"):
+        for line in show.lines_of(study.cases[-1]):
             print(line, flush=True)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,7 @@ class Machine:
         return clock.take_turns(sides, budget, pause=lambda: self.sleep(clock.PAUSE), now=lambda: self.now)
 
 
-def test_sides_take_turns_after_a_pause_and_an_untimed_call():
+def test_sides_take_turns_after_a_pause_and_untimed_calls():
     machine = Machine()
     seconds, calls, interrupted = machine.turns({name: machine.side(name, [2e-3]) for name in "abc"}, 0.0)
     assert calls == {"a": 1, "b": 1, "c": 1} and not interrupted
@@ -160,7 +160,7 @@ def test_sides_take_turns_after_a_pause_and_an_untimed_call():
     expected = []
     for order in ("abc", "bca", "cab", "abc", "bca")[: len(seconds["a"])]:
         for name in order:
-            expected += ["pause", name, name, f"{name} x 1"]
+            expected += ["pause", *[name, f"{name} x 1"] * 3]  # twice two milliseconds before it counts
     assert after == expected
     assert len(seconds["a"]) == clock.FEWEST_ROUNDS and seconds["a"] == pytest.approx([2e-3] * 3)
 
@@ -171,6 +171,9 @@ def test_a_sample_lasts_long_enough_and_a_long_call_needs_no_warm_up():
     assert calls["long"] == 1 and 100 <= calls["short"] <= 1000
     turns = machine.log[machine.log.index("pause") :]
     assert turns[turns.index("long") - 1] == "pause" and turns[turns.index("long") + 1] == "long x 1"
+    rest = turns[turns.index("short") :]
+    warm = rest[: rest.index("pause")].count("short") - calls["short"]
+    assert clock.WARM <= warm * 1e-5 <= clock.WARM + 2 * clock.SAMPLE
 
 
 def test_the_budget_is_spent_but_five_rounds_are_made_unless_they_take_far_too_long():

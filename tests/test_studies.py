@@ -82,10 +82,34 @@ def test_roofs_are_measured_in_the_rounds_of_the_calls(monkeypatch):
     assert len(cases) == 2 * (2 * 2 + 1)
     for name, case in cases.items():
         assert case.facts["threads"] == (1 if name.endswith("1 thread") else 2)
-        assert {OURS, roofs.TILE} <= set(case.values)
+        assert {OURS, roofs.TILE, roofs.PARTS} <= set(case.values)
+        assert set(case.values) == {OURS, *case.yardsticks}
         assert (roofs.WEIGHTS in case.values) == name.startswith("1,1,")
         assert (roofs.NOTHING in case.values) == (name.startswith("1,1,") and "train" not in name)
         assert (roofs.BLAS in case.values) != (roofs.BLAS in case.refused)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "forward", "all_of_them"), [(3, 99, 1.0, 3.0), (99, 1, 0.25, 1.5), (1, 1, 0, 1)]
+)
+def test_what_many_rows_share_is_counted_with_the_products_of_the_tile(steps, batch, forward, all_of_them):
+    # A quarter of the products is the inputs'. Of few rows, only the gradients of the weights are the tile's.
+    infer, train = (roofs.Work(steps, batch, 10, 30, kind=kind) for kind in ("infer", "train"))
+    assert roofs.shared_operations(infer) == forward * infer.operations
+    assert roofs.shared_operations(train) == all_of_them * infer.operations
+
+
+def test_the_loop_over_gates_computes_as_many_as_it_says():
+    width = roofs.import_module("fastlstm.kernels.cpu.simd").lanes(np.dtype("f4"))
+    a, c, h = (np.full(vectors * width, 0.5, np.float32) for vectors in (20, 4, 4))
+    for count in (3, 5):  # over the four vectors once, and once and a quarter
+        c[:] = 0.0
+        roofs._gates()(count, False, a, c, h)
+        np.testing.assert_array_equal(c == 0.0, np.arange(4 * width) >= count * width)
+        first = np.float32(np.tanh(0.5) / (1 + np.exp(-0.5)))
+        np.testing.assert_allclose(c[width : 3 * width], first, rtol=1e-6)
+        assert (c[:width] > 1.1 * first).all() == (count == 5)
+        a[:] = 0.5
 
 
 def test_the_reading_loop_reads_everything_as_often_as_it_says():
@@ -181,6 +205,12 @@ def test_a_goal_that_is_never_reached_is_said(speakers, monkeypatch):
         list(speakers.measure(1, 0.0))
 
 
+def test_importing_numba_is_all_that_its_process_does(capsys, monkeypatch):
+    exec(start.SCRIPTS[start.NUMBA], {})
+    assert len(json.loads(capsys.readouterr().out)["seconds"]) == 1
+    assert "fastlstm" not in start.SCRIPTS[start.NUMBA]
+
+
 @pytest.mark.parametrize("side", start.SIDES)
 def test_a_process_that_starts_prints_the_seconds_of_each_part(side, capsys, monkeypatch):
     if side != OURS:
@@ -203,15 +233,18 @@ print(json.dumps({"seconds": [1.0, 1.0 + compiled, 0.5, 0.25], "compiled": compi
 
 def test_a_start_is_cold_once_and_then_warm(monkeypatch):
     monkeypatch.setattr(start, "SIDES", (OURS,))
-    monkeypatch.setattr(start, "SCRIPTS", {OURS: FAKE})
+    monkeypatch.setattr(start, "SCRIPTS", {OURS: FAKE, start.NUMBA: FAKE.replace("[1.0", "[0.125")})
     monkeypatch.setattr(start, "ROUNDS", 2)
-    found = {case.name: case.values[OURS] for case in start.measure(1, 0.0)}
+    cases = {case.name: case for case in start.measure(1, 0.0)}
+    assert cases["warm: all three calls"].values[start.NUMBA] == (0.125, 0.125)
+    assert all(start.NUMBA in case.yardsticks for case in cases.values() if start.NUMBA in case.values)
+    found = {name: case.values[OURS] for name, case in cases.items()}
     assert found["cold: training pass"] == (4.0, 4.0) and found["warm: training pass"] == (1.0, 1.0)
     assert found["cold: all three calls"] == (4.75, 4.75) and found["warm: import and calls"] == (2.75, 2.75)
-    monkeypatch.setattr(start, "SCRIPTS", {OURS: FAKE.replace("0 if left.exists() else 3", "3")})
+    monkeypatch.setattr(start, "SCRIPTS", {OURS: FAKE.replace("0 if left.exists() else 3", "3"), start.NUMBA: FAKE})
     with pytest.raises(RuntimeError, match="warm process compiled 3"):
         list(start.measure(1, 0.0))
-    monkeypatch.setattr(start, "SCRIPTS", {OURS: "raise SystemExit('no such thing')"})
+    monkeypatch.setattr(start, "SCRIPTS", {OURS: "raise SystemExit('no such thing')", start.NUMBA: FAKE})
     with pytest.raises(RuntimeError, match="no such thing"):
         list(start.measure(1, 0.0))
 

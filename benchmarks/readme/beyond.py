@@ -39,14 +39,15 @@ def paragraphs(found: Mapping[str, Study], given: Sequence[Reason]) -> Iterator[
 
 
 def losses(found: Any) -> list[Loss]:
-    """Return every case and peer where the peer needs less; the machine's roofs, which always do, are no peers."""
+    """Return every case and peer where the peer needs less."""
     return [
         Loss(study.study, f"{TITLES.get(study.study, study.study)}: {case.name}", side, spread)
         for study in found
-        if study.study != "roofs"
         for case in study.cases
         for side in case.values
-        if side != OURS and (spread := case.ratio(side)) is not None and verdict(spread) == "slower"
+        if side not in (OURS, *case.yardsticks)
+        and (spread := case.ratio(side)) is not None
+        and verdict(spread) == "slower"
     ]
 
 
@@ -61,7 +62,9 @@ def _cell(case: Case, side: str) -> str:
     if not case.values.get(side):
         return "not timed" if side in case.refused else "-"
     found = case.ratio(side)
-    return f"{show.amount(case.spread(side).middle, case.unit)} ({cells.ratio(found)})"
+    assert found is not None
+    share = f"{100 * found.middle:.0f} % of ours" if side in case.yardsticks else cells.ratio(found)
+    return f"{show.amount(case.spread(side).middle, case.unit)} ({share})"
 
 
 def _sides(cases: Sequence[Case]) -> list[str]:
@@ -139,7 +142,7 @@ def _recompute(study: Study) -> Iterator[str]:
 def _start(study: Study) -> Iterator[str]:
     yield (
         "Start: seconds in a new process. Cold is the first process ever, which compiles the kernels, warm every later"
-        " one; a first call includes all that it loads."
+        " one; a first call includes all that it loads, and so the import of Numba, which also stands by itself."
     )
     sides = _sides(study.cases)
     yield cells.table(["what", OURS, *sides], _rows(study, sides))

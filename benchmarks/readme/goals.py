@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from studies import memory, ragged, recompute, roofs
+from studies import memory, ragged, recompute, roofs, start
 from studies.record import OURS, Case, Study
 
 from fastlstm.bench import table
@@ -15,9 +15,13 @@ from fastlstm.bench.results import Results
 from fastlstm.bench.table import Line
 from fastlstm.bench.work import Work
 
-from . import cells
+from . import cells, limits
 
 PEAK = Work(50, 64, 512, 512)  # where most of the time is arithmetic
+
+
+Shares = Mapping[Work, float]
+"""By what the time of a work is multiplied before a goal is read off; nothing at all for the times as they are."""
 
 
 class Goal(NamedTuple):
@@ -28,50 +32,57 @@ class Goal(NamedTuple):
     at_most: bool
     found: Callable[..., float | None]
 
-    def cell(self, given: Sequence[Line] | Mapping[str, Study]) -> str:
+    def cell(self, *given: Any) -> str:
         """Return the value, bold if it misses the goal."""
-        value = self.found(given)
+        value = self.found(*given)
         if value is None:
             return "-"
         met = value <= self.asked if self.at_most else value >= self.asked
         return f"{value:.2f}" if met else f"**{value:.2f}**"
 
 
-def _ratios(kind: str, dtype: str) -> Callable[[Sequence[Line]], list[float]]:
-    """Make the function that returns, for each row of a kind and dtype, the best peer's time divided by ours."""
-
-    def ratios(lines: Sequence[Line]) -> list[float]:
-        works = [(line, line.row.work) for line in lines]
-        chosen = [line for line, work in works if (work.kind, work.dtype, work.lengths) == (kind, dtype, None)]
-        return [min(ratio.middle for ratio in line.ratios.values()) for line in chosen if line.ratios]
-
-    return ratios
+OfLines = Callable[[Sequence[Line], Shares | None], float | None]
 
 
-def _least(kind: str, dtype: str) -> Callable[[Sequence[Line]], float | None]:
-    return lambda lines: min(_ratios(kind, dtype)(lines), default=None)
+def _share(line: Line, shares: Shares | None) -> float | None:
+    """By what a row's time is multiplied, None if that is not known."""
+    return 1.0 if shares is None else shares.get(line.row.work)
 
 
-def _mean(kind: str, dtype: str) -> Callable[[Sequence[Line]], float | None]:
-    def mean(lines: Sequence[Line]) -> float | None:
-        ratios = _ratios(kind, dtype)(lines)
+def _ratios(kind: str, dtype: str, lines: Sequence[Line], shares: Shares | None) -> list[float]:
+    """Return, for each row of a kind and dtype, the best peer's time divided by ours; none if one has no share."""
+    works = [(line, line.row.work) for line in lines if line.ratios]
+    chosen = [line for line, work in works if (work.kind, work.dtype, work.lengths) == (kind, dtype, None)]
+    found = [(min(ratio.middle for ratio in line.ratios.values()), _share(line, shares)) for line in chosen]
+    return [ratio / share for ratio, share in found if share] if all(share for _, share in found) else []
+
+
+def _least(kind: str, dtype: str) -> OfLines:
+    return lambda lines, shares: min(_ratios(kind, dtype, lines, shares), default=None)
+
+
+def _mean(kind: str, dtype: str) -> OfLines:
+    def mean(lines: Sequence[Line], shares: Shares | None) -> float | None:
+        ratios = _ratios(kind, dtype, lines, shares)
         return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
     return mean
 
 
-def _step(lines: Sequence[Line]) -> float | None:
-    return next((1e6 * line.seconds.middle for line in lines if line.row.work.kind == "stream"), None)
+def _step(lines: Sequence[Line], shares: Shares | None) -> float | None:
+    found = [(line.seconds.middle, _share(line, shares)) for line in lines if line.row.work.kind == "stream"]
+    return next((1e6 * seconds * share for seconds, share in found if share), None)
 
 
-def _step_ratio(lines: Sequence[Line]) -> float | None:
-    found = [line.ratios.get("onnxruntime") for line in lines if line.row.work.kind == "stream"]
-    return next((ratio.middle for ratio in found if ratio), None)
+def _step_ratio(lines: Sequence[Line], shares: Shares | None) -> float | None:
+    steps = [line for line in lines if line.row.work.kind == "stream"]
+    found = [(line.ratios.get("onnxruntime"), _share(line, shares)) for line in steps]
+    return next((ratio.middle / share for ratio, share in found if ratio and share), None)
 
 
-def _ragged(lines: Sequence[Line]) -> float | None:
-    found = [line.ratios.get("torch") for line in lines if line.row.work.lengths]
-    return next((ratio.middle for ratio in found if ratio), None)
+def _ragged(lines: Sequence[Line], shares: Shares | None) -> float | None:
+    found = [(line.ratios.get("torch"), _share(line, shares)) for line in lines if line.row.work.lengths]
+    return next((ratio.middle / share for ratio, share in found if ratio and share), None)
 
 
 OF_SHAPES = (
@@ -128,7 +139,7 @@ def _recompute(studies: Mapping[str, Study]) -> float | None:
     return max((ratio.middle for case in cases if (ratio := case.ratio(recompute.RECOMPUTED))), default=None)
 
 
-def _share(which: Callable[[Iterable[float]], float]) -> Callable[[Mapping[str, Study]], float | None]:
+def _peak(which: Callable[[Iterable[float]], float]) -> Callable[[Mapping[str, Study]], float | None]:
     """Make the function that finds the bare tile's time as a share of ours, on the fewest or the most threads."""
 
     def share(studies: Mapping[str, Study]) -> float | None:
@@ -144,8 +155,8 @@ def _share(which: Callable[[Iterable[float]], float]) -> Callable[[Mapping[str, 
 
 
 OF_STUDIES = (
-    Goal(f"share of the peak, inference, float32, {PEAK.name}, one thread", 0.8, False, _share(min)),
-    Goal("all threads", 0.8, False, _share(max)),
+    Goal(f"share of the peak, inference, float32, {PEAK.name}, one thread", 0.8, False, _peak(min)),
+    Goal("all threads", 0.8, False, _peak(max)),
     Goal("ragged training, share of our own padded time", 0.85, True, _padded),
     Goal("first calls of a model with an empty kernel cache, seconds", 10.0, True, _seconds("cold: all three calls")),
     Goal("first calls in a later process, seconds", 0.5, True, _seconds("warm: all three calls")),
@@ -157,17 +168,29 @@ OF_STUDIES = (
 def paragraphs(kernels: Mapping[str, Results], studies: Mapping[str, Study]) -> Iterator[str]:
     """Return the goals, beside each what was measured: in `kernels`, by the name of the file, and in `studies`."""
     yield (
-        "What the project holds itself to, and where it is: bold is what misses its goal. How far the machine itself"
-        " would let anyone go stands under each table."
+        "What the project holds itself to, and where it is: bold is what misses its goal. Beside it stands what it"
+        f" would be if our calls took no longer than their {roofs.PARTS}, what they cannot do without, measured in turn"
+        " with them: where that is bold too, nobody reaches the goal on this machine without doing less, or several of"
+        " these at a time. How far the machine itself would let anyone go stands under each table."
     )
     if kernels:
-        found = [[line for line in table.lines(results) if line.side == CPU] for results in kernels.values()]
-        rows = [[goal.words, _asked(goal), *map(goal.cell, found)] for goal in OF_SHAPES]
-        yield cells.table(["goal", "asked", *(name.replace("-", " ") for name in kernels)], rows)
+        head, given = ["goal", "asked"], []
+        for name, results in kernels.items():
+            lines = [line for line in table.lines(results) if line.side == CPU]
+            found = limits.of(results, studies.get("roofs"))
+            shares = {limit.line.row.work: limit.parts for limit in found if limit.parts}
+            head += [name.replace("-", " "), "by parts"]
+            given += [(lines, None), (lines, shares)]
+        rows = [[goal.words, _asked(goal), *(goal.cell(*each) for each in given)] for goal in OF_SHAPES]
+        yield cells.table(head, rows)
     if studies:
         yield cells.table(
             ["goal", "asked", "studies"], [[goal.words, _asked(goal), goal.cell(studies)] for goal in OF_STUDIES]
         )
+        case = _case("start", "warm: all three calls")(studies)
+        share = case.ratio(start.NUMBA) if case else None
+        if share:
+            yield f"Of the first calls in a later process, {100 * share.middle:.0f} % are the import of Numba."
 
 
 def _asked(goal: Goal) -> str:

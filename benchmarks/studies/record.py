@@ -40,6 +40,8 @@ class Case:
         Numbers that go with it, such as a size or an accuracy.
     refused : dict of str to str
         Which side was not measured, and why: it failed, or computed something else.
+    yardsticks : tuple of str
+        Sides that do not do the work and cannot win or lose: what any time of this machine is held against.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Case:
     unit: str = "s"
     facts: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    yardsticks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -130,4 +133,4 @@ def load(path: Path) -> Study:
 
 def _case(content: dict[str, Any]) -> Case:
     values = {side: tuple(map(float, found)) for side, found in content.pop("values").items()}
-    return Case(values=values, **content)
+    return Case(values=values, yardsticks=tuple(content.pop("yardsticks", ())), **content)

@@ -20,18 +20,23 @@ from fastlstm.bench.work import Array, Problem, Work
 
 from .record import OURS, Case
 
-TILE, WEIGHTS, NOTHING, BLAS = "bare tile", "reading the weights", "a call of nothing", "NumPy's products"
+TILE, WEIGHTS, NOTHING = "bare tile", "reading the weights", "a call of nothing"
+PARTS, BLAS = "bare parts", "NumPy's products"
 ROOFS = (TILE, WEIGHTS, NOTHING)
-"""Each for itself a bound from below; NumPy's products are none, but another's best at the same sizes."""
-SIDES = (OURS, *ROOFS, BLAS)
+"""Each for itself a bound from below. What a call consists of comes one after the other in the bare parts, and might
+overlap; NumPy's products are another's best at the same sizes."""
+SIDES = (OURS, *ROOFS, PARTS, BLAS)
 ABOUT = (
     f"Whole calls in float32, and in turn with them the roofs of the machine. The {TILE}: as many multiply-adds by the"
     " matrix tile on data in the first-level cache. For a few sequences"
     f" {WEIGHTS}: all of them once, and the recurrent ones once for each step, and as often again where there are"
     f" gradients, to and fro, with nothing but an addition for each. For single steps {NOTHING}: a compiled function"
-    f" that returns at once, given as many arrays, the new ones among them. And {BLAS}, for comparison: the matrix"
-    " products alone by its BLAS, those of the inputs for all steps at once, without gates, packing or gradients by the"
-    " bias. Threads divide the operations and the weights evenly. On one thread, and on as many as there are."
+    f" that returns at once, given as many arrays, the new ones among them. The {PARTS} are all that a call cannot do"
+    " without, each at its best and one after the other: the bare tile for the products whose weights many rows share,"
+    " reading the weights for the others, the activations of all gates on vectors in the first-level cache, and for"
+    f" single steps the call of nothing. And {BLAS}, for comparison: the matrix products alone by its BLAS, those of"
+    " the inputs for all steps at once, without gates, packing or gradients by the bias. Threads divide the operations,"
+    " the weights and the gates evenly. On one thread, and on as many as there are."
 )
 KINDS = ("infer", "train")
 STEP = Work(1, 1, 32, 64, kind="stream")
@@ -56,9 +61,10 @@ def _case(work: Work, threads: int, seconds: float) -> Case:
     with contextlib.ExitStack() as stack:
         built = {OURS: stack.enter_context(sides.cpu(problem, threads))}
         built[TILE] = stack.enter_context(tile(work, threads))
+        built[PARTS] = stack.enter_context(parts(problem, threads))
         if work.batch <= FEW:
             built[WEIGHTS] = stack.enter_context(weights(work, threads))
-        if work.steps * work.batch <= FEW and work.kind != "train":
+        if _is_call(work):
             built[NOTHING] = nothing(problem)
         try:
             built[BLAS] = stack.enter_context(products(work, threads))
@@ -69,12 +75,18 @@ def _case(work: Work, threads: int, seconds: float) -> Case:
         values, _, interrupted = clock.take_turns(built, seconds)
     if interrupted:
         raise KeyboardInterrupt
-    return Case(name_of(work, threads), values, facts={"threads": threads}, refused=refused)
+    yardsticks = tuple(side for side in values if side != OURS)
+    return Case(name_of(work, threads), values, facts={"threads": threads}, refused=refused, yardsticks=yardsticks)
 
 
 def _passes(work: Work) -> int:
     """How often a call reads the weights of one step: forward, and back."""
     return 2 if work.kind == "train" else 1
+
+
+def _is_call(work: Work) -> bool:
+    """Whether the call as such counts: a step or a few, without a tape."""
+    return work.steps * work.batch <= FEW and work.kind != "train"
 
 
 @contextlib.contextmanager
@@ -120,21 +132,113 @@ def _reader() -> Any:
 
 def weights(work: Work, threads: int) -> contextlib.AbstractContextManager[Side]:
     """Read as many bytes of weights, as often as the steps need them."""
+    return _roof([_reading(work, threads, of_inputs=True) for _ in range(threads)])
+
+
+def _reading(work: Work, threads: int, *, of_inputs: bool) -> Callable[[], None]:
+    """Return one thread's share of it, with or without the weights of the inputs."""
     read = _reader()
+    first, each = (np.ones(4 * work.hidden * size // threads, work.dtype) for size in (work.inputs, work.hidden))
+    total = np.zeros(64 // each.itemsize, work.dtype)
+
+    def run() -> None:
+        if of_inputs:
+            read(_passes(work), first, total)
+        read(_passes(work) * work.steps, each, total)
+
+    return run
+
+
+@functools.cache
+def _gates() -> Any:
+    from numba import njit
+
+    simd: Any = import_module("fastlstm.kernels.cpu.simd")
+    address, lanes_of, load, offset, store = (
+        getattr(simd, name) for name in ("address", "lanes_of", "load", "offset", "store")
+    )
+    of_cell: Any = import_module("fastlstm.kernels.cpu.gates")
+    forward, backward, kept = of_cell.gates_forward, of_cell.gates_backward, of_cell.TAPE
+    tanh = import_module("fastlstm.kernels.cpu.activations").tanh
+
+    @njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
+    def gates(count: int, back: bool, a: Any, c: Any, h: Any) -> None:
+        """Take vectors of cells, `count` in all, through the gates and, if asked, back again, a row after the other."""
+        width = lanes_of(address(a))
+        vectors = c.size // width
+        for done in range(0, count, vectors):
+            here = vectors if count - done > vectors else count - done
+            for n in range(here):
+                of_a, of_c = offset(address(a), n * kept * width), offset(address(c), n * width)
+                _, _, _, o, c_n = forward(
+                    load(of_a), load(offset(of_a, width)), load(offset(of_a, 2 * width)), load(offset(of_a, 3 * width)),
+                    load(of_c),
+                )  # fmt: skip
+                store(of_c, c_n)
+                store(offset(of_a, 4 * width), o)
+            for n in range(here):
+                of_h, o = offset(address(h), n * width), load(offset(address(a), (n * kept + 4) * width))
+                store(of_h, o * tanh(load(offset(address(c), n * width))))
+            if back:
+                for n in range(here):
+                    of_c, of_h = offset(address(c), n * width), offset(address(h), n * width)
+                    tape = offset(address(a), n * kept * width)
+                    da_i, da_f, da_g, da_o, dc = backward(load(of_h), load(of_c), tape, width, load(of_c))
+                    store(of_h, (da_i + da_f) + (da_g + da_o))
+                    store(of_c, dc)
+
+    return gates
+
+
+def _gating(work: Work, threads: int) -> Callable[[], None]:
+    """Return one thread's share of all gates: vectors in a first-level cache that hold about half."""
+    simd: Any = import_module("fastlstm.kernels.cpu.simd")
+    gates, width, kept = _gates(), simd.lanes(np.dtype(work.dtype)), import_module("fastlstm.kernels.cpu.gates").TAPE
+    count = work.steps * work.batch * -(-work.hidden // width) // threads
+    a = np.full(64 * kept * width, 0.5, work.dtype)
+    c, h = np.zeros(64 * width, work.dtype), np.zeros(64 * width, work.dtype)
+    return lambda: gates(count, work.kind == "train", a, c, h)
+
+
+def shared_operations(work: Work) -> float:
+    """Count the operations of the products in which more than a few rows share each of the weights.
+
+    With few sequences these are not the products with the states, step by step, forward and back; with few rows in
+    all nothing but the gradients of the weights is left.
+    """
+    inputs, states = (8.0 * work.steps * work.batch * work.hidden * size for size in (work.inputs, work.hidden))
+    gradients = work.kind == "train"
+    of_inputs = 3 * gradients or 1 if work.steps * work.batch > FEW else int(gradients)
+    of_states = 3 * gradients or 1 if work.batch > FEW else int(gradients)
+    return inputs * of_inputs + states * of_states
+
+
+@contextlib.contextmanager
+def parts(problem: Problem, threads: int) -> Iterator[Side]:
+    """All that a call cannot do without, one after the other, each at its best."""
+    work = problem.work
 
     def job() -> Callable[[], None]:
-        of_inputs, of_states = (
-            np.ones(4 * work.hidden * size // threads, work.dtype) for size in (work.inputs, work.hidden)
-        )
-        total = np.zeros(64 // of_states.itemsize, work.dtype)
+        operations = shared_operations(work)
+        jobs = [_gating(work, threads)]
+        if operations:
+            jobs.append(ceilings.tile_job(work.dtype, operations / threads)[0])
+        if work.batch <= FEW:
+            jobs.append(_reading(work, threads, of_inputs=work.steps * work.batch <= FEW))
 
         def run() -> None:
-            read(_passes(work), of_inputs, total)
-            read(_passes(work) * work.steps, of_states, total)
+            for part in jobs:
+                part()
 
         return run
 
-    return _roof([job() for _ in range(threads)])
+    call = nothing(problem).call if _is_call(work) else lambda: None
+    with ceilings.at_once([job() for _ in range(threads)]) as seconds:
+
+        def timed(_: Callable[[], None], count: int) -> float:
+            return seconds(count) + (sides.host_seconds(call, count) if _is_call(work) else 0.0)
+
+        yield Side(lambda: (seconds(1), call()), tuple, timed)
 
 
 @functools.cache

@@ -26,15 +26,15 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.3g} GiB"
 
 
-def lines_of(case: Case, rivals: bool = True) -> Iterator[str]:
-    """Return a case line by line; `rivals` tells whether the other sides could lose or win."""
+def lines_of(case: Case) -> Iterator[str]:
+    """Return a case line by line."""
     parts = []
     for side in case.values:
         spread = case.spread(side)
         text = f"{side} {amount(spread.middle, case.unit)}"
         ratio = case.ratio(side)
         if side != OURS and ratio is not None:
-            text += f" ({table.cell(ratio) if rivals else f'{ratio.middle:.2f} of it'})"
+            text += f" ({f'{ratio.middle:.2f} of it' if side in case.yardsticks else table.cell(ratio)})"
         parts.append(text)
     yield f"{case.name}: " + ", ".join(parts)
     facts = [f"{name} {value:.4g}" for name, value in case.facts.items()]

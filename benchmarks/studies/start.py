@@ -1,7 +1,8 @@
 """How long until the first result: in the first process ever, which compiles, and in every one after it.
 
 Each sample is a new process. Ours is run twice with a kernel cache of its own: empty at first, then as the first run
-left it. PyTorch compiles nothing at its first call, so its two samples differ by chance alone.
+left it. PyTorch compiles nothing at its first call, so its two samples differ by chance alone. In turn with them, a
+process imports Numba and does nothing else: what is left to us of a warm start.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ ABOUT = (
     " is a process that finds no compiled kernel, `warm` the next one. What a first call loads, such as Numba, is"
     f" counted to it. Medians of {ROUNDS} processes each, the sides in turn; their files are in the system's cache."
 )
+NUMBA = "importing Numba"
 SIDES = (OURS, "torch")
 PARTS = ("import", "training pass", "inference", "step")
 
-# Both print the seconds of each of the PARTS.
+# The sides print the seconds of each of the PARTS.
 _CLOCK = """
 import json, sys, time
 import numpy as np
@@ -70,14 +72,20 @@ compiled = 0
 _PRINT = """
 print(json.dumps({"seconds": [b - a for a, b in zip(times, times[1:])], "compiled": compiled}))
 """
-SCRIPTS = {OURS: _CLOCK + _OURS + _PRINT, "torch": _CLOCK + _TORCH + _PRINT}
+_NUMBA = """
+import numba
+lap()
+compiled = 0
+"""
+SCRIPTS = {OURS: _CLOCK + _OURS + _PRINT, "torch": _CLOCK + _TORCH + _PRINT, NUMBA: _CLOCK + _NUMBA + _PRINT}
 
 
 def measure(threads: int, seconds: float) -> Iterator[Case]:
     """Start the processes; their number is fixed, so `seconds` is not needed."""
     names = rows.here(SIDES, threads)
     found: dict[tuple[str, str], list[list[float]]] = {(when, name): [] for when in ("cold", "warm") for name in names}
-    for name in names:
+    imports = []
+    for name in (*names, NUMBA):
         with tempfile.TemporaryDirectory() as folder:
             started(name, threads, Path(folder))  # brings every file into the system's cache
     for turn in range(ROUNDS):
@@ -88,12 +96,14 @@ def measure(threads: int, seconds: float) -> Iterator[Case]:
                     if name == OURS and bool(compiled) != (when == "cold"):
                         raise RuntimeError(f"a {when} process compiled {compiled} kernels")
                     found[when, name].append(times)
+        with tempfile.TemporaryDirectory() as folder:
+            imports.append(started(NUMBA, threads, Path(folder))[0][0])
     for when in ("cold", "warm"):
         for number, part in enumerate(PARTS):
             values = {name: tuple(times[number] for times in found[when, name]) for name in names}
             yield Case(f"{when}: {part}", values)
         values = {name: tuple(sum(times[1:]) for times in found[when, name]) for name in names}
-        yield Case(f"{when}: all three calls", values)
+        yield Case(f"{when}: all three calls", values | {NUMBA: tuple(imports)}, yardsticks=(NUMBA,))
         values = {name: tuple(sum(times) for times in found[when, name]) for name in names}
         yield Case(f"{when}: import and calls", values)
 

@@ -9,8 +9,9 @@
    machine's speed meets all of them, and none always follows the same one.
 4. Before each sample there is a pause, of :data:`PAUSE` and again until no thread of the process works meanwhile
    (:func:`wait_for_quiet`): the idle threads of other libraries spin on their cores for a while after they have worked,
-   some for a tenth of a second, and would be measured with the next side. After the pause the caches are cold and the
-   cores asleep, so the side runs once untimed, unless a call takes so long (:data:`LONG`) that this does not show.
+   some for a tenth of a second, and would be measured with the next side. After the pause the caches are cold, and the
+   cores asleep; some take milliseconds of dense vector arithmetic until it has its full speed. So the side runs
+   untimed for :data:`WARM`, unless a call takes so long (:data:`LONG`) that this does not show.
 5. A sample is several calls in a row, so many that it lasts :data:`SAMPLE`; how many is settled once for each side,
    after the warm-up. The clock is the host's; CUDA events for work that stays on a GPU.
 6. The figures are medians over rounds, with their quartiles. A ratio is taken in each round, between samples that
@@ -53,6 +54,7 @@ __all__ = [
 PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds
 QUIET = 0.1  # share of a pause for which all threads of the process together may work
 SAMPLE = 1e-3  # seconds
+WARM = 3e-3  # seconds
 LONG = 0.1  # seconds
 LEAST_ROUNDS, MOST_ROUNDS = 5, 400
 FEWEST_ROUNDS, PATIENCE = 3, 3.0  # where the rounds have taken so many times the budget; and of an interrupted row
@@ -221,8 +223,9 @@ def take_turns(
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 pause()
-                if short[name]:
-                    sides[name].call()
+                until = now() + WARM
+                while short[name] and now() < until:
+                    sides[name].time(calls[name])
                 seconds[name].append(sides[name].time(calls[name]))
     except KeyboardInterrupt:
         interrupted = True

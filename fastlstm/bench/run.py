@@ -33,8 +33,8 @@ EVERYBODY = "everybody"  # is refused what does not fit in memory
 METHOD = {
     "sides": "in one process, on the same model and data, in turn, the order rotating from round to round",
     "check": f"outputs equal before timing: off by at most {clock.TOLERANCE} of the largest value of an array",
-    "sample": f"a pause of {1e3 * clock.PAUSE:.0f} ms, and until no thread of the process works; one untimed call; then"
-    f" calls for {1e3 * clock.SAMPLE:.0f} ms or more",
+    "sample": f"a pause of {1e3 * clock.PAUSE:.0f} ms, and until no thread of the process works; untimed calls"
+    f" for {1e3 * clock.WARM:.0f} ms; then calls for {1e3 * clock.SAMPLE:.0f} ms or more",
     "figures": "medians and quartiles over rounds; ratios of each round; no difference if 1 is between their quartiles",
     "clock": "the host's; CUDA events for what stays on a GPU",
     "threads": "equal for all sides",
