@@ -14,8 +14,11 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM, use_backend
+from fastlstm.backends import cpu
 from fastlstm.backends.workers import release, reserve, run_each, run_team
-from fastlstm.kernels.cpu.compile import kernel
+from fastlstm.kernels.cpu.backward import layer_backward
+from fastlstm.kernels.cpu.compile import compile_for, kernel
+from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.team import barrier, dismiss, summon, this_call
 
 needs_cores = pytest.mark.skipif(
@@ -48,6 +51,39 @@ def train(lstm, x):
     with use_backend("cpu"):
         y, _, tape = lstm.forward(x)
         return np.concatenate([y.ravel(), lstm.backward(tape, y).x.ravel()]).tobytes()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_worker_waits_while_a_kernel_is_compiled(model, monkeypatch, recompute):
+    (lstm, x), events, kernels = model, [], (layer_forward, layer_backward)
+
+    def note_compile(kernel, arguments):
+        events.append(kernel.__name__)
+        compile_for(kernel, arguments)
+
+    def note_reserve(count):
+        events.append("reserved")
+        return reserve(count)
+
+    def train():
+        with use_backend("cpu"):
+            y, _, tape = lstm.forward(x, recompute=recompute)
+            lstm.backward(tape, y)
+
+    monkeypatch.setattr(cpu, "_compiled", set())
+    monkeypatch.setattr(cpu, "reserve", note_reserve)
+    monkeypatch.setattr(cpu, "compile_for", note_compile)
+    monkeypatch.setattr(cpu.Trials, "pick", lambda self, kind, ways: 0)
+    fastlstm.set_num_threads(1)
+    train()
+    signatures = [list(kernel.signatures) for kernel in kernels]
+    events.clear()
+    fastlstm.set_num_threads(2)
+    train()
+    assert events == ["layer_forward", "reserved", "layer_backward", "reserved"]
+    assert [kernel.signatures for kernel in kernels] == signatures, "what is compiled is what is called"
+    train()
+    assert events[4:] == ["reserved", "reserved"]
 
 
 @needs_cores

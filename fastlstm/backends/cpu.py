@@ -23,9 +23,10 @@ from fastlstm.backends.memory import SCRATCH, new_array, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.backends.workers import release, reserve, run_each, run_team
+from fastlstm.backends.workers import ALONE, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
+from fastlstm.kernels.cpu.compile import compile_for
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
 from fastlstm.kernels.cpu.simd import lanes
@@ -293,6 +294,9 @@ def _kind(*_: Any) -> object:
     return object()
 
 
+_compiled: set[Any] = set()  # kernel, dtype and number of arrays to work with: what makes one of its signatures
+
+
 def _run(
     kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Ways], dtype: Any, rows: int, most: int
 ) -> None:
@@ -303,6 +307,12 @@ def _run(
     ways, kind = ways_for(most)
     number = TRIALS.pick(kind, len(ways)) if kind else 0
     way = ways[number]
+    signature = kernel, dtype, len(way.shapes)
+    if way.plan.threads > 1 and signature not in _compiled:
+        # Not with workers, who would wait awake all the time, on a core and for the interpreter.
+        like_scratch = (np.empty((0,) * len(shape), dtype) for shape in way.shapes)
+        compile_for(kernel, (*arguments, *like_scratch, *way.settings, *ALONE))
+        _compiled.add(signature)
     workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
     try:
         as_planned = 1 + len(workers) == way.plan.threads

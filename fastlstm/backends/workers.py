@@ -25,7 +25,7 @@ import numpy as np
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu.team import COMMAND, LEAVE, MAILBOX, serve
 
-__all__ = ["release", "reserve", "run_each", "run_team"]
+__all__ = ["ALONE", "release", "reserve", "run_each", "run_team"]
 
 # How often a worker looks for another call before it sleeps: about a millisecond, for most of which it lets any other
 # thread run first; and where there are fewer cores than threads, some microseconds.
@@ -102,7 +102,8 @@ def _place(workers: Sequence[_Worker]) -> None:
                 worker.cores = others
 
 
-_ALONE = np.zeros((2, 8), np.int64)  # the team of a kernel on one thread, which meets no one
+# The last two arguments of a kernel, its team and the thread's number, for one thread that meets no one.
+ALONE = np.zeros((2, 8), np.int64), 0
 
 _lock = threading.Lock()
 _idle: list[_Worker] = []
@@ -159,7 +160,7 @@ def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: S
         From :func:`reserve`; to be released when this returns.
     """
     if not workers:  # no one to wait for
-        kernel(*arguments, _ALONE, 0)
+        kernel(*arguments, *ALONE)
         return
     team = np.zeros((2 + len(workers), 8), np.int64)
     for thread, worker in enumerate(workers, 1):

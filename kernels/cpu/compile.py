@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from numba.core.typed_passes import NativeLowering
 
 from fastlstm.kernels.cpu.simd import VECTOR_BYTES
 
-__all__ = ["cache_folder", "kernel", "routine"]
+__all__ = ["cache_folder", "compile_for", "kernel", "routine"]
 
 
 def _stamp() -> str:
@@ -163,6 +163,11 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
 
     dispatcher.get_call_template = resolve_plain
     return dispatcher
+
+
+def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
+    """Compile or load a kernel for such arguments, without a call; it may be ready already."""
+    dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
 
 
 def cache_folder(dispatcher: Any) -> str | None:
