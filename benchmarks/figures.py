@@ -125,7 +125,7 @@ def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
     ]
     for machine in machines(folder):
         others = {name: results for name, results in machine.kernels.items() if name != FIRST}
-        parts += [f"## {machine.folder.name}", *goals.paragraphs(others, machine.studies)] if others else []
+        parts += [f"## {machine.folder.name}", *goals.paragraphs(others, machine.studies, given)] if others else []
         for name, results in others.items():
             parts.append(f"### {name.replace('-', ' ')}")
             parts += kernels.paragraphs(results, given, every=True)
