@@ -6,8 +6,8 @@
 ``benchmarks/results`` has a folder for each machine: ``bench.json`` is of ``fastlstm bench``, a study's file of
 ``benchmarks/study.py --out``, and any other of ``benchmarks/cpu.py``. Of the first two is made everything between
 the two marks in ``README.md``; of the others ``benchmarks/RESULTS.md``, with the roofs of the machine beside each
-row. A row in which a peer wins is always shown, and ``benchmarks/reasons.toml`` has to say why it does: without, this
-fails.
+row. A row in which a peer wins is always shown, and ``benchmarks/reasons.toml`` has to say why it does, and why a goal
+is missed: without, this fails.
 """
 
 from __future__ import annotations

@@ -225,8 +225,9 @@ def paragraphs(
 
     if misses:
         lines = [
-            f"- **{goal.words}**, asked {goal.bound}: {'; '.join(found)}. {_why(goal, reasons)}"
-            for goal, found in misses.items()
+            f"- **{goal.words}**, asked {goal.bound}: {'; '.join(misses[goal])}. {_why(goal, reasons)}"
+            for goal in (*OF_SHAPES, *OF_STUDIES)
+            if goal in misses
         ]
         yield "\n".join(["Where a goal is missed, by how much, and why:", "", *lines])
 

@@ -1,8 +1,9 @@
-"""Why a peer wins where it does: written by hand in ``reasons.toml``, put beside the rows that it explains.
+"""Why a peer wins where it does, or a goal is missed: by hand in ``reasons.toml``, put beside what it explains.
 
 The file has one ``[[reason]]`` after the other. Each says whom and what it is about, in ``opponent``, ``study``
-(``bench`` for the kernels' table) and ``what`` (words that the name of the row must contain), all of which may be left
-out; and ``why``, which has no digit in it: figures are generated. The first that fits is taken.
+(``bench`` for the kernels' table, ``goals`` for what the project holds itself to) and ``what`` (words that the name of
+the row must contain), all of which may be left out; and ``why``, which has no digit in it: figures are generated. The
+first that fits is taken; a goal's is one of the study ``goals``.
 """
 
 from __future__ import annotations
