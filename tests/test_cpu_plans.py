@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -203,17 +204,22 @@ def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
 
 def test_several_threads_pick_at_once():
     trials, ways = Trials(), 3
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
 
     def work(seed):
         rng = np.random.default_rng(seed)
-        for kind in rng.integers(0, 3 * Trials.KINDS, 3000).tolist():
+        for kind in (*rng.integers(0, 3 * Trials.KINDS, 3000).tolist(), *[0] * 20_000):
             way = trials.pick(kind, ways)
             assert 0 <= way < ways
             trials.report(kind, way, rng.random())
         return True
 
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(work, range(4)))
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_kinds_of_calls_are_not_remembered_without_end():

@@ -150,7 +150,8 @@ class _Rivals:
         """Take note of a call, and of which way is the fastest now, as far as it is known."""
         self.seconds[way].append(seconds)
         self.medians[way] = sorted(self.seconds[way])[(len(self.seconds[way]) - 1) // 2]
-        self.fastest = self.medians.index(min(self.medians))
+        # Another thread's call may change the medians meanwhile: each is looked at once.
+        self.fastest = min(range(len(self.medians)), key=self.medians.__getitem__)
 
 
 TRIALS = Trials()
