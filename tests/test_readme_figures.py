@@ -46,6 +46,16 @@ def values(seconds):
     return tuple(seconds * factor for factor in NOISE)
 
 
+def roof_case(work, threads, seconds):
+    """One of the study of roofs: the seconds of each side."""
+    return Case(
+        roofs.name_of(work, threads),
+        {side: values(found) for side, found in seconds.items()},
+        facts={"threads": threads},
+        yardsticks=tuple(side for side in seconds if side != OURS),
+    )
+
+
 def study(name, *cases, **changes):
     given = {"machine": {"processor": "made up", "torch": "0.0"}, "threads": 2, "made": "2000-01-01T00:00:00"} | changes
     return Study(name, "about", cases=cases, **given)
@@ -171,14 +181,7 @@ def test_a_roof_that_was_measured_in_turn_with_the_call_is_taken_and_the_highest
         (wide, 2, {tile: 2.0, parts: 2.5, roofs.BLAS: 4.4}),
         (narrow, 2, {tile: 0.1, weights: 3.5, parts: 3.6}),
     )
-    found = (
-        Case(
-            roofs.name_of(work, threads),
-            {OURS: values(4.0)} | {side: values(seconds) for side, seconds in sides.items()},
-            yardsticks=tuple(sides),
-        )
-        for work, threads, sides in cases
-    )
+    found = (roof_case(work, threads, {OURS: 4.0} | sides) for work, threads, sides in cases)
     record.save(committed / "results" / "made-up" / "roofs.json", Study("roofs", "made up", {}, 2, tuple(found)))
     text = figures.tables(committed / "results", committed / "reasons.toml")
     assert "| 9,99,9,9 | infer float32 | bare tile | 50 % | 62 % | torch | 1.25 | 2.00 | 2.50 | 1.10 |" in text
@@ -201,12 +204,7 @@ def test_goals_stand_beside_what_was_measured_and_what_misses_is_bold(committed)
     bench.save(committed / "results" / "made-up" / "table-7.json", results)
     step = bench_data.Work(1, 1, 9, 9, kind="stream")
     cases = [
-        Case(
-            roofs.name_of(work, threads),
-            {OURS: values(1.0), roofs.TILE: values(share), roofs.PARTS: values(1.1 * share)},
-            facts={"threads": threads},
-            yardsticks=(roofs.TILE, roofs.PARTS),
-        )
+        roof_case(work, threads, {OURS: 1.0, roofs.TILE: share, roofs.PARTS: 1.1 * share})
         for work, threads, share in ((peak, 1, 0.8), (peak, 2, 0.7), (step, 1, 0.5), (step, 2, 0.5))
     ]
     record.save(committed / "results" / "made-up" / "roofs.json", Study("roofs", "made up", {}, 2, tuple(cases)))
@@ -236,8 +234,7 @@ def test_goals_stand_beside_what_was_measured_and_what_misses_is_bold(committed)
     with pytest.raises(reasons.MissingReasonError, match="goal is missed: a streaming step, microseconds"):
         figures.tables(committed / "results", why)
     why.write_text(WHY)
-    other = roofs.name_of(bench_data.Work(9, 9, 9, 9), 2)
-    cases.append(Case(other, {OURS: values(1.0), roofs.TILE: values(0.9), roofs.PARTS: values(0.9)}))
+    cases.append(roof_case(bench_data.Work(9, 9, 9, 9), 2, {OURS: 1.0, roofs.TILE: 0.9, roofs.PARTS: 0.9}))
     record.save(committed / "results" / "made-up" / "roofs.json", Study("roofs", "made up", {}, 2, tuple(cases)))
     text = figures.tables(committed / "results", committed / "reasons.toml")
     assert "| inference, float32: best peer's time / ours, least | at least 1 | 1.20 | 1.56 |" in text

@@ -205,7 +205,7 @@ def test_a_goal_that_is_never_reached_is_said(speakers, monkeypatch):
         list(speakers.measure(1, 0.0))
 
 
-def test_importing_numba_is_all_that_its_process_does(capsys, monkeypatch):
+def test_importing_numba_is_all_that_its_process_does(capsys):
     exec(start.SCRIPTS[start.NUMBA], {})
     assert len(json.loads(capsys.readouterr().out)["seconds"]) == 1
     assert "fastlstm" not in start.SCRIPTS[start.NUMBA]

@@ -196,8 +196,8 @@ def paragraphs(
     yield (
         "What the project holds itself to, and where it is: bold is what misses its goal. Beside it stands what it"
         f" would be if our calls took no longer than their {roofs.PARTS}, what they cannot do without, measured in turn"
-        " with them: where that is bold too, nobody reaches the goal on this machine without doing less, or several of"
-        " these at a time. How far the machine itself would let anyone go stands under each table."
+        " with them: where that is bold too, it is not enough to save what is done around them. They are no bounds, for"
+        " several could be done at a time. How far the machine itself would let anyone go stands under each table."
     )
     if kernels:
         head: list[str] = ["goal", "asked"]

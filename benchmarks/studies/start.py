@@ -2,7 +2,7 @@
 
 Each sample is a new process. Ours is run twice with a kernel cache of its own: empty at first, then as the first run
 left it. PyTorch compiles nothing at its first call, so its two samples differ by chance alone. In turn with them, a
-process imports Numba and does nothing else: what is left to us of a warm start.
+process imports Numba and does nothing else: no first call of ours can take less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUMBA = "importing Numba"
 SIDES = (OURS, "torch")
 PARTS = ("import", "training pass", "inference", "step")
 
-# The sides print the seconds of each of the PARTS.
+# The sides print the seconds of each of the PARTS; the last script those of the import.
 _CLOCK = """
 import json, sys, time
 import numpy as np

@@ -21,8 +21,7 @@ A kernel written with it looks like the algorithm on one number, and runs on a w
 ``fma(a, b, c)``             a * b + c, rounded once
 ``v < w``, ``v >= w``        a mask, false where a lane is NaN
 ``select(m, v, w)``          v where the mask is true, else w
-``minimum(m, n)``            the smaller of two integers, ``maximum`` the larger; `min` and `max` take Numba half a
-                             second to compile
+``minimum(m, n)``            the smaller of two integers, ``maximum`` the larger; Numba takes longer to compile its own
 ===========================  ==============================================================================
 
 Vectors have :data:`VECTOR_BYTES` bytes: the widest the host has, or ``FASTLSTM_VECTOR_BYTES`` (16, 32 or
