@@ -26,7 +26,7 @@ from fastlstm.kernels.cpu.simd import (
 )
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
-from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, gate_tile, rows_of_tile, tile, tiles
+from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, rows_of_tile, tile, tiles
 
 __all__ = ["DEPTH", "layer_backward"]
 
@@ -188,6 +188,7 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
     inputs, hidden = x.shape[1], packed.shape[1] - x.shape[1]
     blocks, width, stride = tape.shape[1], tape.shape[3], h_rows.shape[1]
     tile_row = GATES * width
+    far = are_far(address(packed), (last - first) * packed.shape[1] * tile_row)
     for block in range(first, last):
         weights = offset(address(packed), block * packed.shape[1] * tile_row)
         start = offset(address(packed_bias), block * tile_row)
@@ -195,7 +196,7 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
             end = minimum(row + GROUP, high)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
             pre_activations(
-                end - row, 1, x_rows, inputs, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row
+                end - row, 1, x_rows, inputs, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row, far
             )  # fmt: skip
             for n in range(row, end):
                 c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
@@ -243,6 +244,7 @@ def _state_back(
     """Compute dh = da @ W_hh for this thread's rows and units."""
     depth, stride = packed_hh.shape[1], dh_rows.shape[1]
     width = packed_hh.shape[2] // VECTORS
+    far = are_far(address(packed_hh), (block_last - block_first) * depth * width)
     panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several whole ones.
     single = row_first < row_last <= row_first + row_step and block_first % VECTORS == 0 and block_last % VECTORS == 0
@@ -261,7 +263,7 @@ def _state_back(
             if single:
                 _add_long_row(panels, depth, gates, weights, out)
             else:
-                _add_long_product(rows, vectors, depth, gates, row_step * depth, weights, out, row_step * stride)
+                _add_long_product(rows, vectors, depth, gates, row_step * depth, weights, out, row_step * stride, far)
 
 
 @routine
@@ -305,6 +307,7 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
     """Compute dx = da @ W_ih for some rows of the chunk."""
     inputs, depth, columns = dx.shape[1], packed_ih.shape[1], packed_ih.shape[2]
     width = columns // VECTORS
+    far = are_far(address(packed_ih), packed_ih.size)
     for panel in range(packed_ih.shape[0]):
         column = panel * columns
         vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
@@ -316,7 +319,7 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
                     place = offset(block, r * columns + v * width)
                     store(place, fill(place, 0.0))
             gates = offset(address(da), start * depth)
-            _add_long_product(rows, vectors, depth, gates, depth, weights, block, columns)
+            _add_long_product(rows, vectors, depth, gates, depth, weights, block, columns, far)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -329,12 +332,14 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
 
 
 @routine
-def _add_long_product(rows, vectors, depth, gates, gates_row, weights, out, out_row):
+def _add_long_product(rows, vectors, depth, gates, gates_row, weights, out, out_row, far):
     """Add gates @ weights to `out`, for some rows of `depth` gate gradients and one panel of the weights."""
     columns = VECTORS * lanes_of(out)
     for k in range(0, depth, SLICE):
         part = minimum(SLICE, depth - k)
-        tiles(rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row)
+        tiles(
+            rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row, far
+        )  # fmt: skip
 
 
 @routine

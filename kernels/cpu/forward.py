@@ -32,7 +32,7 @@ from fastlstm.kernels.cpu.simd import (
     store_first,
 )
 from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, this_call
-from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, gate_tiles
+from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
 
 __all__ = ["layer_forward", "pre_activations"]
 
@@ -86,6 +86,7 @@ def layer_forward(
     x_first, bias_first = address(x), address(packed_bias)
     a_row = a.shape[1] * tile_row
     a_block = tile_row if ahead else 0
+    far = are_far(address(packed), (block_last - block_first) * packed.shape[1] * tile_row)
     for step in range(offsets.size - 1):
         low = offsets[step]
         active = minimum(offsets[step + 1] - low, row_last)
@@ -99,7 +100,7 @@ def layer_forward(
             rows, x_rows = offsets[minimum(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
             _products(
                 rows, x_rows, inputs, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
-                block_first, block_last, 0,
+                block_first, block_last, 0, far,
             )  # fmt: skip
         for turn in range(block_first, block_last, together):
             # To and fro: what the caches still hold of the weights is what the step before used last.
@@ -112,14 +113,14 @@ def layer_forward(
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
                     _products(
                         rows, h_prev, 0, 0, h_prev, hidden, stride, packed, inputs, a_rows, a_row, a_rows, a_row,
-                        tile_row, first, last, step & 1,
+                        tile_row, first, last, step & 1, far,
                     )  # fmt: skip
                 else:
                     a_rows = offset(address(a), thread * GROUP * a_row)
                     x_rows = offset(x_first, (low + start) * inputs)
                     _products(
                         rows, x_rows, inputs, row_step * inputs, h_prev, hidden, row_step * stride, packed, 0,
-                        bias_first, 0, a_rows, a_row, 0, first, last, 0,
+                        bias_first, 0, a_rows, a_row, 0, first, last, 0, far,
                     )  # fmt: skip
                 # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
                 # the processor does not look so far ahead that it would find work in the next one.
@@ -200,7 +201,7 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
 @routine
 def _products(
     rows, x, inputs, x_row, h, hidden, h_row, packed, skipped, start, start_row, a, a_row, a_block, first, last,
-    backwards,
+    backwards, far,
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and the blocks of units from first to last.
 
@@ -217,13 +218,13 @@ def _products(
         block = first + last - blocks - turn if backwards else turn
         pre_activations(
             rows, blocks, x, inputs, x_row, h, hidden, h_row, offset(weights, block * weights_block), weights_block,
-            offset(start, block * start_block), start_row, offset(a, block * a_block), a_row,
+            offset(start, block * start_block), start_row, offset(a, block * a_block), a_row, far,
         )  # fmt: skip
 
 
 @routine(inline=True)
 def pre_activations(
-    rows, blocks, x, inputs, x_row, h, hidden, h_row, weights, weights_block, start, start_row, a, a_row
+    rows, blocks, x, inputs, x_row, h, hidden, h_row, weights, weights_block, start, start_row, a, a_row, far
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
@@ -244,7 +245,7 @@ def pre_activations(
             k1 = minimum(DEPTH, inputs + hidden - k)
         gate_tiles(
             rows, blocks, k1, a1, a1_row, k2, h, h_row, offset(weights, k * tile_row), weights_block, start, start_row,
-            a, a_row,
+            a, a_row, far,
         )  # fmt: skip
         start, start_row = a, a_row
         k += k1 + k2

@@ -38,7 +38,8 @@ from fastlstm.kernels.cpu.simd import (
 )
 
 __all__ = [
-    "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "gate_tile", "gate_tiles", "rows_of_tile", "tile", "tiles",
+    "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "are_far", "gate_tile", "gate_tiles", "rows_of_tile", "tile",
+    "tiles",
 ]  # fmt: skip
 
 VECTORS = 4  # the four gates
@@ -49,6 +50,7 @@ _ROW_OF_SIZES = ROW_BLOCKS * VECTORS + 1  # more than the vectors of any tile
 # the first-level cache, and the rows of C in the second, while the tile goes over them.
 DEPTH = 128
 GROUP = 64
+_FAR = 3 << 20  # bytes
 
 
 def _advance(builder, pointer, count):
@@ -252,6 +254,16 @@ def rows_of_tile(left):
 
 
 @routine
+def are_far(weights, count):
+    """Say whether so many weights are fetched ahead.
+
+    What the second-level cache holds, the processor fetches well enough by itself, even where it holds the half: hints
+    would take their turns from the loads, and lines out of the first-level cache that are still in use.
+    """
+    return count * VECTOR_BYTES > _FAR * lanes_of(weights)
+
+
+@routine
 def _prefetch_share(following, size, row, end, rows):
     """Prefetch what belongs to the rows up to `end`, of all `rows`, of the `size` elements that are wanted next."""
     line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
@@ -260,12 +272,12 @@ def _prefetch_share(following, size, row, end, rows):
 
 
 @routine
-def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
-    """Add a product to any number of rows of C, as :func:`tile` does, while the rows of B after these are fetched."""
+def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row, far):
+    """Add a product to any number of rows of C, as :func:`tile` does; where B is far, fetch its rows after these."""
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
-        if rows > 2 * ROWS:
+        if far and rows > 2 * ROWS:
             _prefetch_share(offset(b, k * b_k), k * b_k, row, row + count, rows)
         tile(count, vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k, offset(c, row * c_row), c_row)
         row += count
@@ -301,13 +313,13 @@ def gate_tile(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, s
 
 
 @routine(inline=True)
-def gate_tiles(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
-    """Run :func:`gate_tile` over any number of rows, while the rows of B after these are fetched."""
+def gate_tiles(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row, far):
+    """Run :func:`gate_tile` over any number of rows; where B is far, fetch its rows after these."""
     size = (k1 + k2) * VECTORS * lanes_of(b)
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
-        if rows > 2 * ROWS:
+        if far and rows > 2 * ROWS:
             _prefetch_share(offset(b, size), size, row, row + count, rows)
         gate_tile(
             count, blocks, k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row,
