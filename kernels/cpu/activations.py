@@ -1,13 +1,20 @@
 r"""sigmoid and tanh on vectors: no table, no branch, and proved accurate (sigmoid 3 ulp, tanh 2 ulp at most).
 
-Both rest on :math:`e^{su} = 2^n e^{sr}`, s being -1 or 2, with :math:`n = \mathrm{rint}(su / \ln 2)` and
-:math:`|sr| \le \ln 2 / 2`. n is rounded by adding a number so large that no fraction fits beside it, whose low
-bits are then n as an integer, which is added to the exponent of :math:`e^{sr}`; :math:`r = u - n \ln 2 / s` is
-computed with ln 2 split in two (Cody and Waite 1980), and :math:`e^{sr} = 1 + r (s + r q(r))`. The polynomials
-interpolate at Chebyshev's points, so that few terms make their truncation error far smaller than the rounding error.
+Both rest on :math:`e^{-u} = 2^n e^{-r} = 2^n (1 - p)`, with :math:`n = \mathrm{rint}(-u / \ln 2)`,
+:math:`r = u + n \ln 2`, so that :math:`|r| \le \ln 2 / 2`, and :math:`p = 1 - e^{-r} = r - r^2 q(r)`. n is rounded
+by adding a number so large that no fraction fits beside it, whose low bits are then n as an integer; shifted to where
+the exponent stands, they are :math:`2^n`. For q stands a polynomial whose error is spread evenly over the range of r,
+so that few terms make it far smaller than that of the roundings. With these,
 
-A gate step is bound by the number of multiplications in them and by the length of their chains: there is nothing in
-them that the result does not need, and s is a part of the constants.
+.. math:: \sigma(u) = \frac{1}{(1 + 2^n) - 2^n p}, \qquad
+          \tanh \frac{u}{2} = s^2 + \frac{2^n (2^n s + (1 + s^2) p)}{(1 + 2^n) - 2^n p}, \quad s = 1 - 2^n,
+
+where what depends on n alone is exact in the range that matters, and p is added to it with one rounding. :math:`s^2`
+is close to the result, so the roundings of the quotient count little; and near zero, where no digit may be lost, n is
+0, and with it s: the numerator is p.
+
+A gate step is bound by the number of operations in them and by the length of their chains: there is nothing in them
+that the result does not need.
 
 ``np.exp`` and ``np.tanh`` inside Numba call a scalar function for each element, about 12 ns; these take
 a fraction of one.
@@ -17,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+from fractions import Fraction
 
 from llvmlite import ir
 from numba import types
@@ -27,7 +35,6 @@ from fastlstm.kernels.cpu.simd import (
     address,
     call_llvm,
     copysign,
-    fma,
     lanes_of,
     llvm_integers,
     llvm_vector,
@@ -45,10 +52,10 @@ _LOG2_E = 1.0 / math.log(2.0)
 _WHOLE = {types.float32: 1.5 * 2.0**23, types.float64: 1.5 * 2.0**52}
 _MANTISSA_BITS = {types.float32: 23, types.float64: 52}
 
-# ln 2 in two parts; n times the first is exact for every n that occurs (Cody and Waite).
+# ln 2 as a number of the dtype, and what is missing: a multiply-add loses nothing of n times the first.
 _LN2_PARTS = {
-    types.float32: (0.693359375, -2.12194440054690583e-4),
-    types.float64: (6.93145751953125e-1, 1.42860682030941723212e-6),
+    types.float32: (0.693147182464599609375, -1.904654299957767e-9),
+    types.float64: (math.log(2.0), 2.319046813846299558e-17),
 }
 
 # From here on, tanh and sigmoid are one after rounding; and before this the sigmoid is zero.
@@ -56,10 +63,10 @@ _ONE = {types.float32: 20.0, types.float64: 40.0}
 _ZERO = {types.float32: -105.0, types.float64: -746.0}
 # Numerator and denominator of the sigmoid are multiplied by 2 to this power, so that neither is subnormal or infinite.
 _SCALE = {types.float32: -64, types.float64: -512}
-_UNSCALED = dict.fromkeys(_SCALE, 0)
-
-# Up to here tanh is computed by a polynomial; beyond, the errors of the other formula count little.
-_NEAR = 0.7
+_EXPONENT_BIAS = {types.float32: 127, types.float64: 1023}
+# Of q: more would not make the results better. The sigmoid's sum with one hides their error, tanh near zero does not.
+_SIGMOID_TERMS = {types.float32: 5, types.float64: 10}
+_TANH_TERMS = {types.float32: 6, types.float64: 11}
 
 
 def _constant(dtype, value):
@@ -81,93 +88,81 @@ def _number(values):
 
 
 _one, _zero = _number(_ONE), _number(_ZERO)
-_scale = _number({dtype: 2.0**power for dtype, power in _SCALE.items()})
 
 
-def _interpolated(function, low, high, terms):
-    """Make the function that emits the polynomial that meets a function at Chebyshev's points.
+@functools.cache
+def _coefficients(terms):
+    """Return the coefficients of a polynomial close to q(r) = (e^-r - 1 + r) / r^2 for |r| <= ln 2 / 2.
 
-    `terms` are those of the polynomial, for each dtype. They are added in pairs, and these one after the other: a chain
-    of operations half as long as Horner's for one multiplication more.
+    It is q's series, of which one term after the other is taken away with as much of Chebyshev's polynomial as leaves
+    no larger error anywhere (Lanczos 1938). In fractions: numbers would lose digits that float64 needs.
     """
+    from numpy.polynomial.chebyshev import cheb2poly  # only where something is compiled
 
-    @functools.cache
-    def coefficients(count):
-        from numpy.polynomial import Chebyshev, Polynomial  # only where something is compiled
-
-        return Chebyshev.interpolate(function, count - 1, [low, high]).convert(kind=Polynomial).coef.tolist()
-
-    def emit(builder, dtype, x):
-        values, square = [_constant(dtype, c) for c in coefficients(terms[dtype])], builder.fmul(x, x)
-        pairs = [
-            call_llvm(builder, "fma", dtype, [odd, x, even])
-            for even, odd in zip(values[::2], values[1::2], strict=False)
-        ]
-        total, *rest = reversed(pairs + values[2 * len(pairs) :])
-        for pair in rest:
-            total = call_llvm(builder, "fma", dtype, [total, square, pair])
-        return total
-
-    return emit
+    bound, more = Fraction(math.log(2.0) / 2.0), 8
+    series = [Fraction((-1) ** k, math.factorial(k + 2)) for k in range(terms + more)]
+    while len(series) > terms:
+        degree = len(series) - 1
+        chebyshev = [Fraction(c) for c in cheb2poly([0] * degree + [1])]
+        share = series.pop() / chebyshev.pop()
+        for k, c in enumerate(chebyshev):
+            series[k] -= share * c * bound ** (degree - k)
+    return [float(c) for c in series]
 
 
-def _exponential_rest(r):
-    """(e^r - 1 - r) / r^2, by its series, which does not lose the digits that the quotient loses at zero."""
-    return sum(r**k / math.factorial(k + 2) for k in range(20))
+def _emit_q(builder, dtype, r, square, terms):
+    """Emit q(r), its terms in pairs: a chain of operations half as long as Horner's."""
+    values = [_constant(dtype, c) for c in _coefficients(terms)]
+    pairs = [
+        call_llvm(builder, "fma", dtype, [odd, r, even]) for even, odd in zip(values[::2], values[1::2], strict=False)
+    ]
+    total, *rest = reversed(pairs + values[2 * len(pairs) :])
+    for pair in rest:
+        total = call_llvm(builder, "fma", dtype, [total, square, pair])
+    return total
 
 
-def _tanh_rest(z):
-    """(tanh(a) / a - 1) / a^2 for z = a^2, by Lambert's continued fraction for tanh, for the same reason."""
-    fraction = 31.0
-    for k in range(29, 1, -2):
-        fraction = k + z / fraction
-    return -1.0 / (fraction + z)
+def _emit_exponential(builder, dtype, u, times, scale, parts, terms):
+    """Emit 2^(n + scale) and p of e^(-times u) = 2^n (1 - p), with so many parts of ln 2 and terms of q.
 
-
-def _exponential(sign, terms, scale):
-    """Make the function that returns 2^scale e^(sign u), a normal number; `terms` are those of q."""
-    unit = math.log(2.0) / abs(sign)
-    q = _interpolated(lambda r: sign**2 * _exponential_rest(sign * r), -unit / 2.0, unit / 2.0, terms)
-
-    @intrinsic
-    def exponential(typingctx, u):
-        dtype = u.dtype
-
-        def codegen(context, builder, signature, args):
-            def fma_with(x, y, constant):
-                return call_llvm(builder, "fma", dtype, [x, y, _constant(dtype, constant)])
-
-            whole = _WHOLE[dtype] + scale[dtype]  # the scale comes with n
-            n = fma_with(args[0], _constant(dtype, sign * _LOG2_E), whole)
-            minus_n, r = builder.fsub(_constant(dtype, whole), n), args[0]
-            for part in _LN2_PARTS[dtype]:
-                r = call_llvm(builder, "fma", dtype, [minus_n, _constant(dtype, part / sign), r])
-            power = fma_with(fma_with(q(builder, dtype, r), r, sign), r, 1.0)
-            # n is added to the exponent.
-            integers, vector = llvm_integers(dtype), llvm_vector(dtype)
-            shift = ir.Constant(integers, [_MANTISSA_BITS[dtype]] * vector.count)
-            power, n = (builder.bitcast(value, integers) for value in (power, n))
-            return builder.bitcast(builder.add(power, builder.shl(n, shift)), vector)
-
-        return u(u), codegen
-
-    return exponential
-
-
-# The error of the polynomials is, relative to the result, at most 8e-9 in float32 (rounding error 6e-8) and
-# 2e-17 in float64 (1.1e-16).
-_EXPONENTIAL_TERMS = {types.float32: 5, types.float64: 10}
-_scaled_exp_of_minus = _exponential(-1.0, _EXPONENTIAL_TERMS, _SCALE)
-_exp_of_twice = _exponential(2.0, _EXPONENTIAL_TERMS, _UNSCALED)
-_emit_p = _interpolated(_tanh_rest, 0.0, _NEAR**2, {types.float32: 6, types.float64: 13})
+    `times` is 1 or 2.
+    """
+    whole = _constant(dtype, _WHOLE[dtype] + _EXPONENT_BIAS[dtype] + scale)
+    n = call_llvm(builder, "fma", dtype, [u, _constant(dtype, -times * _LOG2_E), whole])
+    r, only_n = u if times == 1 else builder.fadd(u, u), builder.fsub(n, whole)
+    for part in _LN2_PARTS[dtype][:parts]:
+        r = call_llvm(builder, "fma", dtype, [only_n, _constant(dtype, part), r])
+    square = builder.fmul(r, r)
+    p = call_llvm(builder, "fma", dtype, [builder.fneg(square), _emit_q(builder, dtype, r, square, terms[dtype]), r])
+    integers, vector = llvm_integers(dtype), llvm_vector(dtype)
+    shift = ir.Constant(integers, [_MANTISSA_BITS[dtype]] * vector.count)
+    return builder.bitcast(builder.shl(builder.bitcast(n, integers), shift), vector), p
 
 
 @intrinsic
-def _p(typingctx, z):
+def _sigmoid(typingctx, u):
     def codegen(context, builder, signature, args):
-        return _emit_p(builder, z.dtype, args[0])
+        scaled_one = _constant(u.dtype, 2.0 ** _SCALE[u.dtype])
+        power, p = _emit_exponential(builder, u.dtype, *args, 1, _SCALE[u.dtype], 2, _SIGMOID_TERMS)
+        below = call_llvm(builder, "fma", u.dtype, [builder.fneg(power), p, builder.fadd(scaled_one, power)])
+        return builder.fdiv(scaled_one, below)
 
-    return z(z), codegen
+    return u(u), codegen
+
+
+@intrinsic
+def _tanh(typingctx, u):
+    def codegen(context, builder, signature, args):
+        one = _constant(u.dtype, 1.0)
+        # Large n, which would need both parts of ln 2, count little beside the one.
+        power, p = _emit_exponential(builder, u.dtype, *args, 2, 0, 1, _TANH_TERMS)
+        s, below_n = builder.fsub(one, power), builder.fadd(one, power)
+        near = builder.fmul(s, s)
+        above = call_llvm(builder, "fma", u.dtype, [p, builder.fadd(one, near), builder.fmul(power, s)])
+        below = call_llvm(builder, "fma", u.dtype, [builder.fneg(power), p, below_n])
+        return builder.fadd(near, builder.fdiv(builder.fmul(above, power), below))
+
+    return u(u), codegen
 
 
 @routine(inline=True)
@@ -178,22 +173,14 @@ def sigmoid(a):
     them.
     """
     a = select(a < _zero(a), _zero(a), a)  # NaN stays NaN
-    a = select(_one(a) < a, _one(a), a)
-    return _scale(a) / (_scale(a) + _scaled_exp_of_minus(a))
+    return _sigmoid(select(_one(a) < a, _one(a), a))
 
 
 @routine(inline=True)
 def tanh(a):
-    r"""Return the hyperbolic tangent, from two formulas that each lose little where they are used.
-
-    For small a that is :math:`a + a^3 p(a^2)`; beyond, :math:`1 - 2 / (1 + e^{2|a|})` with the sign of a.
-    """
+    """Return the hyperbolic tangent."""
     size = abs(a)
-    u = select(_one(size) < size, _one(size), size)  # NaN stays NaN
-    far = 1.0 - 2.0 / (1.0 + _exp_of_twice(u))
-    z = a * a
-    near = fma(size * z, _p(z), size)
-    return copysign(select(size < _NEAR, near, far), a)
+    return copysign(_tanh(select(_one(size) < size, _one(size), size)), a)  # NaN stays NaN
 
 
 @kernel

@@ -338,7 +338,8 @@ def _add_long_product(rows, vectors, depth, gates, gates_row, weights, out, out_
     for k in range(0, depth, SLICE):
         part = minimum(SLICE, depth - k)
         tiles(
-            rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row, far
+            rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row,
+            far,
         )  # fmt: skip
 
 
