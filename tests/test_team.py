@@ -19,7 +19,8 @@ from fastlstm.backends.workers import release, reserve, run_each, run_team
 from fastlstm.kernels.cpu.backward import layer_backward
 from fastlstm.kernels.cpu.compile import compile_for, kernel
 from fastlstm.kernels.cpu.forward import layer_forward
-from fastlstm.kernels.cpu.team import barrier, dismiss, summon, this_call
+from fastlstm.kernels.cpu.simd import address, offset
+from fastlstm.kernels.cpu.team import _fetch_add, _load_atomic, barrier, dismiss, summon, take, this_call
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"
@@ -188,6 +189,57 @@ def test_a_kernel_ends_when_all_threads_have_ended_theirs():
             assert found.tolist() == [0, 1, 2]
         finally:
             release(workers)
+
+
+@kernel
+def take_all(found, done, parts, patience, team, thread):
+    """Take the items of some rounds; in each, another thread waits with its first for all else to be done."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    items, threads = found.shape[1], parts.shape[0]
+    for turn in range(found.shape[0]):
+        so_far = offset(address(done), turn)
+        while True:
+            item = take(parts, team, thread, turn)
+            if item < 0:
+                break
+            found[turn, item] += 1 + 10 * thread
+            _fetch_add(so_far, 1)
+            spins = 0
+            while turn % threads == thread and _load_atomic(so_far) < items and spins < patience:
+                spins += 1
+        barrier(team, thread)
+    if thread == 0:
+        dismiss(team)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_a_slow_thread_did_not_begin_is_taken_by_others(threads):
+    fastlstm.set_num_threads(threads)
+    takers = who_takes([0, 4, 5, 12][: threads + 1], rounds=12, patience=100_000_000)
+    for turn, by in enumerate(takers):
+        assert np.count_nonzero(by == turn % threads) <= 1 or threads == 1
+
+
+def test_two_who_reach_for_the_last_item_at_once_do_not_both_get_it():
+    who_takes([0, 1, 1], rounds=50_000, patience=0)
+
+
+def who_takes(bounds, rounds, patience):
+    """Have threads take items, of which each has those between two bounds; return who took each, (rounds, items)."""
+    threads = len(bounds) - 1
+    parts = np.zeros((threads, 5), np.int64)
+    parts[:, 3], parts[:, 4] = bounds[:-1], bounds[1:]
+    found, done = np.zeros((rounds, bounds[-1]), np.int64), np.zeros(rounds, np.int64)
+    workers = reserve(threads - 1)
+    try:
+        run_team(take_all, (found, done, parts, patience), workers)
+    finally:
+        release(workers)
+    np.testing.assert_array_equal(found % 10, 1)  # each item once
+    np.testing.assert_array_equal(done, bounds[-1])
+    return found // 10
 
 
 def test_an_idle_worker_sleeps(model):

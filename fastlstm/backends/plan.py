@@ -23,7 +23,8 @@ _OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
 # Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
 _OPERATIONS_WORTH_A_MEETING = 100_000
-# With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile.
+# With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile; up to
+# twice as many, it depends on how evenly the cores run.
 _ROWS_WORTH_ALL_WEIGHTS = 32
 # Rows of input products that are computed together: some tiles, and still in the caches.
 _ROWS_AHEAD = 48
@@ -198,9 +199,11 @@ def choose(
     meeting = int(min(threads, blocks, batch * 8 * hidden * hidden // _OPERATIONS_WORTH_A_MEETING))
     units = (Plan("units", meeting, ahead),) if meeting > 1 else ()
     if batch >= 2 * tile_rows * threads:
-        own_units = units if batch < _ROWS_WORTH_ALL_WEIGHTS * threads else ()
+        each = batch / (_ROWS_WORTH_ALL_WEIGHTS * threads)
+        own_rows = (Plan("rows", threads, 0),)
+        teams = (*units, *own_rows) if each < 1 else (*own_rows, *units) if each < 2 else own_rows
         doubt = rows * row_operations < _OPERATIONS_SURELY_WORTH_A_TEAM
-        return (Plan("rows", threads, 0), *own_units, *((alone,) if doubt else ()))
+        return (*teams, *((alone,) if doubt else ()))
     if meeting <= directions > 1 and rows * row_operations >= _OPERATIONS_WORTH_A_DIRECTION:
         return (Plan("directions", directions, ahead),)
     return (*units, alone)

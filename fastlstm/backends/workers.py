@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlstm.backends.memory import one_block
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu.team import COMMAND, LEAVE, MAILBOX, serve
 
@@ -162,7 +163,8 @@ def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: S
     if not workers:  # no one to wait for
         kernel(*arguments, *ALONE)
         return
-    team = np.zeros((2 + len(workers), 8), np.int64)
+    (team,) = one_block(np.dtype(np.int64), (2 + len(workers), 8))
+    team.fill(0)
     for thread, worker in enumerate(workers, 1):
         team[1 + thread, MAILBOX] = worker.address
     _place(workers)

@@ -9,7 +9,8 @@ rows. Row n belongs at ``places[n]`` of the caller's (T * B). A batch of equal l
 A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has
 the others do so (``team.py``). Each computes some sequences (rows) and some blocks of hidden units:
 ``parts[thread]`` = first row, last row, distance of its rows, first block, last block. Where every thread has its own
-rows and all units, the steps need no synchronisation; where units are divided, the team meets after each step.
+rows and all units, the steps need no synchronisation; where units are divided, the team meets after each step, and
+who is ready before takes blocks of those who are behind.
 
 Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to whole vectors.
 """
@@ -31,7 +32,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, take, this_call
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
 
 __all__ = ["layer_forward", "pre_activations"]
@@ -83,6 +84,7 @@ def layer_forward(
     barrier(team, thread)
 
     together = block_last - block_first if ahead else 1
+    helped = divided and not ahead  # a step of few rows is over before one could help
     x_first, bias_first = address(x), address(packed_bias)
     a_row = a.shape[1] * tile_row
     a_block = tile_row if ahead else 0
@@ -102,9 +104,18 @@ def layer_forward(
                 rows, x_rows, inputs, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
                 block_first, block_last, 0, far,
             )  # fmt: skip
-        for turn in range(block_first, block_last, together):
-            # To and fro: what the caches still hold of the weights is what the step before used last.
-            first = block_first + block_last - together - turn if step & 1 else turn
+        left = block_last - block_first
+        while True:
+            if helped:
+                first = take(parts, team, thread, step)
+                if first < 0:
+                    break
+            elif not left:
+                break
+            else:
+                left -= together
+                # To and fro: what the caches still hold of the weights is what the step before used last.
+                first = block_first + left if step & 1 else block_last - together - left
             last = first + together
             for start in range(row_first, active, GROUP * row_step):
                 rows = minimum(GROUP, (active - start + row_step - 1) // row_step)

@@ -13,6 +13,7 @@ does not disturb the others:
 ``team[0, FINISHED]``  how many threads, of those that were summoned, have finished the call
 ``team[1 + t, 0]``     how many barriers thread t has passed
 ``team[1 + t, 1]``     address of the mailbox of thread t's worker
+``team[1 + t, 2..3]``  how many of thread t's items were taken, in even rounds and in odd ones
 =====================  ==========================================================================================
 
 A mailbox is an (8,) int64 array of its worker: a command, then what belongs to it.
@@ -29,12 +30,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.simd import CACHE_LINE, VECTOR_BYTES, address, lanes_of, offset, prefetch
+from fastlstm.kernels.cpu.simd import CACHE_LINE, VECTOR_BYTES, address, lanes_of, minimum, offset, prefetch
 
-__all__ = ["COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "summon", "this_call"]
+__all__ = [
+    "COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "summon", "take", "this_call",
+]  # fmt: skip
 
 ARRIVALS, FINISHED = 0, 1
-MAILBOX = 1  # in a thread's row of the team
+MAILBOX, TAKEN = 1, 2  # in a thread's row of the team
+_HELPED = 2  # how many other threads one looks to for work: each look costs as much as waiting for another core
 COMMAND, CALL, ARGUMENTS, THREAD, DONE = range(5)  # of a mailbox
 NOTHING, RUN, LEAVE = range(3)  # commands
 
@@ -254,3 +258,38 @@ def share(count, team, thread):
     """Divide `count` items evenly; return the first item of this thread and the first of the next."""
     threads = team.shape[0] - 1
     return count * thread // threads, count * (thread + 1) // threads
+
+
+@routine
+def take(parts, team, thread, turn):
+    """Take an item of this round's: of this thread's own, or when none is left, of a thread that is behind.
+
+    A core may be slower than others for a while, where something else runs there or beside it; who meets at a barrier
+    would have to wait for it. What is taken from others is what they did not begin.
+
+    Parameters
+    ----------
+    parts : (threads, 5) array, IN
+        First item of each thread and the first that is not its, in the last two columns.
+    team : array, IN and OUT
+    thread : int
+    turn : int
+        Number of the round. Between two rounds there is a barrier; odd rounds take the items backwards.
+
+    Returns
+    -------
+    int
+        The item; -1 if none is left.
+    """
+    threads = team.shape[0] - 1
+    for n in range(minimum(threads, 1 + _HELPED)):
+        other = (thread + n) % threads
+        first, last = parts[other, 3], parts[other, 4]
+        taken = offset(address(team), (1 + other) * team.shape[1] + TAKEN + (turn & 1))
+        if _load_atomic(taken) < last - first:
+            item = _fetch_add(taken, 1)
+            if item < last - first:
+                return last - 1 - item if turn & 1 else first + item
+    # Nobody looks at the next round's before the barrier, or at the last one's any more.
+    team[1 + thread, TAKEN + 1 - (turn & 1)] = 0
+    return -1
