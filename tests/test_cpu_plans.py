@@ -164,6 +164,27 @@ def test_a_try_has_more_than_one_call():
     assert found[-50:].count(0) > 40
 
 
+def test_what_is_hardly_faster_takes_no_turns_with_what_was_chosen():
+    noise = np.random.default_rng(0)
+    trials, found = Trials(), []
+    for _ in range(2000):
+        found.append(trials.pick("kind", 2))
+        trials.report("kind", found[-1], (1.0 if found[-1] else 1.01) * (1.0 + 0.02 * noise.random()))
+    assert found[100:].count(1) < 100
+
+
+def test_what_is_as_slow_as_the_machine_is_kept():
+    trials = Trials()
+    ways_of_calls(trials, 1000, [1.0, 1.2])
+    assert ways_of_calls(trials, 100, [1.8, 2.16]).count(1) <= trials.CALLS, "the other was measured on a faster one"
+
+
+def test_the_first_call_which_compiles_does_not_decide():
+    trials = Trials()
+    trials.report("kind", trials.pick("kind", 2), 1e6)
+    assert ways_of_calls(trials, 100, [1.0, 1.01])[-50:].count(0) > 40
+
+
 def test_what_is_hopeless_takes_little_of_the_time():
     found = ways_of_calls(Trials(), 50_000, [100.0, 1.0, 400.0])
     assert (100.0 * found.count(0) + 400.0 * found.count(2)) / 50_000 < 2 * Trials.SHARE

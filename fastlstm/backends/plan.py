@@ -84,12 +84,15 @@ class Trials:
     a virtual machine; and on busy cores a thread that is waited for may stand in the system's queue for milliseconds,
     where threads meet after each step at every step. So calls are run all ways, and the fastest is kept for each kind
     of call; another has a try after some calls, and after twice as many each time that one loses again. A try is of
-    several calls, whose median counts: neither a compilation nor a disturbed call decides. Results do not depend on
-    it.
+    several calls, whose median counts: neither a compilation nor a disturbed call decides; and it has to win clearly,
+    or noise would decide again and again. What was measured in the past counts for nothing but when to try: the whole
+    machine may be slower now. Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
     CALLS = 3  # of a try
+    BETTER = 0.95  # of the time: enough to win
+    SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
     SHARE = 0.02  # and the next is so far away that such tries take no more of the time
     KINDS = 256  # of calls that are remembered
@@ -104,12 +107,8 @@ class Trials:
         rivals = self._rivals.get(kind)
         if rivals is None:
             rivals = self._rivals[kind] = _Rivals(ways, self.FIRST_REST)
-        untried = math.inf in rivals.medians
-        if not rivals.tries and (untried or rivals.calls >= rivals.rest) and rivals.seconds[rivals.fastest]:
-            others = [way for way in range(ways) if way != rivals.fastest]
-            unknown = [way for way in others if not rivals.seconds[way]]
-            rivals.trying = unknown[0] if unknown else others[rivals.lost % len(others)]
-            rivals.tries = self.CALLS
+        if not rivals.tries and rivals.calls >= rivals.rest and rivals.is_known():
+            rivals.trying, rivals.tries = rivals.next_to_try(), self.CALLS
         return rivals.trying if rivals.tries else rivals.fastest
 
     def report(self, kind: Hashable, way: int, seconds: float) -> None:
@@ -117,24 +116,25 @@ class Trials:
         rivals = self._rivals.get(kind)
         if rivals is None:  # forgotten meanwhile
             return
-        before = rivals.fastest
         rivals.note(way, seconds)
         if rivals.tries and way == rivals.trying:
-            rivals.tries -= 1
+            rivals.tries = max(0, rivals.tries - 1)  # another thread's call may have been the last
             best = min(rivals.medians[:way] + rivals.medians[way + 1 :])
             hopeless = seconds > self.HOPELESS * best
             if hopeless:
                 rivals.tries = 0
+                rivals.forget_all_but(way, seconds)
             if not rivals.tries:
-                won = rivals.fastest == way
+                won = rivals.medians[way] < self.BETTER * rivals.medians[rivals.fastest]
+                rivals.fastest = way if won else rivals.fastest
                 rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
                 rivals.rest = self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
                 if hopeless:
                     rivals.rest = max(rivals.rest, int(seconds / (self.SHARE * best)))
-        elif rivals.fastest != before:
-            rivals.calls, rivals.rest = 0, self.FIRST_REST
         else:
             rivals.calls += 1
+        if math.inf in rivals.medians or rivals.medians[rivals.fastest] > self.SUSPECT * min(rivals.medians):
+            rivals.calls = rivals.rest
 
 
 class _Rivals:
@@ -148,11 +148,28 @@ class _Rivals:
         self.trying, self.tries = 0, 0
 
     def note(self, way: int, seconds: float) -> None:
-        """Take note of a call, and of which way is the fastest now, as far as it is known."""
+        """Take note of a call."""
         self.seconds[way].append(seconds)
-        self.medians[way] = sorted(self.seconds[way])[(len(self.seconds[way]) - 1) // 2]
-        # Another thread's call may change the medians meanwhile: each is looked at once.
-        self.fastest = min(range(len(self.medians)), key=self.medians.__getitem__)
+        known = sorted(self.seconds[way])  # once: another thread's call may change them meanwhile
+        self.medians[way] = known[(len(known) - 1) // 2]
+
+    def forget_all_but(self, way: int, seconds: float) -> None:
+        """Let one call of a way stand for all."""
+        self.seconds[way] = deque([seconds], maxlen=Trials.CALLS)
+        self.medians[way] = seconds
+
+    def is_known(self) -> bool:
+        """Say whether the fastest had as many calls as another's try has."""
+        return len(self.seconds[self.fastest]) == Trials.CALLS
+
+    def next_to_try(self) -> int:
+        """Choose among the ways that are not the fastest: what was never tried, what seems faster, or each in turn."""
+        others = [way for way in range(len(self.medians)) if way != self.fastest]
+        unknown = [way for way in others if not self.seconds[way]]
+        best = min(others, key=self.medians.__getitem__)
+        if unknown or self.medians[best] < self.medians[self.fastest] / Trials.SUSPECT:
+            return unknown[0] if unknown else best
+        return others[self.lost % len(others)]
 
 
 TRIALS = Trials()
