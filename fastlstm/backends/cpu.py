@@ -191,9 +191,12 @@ def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Arra
     ):
         return False
     batch = x.shape[-2]
-    x, steps = _plain(x).reshape(-1, batch, inputs), len(y) // batch
-    h0, c0, packing = _plain(h0)[0], _plain(c0)[0], Packing.of(None, steps, batch)
-    _direction_forward(weights, x, h0, c0, packing, 0, y, h_n[0], c_n[0], False, False, get_num_threads())
+    packed, ways = _equal_call(weight_ih.shape, len(y) // batch, batch, dtype)
+    arguments = (
+        _plain(weight_ih), _plain(weight_hh), _plain(bias), _plain(x).reshape(-1, inputs), _plain(h0)[0], _plain(c0)[0],
+        *packed, y, 0, h_n[0], c_n[0], False,
+    )  # fmt: skip
+    _run(layer_forward, arguments, ways, dtype, len(y), get_num_threads())
     return True
 
 
@@ -380,6 +383,23 @@ def _forward_ways(size: _Size, packing: Packing, training: bool, most: int) -> _
         ways.append(_Way(plan, shapes, (plan.ahead, plan.parts(packing, blocks), plan.kind == "units")))
     kind = _kind(layer_forward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
     return _Ways(tuple(ways), kind)
+
+
+@functools.lru_cache(maxsize=16)  # as the arrays in `packing`
+def _equal_call(
+    weight_ih: tuple[int, int], steps: int, batch: int, dtype: Any
+) -> tuple[tuple[Array, ...], Callable[[int], _Ways]]:
+    """Return what a call on sequences of equal length shares with others of its size: so much less to do for each.
+
+    These are the kernel's arguments that say where the rows are, and the ways to run it.
+    """
+    size, packing = _size(*weight_ih, dtype), Packing.of(None, steps, batch)
+
+    @functools.cache
+    def ways(most: int) -> _Ways:
+        return _forward_ways(size, packing, False, most)
+
+    return (packing.order, packing.lengths, packing.offsets, packing.places(False)), ways
 
 
 def _chunk(packing: Packing) -> int:
