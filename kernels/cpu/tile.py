@@ -257,8 +257,8 @@ def rows_of_tile(left):
 def are_far(weights, count):
     """Say whether so many weights are fetched ahead.
 
-    What lies in the second-level cache, be it but half of them, the processor fetches well enough by itself: hints would
-    take turns from the loads, and push lines out of the first-level cache that are still in use.
+    What lies in the second-level cache, be it but half of them, the processor fetches well enough by itself: hints
+    would take turns from the loads, and push lines out of the first-level cache that are still in use.
     """
     return count * VECTOR_BYTES > _FAR * lanes_of(weights)
 
