@@ -72,8 +72,8 @@ BOUNDS = {
         "a matrix product over fewer rows may sum in another order (BLAS does): a few ulp, carried through the steps",
     ),
     "chunked gradients": Bound(
-        256 * EPS[np.dtype(np.float64)],
-        256 * EPS[np.dtype(np.float32)],
+        128 * EPS[np.dtype(np.float64)],
+        64 * EPS[np.dtype(np.float32)],
         "the parameters' gradients are sums over T*B products, here grouped by chunk: another order of summation; and"
         " at H = 1 a gradient is one number left of some that cancel: half an ulp on the weights moves it by 100 eps",
     ),

@@ -264,10 +264,10 @@ class _Size(NamedTuple):
         """Read it off the weights."""
         return _size(*weight_ih.shape, weight_ih.dtype)
 
-    def plans(self, packing: Packing, threads: int, directions: int = 1, way: str = "forward") -> tuple[Plan, ...]:
+    def plans(self, packing: Packing, threads: int, directions: int = 1, backward: bool = False) -> tuple[Plan, ...]:
         """Choose a plan for the layer or for one direction of it, or several to try."""
         batch = packing.order.size
-        return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, directions, way)
+        return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, directions, backward)
 
 
 @functools.lru_cache(maxsize=64)
@@ -445,7 +445,7 @@ def _direction_backward(
 def _backward_ways(size: _Size, packing: Packing, recompute: bool, most: int) -> _Ways:
     """Return the ways to run the backward kernel on at most so many threads."""
     inputs, hidden, width, blocks = size
-    batch, plans = packing.order.size, size.plans(packing, most, way="backward")
+    batch, plans = packing.order.size, size.plans(packing, most, backward=True)
     chunk_rows = packing.rows_of_chunk(_chunk(packing))
     depth, panel = GATES * blocks * width, VECTORS * width
     again = ((chunk_rows, blocks, TAPE, width), (blocks, inputs + hidden, GATES, width), (blocks, GATES, width))

@@ -24,8 +24,9 @@ _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
 # Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
 _OPERATIONS_WORTH_A_MEETING = 100_000
 # With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile.
-# Forward, threads that divide the units help each other besides, which is worth more than meeting costs.
-_ROWS_WORTH_ALL_WEIGHTS = {"forward": 64, "backward": 32}
+_ROWS_WORTH_ALL_WEIGHTS = 32
+# With fewer, forward: threads that divide the units help each other, which is worth more than meeting costs.
+_ROWS_WORTH_NO_HELP = 64
 # Rows of input products that are computed together: some tiles, and still in the caches.
 _ROWS_AHEAD = 48
 
@@ -185,7 +186,7 @@ def choose(
     tile_rows: int,
     threads: int,
     directions: int = 1,
-    way: str = "forward",
+    backward: bool = False,
 ) -> tuple[Plan, ...]:
     """Choose how to run one layer, in one direction after the other or in both at once.
 
@@ -206,7 +207,8 @@ def choose(
         The most threads to use.
     directions : int
         Of the layer; 1 for the plan of one direction by itself.
-    way : {"forward", "backward"}
+    backward : bool
+        Whether it is the backward pass.
     """
     row_operations: Any = 8 * hidden * (inputs + hidden)
     threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
@@ -219,8 +221,8 @@ def choose(
     units = (Plan("units", meeting, ahead),) if meeting > 1 else ()
     if batch >= 2 * tile_rows * threads:
         own_rows = (Plan("rows", threads, 0),)
-        teams = (*units, *own_rows) if way == "forward" else (*own_rows, *units)
-        if batch >= _ROWS_WORTH_ALL_WEIGHTS[way] * threads:
+        teams = (*own_rows, *units) if backward else (*units, *own_rows)
+        if batch >= (_ROWS_WORTH_ALL_WEIGHTS if backward else _ROWS_WORTH_NO_HELP) * threads:
             teams = own_rows
         doubt = rows * row_operations < _OPERATIONS_SURELY_WORTH_A_TEAM
         return (*teams, *((alone,) if doubt else ()))
