@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastlstm import checks, dispatch, parameters
 from fastlstm.backends.base import Array, Dropout, Params
@@ -55,8 +55,7 @@ class Gradients:
         return f"<Gradients by x {tuple(self.x.shape)}, the initial state and {len(self.params)} parameters>"
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How the caller's arrays lie: `batched` with a batch axis, `batch_first` with it before time."""
 
     batched: bool
@@ -69,7 +68,8 @@ class Layout:
         """Read the layout off an input that has been checked."""
         if x.ndim == 2:
             return cls(False, False, x.shape[0], 1)
-        return cls(True, batch_first, *(reversed(x.shape[:2]) if batch_first else x.shape[:2]))
+        first, second, _ = x.shape
+        return cls(True, batch_first, *((second, first) if batch_first else (first, second)))
 
     @property
     def state_batch(self) -> int | None:

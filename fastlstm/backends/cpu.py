@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +45,7 @@ _SMALL = 8
 _CHUNK_ROWS = 256
 
 
-@dataclass(frozen=True)
-class DirectionTape:
+class DirectionTape(NamedTuple):
     """What one direction leaves on the tape."""
 
     gates: Array  # (N, Hp/V, 5, V): i, f, g, o, c; or (N, Hp/V, 1, V): c alone
@@ -55,8 +53,7 @@ class DirectionTape:
     c0: Array  # (B, H)
 
 
-@dataclass(frozen=True)
-class LayerTape:
+class LayerTape(NamedTuple):
     """What one layer leaves on the tape."""
 
     x: Array  # (T, B, I), the input itself
@@ -221,7 +218,9 @@ def _small_forward(
         assert fits
         return None
     size = _Size.of(weight_ih)
-    tape, h_rows = one_block(x.dtype, (rows, size.blocks, TAPE, size.width), (rows, size.blocks * size.width))
+    # Each by itself, for so few rows need not be aligned; that would take longer.
+    tape = np.empty((rows, size.blocks, TAPE, size.width), x.dtype)
+    h_rows = np.empty((rows, size.blocks * size.width), x.dtype)
     small_forward_taped(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, tape, h_rows)
     return DirectionTape(tape, h_rows, c0[0].copy())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +45,7 @@ class LayerGradients(NamedTuple):
     weights: Sequence[Weights]  # one per direction
 
 
-@dataclass(frozen=True)
-class StackTape:
+class StackTape(NamedTuple):
     """The tapes of all layers, and the dropout masks between them."""
 
     shape: tuple[int, int]  # (T, B)
@@ -132,11 +130,10 @@ class LayeredBackend(ABC):
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Backend.backward``)."""
         steps, batch = tape.shape
-        dtype = params["weight_hh_l0"].dtype.newbyteorder("=")
-        dh_n, dc_n = self._states(cell, batch, dtype, dh_n, dc_n)
+        dh_n, dc_n = self._states(cell, batch, cell.dtype, dh_n, dc_n)
         if not tape.layers:
-            dx = self.xp.zeros((steps, batch, cell.input_size), dtype)
-            zeros = {name: self.xp.zeros(value.shape, dtype) for name, value in params.items()}
+            dx = self.xp.zeros((steps, batch, cell.input_size), cell.dtype)
+            zeros = {name: self.xp.zeros(value.shape, cell.dtype) for name, value in params.items()}
             return BackwardResult(dx, self.xp.array(dh_n), self.xp.array(dc_n), zeros)
         dh0, dc0 = [], []
         found: Params = {}
@@ -170,9 +167,9 @@ class LayeredBackend(ABC):
         """Take no shortcut (see ``base.Backend.shortcut``)."""
         return None
 
-    def _states(self, cell: Cell, batch: int, dtype: Any, *given: Array | None) -> tuple[Array, ...]:
+    def _states(self, cell: Cell, batch: int, dtype: Any, h: Array | None, c: Array | None) -> tuple[Array, Array]:
         shape = (cell.num_layers * cell.num_directions, batch, cell.hidden_size)
-        return tuple(self.xp.zeros(shape, dtype) if value is None else value for value in given)
+        return self.xp.zeros(shape, dtype) if h is None else h, self.xp.zeros(shape, dtype) if c is None else c
 
     def _joined(self, layers: list[Array]) -> Array:
         """Join what belongs to the states of each layer, (D, B, H), to one array."""
@@ -186,10 +183,11 @@ def _layer_rows(cell: Cell, layer: int) -> slice:
 
 def layer_weights(cell: Cell, params: Params, layer: int) -> list[Weights]:
     """Return the parameters of one layer, one entry per direction."""
-    return [
-        Weights(*[None if name is None else params[name] for name in direction_names(cell, layer, direction)])
-        for direction in range(cell.num_directions)
-    ]
+    found = []
+    for direction in range(cell.num_directions):
+        weight_ih, weight_hh, bias = direction_names(cell, layer, direction)
+        found.append(Weights(params[weight_ih], params[weight_hh], params[bias] if bias else None))
+    return found
 
 
 def dropout_mask(xp: Any, dropout: Dropout, layer: int, like: Array) -> Array:
