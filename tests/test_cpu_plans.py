@@ -14,6 +14,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
+from fastlstm.backends import cpu
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import Plan, Trials
 
@@ -29,6 +30,9 @@ CASES = {
     "units, ragged": Case(40, 5, 30, 130, bidirectional=True, lengths=(3, 40, 0, 17, 25)),
     "units, one sequence": Case(60, 1, 20, 250),
     "units, one sequence, whole vectors": Case(30, 1, 20, 160),
+    "units, few rows": Case(2, 8, 40, 330),
+    "units, few rows, ragged": Case(3, 10, 50, 250, bidirectional=True, lengths="zeros"),
+    "rows, few rows": Case(1, 20, 300, 70),
     "directions": Case(60, 3, 20, 70, bidirectional=True),
     "directions, ragged": Case(60, 4, 20, 80, 2, True, lengths=(33, 60, 0, 47)),
     "stacked": Case(12, 25, 16, 65, 2, True, lengths="zeros", dropout=0.3),
@@ -107,6 +111,19 @@ def test_few_rows_give_the_same_bits_in_training_as_in_inference(dtype, steps, b
     with fastlstm.use_backend("cpu"):
         (y, state), (taped_y, taped_state, _) = lstm(x), lstm.forward(x)
     assert_identical(dict(zip("yhc", (y, *state), strict=True)), dict(zip("yhc", (taped_y, *taped_state), strict=True)))
+
+
+@pytest.mark.parametrize(("steps", "batch", "inputs", "hidden"), [(1, 1, 3, 9), (2, 8, 7, 21), (1, 13, 30, 37)])
+def test_a_short_call_gives_the_same_bits_by_the_way_of_long_ones(dtype, monkeypatch, steps, batch, inputs, hidden):
+    lstm = LSTM(inputs, hidden, dtype=dtype, seed=0)
+    x = np.random.default_rng(0).normal(size=(steps, batch, inputs)).astype(dtype)
+    found = []
+    with fastlstm.use_backend("cpu"):
+        for _ in range(2):
+            y, (h_n, c_n), tape = lstm.forward(x)
+            found.append({"y": y, "h_n": h_n, "c_n": c_n, "gates": tape.record.layers[0].directions[0].gates})
+            monkeypatch.setattr(cpu, "is_short", lambda *_: False)
+    assert_identical(*found)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])

@@ -20,7 +20,7 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.memory import SCRATCH, new_array, one_block
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
+from fastlstm.backends.plan import TRIALS, Plan, Trials, are_few, choose, is_short
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import ALONE, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
@@ -37,9 +37,6 @@ __all__ = ["BACKEND", "CpuBackend"]
 
 _Shapes = tuple[tuple[int, ...], ...]
 
-# Rows up to which the weights are used as they lie: packing them would read and write them all, and going back, their
-# gradients would be unpacked as well.
-_SMALL = 8
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
 _CHUNK_ROWS = 256
@@ -83,7 +80,7 @@ class CpuBackend(LayeredBackend):
         packing = Packing.of(lengths, steps, batch)
         y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, zero=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
-        if _is_small(packing, len(weights)):
+        if _is_short(packing, weights):
             small = _small_forward(weights[0], x, h0, c0, y, h_n, c_n, keep_tape)
             tape = LayerTape(x, packing, [small]) if small else None
             return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
@@ -125,9 +122,10 @@ class CpuBackend(LayeredBackend):
             if not (type(x) is type(h0) is type(c0) is type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray):
                 return None
             rows = steps * batch
-            y = (np.empty if rows <= _SMALL else new_array)((rows, hidden), dtype)
+            short = is_short(rows, cell.input_size, hidden)
+            y = (np.empty if short else new_array)((rows, hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
-            if rows > _SMALL:
+            if not short:
                 fits = _many_rows(cell, Weights(weight_ih, weight_hh, bias), x, h0, c0, y, h_n, c_n)
             else:
                 x_rows = x if len(shape) == 2 else x.reshape(-1, cell.input_size)
@@ -156,7 +154,7 @@ class CpuBackend(LayeredBackend):
         dx = new_array((steps * batch, inputs), dh_n.dtype, zero=tape.packing.ragged)
         dh_n, dc_n = _plain(dh_n), _plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
-        if _is_small(tape.packing, directions):
+        if _is_short(tape.packing, weights, backward=True):
             dweights = [_small_backward(weights[0], tape, dy, dh_n[0], dc_n[0], dx, dh0[0], dc0[0])]
             return LayerGradients(dx.reshape(tape.x.shape), dh0, dc0, dweights)
         # One direction after the other: each adds to dx, and a second one would not fit into the memory promised.
@@ -197,9 +195,12 @@ def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Arra
     return True
 
 
-def _is_small(packing: Packing, directions: int) -> bool:
-    """Say whether a layer has so few rows that its weights are used as they lie."""
-    return packing.rows <= _SMALL and directions == 1 and not packing.ragged
+def _is_short(packing: Packing, weights: Sequence[Weights], backward: bool = False) -> bool:
+    """Say whether a layer is run by this thread alone, on the weights as they lie."""
+    if len(weights) > 1 or packing.ragged:
+        return False
+    hidden, inputs = weights[0].weight_hh.shape[1], weights[0].weight_ih.shape[1]
+    return is_short(packing.rows, inputs, hidden, backward)
 
 
 def _small_forward(
@@ -348,6 +349,8 @@ def _direction_forward(
     """Run one direction; writes y, h_n and c_n."""
     dtype, reverse = x.dtype, direction == 1
     size = _Size.of(weights.weight_ih)
+    # What was computed on the weights as they lie could not be computed again to the same bits, and is little.
+    recompute = recompute and not are_few(packing.rows, size.inputs, size.hidden)
     rows, kept = packing.rows, 1 if recompute else TAPE
     shapes = (rows, size.blocks, kept, size.width), (rows, size.blocks * size.width)
     tape = one_block(dtype, *shapes) if keep_tape else []
@@ -375,7 +378,7 @@ def _forward_ways(size: _Size, packing: Packing, training: bool, most: int) -> _
         shapes = (
             *tape,
             (batch, blocks * width),
-            (blocks, inputs + size.hidden, GATES, width),
+            (blocks, 0 if plan.as_they_lie else inputs + size.hidden, GATES, width),
             (blocks, GATES, width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
         )

@@ -13,7 +13,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.packing import Packing
 
-__all__ = ["TRIALS", "Plan", "Trials", "choose"]
+__all__ = ["TRIALS", "Plan", "Trials", "are_few", "choose", "is_short"]
 
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations.
 _OPERATIONS_WORTH_A_THREAD = 2_000_000
@@ -29,6 +29,12 @@ _ROWS_WORTH_ALL_WEIGHTS = 32
 _ROWS_WORTH_NO_HELP = 64
 # Rows of input products that are computed together: some tiles, and still in the caches.
 _ROWS_AHEAD = 48
+# Rows up to which the weights are used as they lie: packing them would read and write them all. There may be more, the
+# longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
+_FEW_ROWS, _NUMBERS_WORTH_A_ROW = 16, 8
+# A call of so few rows and operations takes hardly longer than to find out how it could be divided. Going back, up to
+# this number of rows always do: a team would pack the weights, and unpack their gradients.
+_OPERATIONS_OF_A_SHORT_CALL, _ROWS_SHORT_BACKWARD = 8_000_000, 8
 
 
 class Plan(NamedTuple):
@@ -43,11 +49,14 @@ class Plan(NamedTuple):
         Size of the team.
     ahead : int
         Steps whose input products are computed together; 0 if each step computes its own.
+    as_they_lie : bool
+        Whether the weights are used without being packed.
     """
 
     kind: str
     threads: int
     ahead: int
+    as_they_lie: bool = False
 
     def parts(self, packing: Packing, blocks: int) -> Array:
         """First row, last row, distance of the rows, first and last block of each thread: (threads, 5)."""
@@ -61,7 +70,8 @@ class Plan(NamedTuple):
             "units": f"on {self.threads} threads, each with its own hidden units, meeting after each step",
             "directions": "both directions at once, each on one thread",
         }[self.kind]
-        return how + (f"; input products {self.ahead} steps ahead" if self.ahead else "")
+        ahead = f"; input products {self.ahead} steps ahead" if self.ahead else ""
+        return how + ahead + ("; the weights as they lie" if self.as_they_lie else "")
 
 
 @functools.lru_cache(maxsize=16)  # as for the arrays of equal lengths in `packing`
@@ -177,6 +187,20 @@ TRIALS = Trials()
 
 
 @functools.lru_cache(maxsize=256)
+def are_few(rows: int, inputs: int, hidden: int) -> bool:
+    """Say whether so many rows are too few for packing the weights, on whatever number of threads."""
+    return rows <= max(_FEW_ROWS, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
+
+
+def is_short(rows: int, inputs: int, hidden: int, backward: bool = False) -> bool:
+    """Say whether so little work, in one direction without padding, is best done at once, by this thread alone."""
+    if rows > _FEW_ROWS:
+        return False
+    return rows * 8 * hidden * (inputs + hidden) <= _OPERATIONS_OF_A_SHORT_CALL or (
+        backward and rows <= _ROWS_SHORT_BACKWARD
+    )
+
+
 def choose(
     rows: int,
     batch: int,
@@ -213,19 +237,22 @@ def choose(
     row_operations: Any = 8 * hidden * (inputs + hidden)
     threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
     steps = rows / max(1, batch)
-    ahead = int(min(steps, -(-_ROWS_AHEAD // batch))) if batch < 2 * tile_rows and steps > 1 else 0
-    alone = Plan("serial", 1, ahead)
+    as_they_lie = not backward and are_few(rows, inputs, hidden)
+    ahead = 0
+    if batch < 2 * tile_rows and steps > 1 and not as_they_lie:
+        ahead = int(min(steps, -(-_ROWS_AHEAD // batch)))
+    alone = Plan("serial", 1, ahead, as_they_lie)
     if threads == 1:
         return (alone,)
     meeting = int(min(threads, blocks, batch * 8 * hidden * hidden // _OPERATIONS_WORTH_A_MEETING))
-    units = (Plan("units", meeting, ahead),) if meeting > 1 else ()
+    units = (Plan("units", meeting, ahead, as_they_lie),) if meeting > 1 else ()
     if batch >= 2 * tile_rows * threads:
-        own_rows = (Plan("rows", threads, 0),)
+        own_rows = (Plan("rows", threads, 0, as_they_lie),)
         teams = (*own_rows, *units) if backward else (*units, *own_rows)
         if batch >= (_ROWS_WORTH_ALL_WEIGHTS if backward else _ROWS_WORTH_NO_HELP) * threads:
             teams = own_rows
         doubt = rows * row_operations < _OPERATIONS_SURELY_WORTH_A_TEAM
         return (*teams, *((alone,) if doubt else ()))
     if meeting <= directions > 1 and rows * row_operations >= _OPERATIONS_WORTH_A_DIRECTION:
-        return (Plan("directions", directions, ahead),)
+        return (Plan("directions", directions, ahead, as_they_lie),)
     return (*units, alone)

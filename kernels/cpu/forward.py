@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
 from fastlstm.kernels.cpu.simd import (
@@ -58,7 +59,7 @@ def layer_forward(
     tape,  # (N, Hp/V, 5, V) for training, or (N, Hp/V, 1, V) to keep c alone, OUT
     h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
     c_rows,  # (B, Hp) scratch
-    packed,  # (Hp/V, I + H, 4, V) scratch
+    packed,  # (Hp/V, I + H, 4, V) scratch, or (Hp/V, 0, 4, V) to use the weights as they lie
     packed_bias,  # (Hp/V, 4, V) scratch
     a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
     ahead,  # steps whose input products are computed together, 0 for none
@@ -77,8 +78,10 @@ def layer_forward(
     tile_row = GATES * width
     row_first, row_last, row_step, block_first, block_last = parts[thread]
 
-    first, last = share(packed.shape[0], team, thread)
-    pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
+    as_they_lie = packed.shape[1] == 0
+    if not as_they_lie:
+        first, last = share(packed.shape[0], team, thread)
+        pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     first, last = share(batch, team, thread)
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
     barrier(team, thread)
@@ -88,7 +91,7 @@ def layer_forward(
     x_first, bias_first = address(x), address(packed_bias)
     a_row = a.shape[1] * tile_row
     a_block = tile_row if ahead else 0
-    far = are_far(address(packed), (block_last - block_first) * packed.shape[1] * tile_row)
+    far = are_far(address(packed), (block_last - block_first) * (inputs + hidden) * tile_row)
     for step in range(offsets.size - 1):
         low = offsets[step]
         active = minimum(offsets[step + 1] - low, row_last)
@@ -128,11 +131,16 @@ def layer_forward(
                     )  # fmt: skip
                 else:
                     a_rows = offset(address(a), thread * GROUP * a_row)
-                    x_rows = offset(x_first, (low + start) * inputs)
-                    _products(
-                        rows, x_rows, inputs, row_step * inputs, h_prev, hidden, row_step * stride, packed, 0,
-                        bias_first, 0, a_rows, a_row, 0, first, last, 0, far,
-                    )  # fmt: skip
+                    x_rows, x_row, h_row = offset(x_first, (low + start) * inputs), row_step * inputs, row_step * stride
+                    if as_they_lie:
+                        gate_dots(
+                            rows, first, weight_ih, weight_hh, bias, x_rows, x_row, h_prev, h_row, a_rows, a_row, far
+                        )
+                    else:
+                        _products(
+                            rows, x_rows, inputs, x_row, h_prev, hidden, h_row, packed, 0, bias_first, 0, a_rows, a_row,
+                            0, first, last, 0, far,
+                        )  # fmt: skip
                 # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
                 # the processor does not look so far ahead that it would find work in the next one.
                 for block in range(first, last):

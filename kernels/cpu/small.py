@@ -9,27 +9,21 @@ import threading
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
 from fastlstm.kernels.cpu.simd import (
-    Vector,
     address,
-    call_llvm,
-    first_lanes,
     fma,
-    lanes,
     lanes_of,
     llvm_vector,
     load,
     load_first,
-    load_masked,
-    load_vector,
     minimum,
     offset,
     splat,
@@ -40,101 +34,19 @@ from fastlstm.kernels.cpu.simd import (
 __all__ = ["prepare", "ready", "small_backward", "small_forward", "small_forward_taped"]
 
 
-def _sum_of_rows(builder, dtype, rows):
-    """Emit the vector whose lane r is the sum of the elements of vector number r: halve the vectors until one is left.
-
-    At each stage two vectors become one, which holds the partial sums of both in alternating runs.
-    """
-    count, integer = lanes(dtype), ir.IntType(32)
-    distance = 1
-    while len(rows) > 1:
-        low = [j if not j & distance else count + j - distance for j in range(count)]
-        high = [j + distance if not j & distance else count + j for j in range(count)]
-        order = ir.VectorType(integer, count)
-        rows = [
-            builder.fadd(*(builder.shuffle_vector(a, b, ir.Constant(order, indices)) for indices in (low, high)))
-            for a, b in zip(rows[::2], rows[1::2], strict=True)
-        ]
-        distance *= 2
-    return rows[0]
-
-
-def _emit_dots(builder, dtype, sums, rows, row_length, x):
-    """Emit the products of rows with x, lane by lane and not yet summed over the lanes, added to `sums`."""
-    intp, vector, width = row_length.type, llvm_vector(dtype), lanes(dtype)
-    zero, step = ir.Constant(intp, 0), ir.Constant(intp, width)
-    whole = builder.sub(row_length, builder.srem(row_length, step))
-
-    before = builder.block
-    body, after = builder.append_basic_block("dot_k"), builder.append_basic_block("dot_tail")
-    builder.cbranch(builder.icmp_signed(">", whole, zero), body, after)
-    builder.position_at_end(body)
-    k = builder.phi(intp)
-    totals = [builder.phi(vector) for _ in sums]
-    part = load_vector(builder, builder.gep(x, [k]), dtype)
-    updated = [
-        call_llvm(builder, "fma", dtype, [load_vector(builder, builder.gep(row, [k]), dtype), part, total])
-        for row, total in zip(rows, totals, strict=True)
-    ]
-    following = builder.add(k, step)
-    builder.cbranch(builder.icmp_signed("<", following, whole), body, after)
-    k.add_incoming(zero, before)
-    k.add_incoming(following, body)
-
-    builder.position_at_end(after)
-    until_tail = []
-    for start, total, value in zip(sums, totals, updated, strict=True):
-        total.add_incoming(start, before)
-        total.add_incoming(value, body)
-        phi = builder.phi(vector)
-        phi.add_incoming(start, before)
-        phi.add_incoming(value, body)
-        until_tail.append(phi)
-    rest = builder.sub(row_length, whole)
-    tail, end = builder.append_basic_block("dot_rest"), builder.append_basic_block("dot_end")
-    builder.cbranch(builder.icmp_signed(">", rest, zero), tail, end)
-    builder.position_at_end(tail)
-    mask = first_lanes(builder, builder.trunc(rest, ir.IntType(32)), dtype)
-    part = load_masked(builder, builder.gep(x, [whole]), mask, dtype)
-    with_tail = [
-        call_llvm(builder, "fma", dtype, [load_masked(builder, builder.gep(row, [whole]), mask, dtype), part, total])
-        for row, total in zip(rows, until_tail, strict=True)
-    ]
-    builder.branch(end)
-    builder.position_at_end(end)
-    finals = []
-    for total, value in zip(until_tail, with_tail, strict=True):
-        phi = builder.phi(vector)
-        phi.add_incoming(total, after)
-        phi.add_incoming(value, tail)
-        finals.append(phi)
-    return finals
+_ROWS = 16  # sequences whose gates are computed at a time
 
 
 @intrinsic
-def _dot_rows(typingctx, count, matrix1, length1, x1, matrix2, length2, x2):
-    """Return the first `count` (1 to V) rows of matrix1 @ x1 + matrix2 @ x2, one in each lane.
-
-    A matrix is a pointer to its first row, `length` elements each, and `x` points to as many. Lanes beyond
-    `count` repeat the last row's.
-    """
-    dtype = matrix1.dtype
+def _room(typingctx, pointer):
+    """Return a pointer to room for the gates of :data:`_ROWS` rows, a vector each, until the kernel ends."""
 
     def codegen(context, builder, signature, args):
-        count, matrix1, length1, x1, matrix2, length2, x2 = (
-            context.cast(builder, value, t, types.intp) if isinstance(t, types.Integer) else value
-            for value, t in zip(args, signature.args, strict=True)
-        )
-        last = builder.sub(count, ir.Constant(count.type, 1))
-        numbers = [ir.Constant(count.type, r) for r in range(lanes(dtype))]
-        numbers = [builder.select(builder.icmp_signed("<", n, last), n, last) for n in numbers]
-        sums = [ir.Constant(llvm_vector(dtype), None)] * len(numbers)
-        for matrix, length, x in ((matrix1, length1, x1), (matrix2, length2, x2)):
-            rows = [builder.gep(matrix, [builder.mul(n, length)]) for n in numbers]
-            sums = _emit_dots(builder, dtype, sums, rows, length, x)
-        return _sum_of_rows(builder, dtype, sums)
+        with builder.goto_entry_block():
+            room = builder.alloca(llvm_vector(pointer.dtype), _ROWS * GATES)
+        return builder.bitcast(room, args[0].type)
 
-    return Vector(dtype)(count, matrix1, length1, x1, matrix2, length2, x2), codegen
+    return pointer(pointer), codegen
 
 
 @kernel
@@ -193,37 +105,46 @@ def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, tra
     """Run the recurrence; `tape` and `h_rows` are pointers, which only training uses."""
     batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
     blocks = (hidden + width - 1) // width
+    a = _room(tape)
     for low in range(0, rows, batch):
         first, last = low == 0, low + batch == rows
         x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
         h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
         c_step = address(c0) if first else address(c_n)
-        # The weights of a block serve all sequences while they are in the first-level cache.
         for block in range(blocks):
             unit = block * width
             units = minimum(width, hidden - unit)
-            for sequence in range(batch):
-                x_row, h_row = offset(x_step, sequence * inputs), offset(h_step, sequence * hidden)
-                own = sequence * hidden + unit
-                a_i = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, unit, units)
-                a_f = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, hidden + unit, units)
-                a_g = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 2 * hidden + unit, units)
-                a_o = _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, 3 * hidden + unit, units)
-                i, f, g, o, c = gates_forward(a_i, a_f, a_g, a_o, load_first(offset(c_step, own), units))
-                h = o * tanh(c)
-                store_first(offset(address(c_n), own), c, units)
-                store_first(offset(y_step, own), h, units)
-                if last:
-                    store_first(offset(address(h_n), own), h, units)
-                if training:
-                    row = low + sequence
-                    left = offset(tape, (row * blocks + block) * TAPE * width)
-                    store(left, i)
-                    store(offset(left, width), f)
-                    store(offset(left, 2 * width), g)
-                    store(offset(left, 3 * width), o)
-                    store(offset(left, 4 * width), c)
-                    store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_row, unit), units))
+            for start in range(0, batch, _ROWS):
+                together = minimum(_ROWS, batch - start)
+                x_rows, before = offset(x_step, start * inputs), offset(h_step, start * hidden)
+                gate_dots(
+                    together, block, weight_ih, weight_hh, bias, x_rows, inputs, before, hidden, a, GATES * width, False
+                )
+                for n in range(together):
+                    own = (start + n) * hidden + unit
+                    here = offset(a, n * GATES * width)
+                    # Lanes beyond the units become harmless constants.
+                    i, f, g, o, c = gates_forward(
+                        load_first(here, units),
+                        load_first(offset(here, width), units),
+                        load_first(offset(here, 2 * width), units),
+                        load_first(offset(here, 3 * width), units),
+                        load_first(offset(c_step, own), units),
+                    )
+                    h = o * tanh(c)
+                    store_first(offset(address(c_n), own), c, units)
+                    store_first(offset(y_step, own), h, units)
+                    if last:
+                        store_first(offset(address(h_n), own), h, units)
+                    if training:
+                        row = low + start + n
+                        left = offset(tape, (row * blocks + block) * TAPE * width)
+                        store(left, i)
+                        store(offset(left, width), f)
+                        store(offset(left, 2 * width), g)
+                        store(offset(left, 3 * width), o)
+                        store(offset(left, 4 * width), c)
+                        store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_step, own), units))
 
 
 @kernel
@@ -348,17 +269,6 @@ def _one_row(n, factor, b, c, add):
         rest, here = n - whole, offset(c, whole)
         product = factor * load_first(offset(b, whole), rest)
         store_first(here, product + load_first(here, rest) if add else product, rest)
-
-
-@routine
-def _pre_activation(weight_ih, weight_hh, bias, x_row, h_row, row, count):
-    """Return some rows of W_ih x + W_hh h + b, one in each lane."""
-    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    w_ih, w_hh = offset(address(weight_ih), row * inputs), offset(address(weight_hh), row * hidden)
-    a = _dot_rows(count, w_ih, inputs, x_row, w_hh, hidden, h_row)
-    if bias.size:
-        a = a + load_first(offset(address(bias), row), count)
-    return a
 
 
 _lock = threading.Lock()

@@ -38,8 +38,8 @@ from fastlstm.kernels.cpu.simd import (
 )
 
 __all__ = [
-    "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "are_far", "gate_tile", "gate_tiles", "rows_of_tile", "tile",
-    "tiles",
+    "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "are_far", "emit_choice", "gate_tile", "gate_tiles",
+    "prefetch_share", "rows_of_tile", "tile", "tiles",
 ]  # fmt: skip
 
 VECTORS = 4  # the four gates
@@ -181,7 +181,7 @@ def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
     _emit_store(builder, dtype, sums, _rows_of(builder, c, c_row, rows))
 
 
-def _emit_choice(context, builder, signature, args, sizes, emit):
+def emit_choice(context, builder, signature, args, sizes, emit):
     """Emit one block for each of `sizes`, and the choice between them by the two leading arguments."""
     # Inlined at each of its uses, the blocks would multiply the compiler's time.
     builder.function.attributes.add("noinline")
@@ -212,7 +212,7 @@ def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
     sizes = [(r, v) for r in range(1, ROWS + 1) for v in range(1, VECTORS + 1)]
 
     def codegen(context, builder, signature, args):
-        return _emit_choice(context, builder, signature, args, sizes, _emit_tile)
+        return emit_choice(context, builder, signature, args, sizes, _emit_tile)
 
     return types.void(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row), codegen
 
@@ -222,7 +222,7 @@ def _gate_tile(typingctx, rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, b_bl
     sizes = [(r, VECTORS) for r in range(1, ROWS + 1)] + [(1, n * VECTORS) for n in range(2, ROW_BLOCKS + 1)]
 
     def codegen(context, builder, signature, args):
-        return _emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
+        return emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
 
     return types.void(rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row), codegen
 
@@ -264,7 +264,7 @@ def are_far(weights, count):
 
 
 @routine
-def _prefetch_share(following, size, row, end, rows):
+def prefetch_share(following, size, row, end, rows):
     """Prefetch what belongs to the rows up to `end`, of all `rows`, of the `size` elements that are wanted next."""
     line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
     for n in range(size * row // rows, size * end // rows, line):
@@ -278,7 +278,7 @@ def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row, far):
     while row < rows:
         count = rows_of_tile(rows - row)
         if far and rows > 2 * ROWS:
-            _prefetch_share(offset(b, k * b_k), k * b_k, row, row + count, rows)
+            prefetch_share(offset(b, k * b_k), k * b_k, row, row + count, rows)
         tile(count, vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k, offset(c, row * c_row), c_row)
         row += count
 
@@ -320,7 +320,7 @@ def gate_tiles(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, 
     while row < rows:
         count = rows_of_tile(rows - row)
         if far and rows > 2 * ROWS:
-            _prefetch_share(offset(b, size), size, row, row + count, rows)
+            prefetch_share(offset(b, size), size, row, row + count, rows)
         gate_tile(
             count, blocks, k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row,
             b, b_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
