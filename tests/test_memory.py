@@ -19,7 +19,7 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.memory import POOL, Pool, Scratch, new_array, one_block
+from fastlstm.backends.memory import POOL, Pool, Scratch, Workspace, new_array, one_block
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
@@ -228,20 +228,22 @@ def test_an_array_for_the_caller_is_his_until_he_drops_it(pool, dtype, elements,
     assert elements < Pool.LEAST or len(addresses) == 2
 
 
-def test_scratch_is_lent_to_one_call_at_a_time_and_kept_for_a_few_shapes_only(dtype):
-    scratch, shapes = Scratch(), ((3, 4), (5,))
-    one, other = scratch.borrow(dtype, shapes), scratch.borrow(dtype, shapes)
-    assert [array.shape for array in one] == list(shapes)
+def test_scratch_is_lent_to_one_call_at_a_time_and_kept_for_a_few_kinds_of_calls_only(dtype):
+    scratch, workspace = Scratch(), Workspace(dtype, ((3, 4), (5,)))
+    one, other = scratch.borrow(workspace), scratch.borrow(workspace)
+    assert [(array.shape, array.dtype) for array in one] == [((3, 4), dtype), ((5,), dtype)]
     assert not np.shares_memory(one[0], other[0])
-    scratch.give_back(dtype, shapes, one)
-    assert scratch.borrow(dtype, shapes) is one
-    scratch.give_back(dtype, shapes, one)
-    for size in range(Scratch.SHAPES):
-        scratch.give_back(dtype, ((size,),), scratch.borrow(dtype, ((size,),)))
-    assert scratch.borrow(dtype, shapes) is not one, "too many shapes: all were forgotten"
-    large = scratch.borrow(dtype, ((Pool.LEAST,),))
-    scratch.give_back(dtype, ((Pool.LEAST,),), large)
-    assert scratch.borrow(dtype, ((Pool.LEAST,),)) is not large, "the pool keeps large ones"
+    scratch.give_back(workspace, one)
+    assert scratch.borrow(workspace) is one
+    scratch.give_back(workspace, one)
+    for size in range(Scratch.KINDS):
+        another = Workspace(dtype, ((size,),))
+        scratch.give_back(another, scratch.borrow(another))
+    assert scratch.borrow(workspace) is not one, "too many kinds: all were forgotten"
+    large = Workspace(dtype, ((Pool.LEAST,),))
+    lent = scratch.borrow(large)
+    scratch.give_back(large, lent)
+    assert scratch.borrow(large) is not lent, "the pool keeps large ones"
 
 
 def test_no_block_is_in_two_hands(pool):

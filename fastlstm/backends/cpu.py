@@ -18,7 +18,7 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
-from fastlstm.backends.memory import SCRATCH, new_array, one_block
+from fastlstm.backends.memory import SCRATCH, Workspace, new_array, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TRIALS, Plan, Trials, are_few, choose, is_short
 from fastlstm.backends.threads import get_num_threads
@@ -34,8 +34,6 @@ from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
 
-
-_Shapes = tuple[tuple[int, ...], ...]
 
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
@@ -233,14 +231,19 @@ def _small_backward(
     (tape,), dtype = layer.directions, dx.dtype
     weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
     grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
-    shapes = ((len(dx), len(weight_hh)),)
-    scratch = SCRATCH.borrow(dtype, shapes)
+    workspace = _gate_gradients(len(dx), len(weight_hh), dtype)
+    scratch = SCRATCH.borrow(workspace)
     small_backward(
         weight_ih, weight_hh, layer.x.reshape(dx.shape), tape.gates, tape.h_rows, tape.c0, dy, dh_n, dc_n,
         dx, dh0, dc0, *grads, *scratch,
     )  # fmt: skip
-    SCRATCH.give_back(dtype, shapes, scratch)
+    SCRATCH.give_back(workspace, scratch)
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
+
+
+@functools.lru_cache(maxsize=16)
+def _gate_gradients(rows: int, columns: int, dtype: Any) -> Workspace:
+    return Workspace(dtype, ((rows, columns),))
 
 
 def _run_directions(run: Callable[[int, int], Any], size: _Size, directions: int, packing: Packing) -> list[Any]:
@@ -258,6 +261,7 @@ class _Size(NamedTuple):
     hidden: int  # H
     width: int  # V, lanes of a vector
     blocks: int  # vectors that H takes
+    dtype: Any
 
     @classmethod
     def of(cls, weight_ih: Array) -> _Size:
@@ -273,15 +277,15 @@ class _Size(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _size(columns: int, inputs: int, dtype: Any) -> _Size:
     hidden, width = columns // GATES, lanes(dtype)
-    return _Size(inputs, hidden, width, -(-hidden // width))
+    return _Size(inputs, hidden, width, -(-hidden // width), dtype)
 
 
 class _Way(NamedTuple):
     """One way to run a kernel: by a plan, and with what follows from it."""
 
     plan: Plan
-    shapes: _Shapes  # of the arrays to work with
-    settings: tuple[Any, ...]  # the kernel's arguments after these, up to the team
+    workspace: Workspace
+    settings: tuple[Any, ...]  # the kernel's arguments after its arrays, up to the team
 
 
 class _Ways(NamedTuple):
@@ -310,10 +314,10 @@ def _run(
     ways, kind = ways_for(most)
     number = TRIALS.pick(kind, len(ways)) if kind else 0
     way = ways[number]
-    signature = kernel, dtype, len(way.shapes)
+    signature = kernel, dtype, len(way.workspace.shapes)
     if way.plan.threads > 1 and signature not in _compiled:
         # Not with workers, who would wait awake all the time, on a core and for the interpreter.
-        like_scratch = (np.empty((0,) * len(shape), dtype) for shape in way.shapes)
+        like_scratch = (np.empty((0,) * len(shape), dtype) for shape in way.workspace.shapes)
         compile_for(kernel, (*arguments, *like_scratch, *way.settings, *ALONE))
         _compiled.add(signature)
     workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
@@ -321,7 +325,7 @@ def _run(
         as_planned = 1 + len(workers) == way.plan.threads
         if not as_planned:  # other calls have the workers
             way = ways_for(1 + len(workers)).ways[0]
-        scratch = SCRATCH.borrow(dtype, way.shapes)
+        scratch = SCRATCH.borrow(way.workspace)
         start = time.perf_counter()
         run_team(kernel, (*arguments, *scratch, *way.settings), workers[: way.plan.threads - 1])
     finally:
@@ -329,7 +333,7 @@ def _run(
             release(workers)
     if kind and as_planned:
         TRIALS.report(kind, number, (time.perf_counter() - start) / rows)
-    SCRATCH.give_back(dtype, way.shapes, scratch)
+    SCRATCH.give_back(way.workspace, scratch)
 
 
 def _direction_forward(
@@ -370,7 +374,7 @@ def _direction_forward(
 @functools.lru_cache(maxsize=256)
 def _forward_ways(size: _Size, packing: Packing, training: bool, most: int) -> _Ways:
     """Return the ways to run the forward kernel on at most so many threads."""
-    inputs, _, width, blocks = size
+    inputs, _, width, blocks, dtype = size
     batch, plans = packing.order.size, size.plans(packing, most)
     tape = () if training else ((0, blocks, TAPE, width), (2 * batch, blocks * width))
     ways = []
@@ -382,7 +386,9 @@ def _forward_ways(size: _Size, packing: Packing, training: bool, most: int) -> _
             (blocks, GATES, width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
         )
-        ways.append(_Way(plan, shapes, (plan.ahead, plan.parts(packing, blocks), plan.kind == "units")))
+        ways.append(
+            _Way(plan, Workspace(dtype, shapes), (plan.ahead, plan.parts(packing, blocks), plan.kind == "units"))
+        )
     kind = _kind(layer_forward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
     return _Ways(tuple(ways), kind)
 
@@ -446,7 +452,7 @@ def _direction_backward(
 @functools.lru_cache(maxsize=256)
 def _backward_ways(size: _Size, packing: Packing, recompute: bool, most: int) -> _Ways:
     """Return the ways to run the backward kernel on at most so many threads."""
-    inputs, hidden, width, blocks = size
+    inputs, hidden, width, blocks, dtype = size
     batch, plans = packing.order.size, size.plans(packing, most, backward=True)
     chunk_rows = packing.rows_of_chunk(_chunk(packing))
     depth, panel = GATES * blocks * width, VECTORS * width
@@ -466,7 +472,7 @@ def _backward_ways(size: _Size, packing: Packing, recompute: bool, most: int) ->
             (blocks, min(DEPTH, packing.rows), panel),
             (plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel),
         )
-        ways.append(_Way(plan, shapes, (plan.parts(packing, blocks), plan.kind == "units")))
+        ways.append(_Way(plan, Workspace(dtype, shapes), (plan.parts(packing, blocks), plan.kind == "units")))
     kind = _kind(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
     return _Ways(tuple(ways), kind)
 

@@ -14,7 +14,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
-__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "new_array", "one_block"]
+__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "new_array", "one_block"]
 
 
 def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
@@ -74,6 +74,24 @@ def _bytes_and_line(size: int) -> tuple[Array, int]:
     return memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % CACHE_LINE
 
 
+class Workspace:
+    """What arrays one kind of call works with; made once for the kind, so that they are found without a look at them.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        Of all arrays.
+    shapes : tuple of tuple of int
+        One for each array.
+    """
+
+    __slots__ = ("dtype", "is_large", "shapes")
+
+    def __init__(self, dtype: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+        self.dtype, self.shapes = dtype, shapes
+        self.is_large = _layout(dtype.itemsize, shapes)[1] >= Pool.LEAST
+
+
 class Scratch:
     """Sets of arrays that calls work with, each lent to one at a time and then to the next that needs the same.
 
@@ -81,25 +99,28 @@ class Scratch:
     calls find that block in the pool.
     """
 
-    SHAPES = 16  # different sets that are kept
+    KINDS = 16  # of calls whose sets are kept
 
     def __init__(self) -> None:
-        self._idle: dict[Any, list[list[Array]]] = {}
+        self._idle: dict[Workspace, list[list[Array]]] = {}
 
-    def borrow(self, dtype: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
-        """Return uninitialised arrays of these shapes, as :func:`one_block` makes them, for this caller alone."""
+    def borrow(self, workspace: Workspace) -> list[Array]:
+        """Return uninitialised arrays, as :func:`one_block` makes them, for this caller alone."""
         try:
-            return self._idle[dtype, shapes].pop()
+            return self._idle[workspace].pop()
         except (KeyError, IndexError):  # none yet, or all are in use
-            return one_block(dtype, *shapes)
+            return one_block(workspace.dtype, *workspace.shapes)
 
-    def give_back(self, dtype: Any, shapes: tuple[tuple[int, ...], ...], arrays: list[Array]) -> None:
+    def give_back(self, workspace: Workspace, arrays: list[Array]) -> None:
         """Keep borrowed arrays for the next call; only once nobody works with them any more."""
-        if _layout(dtype.itemsize, shapes)[1] >= Pool.LEAST:
+        if workspace.is_large:
             return
-        if len(self._idle) >= self.SHAPES and (dtype, shapes) not in self._idle:
-            self._idle.clear()
-        self._idle.setdefault((dtype, shapes), []).append(arrays)
+        idle = self._idle.get(workspace)
+        if idle is None:
+            if len(self._idle) >= self.KINDS:
+                self._idle.clear()
+            idle = self._idle.setdefault(workspace, [])
+        idle.append(arrays)
 
 
 class _Block(NamedTuple):
