@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm.backends.memory import one_block
+from fastlstm.backends.memory import SCRATCH, Workspace
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu.team import COMMAND, LEAVE, MAILBOX, serve
 
@@ -148,6 +149,11 @@ def release(workers: list[_Worker]) -> None:
         _busy -= len(workers)
 
 
+@functools.lru_cache(maxsize=64)
+def _team_of(threads: int) -> Workspace:
+    return Workspace(np.dtype(np.int64), ((1 + threads, 8),))
+
+
 def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: Sequence[_Worker]) -> None:
     """Run a kernel with a team of threads: this one, and workers that the caller has reserved.
 
@@ -163,7 +169,8 @@ def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: S
     if not workers:  # no one to wait for
         kernel(*arguments, *ALONE)
         return
-    (team,) = one_block(np.dtype(np.int64), (2 + len(workers), 8))
+    workspace = _team_of(1 + len(workers))
+    (team,) = arrays = SCRATCH.borrow(workspace)
     team.fill(0)
     for thread, worker in enumerate(workers, 1):
         team[1 + thread, MAILBOX] = worker.address
@@ -171,6 +178,7 @@ def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: S
     for worker in workers:
         worker.wake()
     kernel(*arguments, team, 0)
+    SCRATCH.give_back(workspace, arrays)
 
 
 def run_each(work: Callable[[int], Any], count: int) -> list[Any]:
