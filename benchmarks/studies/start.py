@@ -21,9 +21,10 @@ from .record import OURS, Case
 ROUNDS = 5
 ABOUT = (
     "Seconds in a new process, float32, T=100, B=32, I=64, H=128: of the import, and of the first calls, which are a"
-    " training pass (forward and backward), an inference and a step; these are all kernels that a model needs. `Cold`"
-    " is a process that finds no compiled kernel, `warm` the next one. What a first call loads, such as Numba, is"
-    f" counted to it. Medians of {ROUNDS} processes each, the sides in turn; their files are in the system's cache."
+    " training pass (forward and backward), an inference and a step of one sequence; these are the kernels that a model"
+    " needs, for many rows and for few. `Cold` is a process that finds no compiled kernel, `warm` the next one. What a"
+    f" first call loads, such as Numba, is counted to it. Medians of {ROUNDS} processes each, the sides in turn; their"
+    " files are in the system's cache."
 )
 NUMBA = "importing Numba"
 SIDES = (OURS, "torch")
@@ -47,7 +48,7 @@ model.backward(tape, y)
 lap()
 model(x)
 lap()
-model.step(x[0])
+model.step(x[0, :1])
 lap()
 from fastlstm.kernels.cpu import backward, forward, small
 kernels = forward.layer_forward, backward.layer_backward, small.small_forward
@@ -65,7 +66,7 @@ lap()
 with torch.inference_mode():
     model(torch.from_numpy(x))
     lap()
-    model(torch.from_numpy(x[:1]))
+    model(torch.from_numpy(x[:1, :1]))
 lap()
 compiled = 0
 """
