@@ -1,1 +1,1 @@
-"""The kernels of the CPU backend, from the bottom: simd, activations, tile, gates, dots, pack, team; then whole layers."""
+"""The kernels of the CPU backend, from the bottom: simd, activations, tile, gates, dots, pack, team; then layers."""
