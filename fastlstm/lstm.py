@@ -254,9 +254,9 @@ class LSTM:
         Examples
         --------
         >>> import numpy as np
-        >>> print(LSTM(4, 8, seed=0).plan(np.ones((5, 1, 4), np.float32)))
+        >>> print(LSTM(4, 8, seed=0).plan(np.ones((40, 1, 4), np.float32)))
         cpu backend
-        layer 0: on one thread; input products 5 steps ahead
+        layer 0: on one thread; input products 40 steps ahead
         """
         return functional.plan(self.cell, self.params, x, lengths, batch_first=self.batch_first)
 
