@@ -61,6 +61,12 @@ BOUNDS = {
         5e-6,
         "against the float64 reference: rounds of sums over K <= 100 units, T*B <= 250 rows, carried through T steps",
     ),
+    "saturated": Bound(
+        1e-10,
+        5e-6,
+        "pre-activations of some 1e5, each rounded a few times at 1e-11; a saturated gate's derivative is e^-|a|, so that"
+        " the absolute error of a becomes the relative one of a gradient. In float32 outputs and states alone",
+    ),
     "streaming": Bound(
         8 * EPS[np.dtype(np.float64)],
         8 * EPS[np.dtype(np.float32)],
