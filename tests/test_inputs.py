@@ -314,5 +314,8 @@ def test_numbers_of_any_size_give_the_reference(backend, dtype, scale):
         assert all(np.abs(found[name]).max() < least for name in small)
         found = {name: value for name, value in found.items() if name not in small}
     expected = {name: expected[name] for name in found}
-    claim = "saturated" if scale > 1 else "agreement"
-    assert_close(claim, found, expected, backend=backend.name, dtype=dtype)
+    if scale > 1:
+        gradients = {name: found.pop(name) for name in list(found) if name.startswith("d")}
+        true = {name: expected.pop(name) for name in gradients}
+        assert_close("saturated", gradients, true, backend=backend.name, dtype=dtype)
+    assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)

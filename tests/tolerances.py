@@ -63,9 +63,9 @@ BOUNDS = {
     ),
     "saturated": Bound(
         1e-10,
-        5e-6,
-        "pre-activations of some 1e5, each rounded a few times at 1e-11; the derivative of a saturated gate is e^-|a|,"
-        " so the absolute error of a becomes the relative one of a gradient. In float32 outputs and states alone",
+        None,
+        "gradients at pre-activations of some 1e5, each rounded a few times at 1e-11; a saturated gate's"
+        " derivative is e^-|a|, so the absolute error of a becomes the relative one of a gradient",
     ),
     "streaming": Bound(
         8 * EPS[np.dtype(np.float64)],
