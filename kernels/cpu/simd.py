@@ -254,15 +254,11 @@ def store_first(typingctx, pointer, vector, n):
     return types.void(pointer, vector, n), codegen
 
 
-# Where the tile is small, what it needs next has room beside what it uses in the first-level cache; else in the second.
-_LOCALITY = 3 if REGISTERS == 16 else 2
-
-
 def emit_prefetch(builder, pointer):
     """Emit a hint that the cache line at a pointer will be read soon."""
     byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     integer = ir.IntType(32)
-    hints = [ir.Constant(integer, value) for value in (0, _LOCALITY, 1)]  # a read, how near, of data
+    hints = [ir.Constant(integer, value) for value in (0, 3, 1)]  # a read, as near as can be, of data
     function_type = ir.FunctionType(ir.VoidType(), [byte.type, *(hint.type for hint in hints)])
     builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0"), [byte, *hints])
 
