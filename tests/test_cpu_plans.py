@@ -32,7 +32,7 @@ CASES = {
     "units, one sequence, whole vectors": Case(30, 1, 20, 160),
     "units, few rows": Case(2, 8, 40, 330),
     "units, few rows, ragged": Case(3, 10, 50, 250, bidirectional=True, lengths="zeros"),
-    "rows, few rows": Case(1, 20, 300, 70),
+    "rows, few rows": Case(1, 61, 420, 70),
     "directions": Case(60, 3, 20, 70, bidirectional=True),
     "directions, ragged": Case(60, 4, 20, 80, 2, True, lengths=(33, 60, 0, 47)),
     "stacked": Case(12, 25, 16, 65, 2, True, lengths="zeros", dropout=0.3),

@@ -87,7 +87,9 @@ BOUNDS = {
 
 # Our float32 error may be this many times torch's own, both against float64, plus some eps, because torch's error may
 # happen to be zero where ours is one rounding: a few for the outputs and states, which are sums of one sign or
-# bounded by one; twice as many for gradients, which at H = 1 are one number that is left of 64 that cancel.
+# bounded by one; twice as many for gradients, which at H = 1 are one number that is left of 64 that cancel. Where so
+# much cancels, a rounding decides how far off either is: torch's error is the largest over some orders of the inputs,
+# if that in the given order is too small.
 TORCH_RATIO = 2.0
 TORCH_EXTRA_EPS = {"outputs": 4.0, "gradients": 8.0}
 
