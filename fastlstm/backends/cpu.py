@@ -24,7 +24,7 @@ from fastlstm.backends.plan import TRIALS, Plan, Trials, are_few, choose, is_sho
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import ALONE, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
-from fastlstm.kernels.cpu.backward import DEPTH, layer_backward
+from fastlstm.kernels.cpu.backward import INPUT_ROWS, layer_backward
 from fastlstm.kernels.cpu.compile import compile_for
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
@@ -466,11 +466,10 @@ def _backward_ways(size: _Size, packing: Packing, recompute: bool, most: int) ->
             (batch, blocks * width),
             (-(-inputs // panel), depth, panel),
             (-(-hidden // panel), depth, panel),
-            (depth, -(-inputs // width) * width),
-            (depth, blocks * width),
+            (-(-inputs // panel), depth, panel),
+            (-(-hidden // panel), depth, panel),
             (depth,),
-            (blocks, min(DEPTH, packing.rows), panel),
-            (plan.threads, max(GROUP, min(DEPTH, packing.rows)), panel),
+            (plan.threads, INPUT_ROWS, panel),
         )
         ways.append(_Way(plan, Workspace(dtype, shapes), (plan.parts(packing, blocks), plan.kind == "units")))
     kind = _kind(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None

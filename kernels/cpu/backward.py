@@ -12,7 +12,6 @@ from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
 from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, unpack_gradient
 from fastlstm.kernels.cpu.simd import (
-    REGISTERS,
     address,
     fill,
     lanes_of,
@@ -28,12 +27,13 @@ from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, rows_of_tile, tile, tiles
 
-__all__ = ["DEPTH", "layer_backward"]
+__all__ = ["INPUT_ROWS", "layer_backward"]
 
-# Rows of a chunk that one product of the weights' gradients takes at a time. Its operands, 4 vectors a row and panel
-# each, then stay in the first-level cache together where the tile is small and so reads much; a
-# large tile is content with the second, and writes its sums less often.
-DEPTH = 96 if REGISTERS == 16 else 256
+# Rows of a chunk that one product of the weights' gradients takes at a time: with 4 vectors each, those of x or h stay
+# in the first-level cache while the tile goes over those of all gates.
+DEPTH = 96
+# Rows of the gradient by x whose sums lie in the second-level cache while all weights pass by.
+INPUT_ROWS = 128
 
 
 @kernel
@@ -64,16 +64,15 @@ def layer_backward(
     gates,  # (rows of a chunk, Hp/V, 5, V) scratch if the tape has c alone, else None
     packed,  # (Hp/V, I + H, 4, V) scratch likewise
     packed_bias,  # (Hp/V, 4, V) scratch likewise
-    da,  # (rows of a chunk, 4 * Hp) scratch
+    da,  # (rows of a chunk, 4 * Hp) scratch, in strips of columns: see _strip
     dh_rows,  # (B, Hp) scratch
     dc_rows,  # (B, Hp) scratch
     packed_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
     packed_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
-    gradient_ih,  # (4 * Hp, I padded to whole vectors) scratch
-    gradient_hh,  # (4 * Hp, Hp) scratch
+    gradient_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
+    gradient_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
     gradient_bias,  # (4 * Hp,) scratch
-    left,  # (Hp/V, DEPTH, 4 * V) scratch: the blocks of da, each for itself
-    right,  # (threads, DEPTH or GROUP, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
+    right,  # (threads, INPUT_ROWS, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
     parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
     team,  # (1 + threads, 8), IN and OUT: see team.py
@@ -119,9 +118,9 @@ def layer_backward(
         barrier(team, thread)
         for start in range(low, high, DEPTH):
             rows = minimum(DEPTH, high - start)
-            _split_blocks(da, start - low, rows, left, gradient_bias, first, last)
-            _add_product(left, rows, x, start, panel, gradient_ih, first, last)
-            _add_product(left, rows, h_rows, start, panel, gradient_hh, first, last)
+            _add_rows(da, start - low, rows, gradient_bias, first, last)
+            _add_product(da, start - low, rows, x, start, panel, gradient_ih, first, last)
+            _add_product(da, start - low, rows, h_rows, start, panel, gradient_hh, first, last)
         start, end = share(high - low, team, thread)
         _inputs_back(da, start, end, low, packed_ih, places, accumulate, dx, panel)
         barrier(team, thread)
@@ -137,10 +136,9 @@ def layer_backward(
 @routine
 def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread):
     """Zero this thread's share of the sums, and put the final states' gradients in place."""
-    first, last = share(gradient_bias.size, team, thread)
-    _clear(address(gradient_bias), first, last, 1)
-    _clear(address(gradient_ih), first, last, gradient_ih.shape[1])
-    _clear(address(gradient_hh), first, last, gradient_hh.shape[1])
+    _clear(gradient_bias, team, thread)
+    _clear(gradient_ih, team, thread)
+    _clear(gradient_hh, team, thread)
     hidden, stride = dh_n.shape[1], dh_rows.shape[1]
     width = lanes_of(address(dh_rows))
     first, last = share(order.size, team, thread)
@@ -152,12 +150,12 @@ def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, 
 
 
 @routine
-def _clear(matrix, first, last, columns):
-    """Set some rows of a matrix to zero."""
-    width, count = lanes_of(matrix), (last - first) * columns
-    start = offset(matrix, first * columns)
-    for n in range(0, count, width):
-        store_first(offset(start, n), fill(start, 0.0), minimum(width, count - n))
+def _clear(array, team, thread):
+    """Set this thread's share of an array to zero."""
+    start = address(array)
+    first, last = share(array.size, team, thread)
+    for n in range(first, last, lanes_of(start)):
+        store_first(offset(start, n), fill(start, 0.0), last - n)
 
 
 @routine
@@ -227,7 +225,8 @@ def _gates_back(
             if dy.size:
                 dh = dh + load_first(offset(address(dy), place + block * width), units)
             left = offset(address(gates), ((here - gates_row + row) * blocks + block) * TAPE * width)
-            out = offset(address(da), ((here - chunk_row + row) * blocks + block) * GATES * width)
+            strip, strip_row = _strip(da, block * GATES * width)
+            out = offset(strip, (here - chunk_row + row) * strip_row)
             da_i, da_f, da_g, da_o, dc = gates_backward(dh, load(here_dc), left, width, c_prev)
             store(out, da_i)
             store(offset(out, width), da_f)
@@ -258,47 +257,60 @@ def _state_back(
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
         for start in range(row_first, row_last, GROUP * row_step):
             rows = minimum(GROUP, (row_last - start + row_step - 1) // row_step)
-            gates = offset(address(da), (first_row + start) * depth)
             out = offset(address(dh_rows), start * stride + block * width)
             if single:
-                _add_long_row(panels, depth, gates, weights, out)
+                _add_long_row(panels, da, first_row + start, weights, out)
             else:
-                _add_long_product(rows, vectors, depth, gates, row_step * depth, weights, out, row_step * stride, far)
+                _add_long_product(rows, vectors, da, first_row + start, row_step, weights, out, row_step * stride, far)
+
+
+@routine(inline=True)
+def _strip(da, k):
+    """Find column k of the gates' gradients: a pointer to its first row, and the distance of the rows.
+
+    SLICE columns, which a product takes at a time, lie together, row by row: one stream through memory, where rows of
+    all columns would be as many as the tile has, a page apart. The last strip may be narrower.
+    """
+    rows, depth = da.shape
+    first = k // SLICE * SLICE
+    return offset(address(da), first * rows + k - first), minimum(SLICE, depth - first)
 
 
 @routine
-def _split_blocks(da, first_row, rows, left, gradient_bias, first, last):
-    """Copy each of this thread's blocks of da to a place of its own, and add it to the bias's gradient."""
-    width = left.shape[2] // GATES
-    columns = da.shape[1]
+def _add_rows(da, first_row, rows, gradient_bias, first, last):
+    """Add some rows of da to the bias's gradient, for this thread's blocks."""
+    width = lanes_of(address(da))
     for block in range(first, last):
-        for gate in range(GATES):
-            source = offset(address(da), first_row * columns + (block * GATES + gate) * width)
-            target = offset(address(left), block * left.shape[1] * GATES * width + gate * width)
-            place = offset(address(gradient_bias), (block * GATES + gate) * width)
-            total = fill(place, 0.0)
-            for row in range(rows):
-                value = load(offset(source, row * columns))
-                store(offset(target, row * GATES * width), value)
-                total = total + value
-            store(place, load(place) + total)
+        strip, strip_row = _strip(da, block * GATES * width)
+        place = offset(address(gradient_bias), block * GATES * width)
+        i = f = g = o = fill(place, 0.0)
+        for row in range(first_row, first_row + rows):
+            here = offset(strip, row * strip_row)
+            i, f = i + load(here), f + load(offset(here, width))
+            g, o = g + load(offset(here, 2 * width)), o + load(offset(here, 3 * width))
+        store(place, load(place) + i)
+        store(offset(place, width), load(offset(place, width)) + f)
+        store(offset(place, 2 * width), load(offset(place, 2 * width)) + g)
+        store(offset(place, 3 * width), load(offset(place, 3 * width)) + o)
 
 
 @routine
-def _add_product(left, rows, operand, operand_row, panel, gradient, first, last):
-    """Add left^T @ operand to the gradient, panel by panel of the operand's columns."""
-    columns, stride = left.shape[2], gradient.shape[1]
-    width = columns // GATES
-    for column in range(0, stride, columns):
-        vectors = minimum(VECTORS, (stride - column) // width)
+def _add_product(da, first_row, rows, operand, operand_row, panel, gradient, first, last):
+    """Add da^T @ operand to the gradient, panel by panel of the operand's columns."""
+    depth, columns = gradient.shape[1], gradient.shape[2]
+    width = columns // VECTORS
+    for number in range(gradient.shape[0]):
+        column = number * columns
+        vectors = minimum(VECTORS, (operand.shape[1] - column + width - 1) // width)
         pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
         for block in range(first, last):
-            source = offset(address(left), block * left.shape[1] * columns)
+            strip, strip_row = _strip(da, block * columns)
             row = 0
             while row < columns:
                 count = rows_of_tile(columns - row)
-                out = offset(address(gradient), (block * columns + row) * stride + column)
-                tile(count, vectors, rows, offset(source, row), 1, columns, panel, columns, out, stride)
+                source = offset(strip, first_row * strip_row + row)
+                out = offset(address(gradient), (number * depth + block * columns + row) * columns)
+                tile(count, vectors, rows, source, 1, strip_row, panel, columns, out, columns)
                 row += count
 
 
@@ -312,14 +324,13 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
         column = panel * columns
         vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
         weights = offset(address(packed_ih), panel * depth * columns)
-        for start in range(first_row, last_row, GROUP):
-            rows = minimum(GROUP, last_row - start)
+        for start in range(first_row, last_row, INPUT_ROWS):
+            rows = minimum(INPUT_ROWS, last_row - start)
             for r in range(rows):
                 for v in range(vectors):
                     place = offset(block, r * columns + v * width)
                     store(place, fill(place, 0.0))
-            gates = offset(address(da), start * depth)
-            _add_long_product(rows, vectors, depth, gates, depth, weights, block, columns, far)
+            _add_long_product(rows, vectors, da, start, 1, weights, block, columns, far)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -332,21 +343,20 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
 
 
 @routine
-def _add_long_product(rows, vectors, depth, gates, gates_row, weights, out, out_row, far):
-    """Add gates @ weights to `out`, for some rows of `depth` gate gradients and one panel of the weights."""
+def _add_long_product(rows, vectors, da, first_row, row_step, weights, out, out_row, far):
+    """Add da @ weights to `out`, for some rows of gate gradients and one panel of the weights."""
     columns = VECTORS * lanes_of(out)
-    for k in range(0, depth, SLICE):
-        part = minimum(SLICE, depth - k)
-        tiles(
-            rows, vectors, part, offset(gates, k), gates_row, 1, offset(weights, k * columns), columns, out, out_row,
-            far,
-        )  # fmt: skip
+    for k in range(0, da.shape[1], SLICE):
+        strip, strip_row = _strip(da, k)
+        gates, b = offset(strip, first_row * strip_row), offset(weights, k * columns)
+        tiles(rows, vectors, strip_row, gates, row_step * strip_row, 1, b, columns, out, out_row, far)
 
 
 @routine
-def _add_long_row(panels, depth, gates, weights, out):
-    """Add gates @ weights to `out` for one row and several whole panels, with the sums of :func:`_add_long_product`."""
-    columns = VECTORS * lanes_of(out)
+def _add_long_row(panels, da, row, weights, out):
+    """Add da @ weights to `out` for one row and several whole panels, with the sums of :func:`_add_long_product`."""
+    depth, columns = da.shape[1], VECTORS * lanes_of(out)
     for k in range(0, depth, SLICE):
-        part, a, b = minimum(SLICE, depth - k), offset(gates, k), offset(weights, k * columns)
-        gate_tile(1, panels, part, a, 0, 0, a, 0, b, depth * columns, out, 0, out, 0)
+        strip, strip_row = _strip(da, k)
+        a, b = offset(strip, row * strip_row), offset(weights, k * columns)
+        gate_tile(1, panels, strip_row, a, 0, 0, a, 0, b, depth * columns, out, 0, out, 0)

@@ -172,17 +172,19 @@ def unpack_gradient(packed, gradient, first, last):
 
     Parameters
     ----------
-    packed : (4 * Hp, N padded to whole vectors) array, IN
+    packed : (panels, 4 * Hp, 4 * V) array, IN
     gradient : (4H, N) array, OUT
     first, last : int
         The blocks of units to unpack.
     """
     hidden, columns = gradient.shape[0] // GATES, gradient.shape[1]
-    width = lanes_of(address(packed))
+    width, panel = lanes_of(address(packed)), packed.shape[2]
     for block in range(first, last):
         for gate in range(GATES):
             for lane in range(minimum(width, hidden - block * width)):
-                source = offset(address(packed), ((block * GATES + gate) * width + lane) * packed.shape[1])
+                source = offset(address(packed), ((block * GATES + gate) * width + lane) * panel)
                 target = offset(address(gradient), (gate * hidden + block * width + lane) * columns)
-                for n in range(0, columns, width):
-                    store_first(offset(target, n), load(offset(source, n)), minimum(width, columns - n))
+                for column in range(0, columns, panel):
+                    for v in range(0, minimum(panel, columns - column), width):
+                        store_first(offset(target, column + v), load(offset(source, v)), columns - column - v)
+                    source = offset(source, packed.shape[1] * panel)
