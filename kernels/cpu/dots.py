@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.gates import GATES
 from fastlstm.kernels.cpu.simd import (
+    VECTOR_BYTES,
     address,
     call_llvm,
     first_lanes,
@@ -31,9 +32,11 @@ from fastlstm.kernels.cpu.tile import ROWS, VECTORS, emit_choice, prefetch_share
 
 __all__ = ["gate_dots"]
 
-# Rows of the weights that are taken at a time with one row of x, and with several: so many sums fit into the registers,
-# and are enough for two multiply-adds a cycle that take four cycles each.
-_WITH_ONE, _WITH_MORE = 2 * VECTORS, VECTORS
+# Rows of the weights that are taken at a time with several rows of x, and with one: so many sums fit into the registers,
+# and are enough for two multiply-adds a cycle that take four cycles each. Processors with AVX-512 look ahead so far that
+# they begin the next rows meanwhile.
+_WITH_MORE = VECTORS
+_WITH_ONE = VECTORS if VECTOR_BYTES == 64 else 2 * VECTORS
 
 
 def _halved(builder, dtype, vectors, run, span):
