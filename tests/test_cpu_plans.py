@@ -32,6 +32,8 @@ CASES = {
     "units, one sequence, whole vectors": Case(30, 1, 20, 160),
     "units, few rows": Case(2, 8, 40, 330),
     "units, few rows, ragged": Case(3, 10, 50, 250, bidirectional=True, lengths="zeros"),
+    "units, short": Case(8, 1, 120, 260),
+    "units, short, some sequences": Case(4, 2, 120, 260),
     "rows, few rows": Case(1, 61, 420, 70),
     "directions": Case(60, 3, 20, 70, bidirectional=True),
     "directions, ragged": Case(60, 4, 20, 80, 2, True, lengths=(33, 60, 0, 47)),
@@ -92,6 +94,21 @@ def test_inference_has_the_same_bits_too(dtype, name, any_number_of_threads):
         assert_identical(other, found[0])
 
 
+def test_a_short_call_that_does_not_fit_calls_no_team(dtype, any_number_of_threads):
+    lstm, x = LSTM(120, 260, dtype=dtype, seed=0), np.random.default_rng(0).normal(size=(3, 120)).astype(dtype)
+    fastlstm.set_num_threads(1)
+    alone = lstm.step(x)
+    fastlstm.set_num_threads(2)
+    for _ in range(3):
+        assert_identical({"h": lstm.step(x)[0]}, {"h": alone[0]})
+        with pytest.raises(fastlstm.ShapeError, match="120"):
+            lstm.step(x[:, :-1])
+        kept, lstm.params["weight_hh_l0"] = lstm.params["weight_hh_l0"], lstm.params["weight_hh_l0"][:-1]
+        with pytest.raises(fastlstm.ShapeError, match="weight_hh_l0"):
+            lstm.step(x)
+        lstm.params["weight_hh_l0"] = kept
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("lengths", [None, (9, 30, 1, 17, 0, 23, 30, 12, 5, 28, 3, 3, 29)])
 def test_threads_with_their_own_sequences_have_as_many_at_every_step(lengths, threads):
@@ -136,6 +153,7 @@ def test_bad_numbers_of_threads_are_refused(threads):
 
 def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads, monkeypatch):
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", "7")
+    fastlstm.set_num_threads(None)
     assert fastlstm.get_num_threads() == 7
     fastlstm.set_num_threads(3)
     assert fastlstm.get_num_threads() == 3
@@ -143,6 +161,7 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() == 7
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", "many")
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    fastlstm.set_num_threads(None)
     assert fastlstm.get_num_threads() >= 1
 
 

@@ -20,9 +20,19 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.memory import SCRATCH, Workspace, new_array, one_block
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import TRIALS, Plan, Trials, are_few, choose, is_short
+from fastlstm.backends.plan import (
+    FEW_ROWS,
+    LEAST_TO_SHARE,
+    TRIALS,
+    Plan,
+    Trials,
+    are_few,
+    choose,
+    is_short,
+    most_threads,
+)
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.backends.workers import ALONE, release, reserve, run_each, run_team
+from fastlstm.backends.workers import NO_TEAM, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.backward import INPUT_ROWS, layer_backward
 from fastlstm.kernels.cpu.compile import compile_for
@@ -108,7 +118,7 @@ class CpuBackend(LayeredBackend):
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias:
             return None
         try:
-            shape, hidden, dtype = x.shape, cell.hidden_size, cell.dtype
+            shape, inputs, hidden, dtype = x.shape, cell.input_size, cell.hidden_size, cell.dtype
             steps, batch = shape[:-1] if len(shape) == 3 else (1, shape[0])
             bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
             weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
@@ -120,15 +130,17 @@ class CpuBackend(LayeredBackend):
             if not (type(x) is type(h0) is type(c0) is type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray):
                 return None
             rows = steps * batch
-            short = is_short(rows, cell.input_size, hidden)
+            small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE
+            short = small or is_short(rows, inputs, hidden)
             y = (np.empty if short else new_array)((rows, hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
             if not short:
                 fits = _many_rows(cell, Weights(weight_ih, weight_hh, bias), x, h0, c0, y, h_n, c_n)
             else:
-                x_rows = x if len(shape) == 2 else x.reshape(-1, cell.input_size)
-                fits = dtype in ready and small_forward(
-                    weight_ih, weight_hh, bias, x_rows, h0, c0, y, h_n, c_n, cell.input_size, hidden, cell.bias
+                x_rows = x if len(shape) == 2 else x.reshape(-1, inputs)
+                run = small_forward if small else _few_rows
+                fits = dtype in ready and run(
+                    weight_ih, weight_hh, bias, x_rows, h0, c0, y, h_n, c_n, inputs, hidden, cell.bias, NO_TEAM, 0
                 )
             if not fits or not rows:
                 return None
@@ -189,8 +201,29 @@ def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Arra
         _plain(weight_ih), _plain(weight_hh), _plain(bias), _plain(x).reshape(-1, inputs), _plain(h0)[0], _plain(c0)[0],
         *packed, y, 0, h_n[0], c_n[0], False,
     )  # fmt: skip
-    _run(layer_forward, arguments, ways, dtype, len(y), get_num_threads())
+    _run(layer_forward, arguments, ways, len(y), get_num_threads())
     return True
+
+
+def _few_rows(*arguments: Any) -> bool:
+    """Call :func:`small_forward`, for one thread, with a team if that is better."""
+    _, _, _, x, h0, _, _, _, _, inputs, hidden = arguments[:11]
+    rows, threads = len(x), get_num_threads()
+    if threads == 1 or most_threads(rows, inputs, hidden, as_they_lie=True) == 1:
+        return bool(small_forward(*arguments))
+    ways = _short_ways(rows, h0.shape[1], inputs, hidden, x.dtype)
+    return bool(_run(small_forward, arguments[:-2], ways, rows, threads))
+
+
+@functools.lru_cache(maxsize=64)
+def _short_ways(rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> Callable[[int], _Ways]:
+    @functools.cache
+    def ways(most: int) -> _Ways:
+        plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), ROWS, most)
+        kind = _kind(small_forward, rows, batch, inputs, hidden, dtype, plans) if len(plans) > 1 else None
+        return _Ways(tuple(_Way(plan, Workspace(dtype, ()), ()) for plan in plans), kind)
+
+    return ways
 
 
 def _is_short(packing: Packing, weights: Sequence[Weights], backward: bool = False) -> bool:
@@ -211,16 +244,16 @@ def _small_forward(
     if not keep_tape:
         if x.dtype not in ready:
             prepare(x.dtype)
-        fits = small_forward(
-            weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, weights.bias is not None
-        )
+        biased = weights.bias is not None
+        arguments = weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, biased, NO_TEAM, 0
+        fits = _few_rows(*arguments)
         assert fits
         return None
     size = _Size.of(weight_ih)
     # Each by itself, for so few rows need not be aligned; that would take longer.
     tape = np.empty((rows, size.blocks, TAPE, size.width), x.dtype)
     h_rows = np.empty((rows, size.blocks * size.width), x.dtype)
-    small_forward_taped(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, tape, h_rows)
+    small_forward_taped(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, tape, h_rows, NO_TEAM)
     return DirectionTape(tape, h_rows, c0[0].copy())
 
 
@@ -304,21 +337,19 @@ def _kind(*_: Any) -> object:
 _compiled: set[Any] = set()  # kernel, dtype and number of arrays to work with: what makes one of its signatures
 
 
-def _run(
-    kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Ways], dtype: Any, rows: int, most: int
-) -> None:
-    """Run a kernel over so many rows, on at most so many threads.
+def _run(kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Ways], rows: int, most: int) -> Any:
+    """Run a kernel over so many rows, on at most so many threads; return what it returns, False if it did nothing.
 
     `ways_for` returns the ways for a number of threads, with the arguments that come after those that are given.
     """
     ways, kind = ways_for(most)
     number = TRIALS.pick(kind, len(ways)) if kind else 0
     way = ways[number]
-    signature = kernel, dtype, len(way.workspace.shapes)
+    signature = kernel, way.workspace.dtype, len(way.workspace.shapes)
     if way.plan.threads > 1 and signature not in _compiled:
         # Not with workers, who would wait awake all the time, on a core and for the interpreter.
-        like_scratch = (np.empty((0,) * len(shape), dtype) for shape in way.workspace.shapes)
-        compile_for(kernel, (*arguments, *like_scratch, *way.settings, *ALONE))
+        like_scratch = (np.empty((0,) * len(shape), way.workspace.dtype) for shape in way.workspace.shapes)
+        compile_for(kernel, (*arguments, *like_scratch, *way.settings, NO_TEAM, 0))
         _compiled.add(signature)
     workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
     try:
@@ -327,13 +358,14 @@ def _run(
             way = ways_for(1 + len(workers)).ways[0]
         scratch = SCRATCH.borrow(way.workspace)
         start = time.perf_counter()
-        run_team(kernel, (*arguments, *scratch, *way.settings), workers[: way.plan.threads - 1])
+        result = run_team(kernel, (*arguments, *scratch, *way.settings), workers[: way.plan.threads - 1])
     finally:
         if workers:
             release(workers)
-    if kind and as_planned:
+    if kind and as_planned and result is not False:
         TRIALS.report(kind, number, (time.perf_counter() - start) / rows)
     SCRATCH.give_back(way.workspace, scratch)
+    return result
 
 
 def _direction_forward(
@@ -367,7 +399,7 @@ def _direction_forward(
     def ways(most: int) -> _Ways:
         return _forward_ways(size, packing, keep_tape, most)
 
-    _run(layer_forward, arguments, ways, dtype, packing.rows, threads)
+    _run(layer_forward, arguments, ways, packing.rows, threads)
     return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
 
 
@@ -445,7 +477,7 @@ def _direction_backward(
     def ways(most: int) -> _Ways:
         return _backward_ways(size, packing, recompute, most)
 
-    _run(layer_backward, arguments, ways, dtype, packing.rows, get_num_threads())
+    _run(layer_backward, arguments, ways, packing.rows, get_num_threads())
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 

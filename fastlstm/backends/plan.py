@@ -13,10 +13,11 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.packing import Packing
 
-__all__ = ["TRIALS", "Plan", "Trials", "are_few", "choose", "is_short"]
+__all__ = ["FEW_ROWS", "LEAST_TO_SHARE", "TRIALS", "Plan", "Trials", "are_few", "choose", "is_short", "most_threads"]
 
-# Waking a worker takes some 20 microseconds, in which one core does about this many operations.
-_OPERATIONS_WORTH_A_THREAD = 2_000_000
+# Waking a worker takes some 20 microseconds, in which one core does about this many operations; or, where weights are
+# used for few rows, reads about so many.
+_OPERATIONS_WORTH_A_THREAD, _WEIGHTS_WORTH_A_THREAD = 2_000_000, 300_000
 # From so many on, a team needs no measurement to be better than one thread.
 _OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
 # Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
@@ -31,10 +32,13 @@ _ROWS_WORTH_NO_HELP = 64
 _ROWS_AHEAD = 48
 # Rows up to which the weights are used as they lie: packing them would read and write them all. There may be more, the
 # longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
-_FEW_ROWS, _NUMBERS_WORTH_A_ROW = 16, 8
+FEW_ROWS, _NUMBERS_WORTH_A_ROW = 16, 8
 # A call of so few rows and operations takes hardly longer than to find out how it could be divided. Going back, up to
 # this number of rows always do: a team would pack the weights, and unpack their gradients.
 _OPERATIONS_OF_A_SHORT_CALL, _ROWS_SHORT_BACKWARD = 8_000_000, 8
+# H (I + H) from which on a short call may have a team: a quarter of the weights. Steps of smaller models take a few
+# microseconds, and are not kept waiting for the question.
+LEAST_TO_SHARE = _OPERATIONS_WORTH_A_THREAD // (8 * FEW_ROWS)
 
 
 class Plan(NamedTuple):
@@ -189,16 +193,23 @@ TRIALS = Trials()
 @functools.lru_cache(maxsize=256)
 def are_few(rows: int, inputs: int, hidden: int) -> bool:
     """Say whether so many rows are too few for packing the weights, on whatever number of threads."""
-    return rows <= max(_FEW_ROWS, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
+    return rows <= max(FEW_ROWS, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
 
 
 def is_short(rows: int, inputs: int, hidden: int, backward: bool = False) -> bool:
     """Say whether so little work, in one direction without padding, is best done at once, by this thread alone."""
-    if rows > _FEW_ROWS:
+    if rows > FEW_ROWS:
         return False
     return rows * 8 * hidden * (inputs + hidden) <= _OPERATIONS_OF_A_SHORT_CALL or (
         backward and rows <= _ROWS_SHORT_BACKWARD
     )
+
+
+def most_threads(rows: int, inputs: int, hidden: int, as_they_lie: bool) -> int:
+    """Return the number of threads beyond which each would have too little to do."""
+    weights = hidden * (inputs + hidden)
+    shares = 8 * rows * weights // _OPERATIONS_WORTH_A_THREAD
+    return 1 + (max(shares, 4 * weights // _WEIGHTS_WORTH_A_THREAD) if as_they_lie else shares)
 
 
 def choose(
@@ -235,9 +246,9 @@ def choose(
         Whether it is the backward pass.
     """
     row_operations: Any = 8 * hidden * (inputs + hidden)
-    threads = int(min(threads, 1 + rows * row_operations // _OPERATIONS_WORTH_A_THREAD))
     steps = rows / max(1, batch)
     as_they_lie = not backward and are_few(rows, inputs, hidden)
+    threads = int(min(threads, most_threads(rows, inputs, hidden, as_they_lie)))
     ahead = 0
     if batch < 2 * tile_rows and steps > 1 and not as_they_lie:
         ahead = int(min(steps, -(-_ROWS_AHEAD // batch)))

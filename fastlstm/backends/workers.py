@@ -27,7 +27,7 @@ from fastlstm.backends.memory import SCRATCH, Workspace
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu.team import COMMAND, LEAVE, MAILBOX, serve
 
-__all__ = ["ALONE", "release", "reserve", "run_each", "run_team"]
+__all__ = ["NO_TEAM", "release", "reserve", "run_each", "run_team"]
 
 # How often a worker looks for another call before it sleeps: about a millisecond, for most of which it lets any other
 # thread run first; and where there are fewer cores than threads, some microseconds.
@@ -104,8 +104,8 @@ def _place(workers: Sequence[_Worker]) -> None:
                 worker.cores = others
 
 
-# The last two arguments of a kernel, its team and the thread's number, for one thread that meets no one.
-ALONE = np.zeros((2, 8), np.int64), 0
+# A kernel's team for one thread, number 0, that meets no one. All such calls have the same: nothing is written there.
+NO_TEAM = np.zeros((2, 8), np.int64)
 
 _lock = threading.Lock()
 _idle: list[_Worker] = []
@@ -154,7 +154,7 @@ def _team_of(threads: int) -> Workspace:
     return Workspace(np.dtype(np.int64), ((1 + threads, 8),))
 
 
-def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: Sequence[_Worker]) -> None:
+def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], workers: Sequence[_Worker]) -> Any:
     """Run a kernel with a team of threads: this one, and workers that the caller has reserved.
 
     Parameters
@@ -165,10 +165,14 @@ def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: S
         Its arguments; all but the last two, which are the team and the thread's number.
     workers : sequence
         From :func:`reserve`; to be released when this returns.
+
+    Returns
+    -------
+    object
+        What the kernel returns here; one that says that it did nothing has called no one.
     """
     if not workers:  # no one to wait for
-        kernel(*arguments, *ALONE)
-        return
+        return kernel(*arguments, NO_TEAM, 0)
     workspace = _team_of(1 + len(workers))
     (team,) = arrays = SCRATCH.borrow(workspace)
     team.fill(0)
@@ -177,8 +181,9 @@ def run_team(kernel: Callable[..., None], arguments: tuple[Any, ...], workers: S
     _place(workers)
     for worker in workers:
         worker.wake()
-    kernel(*arguments, team, 0)
+    result = kernel(*arguments, team, 0)
     SCRATCH.give_back(workspace, arrays)
+    return result
 
 
 def run_each(work: Callable[[int], Any], count: int) -> list[Any]:

@@ -166,8 +166,9 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
 
 
 def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
-    """Compile or load a kernel for such arguments, without a call; it may be ready already."""
-    dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
+    """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
+    if dispatcher._can_compile:
+        dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
 
 
 def cache_folder(dispatcher: Any) -> str | None:

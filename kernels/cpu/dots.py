@@ -32,9 +32,9 @@ from fastlstm.kernels.cpu.tile import ROWS, VECTORS, emit_choice, prefetch_share
 
 __all__ = ["gate_dots"]
 
-# Rows of the weights that are taken at a time with several rows of x, and with one: so many sums fit into the registers,
-# and are enough for two multiply-adds a cycle that take four cycles each. Processors with AVX-512 look ahead so far that
-# they begin the next rows meanwhile.
+# Rows of the weights that are taken at a time with several rows of x, and with one: so many sums fit into the
+# registers, and are enough for two multiply-adds a cycle that take four cycles each. Processors with AVX-512 look ahead
+# so far that they begin the next rows meanwhile.
 _WITH_MORE = VECTORS
 _WITH_ONE = VECTORS if VECTOR_BYTES == 64 else 2 * VECTORS
 

@@ -1,6 +1,7 @@
 """A few rows on the weights as they lie: streaming, where packing the weights would cost more than the step.
 
-Training has the same in both directions of time: a step or a few, as in learning online.
+Training has the same in both directions of time: a step or a few, as in learning online. Inference may have a team,
+each of whose threads computes some of the hidden units; they meet after each step.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 
 __all__ = ["prepare", "ready", "small_backward", "small_forward", "small_forward_taped"]
 
-
-_ROWS = 16  # sequences whose gates are computed at a time
+_ROWS = 16  # the most sequences: `plan.is_short`
 
 
 @intrinsic
@@ -63,6 +64,8 @@ def small_forward(
     inputs,  # I
     hidden,  # H
     biased,  # whether there is a bias
+    team,  # (1 + threads, 8), IN and OUT: see team.py
+    thread,
 ):
     """Run one layer over a few rows; return False, with nothing written, if a shape does not fit.
 
@@ -73,11 +76,16 @@ def small_forward(
         (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden))
         or (bias.size != (4 * hidden if biased else 0) or batch == 0 or rows % batch or x.shape[1] != inputs)
         or (h0.shape != (1, batch, hidden) or c0.shape != h0.shape or h_n.shape != h0.shape)
-        or (c_n.shape != h0.shape or y.shape != (rows, hidden))
+        or (c_n.shape != h0.shape or y.shape != (rows, hidden) or batch > _ROWS)
     ):
         return False
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
     nowhere = address(y)
-    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, False, nowhere, nowhere)
+    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, False, nowhere, nowhere, team, thread)
+    if thread == 0:
+        dismiss(team)
     return True
 
 
@@ -94,57 +102,56 @@ def small_forward_taped(
     c_n,  # (1, B, H), OUT
     tape,  # (T * B, Hp/V, 5, V), OUT
     h_rows,  # (T * B, Hp) the state before each row, OUT
+    team,  # (2, 8), of one thread
 ):
     """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, True, address(tape), address(h_rows))
+    left, before = address(tape), address(h_rows)
+    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, True, left, before, team, 0)
 
 
 @routine(inline=True)
-def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, training, tape, h_rows):
+def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, training, tape, h_rows, team, thread):
     """Run the recurrence; `tape` and `h_rows` are pointers, which only training uses."""
     batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
     blocks = (hidden + width - 1) // width
+    block_first, block_last = share(blocks, team, thread)
     a = _room(tape)
     for low in range(0, rows, batch):
         first, last = low == 0, low + batch == rows
         x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
         h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
         c_step = address(c0) if first else address(c_n)
-        for block in range(blocks):
+        for block in range(block_first, block_last):
             unit = block * width
             units = minimum(width, hidden - unit)
-            for start in range(0, batch, _ROWS):
-                together = minimum(_ROWS, batch - start)
-                x_rows, before = offset(x_step, start * inputs), offset(h_step, start * hidden)
-                gate_dots(
-                    together, block, weight_ih, weight_hh, bias, x_rows, inputs, before, hidden, a, GATES * width, False
+            gate_dots(batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, hidden, a, GATES * width, False)
+            for n in range(batch):
+                own = n * hidden + unit
+                here = offset(a, n * GATES * width)
+                # Lanes beyond the units become harmless constants.
+                i, f, g, o, c = gates_forward(
+                    load_first(here, units),
+                    load_first(offset(here, width), units),
+                    load_first(offset(here, 2 * width), units),
+                    load_first(offset(here, 3 * width), units),
+                    load_first(offset(c_step, own), units),
                 )
-                for n in range(together):
-                    own = (start + n) * hidden + unit
-                    here = offset(a, n * GATES * width)
-                    # Lanes beyond the units become harmless constants.
-                    i, f, g, o, c = gates_forward(
-                        load_first(here, units),
-                        load_first(offset(here, width), units),
-                        load_first(offset(here, 2 * width), units),
-                        load_first(offset(here, 3 * width), units),
-                        load_first(offset(c_step, own), units),
-                    )
-                    h = o * tanh(c)
-                    store_first(offset(address(c_n), own), c, units)
-                    store_first(offset(y_step, own), h, units)
-                    if last:
-                        store_first(offset(address(h_n), own), h, units)
-                    if training:
-                        row = low + start + n
-                        left = offset(tape, (row * blocks + block) * TAPE * width)
-                        store(left, i)
-                        store(offset(left, width), f)
-                        store(offset(left, 2 * width), g)
-                        store(offset(left, 3 * width), o)
-                        store(offset(left, 4 * width), c)
-                        store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_step, own), units))
+                h = o * tanh(c)
+                store_first(offset(address(c_n), own), c, units)
+                store_first(offset(y_step, own), h, units)
+                if last:
+                    store_first(offset(address(h_n), own), h, units)
+                if training:
+                    left = offset(tape, ((low + n) * blocks + block) * TAPE * width)
+                    store(left, i)
+                    store(offset(left, width), f)
+                    store(offset(left, 2 * width), g)
+                    store(offset(left, 3 * width), o)
+                    store(offset(left, 4 * width), c)
+                    store(offset(h_rows, (low + n) * blocks * width + unit), load_first(offset(h_step, own), units))
+        if not last:
+            barrier(team, thread)  # the next step reads the h of all units
 
 
 @kernel
@@ -282,7 +289,8 @@ def prepare(dtype: np.dtype[Any]) -> None:
         if dtype not in ready:
             vector, matrix, state = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3))
             arrays = (matrix, matrix, vector, matrix, state, state, matrix, state, state)
-            arguments = (*arrays, types.intp, types.intp, types.boolean)
+            team = types.Array(types.int64, 2, "C")
+            arguments = (*arrays, types.intp, types.intp, types.boolean, team, types.intp)
             small_forward.disable_compile(False)
             small_forward.compile(arguments)
             small_forward.disable_compile(True)
