@@ -28,8 +28,9 @@ _OPERATIONS_WORTH_A_MEETING = 100_000
 _ROWS_WORTH_ALL_WEIGHTS = 32
 # With fewer, forward: threads that divide the units help each other, which is worth more than meeting costs.
 _ROWS_WORTH_NO_HELP = 64
-# Rows of input products that are computed together: some tiles, and still in the caches.
-_ROWS_AHEAD = 48
+# Rows of input products that are computed together: some tiles, and still in the caches. More, where there are so many
+# weights that each step has to read them from memory: those of the inputs then come less often.
+_ROWS_AHEAD, _ROWS_AHEAD_OF_MANY_WEIGHTS, _MANY_WEIGHTS = 48, 128, 4_000_000
 # Rows up to which the weights are used as they lie: packing them would read and write them all. There may be more, the
 # longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
 FEW_ROWS, _NUMBERS_WORTH_A_ROW = 16, 8
@@ -245,13 +246,17 @@ def choose(
     backward : bool
         Whether it is the backward pass.
     """
-    row_operations: Any = 8 * hidden * (inputs + hidden)
+    weights = 4 * hidden * (inputs + hidden)
+    row_operations: Any = 2 * weights
     steps = rows / max(1, batch)
     as_they_lie = not backward and are_few(rows, inputs, hidden)
     threads = int(min(threads, most_threads(rows, inputs, hidden, as_they_lie)))
     ahead = 0
-    if batch < 2 * tile_rows and steps > 1 and not as_they_lie:
-        ahead = int(min(steps, -(-_ROWS_AHEAD // batch)))
+    if steps > 1 and not as_they_lie:
+        if batch < 2 * tile_rows:
+            ahead = int(min(steps, -(-_ROWS_AHEAD // batch)))
+        if weights > _MANY_WEIGHTS and not backward and batch <= _ROWS_AHEAD_OF_MANY_WEIGHTS // 2:
+            ahead = max(ahead, int(min(steps, _ROWS_AHEAD_OF_MANY_WEIGHTS // batch)))
     alone = Plan("serial", 1, ahead, as_they_lie)
     if threads == 1:
         return (alone,)
