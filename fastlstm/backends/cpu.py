@@ -386,7 +386,7 @@ def _direction_forward(
     dtype, reverse = x.dtype, direction == 1
     size = _Size.of(weights.weight_ih)
     # What was computed on the weights as they lie could not be computed again to the same bits, and is little.
-    recompute = recompute and not are_few(packing.rows, size.inputs, size.hidden)
+    recompute = recompute and not are_few(packing.rows, size.inputs, size.hidden, ROWS)
     rows, kept = packing.rows, 1 if recompute else TAPE
     shapes = (rows, size.blocks, kept, size.width), (rows, size.blocks * size.width)
     tape = one_block(dtype, *shapes) if keep_tape else []

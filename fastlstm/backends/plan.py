@@ -31,12 +31,12 @@ _ROWS_WORTH_NO_HELP = 64
 # Rows of input products that are computed together: some tiles, and still in the caches. More, where there are so many
 # weights that each step has to read them from memory: those of the inputs then come less often.
 _ROWS_AHEAD, _ROWS_AHEAD_OF_MANY_WEIGHTS, _MANY_WEIGHTS = 48, 128, 4_000_000
-# Rows up to which the weights are used as they lie: packing them would read and write them all. There may be more, the
-# longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
-FEW_ROWS, _NUMBERS_WORTH_A_ROW = 16, 8
+# Rows, in tiles, up to which the weights are used as they lie: packing them would read and write them all. There may be
+# more, the longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
+_FEW_TILES, _NUMBERS_WORTH_A_ROW = 5.5, 8
 # A call of so few rows and operations takes hardly longer than to find out how it could be divided. Going back, up to
 # this number of rows always do: a team would pack the weights, and unpack their gradients.
-_OPERATIONS_OF_A_SHORT_CALL, _ROWS_SHORT_BACKWARD = 8_000_000, 8
+FEW_ROWS, _OPERATIONS_OF_A_SHORT_CALL, _ROWS_SHORT_BACKWARD = 16, 8_000_000, 8
 # H (I + H) from which on a short call may have a team: a quarter of the weights. Steps of smaller models take a few
 # microseconds, and are not kept waiting for the question.
 LEAST_TO_SHARE = _OPERATIONS_WORTH_A_THREAD // (8 * FEW_ROWS)
@@ -192,9 +192,9 @@ TRIALS = Trials()
 
 
 @functools.lru_cache(maxsize=256)
-def are_few(rows: int, inputs: int, hidden: int) -> bool:
+def are_few(rows: int, inputs: int, hidden: int, tile_rows: int) -> bool:
     """Say whether so many rows are too few for packing the weights, on whatever number of threads."""
-    return rows <= max(FEW_ROWS, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
+    return rows <= max(_FEW_TILES * tile_rows, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
 
 
 def is_short(rows: int, inputs: int, hidden: int, backward: bool = False) -> bool:
@@ -249,7 +249,7 @@ def choose(
     weights = 4 * hidden * (inputs + hidden)
     row_operations: Any = 2 * weights
     steps = rows / max(1, batch)
-    as_they_lie = not backward and are_few(rows, inputs, hidden)
+    as_they_lie = not backward and are_few(rows, inputs, hidden, tile_rows)
     threads = int(min(threads, most_threads(rows, inputs, hidden, as_they_lie)))
     ahead = 0
     if steps > 1 and not as_they_lie:
