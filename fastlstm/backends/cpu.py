@@ -217,6 +217,8 @@ def _few_rows(*arguments: Any) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _short_ways(rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> Callable[[int], _Ways]:
+    """Return what returns the ways to run a short call on at most so many threads."""
+
     @functools.cache
     def ways(most: int) -> _Ways:
         plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), ROWS, most)
@@ -227,7 +229,7 @@ def _short_ways(rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> 
 
 
 def _is_short(packing: Packing, weights: Sequence[Weights], backward: bool = False) -> bool:
-    """Say whether a layer is run by this thread alone, on the weights as they lie."""
+    """Say whether a layer is run by the kernels for a few rows, on the weights as they lie."""
     if len(weights) > 1 or packing.ragged:
         return False
     hidden, inputs = weights[0].weight_hh.shape[1], weights[0].weight_ih.shape[1]

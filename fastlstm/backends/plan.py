@@ -198,7 +198,10 @@ def are_few(rows: int, inputs: int, hidden: int, tile_rows: int) -> bool:
 
 
 def is_short(rows: int, inputs: int, hidden: int, backward: bool = False) -> bool:
-    """Say whether so little work, in one direction without padding, is best done at once, by this thread alone."""
+    """Say whether there is so little work, in one direction without padding, that it is done without preparations.
+
+    In training it is then done by this thread alone.
+    """
     if rows > FEW_ROWS:
         return False
     return rows * 8 * hidden * (inputs + hidden) <= _OPERATIONS_OF_A_SHORT_CALL or (
