@@ -20,6 +20,7 @@ from fastlstm.errors import (
     BackendError,
     DTypeError,
     FastLSTMError,
+    FrozenError,
     ModelFileError,
     ShapeError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "BackendError",
     "DTypeError",
     "FastLSTMError",
+    "FrozenError",
     "ModelFileError",
     "ShapeError",
     "functional",

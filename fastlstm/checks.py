@@ -13,6 +13,7 @@ from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
+from fastlstm.frozen import FrozenParams
 
 __all__ = ["array", "dropout_seed", "flag", "lengths", "params", "state", "state_gradient"]
 
@@ -84,6 +85,8 @@ def _same_dtype(name: str, value: Array, like: Array) -> Array:
 
 def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
     """Check the parameters of a model: names, one library and device, dtype and shapes; return them in order."""
+    if isinstance(given, FrozenParams) and given.cell == cell:
+        return given
     shapes = parameters.shapes(cell)
     if given.keys() != shapes.keys():
         missing, unknown = sorted(shapes.keys() - given.keys()), sorted(map(str, given.keys() - shapes.keys()))

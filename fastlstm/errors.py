@@ -12,6 +12,7 @@ __all__ = [
     "BackendError",
     "DTypeError",
     "FastLSTMError",
+    "FrozenError",
     "ModelFileError",
     "ResultsFileError",
     "ShapeError",
@@ -40,6 +41,10 @@ class ArrayTypeError(FastLSTMError, TypeError):
 
 class BackendError(FastLSTMError, RuntimeError):
     """The backend for this kind of array cannot run here; the message says what to install."""
+
+
+class FrozenError(FastLSTMError, TypeError):
+    """The parameters of a frozen model were to be changed."""
 
 
 class ModelFileError(FastLSTMError, ValueError):

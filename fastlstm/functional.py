@@ -14,6 +14,7 @@ from fastlstm import checks, dispatch, parameters
 from fastlstm.backends.base import Array, Dropout, Params
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
+from fastlstm.frozen import FrozenParams
 
 __all__ = ["Gradients", "Tape", "lstm_backward", "lstm_forward"]
 
@@ -250,12 +251,13 @@ def run(
 
 def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, batch_first: bool) -> str:
     """Say in words how a call would be run; see ``LSTM.plan``."""
-    like = checks.params(cell, params)["weight_hh_l0"]
+    params = checks.params(cell, params)
+    like = params["weight_hh_l0"]
     layout = _layout(cell, x, like, batch_first)[1]
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     rows = layout.steps * layout.batch if lengths is None else int(lengths.sum())
     backend = dispatch.backend_for(x)
-    layers = enumerate(backend.plan(cell, rows, layout.batch))
+    layers = enumerate(backend.plan(cell, rows, layout.batch, isinstance(params, FrozenParams)))
     return "\n".join([f"{backend.name} backend", *(f"layer {number}: {words}" for number, words in layers)])
 
 

@@ -89,8 +89,11 @@ class Backend(Protocol):
         """Advance one time step through all layers of a one-directional model; the new h and c."""
         ...
 
-    def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
-        """Say in words how each layer would be run; `rows` is the number of steps of all sequences."""
+    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+        """Say in words how each layer would be run; `rows` is the number of steps of all sequences.
+
+        `frozen` says whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`).
+        """
         ...
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm.backends.base import Array
-from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
+from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights, layer_weights
 from fastlstm.backends.memory import SCRATCH, Workspace, new_array, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import (
@@ -34,12 +34,21 @@ from fastlstm.backends.plan import (
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
+from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.backward import INPUT_ROWS, layer_backward
 from fastlstm.kernels.cpu.compile import compile_for
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
+from fastlstm.kernels.cpu.pack import pack_weights
 from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.small import prepare, ready, small_backward, small_forward, small_forward_taped
+from fastlstm.kernels.cpu.small import (
+    prepare,
+    ready,
+    small_backward,
+    small_forward,
+    small_forward_packed,
+    small_forward_taped,
+)
 from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
 
 __all__ = ["BACKEND", "CpuBackend"]
@@ -88,7 +97,7 @@ class CpuBackend(LayeredBackend):
         packing = Packing.of(lengths, steps, batch)
         y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, zero=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
-        if _is_short(packing, weights):
+        if _is_short(packing, weights) and not (keep_tape and weights[0].kept is not None):
             small = _small_forward(weights[0], x, h0, c0, y, h_n, c_n, keep_tape)
             tape = LayerTape(x, packing, [small]) if small else None
             return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
@@ -102,46 +111,60 @@ class CpuBackend(LayeredBackend):
         tape = LayerTape(x, packing, tapes) if keep_tape else None
         return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
 
-    def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
+    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         blocks, threads = -(-cell.hidden_size // lanes(cell.dtype)), get_num_threads()
         found = []
         for layer in range(cell.num_layers):
             inputs = cell.layer_input_size(layer)
-            plans = choose(rows, batch, inputs, cell.hidden_size, blocks, ROWS, threads, cell.num_directions)
+            sizes = rows, batch, inputs, cell.hidden_size, blocks
+            plans = choose(*sizes, ROWS, threads, cell.num_directions, packed=frozen)
             words = ", or ".join(map(str, plans))
             found.append(words + (": whichever proves faster" if len(plans) > 1 else ""))
         return found
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Run a call of one layer with few checks, or none, in Python (see ``base.Backend.shortcut``)."""
+        frozen = type(params) is FrozenParams
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias:
             return None
         try:
             shape, inputs, hidden, dtype = x.shape, cell.input_size, cell.hidden_size, cell.dtype
             steps, batch = shape[:-1] if len(shape) == 3 else (1, shape[0])
-            bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
-            weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
             if state is None:
                 h0 = c0 = np.zeros((1, batch, hidden), dtype)
             else:
                 h0, c0 = state if type(state) is tuple else ()  # which raises, and is caught below
             # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
-            if not (type(x) is type(h0) is type(c0) is type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray):
+            if not (type(x) is type(h0) is type(c0) is np.ndarray):
                 return None
+            if frozen:
+                packed = params.kept[0, 0][self.name]  # which raises before the first call packs them
+                weights, kernel, sizes = packed, small_forward_packed, (inputs, hidden)
+                if params.cell is not cell:
+                    return None
+            else:
+                bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
+                weights, packed = (params["weight_ih_l0"], params["weight_hh_l0"], bias), ()
+                kernel, sizes = small_forward, (inputs, hidden, cell.bias)
+                if not (type(bias) is type(weights[0]) is type(weights[1]) is np.ndarray):
+                    return None
             rows = steps * batch
             small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE
-            short = small or is_short(rows, inputs, hidden)
+            short = small or is_short(rows, inputs, hidden, most=GROUP if frozen and steps == 1 else FEW_ROWS)
             y = (np.empty if short else new_array)((rows, hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
             if not short:
-                fits = _many_rows(cell, Weights(weight_ih, weight_hh, bias), x, h0, c0, y, h_n, c_n)
+                lying = layer_weights(cell, params, 0)[0] if frozen else Weights(*weights)
+                fits = _many_rows(cell, lying, packed, x, h0, c0, y, h_n, c_n)
+            elif dtype not in ready[kernel]:
+                return None
             else:
                 x_rows = x if len(shape) == 2 else x.reshape(-1, inputs)
-                run = small_forward if small else _few_rows
-                fits = dtype in ready and run(
-                    weight_ih, weight_hh, bias, x_rows, h0, c0, y, h_n, c_n, inputs, hidden, cell.bias, NO_TEAM, 0
-                )
+                if small:
+                    fits = kernel(*weights, x_rows, h0, c0, y, h_n, c_n, *sizes, NO_TEAM, 0)
+                else:
+                    fits = _few_rows(kernel, (*weights, x_rows, h0, c0, y, h_n, c_n, *sizes), x_rows, batch, hidden)
             if not fits or not rows:
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
@@ -185,9 +208,33 @@ def _bias(weights: Weights) -> Array:
     return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else _plain(weights.bias)
 
 
-def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array) -> bool:
+def _packed(weights: Weights) -> tuple[Array, ...]:
+    """Return weights that never change in the order of the kernels, brought there at the first call; () for others."""
+    if weights.kept is None:
+        return ()
+    found: tuple[Array, ...] | None = weights.kept.get(CpuBackend.name)
+    if found is None:
+        size = _Size.of(weights.weight_ih)
+        found = tuple(one_block(size.dtype, *size.packed_shapes, lasting=True))
+        pack_weights(weights.weight_ih, weights.weight_hh, _bias(weights), *found)
+        found = weights.kept.setdefault(CpuBackend.name, found)  # another thread may have been faster
+    return found
+
+
+def _many_rows(
+    cell: Cell,
+    weights: Weights,
+    packed: tuple[Array, ...],
+    x: Array,
+    h0: Array,
+    c0: Array,
+    y: Array,
+    h_n: Array,
+    c_n: Array,
+) -> bool:
     """Run one layer over x (T, B, I); return False, with nothing done, if anything does not fit."""
-    (weight_ih, weight_hh, bias), inputs, hidden, dtype = weights, cell.input_size, cell.hidden_size, cell.dtype
+    inputs, hidden, dtype = cell.input_size, cell.hidden_size, cell.dtype
+    weight_ih, weight_hh, bias = weights.weight_ih, weights.weight_hh, _bias(weights)
     if not (
         (weight_ih.shape == (4 * hidden, inputs) and weight_hh.shape == (4 * hidden, hidden))
         and (bias.shape == (4 * hidden * cell.bias,) and x.shape[-1] == inputs)
@@ -196,33 +243,33 @@ def _many_rows(cell: Cell, weights: Any, x: Array, h0: Array, c0: Array, y: Arra
     ):
         return False
     batch = x.shape[-2]
-    packed, ways = _equal_call(weight_ih.shape, len(y) // batch, batch, dtype)
+    where, ways = _equal_call(weight_ih.shape, len(y) // batch, batch, dtype, bool(packed))
     arguments = (
         _plain(weight_ih), _plain(weight_hh), _plain(bias), _plain(x).reshape(-1, inputs), _plain(h0)[0], _plain(c0)[0],
-        *packed, y, 0, h_n[0], c_n[0], False,
+        *where, y, 0, h_n[0], c_n[0], False,
     )  # fmt: skip
-    _run(layer_forward, arguments, ways, len(y), get_num_threads())
+    _run(layer_forward, arguments, ways, len(y), get_num_threads(), packed)
     return True
 
 
-def _few_rows(*arguments: Any) -> bool:
-    """Call :func:`small_forward`, for one thread, with a team if that is better."""
-    _, _, _, x, h0, _, _, _, _, inputs, hidden = arguments[:11]
-    rows, threads = len(x), get_num_threads()
-    if threads == 1 or most_threads(rows, inputs, hidden, as_they_lie=True) == 1:
-        return bool(small_forward(*arguments))
-    ways = _short_ways(rows, h0.shape[1], inputs, hidden, x.dtype)
-    return bool(_run(small_forward, arguments[:-2], ways, rows, threads))
+def _few_rows(kernel: Any, arguments: tuple[Any, ...], x: Array, batch: int, hidden: int) -> bool:
+    """Call a kernel for few rows, made for one thread, with a team if that is better."""
+    (rows, inputs), threads = x.shape, get_num_threads()
+    if threads == 1 or most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, ROWS)) == 1:
+        return bool(kernel(*arguments, NO_TEAM, 0))
+    return bool(_run(kernel, arguments, _short_ways(kernel, rows, batch, inputs, hidden, x.dtype), rows, threads))
 
 
 @functools.lru_cache(maxsize=64)
-def _short_ways(rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> Callable[[int], _Ways]:
+def _short_ways(kernel: Any, rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> Callable[[int], _Ways]:
     """Return what returns the ways to run a short call on at most so many threads."""
+    packed = kernel is small_forward_packed
 
     @functools.cache
     def ways(most: int) -> _Ways:
-        plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), ROWS, most)
-        kind = _kind(small_forward, rows, batch, inputs, hidden, dtype, plans) if len(plans) > 1 else None
+        plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), ROWS, most, packed=packed)
+        plans = tuple({plan.threads: plan for plan in plans[::-1]}.values())[::-1]  # a team always divides the units
+        kind = _kind(kernel, rows, batch, inputs, hidden, dtype, plans) if len(plans) > 1 else None
         return _Ways(tuple(_Way(plan, Workspace(dtype, ()), ()) for plan in plans), kind)
 
     return ways
@@ -233,7 +280,8 @@ def _is_short(packing: Packing, weights: Sequence[Weights], backward: bool = Fal
     if len(weights) > 1 or packing.ragged:
         return False
     hidden, inputs = weights[0].weight_hh.shape[1], weights[0].weight_ih.shape[1]
-    return is_short(packing.rows, inputs, hidden, backward)
+    most = GROUP if packing.steps == 1 and weights[0].kept is not None and not backward else FEW_ROWS
+    return is_short(packing.rows, inputs, hidden, backward, most)
 
 
 def _small_forward(
@@ -244,11 +292,12 @@ def _small_forward(
     weight_ih, weight_hh, bias = _plain(weights.weight_ih), _plain(weights.weight_hh), _bias(weights)
     x = x.reshape(rows, inputs)
     if not keep_tape:
-        if x.dtype not in ready:
-            prepare(x.dtype)
-        biased = weights.bias is not None
-        arguments = weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, biased, NO_TEAM, 0
-        fits = _few_rows(*arguments)
+        packed = _packed(weights)
+        kernel = small_forward_packed if packed else small_forward
+        prepare(kernel, x.dtype)
+        sizes = (inputs, hidden) if packed else (inputs, hidden, weights.bias is not None)
+        arguments = *(packed or (weight_ih, weight_hh, bias)), x, h0, c0, y, h_n, c_n, *sizes
+        fits = _few_rows(kernel, arguments, x, h0.shape[1], hidden)
         assert fits
         return None
     size = _Size.of(weight_ih)
@@ -303,10 +352,17 @@ class _Size(NamedTuple):
         """Read it off the weights."""
         return _size(*weight_ih.shape, weight_ih.dtype)
 
-    def plans(self, packing: Packing, threads: int, directions: int = 1, backward: bool = False) -> tuple[Plan, ...]:
+    @property
+    def packed_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the packed weights and the packed bias."""
+        return (self.blocks, self.inputs + self.hidden, GATES, self.width), (self.blocks, GATES, self.width)
+
+    def plans(
+        self, packing: Packing, threads: int, directions: int = 1, backward: bool = False, packed: bool = False
+    ) -> tuple[Plan, ...]:
         """Choose a plan for the layer or for one direction of it, or several to try."""
-        batch = packing.order.size
-        return choose(packing.rows, batch, self.inputs, self.hidden, self.blocks, ROWS, threads, directions, backward)
+        sizes = packing.rows, packing.order.size, self.inputs, self.hidden, self.blocks
+        return choose(*sizes, ROWS, threads, directions, backward, packed)
 
 
 @functools.lru_cache(maxsize=64)
@@ -339,10 +395,18 @@ def _kind(*_: Any) -> object:
 _compiled: set[Any] = set()  # kernel, dtype and number of arrays to work with: what makes one of its signatures
 
 
-def _run(kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Ways], rows: int, most: int) -> Any:
+def _run(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    ways_for: Callable[[int], _Ways],
+    rows: int,
+    most: int,
+    kept: tuple[Array, ...] = (),
+) -> Any:
     """Run a kernel over so many rows, on at most so many threads; return what it returns, False if it did nothing.
 
-    `ways_for` returns the ways for a number of threads, with the arguments that come after those that are given.
+    `ways_for` returns the ways for a number of threads, with the arguments that come after those that are given: arrays
+    to work with, and settings. Between these come the arrays that are `kept`.
     """
     ways, kind = ways_for(most)
     number = TRIALS.pick(kind, len(ways)) if kind else 0
@@ -351,7 +415,7 @@ def _run(kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Way
     if way.plan.threads > 1 and signature not in _compiled:
         # Not with workers, who would wait awake all the time, on a core and for the interpreter.
         like_scratch = (np.empty((0,) * len(shape), way.workspace.dtype) for shape in way.workspace.shapes)
-        compile_for(kernel, (*arguments, *like_scratch, *way.settings, NO_TEAM, 0))
+        compile_for(kernel, (*arguments, *like_scratch, *kept, *way.settings, NO_TEAM, 0))
         _compiled.add(signature)
     workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
     try:
@@ -360,7 +424,7 @@ def _run(kernel: Any, arguments: tuple[Any, ...], ways_for: Callable[[int], _Way
             way = ways_for(1 + len(workers)).ways[0]
         scratch = SCRATCH.borrow(way.workspace)
         start = time.perf_counter()
-        result = run_team(kernel, (*arguments, *scratch, *way.settings), workers[: way.plan.threads - 1])
+        result = run_team(kernel, (*arguments, *scratch, *kept, *way.settings), workers[: way.plan.threads - 1])
     finally:
         if workers:
             release(workers)
@@ -398,38 +462,40 @@ def _direction_forward(
         y, direction * size.hidden, h_n, c_n, keep_tape, *tape,
     )  # fmt: skip
 
-    def ways(most: int) -> _Ways:
-        return _forward_ways(size, packing, keep_tape, most)
+    packed = _packed(weights)
 
-    _run(layer_forward, arguments, ways, packing.rows, threads)
+    def ways(most: int) -> _Ways:
+        return _forward_ways(size, packing, keep_tape, bool(packed), most)
+
+    _run(layer_forward, arguments, ways, packing.rows, threads, packed)
     return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_ways(size: _Size, packing: Packing, training: bool, most: int) -> _Ways:
-    """Return the ways to run the forward kernel on at most so many threads."""
-    inputs, _, width, blocks, dtype = size
-    batch, plans = packing.order.size, size.plans(packing, most)
+def _forward_ways(size: _Size, packing: Packing, training: bool, packed: bool, most: int) -> _Ways:
+    """Return the ways to run the forward kernel on at most so many threads, on weights that are packed or not."""
+    _, _, width, blocks, dtype = size
+    batch, plans = packing.order.size, size.plans(packing, most, packed=packed)
+    weights, bias = size.packed_shapes
     tape = () if training else ((0, blocks, TAPE, width), (2 * batch, blocks * width))
     ways = []
     for plan in plans:
         shapes = (
             *tape,
             (batch, blocks * width),
-            (blocks, 0 if plan.as_they_lie else inputs + size.hidden, GATES, width),
-            (blocks, GATES, width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
+            *(() if packed else ((weights[0], 0, *weights[2:]) if plan.as_they_lie else weights, bias)),
         )
-        ways.append(
-            _Way(plan, Workspace(dtype, shapes), (plan.ahead, plan.parts(packing, blocks), plan.kind == "units"))
-        )
-    kind = _kind(layer_forward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
+        pack = not (packed or plan.as_they_lie)
+        settings = pack, plan.ahead, plan.parts(packing, blocks), plan.kind == "units"
+        ways.append(_Way(plan, Workspace(dtype, shapes), settings))
+    kind = _kind(layer_forward, size, batch, packing.rows.bit_length(), plans, packed) if len(plans) > 1 else None
     return _Ways(tuple(ways), kind)
 
 
 @functools.lru_cache(maxsize=16)  # as the arrays in `packing`
 def _equal_call(
-    weight_ih: tuple[int, int], steps: int, batch: int, dtype: Any
+    weight_ih: tuple[int, int], steps: int, batch: int, dtype: Any, packed: bool
 ) -> tuple[tuple[Array, ...], Callable[[int], _Ways]]:
     """Return what a call on sequences of equal length shares with others of its size: so much less to do for each.
 
@@ -439,7 +505,7 @@ def _equal_call(
 
     @functools.cache
     def ways(most: int) -> _Ways:
-        return _forward_ways(size, packing, False, most)
+        return _forward_ways(size, packing, False, packed, most)
 
     return (packing.order, packing.lengths, packing.offsets, packing.places(False)), ways
 
@@ -490,7 +556,7 @@ def _backward_ways(size: _Size, packing: Packing, recompute: bool, most: int) ->
     batch, plans = packing.order.size, size.plans(packing, most, backward=True)
     chunk_rows = packing.rows_of_chunk(_chunk(packing))
     depth, panel = GATES * blocks * width, VECTORS * width
-    again = ((chunk_rows, blocks, TAPE, width), (blocks, inputs + hidden, GATES, width), (blocks, GATES, width))
+    again = (chunk_rows, blocks, TAPE, width), *size.packed_shapes
     ways = []
     for plan in plans:
         shapes = (

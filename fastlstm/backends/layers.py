@@ -14,9 +14,10 @@ import numpy as np
 
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
 from fastlstm.cell import Cell
+from fastlstm.frozen import FrozenParams
 from fastlstm.parameters import direction_names
 
-__all__ = ["LayerGradients", "LayerResult", "LayeredBackend", "Weights"]
+__all__ = ["LayerGradients", "LayerResult", "LayeredBackend", "Weights", "layer_weights"]
 
 
 class Weights(NamedTuple):
@@ -25,6 +26,7 @@ class Weights(NamedTuple):
     weight_ih: Array  # (4H, I)
     weight_hh: Array  # (4H, H)
     bias: Array | None  # (4H,)
+    kept: dict[Any, Any] | None = None  # where a backend may keep what it makes of them, if they never change
 
 
 class LayerResult(NamedTuple):
@@ -145,7 +147,7 @@ class LayeredBackend(ABC):
             dh0.append(grads.h0)
             dc0.append(grads.c0)
             for direction, weights in enumerate(grads.weights):
-                for name, value in zip(direction_names(cell, layer, direction), weights, strict=True):
+                for name, value in zip(direction_names(cell, layer, direction), weights[:3], strict=True):
                     if name is not None:
                         found[name] = value
             mask = tape.masks[layer]
@@ -159,7 +161,7 @@ class LayeredBackend(ABC):
         result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
         return result.h_n, result.c_n
 
-    def plan(self, cell: Cell, rows: int, batch: int) -> list[str]:
+    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         return ["step after step"] * cell.num_layers
 
@@ -184,9 +186,12 @@ def _layer_rows(cell: Cell, layer: int) -> slice:
 def layer_weights(cell: Cell, params: Params, layer: int) -> list[Weights]:
     """Return the parameters of one layer, one entry per direction."""
     found = []
+    frozen = isinstance(params, FrozenParams)
+    arrays = params.arrays if frozen else params
     for direction in range(cell.num_directions):
         weight_ih, weight_hh, bias = direction_names(cell, layer, direction)
-        found.append(Weights(params[weight_ih], params[weight_hh], params[bias] if bias else None))
+        kept = params.kept.setdefault((layer, direction), {}) if frozen else None
+        found.append(Weights(arrays[weight_ih], arrays[weight_hh], arrays[bias] if bias else None, kept))
     return found
 
 

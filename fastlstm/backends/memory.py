@@ -17,7 +17,7 @@ from fastlstm.kernels.cpu.simd import CACHE_LINE
 __all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "new_array", "one_block"]
 
 
-def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
+def one_block(dtype: Any, *shapes: tuple[int, ...], lasting: bool = False) -> list[Array]:
     """Allocate arrays side by side in one block of memory, each from the start of a cache line on.
 
     So no vector that a kernel loads lies across two lines. And the C library keeps one freed block for the next
@@ -31,6 +31,8 @@ def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
         Of all arrays.
     *shapes : tuple of int
         One for each array.
+    lasting : bool
+        Whether they are kept for longer than a call: then the pool, which remembers what it lends, is left alone.
 
     Returns
     -------
@@ -38,7 +40,7 @@ def one_block(dtype: Any, *shapes: tuple[int, ...]) -> list[Array]:
         Uninitialised, C-contiguous. The block is freed, or free for the next call, with the last of them.
     """
     starts, size = _layout(dtype.itemsize, shapes)
-    memory, first = POOL.take(size) if size >= Pool.LEAST else _bytes_and_line(size)
+    memory, first = POOL.take(size) if size >= Pool.LEAST and not lasting else _bytes_and_line(size)
     return [np.ndarray(shape, dtype, memory, first + start) for shape, start in zip(shapes, starts, strict=True)]
 
 

@@ -22,8 +22,10 @@ _OPERATIONS_WORTH_A_THREAD, _WEIGHTS_WORTH_A_THREAD = 2_000_000, 300_000
 _OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
 # Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
-# Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it.
-_OPERATIONS_WORTH_A_MEETING = 100_000
+# Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it. But reading so many
+# recurrent weights takes one thread longer than two take to meet, however few the operations are: with half of them,
+# each has little more than its first-level cache holds.
+_OPERATIONS_WORTH_A_MEETING, _WEIGHTS_WORTH_A_MEETING = 100_000, 16_000
 # With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile.
 _ROWS_WORTH_ALL_WEIGHTS = 32
 # With fewer, forward: threads that divide the units help each other, which is worth more than meeting costs.
@@ -35,7 +37,8 @@ _ROWS_AHEAD, _ROWS_AHEAD_OF_MANY_WEIGHTS, _MANY_WEIGHTS = 48, 128, 4_000_000
 # more, the longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
 _FEW_TILES, _NUMBERS_WORTH_A_ROW = 5.5, 8
 # A call of so few rows and operations takes hardly longer than to find out how it could be divided. Going back, up to
-# this number of rows always do: a team would pack the weights, and unpack their gradients.
+# this number of rows always do: a team would pack the weights, and unpack their gradients. A single step on packed
+# weights may have more rows, as many as the tile's weights serve at a time.
 FEW_ROWS, _OPERATIONS_OF_A_SHORT_CALL, _ROWS_SHORT_BACKWARD = 16, 8_000_000, 8
 # H (I + H) from which on a short call may have a team: a quarter of the weights. Steps of smaller models take a few
 # microseconds, and are not kept waiting for the question.
@@ -197,23 +200,23 @@ def are_few(rows: int, inputs: int, hidden: int, tile_rows: int) -> bool:
     return rows <= max(_FEW_TILES * tile_rows, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
 
 
-def is_short(rows: int, inputs: int, hidden: int, backward: bool = False) -> bool:
+def is_short(rows: int, inputs: int, hidden: int, backward: bool = False, most: int = FEW_ROWS) -> bool:
     """Say whether there is so little work, in one direction without padding, that it is done without preparations.
 
     In training it is then done by this thread alone.
     """
-    if rows > FEW_ROWS:
+    if rows > most:
         return False
     return rows * 8 * hidden * (inputs + hidden) <= _OPERATIONS_OF_A_SHORT_CALL or (
         backward and rows <= _ROWS_SHORT_BACKWARD
     )
 
 
-def most_threads(rows: int, inputs: int, hidden: int, as_they_lie: bool) -> int:
-    """Return the number of threads beyond which each would have too little to do."""
+def most_threads(rows: int, inputs: int, hidden: int, few: bool) -> int:
+    """Return the number of threads beyond which each would have too little to do; `few` is :func:`are_few`."""
     weights = hidden * (inputs + hidden)
     shares = 8 * rows * weights // _OPERATIONS_WORTH_A_THREAD
-    return 1 + (max(shares, 4 * weights // _WEIGHTS_WORTH_A_THREAD) if as_they_lie else shares)
+    return 1 + (max(shares, 4 * weights // _WEIGHTS_WORTH_A_THREAD) if few else shares)
 
 
 def choose(
@@ -226,6 +229,7 @@ def choose(
     threads: int,
     directions: int = 1,
     backward: bool = False,
+    packed: bool = False,
 ) -> tuple[Plan, ...]:
     """Choose how to run one layer, in one direction after the other or in both at once.
 
@@ -248,12 +252,15 @@ def choose(
         Of the layer; 1 for the plan of one direction by itself.
     backward : bool
         Whether it is the backward pass.
+    packed : bool
+        Whether the weights are packed already.
     """
     weights = 4 * hidden * (inputs + hidden)
     row_operations: Any = 2 * weights
     steps = rows / max(1, batch)
-    as_they_lie = not backward and are_few(rows, inputs, hidden, tile_rows)
-    threads = int(min(threads, most_threads(rows, inputs, hidden, as_they_lie)))
+    few = not backward and are_few(rows, inputs, hidden, tile_rows)
+    threads = int(min(threads, most_threads(rows, inputs, hidden, few)))
+    as_they_lie = few and not packed
     ahead = 0
     if steps > 1 and not as_they_lie:
         if batch < 2 * tile_rows:
@@ -263,7 +270,9 @@ def choose(
     alone = Plan("serial", 1, ahead, as_they_lie)
     if threads == 1:
         return (alone,)
-    meeting = int(min(threads, blocks, batch * 8 * hidden * hidden // _OPERATIONS_WORTH_A_MEETING))
+    recurrent = 4 * hidden * hidden
+    partners = 2 if recurrent >= _WEIGHTS_WORTH_A_MEETING else 1
+    meeting = int(min(threads, blocks, max(partners, 2 * batch * recurrent // _OPERATIONS_WORTH_A_MEETING)))
     units = (Plan("units", meeting, ahead, as_they_lie),) if meeting > 1 else ()
     if batch >= 2 * tile_rows * threads:
         own_rows = (Plan("rows", threads, 0, as_they_lie),)

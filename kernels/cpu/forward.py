@@ -59,9 +59,10 @@ def layer_forward(
     tape,  # (N, Hp/V, 5, V) for training, or (N, Hp/V, 1, V) to keep c alone, OUT
     h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
     c_rows,  # (B, Hp) scratch
-    packed,  # (Hp/V, I + H, 4, V) scratch, or (Hp/V, 0, 4, V) to use the weights as they lie
-    packed_bias,  # (Hp/V, 4, V) scratch
     a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
+    packed,  # (Hp/V, I + H, 4, V) scratch, or IN; or (Hp/V, 0, 4, V) to use the weights as they lie
+    packed_bias,  # (Hp/V, 4, V) scratch, or IN
+    pack,  # whether to pack the weights: else they are used as they lie, or packed already
     ahead,  # steps whose input products are computed together, 0 for none
     parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
@@ -79,7 +80,7 @@ def layer_forward(
     row_first, row_last, row_step, block_first, block_last = parts[thread]
 
     as_they_lie = packed.shape[1] == 0
-    if not as_they_lie:
+    if pack:
         first, last = share(packed.shape[0], team, thread)
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     first, last = share(batch, team, thread)

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gates import GATES
 from fastlstm.kernels.cpu.simd import (
     address,
@@ -29,7 +29,7 @@ from fastlstm.kernels.cpu.simd import (
 )
 from fastlstm.kernels.cpu.tile import VECTORS
 
-__all__ = ["pack_backward", "pack_forward", "pack_rows", "unpack_gradient"]
+__all__ = ["pack_backward", "pack_forward", "pack_rows", "pack_weights", "unpack_gradient"]
 
 
 def _swapped(builder, dtype, a, b, distance):
@@ -110,6 +110,18 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
             units = minimum(width, hidden - block * width) if bias.size else 0
             target = offset(address(packed_bias), (block * GATES + gate) * width)
             store(target, load_first(offset(address(bias), gate * hidden + block * width), units))
+
+
+@kernel
+def pack_weights(
+    weight_ih,  # (4H, I), IN
+    weight_hh,  # (4H, H), IN
+    bias,  # (4H,), or (0,) for none, IN
+    packed,  # (Hp/V, I + H, 4, V), OUT
+    packed_bias,  # (Hp/V, 4, V), OUT
+):
+    """Pack the weights for the forward pass, once for many calls."""
+    pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, 0, packed.shape[0])
 
 
 @routine

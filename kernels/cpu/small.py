@@ -1,7 +1,8 @@
-"""A few rows on the weights as they lie: streaming, where packing the weights would cost more than the step.
+"""Calls of a few rows, with few arguments: streaming.
 
-Training has the same in both directions of time: a step or a few, as in learning online. Inference may have a team,
-each of whose threads computes some of the hidden units; they meet after each step.
+They use the weights as they lie, for packing them would cost more than a step; but those of a frozen model are packed
+already. Training has the same in both directions of time: a step or a few, as in learning online. Inference may have a
+team, each of whose threads computes some of the hidden units; they meet after each step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numba.np.numpy_support import from_dtype
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
+from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
 from fastlstm.kernels.cpu.simd import (
     address,
@@ -32,10 +34,11 @@ from fastlstm.kernels.cpu.simd import (
     store_first,
 )
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, are_far
 
-__all__ = ["prepare", "ready", "small_backward", "small_forward", "small_forward_taped"]
+__all__ = ["prepare", "ready", "small_backward", "small_forward", "small_forward_packed", "small_forward_taped"]
 
-_ROWS = 16  # the most sequences: `plan.is_short`
+_ROWS = GROUP  # the most sequences: `plan.is_short`
 
 
 @intrinsic
@@ -83,7 +86,46 @@ def small_forward(
         call, arguments = this_call()
         summon(team, call, arguments)
     nowhere = address(y)
-    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, False, nowhere, nowhere, team, thread)
+    _run(
+        weight_ih, weight_hh, bias, None, None, x, h0, c0, y, h_n, c_n, inputs, hidden, False, nowhere, nowhere,
+        team, thread,
+    )  # fmt: skip
+    if thread == 0:
+        dismiss(team)
+    return True
+
+
+@kernel
+def small_forward_packed(
+    packed,  # (Hp/V, I + H, 4, V), IN
+    packed_bias,  # (Hp/V, 4, V), IN
+    x,  # (T * B, I), IN
+    h0,  # (1, B, H), IN
+    c0,  # (1, B, H), IN
+    y,  # (T * B, H), OUT
+    h_n,  # (1, B, H), OUT
+    c_n,  # (1, B, H), OUT
+    inputs,  # I
+    hidden,  # H
+    team,  # (1 + threads, 8), IN and OUT: see team.py
+    thread,
+):
+    """Run one layer over a few rows on packed weights, otherwise as :func:`small_forward` does."""
+    batch, rows = h0.shape[1], x.shape[0]
+    if (
+        (batch == 0 or batch > _ROWS or rows % batch or x.shape[1] != inputs)
+        or (h0.shape != (1, batch, hidden) or c0.shape != h0.shape or h_n.shape != h0.shape)
+        or (c_n.shape != h0.shape or y.shape != (rows, hidden))
+    ):
+        return False
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    nowhere = address(y)
+    _run(
+        None, None, None, packed, packed_bias, x, h0, c0, y, h_n, c_n, inputs, hidden, False, nowhere, nowhere,
+        team, thread,
+    )  # fmt: skip
     if thread == 0:
         dismiss(team)
     return True
@@ -107,12 +149,20 @@ def small_forward_taped(
     """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
     left, before = address(tape), address(h_rows)
-    _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, True, left, before, team, 0)
+    _run(
+        weight_ih, weight_hh, bias, None, None, x, h0, c0, y, h_n, c_n, inputs, hidden, True, left, before, team, 0
+    )  # fmt: skip
 
 
 @routine(inline=True)
-def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, training, tape, h_rows, team, thread):
-    """Run the recurrence; `tape` and `h_rows` are pointers, which only training uses."""
+def _run(
+    weight_ih, weight_hh, bias, packed, packed_bias, x, h0, c0, y, h_n, c_n, inputs, hidden, training, tape, h_rows,
+    team, thread,
+):  # fmt: skip
+    """Run the recurrence, either on the weights as they lie or on packed ones: the others are None.
+
+    `tape` and `h_rows` are pointers, which only training uses.
+    """
     batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
     blocks = (hidden + width - 1) // width
     block_first, block_last = share(blocks, team, thread)
@@ -122,36 +172,67 @@ def _run(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, tra
         x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
         h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
         c_step = address(c0) if first else address(c_n)
-        for block in range(block_first, block_last):
-            unit = block * width
-            units = minimum(width, hidden - unit)
-            gate_dots(batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, hidden, a, GATES * width, False)
-            for n in range(batch):
-                own = n * hidden + unit
-                here = offset(a, n * GATES * width)
-                # Lanes beyond the units become harmless constants.
-                i, f, g, o, c = gates_forward(
-                    load_first(here, units),
-                    load_first(offset(here, width), units),
-                    load_first(offset(here, 2 * width), units),
-                    load_first(offset(here, 3 * width), units),
-                    load_first(offset(c_step, own), units),
+        block = block_first
+        while block < block_last:
+            together = 1
+            if weight_ih is not None:  # Numba leaves out what belongs to a None
+                gate_dots(
+                    batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, hidden, a, GATES * width, False
                 )
-                h = o * tanh(c)
-                store_first(offset(address(c_n), own), c, units)
-                store_first(offset(y_step, own), h, units)
-                if last:
-                    store_first(offset(address(h_n), own), h, units)
-                if training:
-                    left = offset(tape, ((low + n) * blocks + block) * TAPE * width)
-                    store(left, i)
-                    store(offset(left, width), f)
-                    store(offset(left, 2 * width), g)
-                    store(offset(left, 3 * width), o)
-                    store(offset(left, 4 * width), c)
-                    store(offset(h_rows, (low + n) * blocks * width + unit), load_first(offset(h_step, own), units))
+            if packed is not None:
+                together = minimum(ROW_BLOCKS if batch == 1 else 1, block_last - block)
+                _packed_products(batch, block, together, packed, packed_bias, x_step, inputs, h_step, hidden, a)
+            for number in range(together):
+                for n in range(batch):
+                    _cell(
+                        block + number, n, offset(a, (number + n) * GATES * width), low, last, batch, h_step, c_step,
+                        y_step, h_n, c_n, hidden, training, tape, h_rows,
+                    )  # fmt: skip
+            block += together
         if not last:
             barrier(team, thread)  # the next step reads the h of all units
+
+
+@routine(inline=True)
+def _packed_products(batch, block, blocks, packed, packed_bias, x, inputs, h, hidden, a):
+    """Compute the pre-activations of some rows and one block of units, or of one row and several, side by side."""
+    tile_row = GATES * lanes_of(a)
+    size = (inputs + hidden) * tile_row
+    far = are_far(a, packed.shape[0] * size)
+    pre_activations(
+        batch, blocks, x, inputs, inputs, h, hidden, hidden, offset(address(packed), block * size), size,
+        offset(address(packed_bias), block * tile_row), 0, a, tile_row, far,
+    )  # fmt: skip
+
+
+@routine(inline=True)
+def _cell(block, n, a, low, last, batch, h_step, c_step, y_step, h_n, c_n, hidden, training, tape, h_rows):
+    """Take a block of units of one sequence from its pre-activations to c and h."""
+    width = lanes_of(a)
+    unit = block * width
+    units, own = minimum(width, hidden - unit), n * hidden + unit
+    # Lanes beyond the units become harmless constants.
+    i, f, g, o, c = gates_forward(
+        load_first(a, units),
+        load_first(offset(a, width), units),
+        load_first(offset(a, 2 * width), units),
+        load_first(offset(a, 3 * width), units),
+        load_first(offset(c_step, own), units),
+    )
+    h = o * tanh(c)
+    store_first(offset(address(c_n), own), c, units)
+    store_first(offset(y_step, own), h, units)
+    if last:
+        store_first(offset(address(h_n), own), h, units)
+    if training:
+        row, blocks = low + n, (hidden + width - 1) // width
+        left = offset(tape, (row * blocks + block) * TAPE * width)
+        store(left, i)
+        store(offset(left, width), f)
+        store(offset(left, 2 * width), g)
+        store(offset(left, 3 * width), o)
+        store(offset(left, 4 * width), c)
+        store(offset(h_rows, row * blocks * width + unit), load_first(offset(h_step, own), units))
 
 
 @kernel
@@ -279,19 +360,22 @@ def _one_row(n, factor, b, c, add):
 
 
 _lock = threading.Lock()
-# The dtypes that small_forward has been compiled for: arrays of others, and of other layouts, raise TypeError.
-ready: set[np.dtype[Any]] = set()
+# The dtypes that the kernels of inference have been compiled for: arrays of others, and of other layouts, raise
+# TypeError.
+ready: dict[Any, set[np.dtype[Any]]] = {small_forward: set(), small_forward_packed: set()}
 
 
-def prepare(dtype: np.dtype[Any]) -> None:
-    """Compile :func:`small_forward` for C-contiguous, writeable arrays of a dtype, and for nothing else."""
+def prepare(kernel: Any, dtype: np.dtype[Any]) -> None:
+    """Compile a kernel of inference for C-contiguous, writeable arrays of a dtype, and for nothing else."""
     with _lock:
-        if dtype not in ready:
-            vector, matrix, state = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3))
-            arrays = (matrix, matrix, vector, matrix, state, state, matrix, state, state)
-            team = types.Array(types.int64, 2, "C")
-            arguments = (*arrays, types.intp, types.intp, types.boolean, team, types.intp)
-            small_forward.disable_compile(False)
-            small_forward.compile(arguments)
-            small_forward.disable_compile(True)
-            ready.add(dtype)
+        if dtype in ready[kernel]:
+            return
+        vector, matrix, state, packed = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
+        lying = kernel is small_forward
+        weights = (matrix, matrix, vector) if lying else (packed, state)
+        sizes = (types.intp, types.intp, types.boolean) if lying else (types.intp, types.intp)
+        team = types.Array(types.int64, 2, "C")
+        kernel.disable_compile(False)
+        kernel.compile((*weights, matrix, state, state, matrix, state, state, *sizes, team, types.intp))
+        kernel.disable_compile(True)
+        ready[kernel].add(dtype)
