@@ -56,7 +56,7 @@ class FrozenParams(dict[str, Array]):
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise FrozenError("the parameters of a frozen model cannot change: lstm.to(numpy) copies it to one whose can")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __copy__(self) -> FrozenParams:
         return self

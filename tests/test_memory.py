@@ -101,7 +101,9 @@ def guarded(monkeypatch):
     monkeypatch.setattr(type(implementation), "xp", guarded_numpy)
     cpu, memory = (sys.modules[f"fastlstm.backends.{name}"] for name in ("cpu", "memory"))
     for module in (cpu, memory):
-        monkeypatch.setattr(module, "one_block", lambda dtype, *shapes, lasting=False: [guard.empty(shape, dtype) for shape in shapes])
+        monkeypatch.setattr(
+            module, "one_block", lambda dtype, *shapes, lasting=False: [guard.empty(shape, dtype) for shape in shapes]
+        )
     monkeypatch.setattr(cpu, "SCRATCH", Scratch())
     yield guard
     guard.check()

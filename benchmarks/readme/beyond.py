@@ -139,6 +139,15 @@ def _recompute(study: Study) -> Iterator[str]:
     yield cells.table(["T,B,I,H", OURS, "with recompute", "times the time", "share of the memory"], rows)
 
 
+def _freeze(study: Study) -> Iterator[str]:
+    yield (
+        "A frozen model (`lstm.freeze()`), as it is in all comparisons of inference and streaming, beside the same"
+        " model as it was, whose parameters could change between any two calls, and the one's time divided by the other's."
+    )
+    sides = _sides(study.cases)
+    yield cells.table(["T,B,I,H", "frozen", *sides], _rows(study, sides))
+
+
 def _start(study: Study) -> Iterator[str]:
     yield (
         "Start: seconds in a new process. Cold is the first process ever, which compiles the kernels, warm every later"
@@ -190,6 +199,7 @@ def _growth(study: Study) -> Iterator[str]:
 PARTS: dict[str, Callable[[Study], Iterator[str]]] = {
     "memory": _memory,
     "recompute": _recompute,
+    "freeze": _freeze,
     "start": _start,
     "threads": _threads,
     "growth": _growth,

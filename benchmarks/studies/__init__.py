@@ -4,4 +4,6 @@ A module has ``ABOUT``, what it measures in words; ``SIDES``, whom it compares; 
 gives one :class:`~studies.record.Case` after the other.
 """
 
-NAMES = ("vowels", "loop", "ragged", "hydrology", "memory", "recompute", "roofs", "start", "threads", "growth")
+NAMES = (
+    "vowels", "loop", "ragged", "hydrology", "memory", "recompute", "freeze", "roofs", "start", "threads", "growth",
+)  # fmt: skip

@@ -24,8 +24,8 @@ STEPS, BATCH, INPUTS, HIDDEN = 1000, 32, 10, 100
 WORK = Work(1, BATCH, INPUTS, HIDDEN, kind="stream")
 ABOUT = (
     f"T={STEPS} steps, one call each, B={BATCH}, H={HIDDEN}, float32: the next input are the first I={INPUTS} units"
-    " of the output. PyTorch is called as nn.LSTM with T=1 and as nn.LSTMCell, ONNX Runtime as a graph of one step that"
-    " hands its states in and out. After the last step h is compared."
+    " of the output. Our model is frozen. PyTorch is called as nn.LSTM with T=1 and as nn.LSTMCell, ONNX Runtime as a"
+    " graph of one step that hands its states in and out. After the last step h is compared."
 )
 CELL = "torch LSTMCell"
 
@@ -56,7 +56,7 @@ def measure(threads: int, seconds: float) -> Iterator[Case]:
 
 def ours(problem: Problem, threads: int) -> Callable[[], Array]:
     """Our step."""
-    model, first = problem.model, problem.x[0]
+    model, first = problem.frozen_or_trained, problem.x[0]
 
     def run() -> Array:
         x, state = first, None

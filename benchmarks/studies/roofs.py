@@ -246,16 +246,16 @@ def _empty() -> Any:
     from numba import njit
 
     @njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
-    def empty(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> bool:
+    def empty(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> bool:
         return True
 
     return empty
 
 
 def nothing(problem: Problem) -> Side:
-    """Call a compiled function that does nothing: weights, bias, input and states, and three new arrays."""
+    """Call a compiled function that does nothing: packed weights and bias, input and states, and three new arrays."""
     work, params, empty = problem.work, problem.model.params, _empty()
-    given = [params["weight_ih_l0"], params["weight_hh_l0"], params["bias_l0"], problem.x[0]]
+    given = [params["weight_hh_l0"], params["bias_l0"], problem.x[0]]
     state = np.zeros((1, work.batch, work.hidden), work.dtype)
 
     def call() -> None:

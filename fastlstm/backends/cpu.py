@@ -34,6 +34,7 @@ from fastlstm.backends.plan import (
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
+from fastlstm.errors import ArgumentError, ArrayTypeError
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.backward import INPUT_ROWS, layer_backward
 from fastlstm.kernels.cpu.compile import compile_for
@@ -125,7 +126,6 @@ class CpuBackend(LayeredBackend):
 
     def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
         """Run a call of one layer with few checks, or none, in Python (see ``base.Backend.shortcut``)."""
-        frozen = type(params) is FrozenParams
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias:
             return None
         try:
@@ -138,33 +138,22 @@ class CpuBackend(LayeredBackend):
             # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
             if not (type(x) is type(h0) is type(c0) is np.ndarray):
                 return None
-            if frozen:
-                packed = params.kept[0, 0][self.name]  # which raises before the first call packs them
-                weights, kernel, sizes = packed, small_forward_packed, (inputs, hidden)
-                if params.cell is not cell:
-                    return None
-            else:
-                bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
-                weights, packed = (params["weight_ih_l0"], params["weight_hh_l0"], bias), ()
-                kernel, sizes = small_forward, (inputs, hidden, cell.bias)
-                if not (type(bias) is type(weights[0]) is type(weights[1]) is np.ndarray):
-                    return None
+            kernel, weights, sizes, packed = _for_shortcut(cell, params)
             rows = steps * batch
             small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE
-            short = small or is_short(rows, inputs, hidden, most=GROUP if frozen and steps == 1 else FEW_ROWS)
+            short = small or is_short(rows, inputs, hidden, most=GROUP if packed and steps == 1 else FEW_ROWS)
             y = (np.empty if short else new_array)((rows, hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
             if not short:
-                lying = layer_weights(cell, params, 0)[0] if frozen else Weights(*weights)
+                lying = layer_weights(cell, params, 0)[0] if packed else Weights(*weights)
                 fits = _many_rows(cell, lying, packed, x, h0, c0, y, h_n, c_n)
-            elif dtype not in ready[kernel]:
-                return None
             else:
                 x_rows = x if len(shape) == 2 else x.reshape(-1, inputs)
+                arguments = *weights, x_rows, h0, c0, y, h_n, c_n, *sizes
                 if small:
-                    fits = kernel(*weights, x_rows, h0, c0, y, h_n, c_n, *sizes, NO_TEAM, 0)
+                    fits = dtype in ready[kernel] and kernel(*arguments, NO_TEAM, 0)
                 else:
-                    fits = _few_rows(kernel, (*weights, x_rows, h0, c0, y, h_n, c_n, *sizes), x_rows, batch, hidden)
+                    fits = dtype in ready[kernel] and _few_rows(kernel, arguments, x_rows, batch, hidden)
             if not fits or not rows:
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
@@ -206,6 +195,26 @@ def _plain(array: Array) -> Array:
 def _bias(weights: Weights) -> Array:
     """Return the bias, or an empty array for none, so that the kernels have one signature."""
     return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else _plain(weights.bias)
+
+
+def _for_shortcut(
+    cell: Cell, params: Mapping[str, Any]
+) -> tuple[Any, tuple[Array, ...], tuple[Any, ...], tuple[Array, ...]]:
+    """Return a kernel for few rows, its weights, and the sizes that it takes; and the weights if they are packed.
+
+    It raises where there is a doubt.
+    """
+    inputs, hidden = cell.input_size, cell.hidden_size
+    if type(params) is FrozenParams:
+        packed = params.kept[0, 0][CpuBackend.name]  # the first call packs them
+        if params.cell is not cell:
+            raise ArgumentError("parameters of another model")
+        return small_forward_packed, packed, (inputs, hidden), packed
+    bias = params["bias_l0"] if cell.bias else np.empty(0, cell.dtype)
+    weights = params["weight_ih_l0"], params["weight_hh_l0"], bias
+    if not (type(bias) is type(weights[0]) is type(weights[1]) is np.ndarray):
+        raise ArrayTypeError("parameters of a subclass")
+    return small_forward, weights, (inputs, hidden, cell.bias), ()
 
 
 def _packed(weights: Weights) -> tuple[Array, ...]:

@@ -183,14 +183,13 @@ def _layer_rows(cell: Cell, layer: int) -> slice:
     return slice(layer * cell.num_directions, (layer + 1) * cell.num_directions)
 
 
-def layer_weights(cell: Cell, params: Params, layer: int) -> list[Weights]:
+def layer_weights(cell: Cell, params: Mapping[str, Array], layer: int) -> list[Weights]:
     """Return the parameters of one layer, one entry per direction."""
     found = []
-    frozen = isinstance(params, FrozenParams)
-    arrays = params.arrays if frozen else params
+    arrays, all_kept = (params.arrays, params.kept) if isinstance(params, FrozenParams) else (params, None)
     for direction in range(cell.num_directions):
         weight_ih, weight_hh, bias = direction_names(cell, layer, direction)
-        kept = params.kept.setdefault((layer, direction), {}) if frozen else None
+        kept = None if all_kept is None else all_kept.setdefault((layer, direction), {})
         found.append(Weights(arrays[weight_ih], arrays[weight_hh], arrays[bias] if bias else None, kept))
     return found
 

@@ -22,9 +22,9 @@ _OPERATIONS_WORTH_A_THREAD, _WEIGHTS_WORTH_A_THREAD = 2_000_000, 300_000
 _OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
 # Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
-# Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it. But reading so many
-# recurrent weights takes one thread longer than two take to meet, however few the operations are: with half of them,
-# each has little more than its first-level cache holds.
+# Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it. But reading so
+# many recurrent weights takes one thread longer than two take to meet, however few the operations are: with half of
+# them, each has little more than its first-level cache holds.
 _OPERATIONS_WORTH_A_MEETING, _WEIGHTS_WORTH_A_MEETING = 100_000, 16_000
 # With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile.
 _ROWS_WORTH_ALL_WEIGHTS = 32

@@ -161,7 +161,7 @@ def measure_row(work: Work, names: Iterable[str], threads: int, seconds: float) 
                         refused[name] = wrong
                     del found
             if peers.CPU in sides:  # which holds the number of threads
-                plan = problem.model.plan(problem.x, problem.lengths).partition(": ")[2]
+                plan = problem.frozen_or_trained.plan(problem.x, problem.lengths).partition(": ")[2]
             timed, interrupted = _timed(sides, seconds, refused)
             timings = {name: Timing(*figures, *began[name]) for name, figures in timed.items()}
         except KeyboardInterrupt:

@@ -26,7 +26,10 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = ["CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds", "reference"]
+__all__ = [
+    "CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds", "not_frozen",
+    "reference",
+]  # fmt: skip
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -115,9 +118,22 @@ def _stacked(problem: Problem, arrays: tuple[Any, ...]) -> tuple[Array, ...]:
 
 @contextlib.contextmanager
 def cpu(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on NumPy arrays, as it runs them: on the compiled kernels."""
+    """Our library on NumPy arrays, as it runs them: on the compiled kernels. The model is frozen unless it trains."""
+    with _cpu(problem, problem.frozen_or_trained, threads) as side:
+        yield side
+
+
+@contextlib.contextmanager
+def not_frozen(problem: Problem, threads: int) -> Iterator[Side]:
+    """The same on a model whose parameters could change between any two calls."""
+    with _cpu(problem, problem.model, threads) as side:
+        yield side
+
+
+@contextlib.contextmanager
+def _cpu(problem: Problem, model: fastlstm.LSTM, threads: int) -> Iterator[Side]:
     with _threads(threads):
-        call, results = _ours(problem, problem.model, problem.x, problem.dy)
+        call, results = _ours(problem, model, problem.x, problem.dy)
         yield Side(call, lambda: _stacked(problem, results()))
 
 

@@ -13,6 +13,7 @@ the same for all sides.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +172,14 @@ class Problem:
         if work.lengths is not None:
             dy[np.arange(work.steps)[:, None] >= np.array(work.lengths)] = 0
         return cls(work, LSTM(work.inputs, work.hidden, dtype=work.dtype, seed=0), x, dy)
+
+    @functools.cached_property
+    def frozen_or_trained(self) -> LSTM:
+        """The model as somebody who wants it fast would have it: frozen, unless it is trained.
+
+        For ONNX Runtime and OpenVINO, which only infer, the parameters are constants, too.
+        """
+        return self.model if self.work.kind == "train" else self.model.freeze()
 
     @property
     def lengths(self) -> Array | None:
