@@ -69,5 +69,5 @@ class FrozenParams(dict[str, Array]):
 
 
 def _read_only(array: Array) -> Array:
-    """View an array in a way that cannot be undone: a view's own flag could be."""
-    return np.ndarray(array.shape, array.dtype, memoryview(array).toreadonly())
+    """View an array in a way that cannot be undone, as a view's flag could be: its base is a buffer to read only."""
+    return np.asarray(memoryview(array).toreadonly())

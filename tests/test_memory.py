@@ -21,6 +21,7 @@ from tolerances import assert_close
 from fastlstm import LSTM, dispatch, use_backend
 from fastlstm.backends.memory import POOL, Pool, Scratch, Workspace, new_array, one_block
 from fastlstm.backends.plan import Trials
+from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
@@ -130,13 +131,28 @@ def test_inference_stays_inside_its_arrays(guarded, dtype, case):
     assert_close("agreement", found, expected, backend="cpu", dtype=dtype)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 6, 7, 13])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_frozen_model_stays_inside_its_arrays(guarded, dtype, case):
+    p = problem(dataclasses.replace(case, dropout=0.0))
+    expected = solve(p, REFERENCE)
+    p = p.astype(dtype)
+    params, backend = FrozenParams(p.cell, p.params), dispatch.backend_named("cpu")
+    x, (h0, c0) = guarded.array(p.x), map(guarded.array, p.state)
+    for _ in range(2):  # the first call packs the weights
+        result = backend.forward(p.cell, params, x, h0, c0, p.lengths, None, keep_tape=False)
+        found = {"y": result.y, "h_n": result.h_n, "c_n": result.c_n}
+        assert_close("agreement", found, {name: expected[name] for name in found}, backend="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("batch", [1, 2, 6, 7, 13, 40])
 @pytest.mark.parametrize(("inputs", "hidden"), [(1, 1), (5, 7), (16, 16), (17, 33), (3, 100)])
-def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden):
+def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden, frozen):
     p = problem(Case(1, batch, inputs, hidden, 2))
     expected = solve(p, REFERENCE)
     p = p.astype(dtype)
     params = {name: guarded.array(value) for name, value in p.params.items()}
+    params = FrozenParams(p.cell, params) if frozen else params
     state = map(guarded.array, p.state)
     h, c = dispatch.backend_named("cpu").step(p.cell, params, guarded.array(p.x[0]), *state)
     expected = {name: expected[name] for name in ("h_n", "c_n")}

@@ -61,6 +61,9 @@ def compare():
             expected = results(lstm, np.copy, steps, batch)
             lstm.params.update({name: at_the_end_of_a_page(value) for name, value in lstm.params.items()})
             found = results(lstm, at_the_end_of_a_page, steps, batch)
+            frozen = lstm.freeze()
+            found += results(frozen, at_the_end_of_a_page, steps, batch)
+            expected += results(frozen, np.copy, steps, batch)
         for one, other in zip(found, expected, strict=True):
             assert np.array_equal(one, other)
             compared += 1

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scri
 import study as command
 from studies import (
     NAMES,
+    freeze,
     growth,
     hydrology,
     loop,
@@ -56,6 +57,7 @@ def test_every_study_says_what_it_is():
         (loop, {"STEPS": 3}, 1),
         (memory, {"SHAPES": ((30, 2, 4, 16),)}, 2),
         (recompute, {"SHAPES": ((30, 2, 4, 16),)}, 2),
+        (freeze, {"STREAMS": ((1, 2, 4, 16),), "SEQUENCES": ((3, 1, 4, 8),)}, 2),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -71,6 +73,8 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, monkeypatch, modul
         if module is recompute:
             assert case.ratio(recompute.RECOMPUTED) is not None
             assert 0 < case.facts[recompute.SAVED] < 1
+        elif module is freeze:
+            assert case.ratio(freeze.LIVE) is not None
         elif module is not memory and "padded" not in case.name:
             assert case.ratio("torch") is not None
     assert torch.get_num_threads() == before

@@ -8,6 +8,7 @@ tests these widths with both dtypes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -47,10 +48,11 @@ def compare(name):
             continue
         lstm = LSTM(case.inputs, case.hidden, case.layers, case.bias, dtype=dtype)
         lstm.params.update(p.params)
-        for x in (p.x, p.x[:1]):  # what has run once may take the way for small calls
+        # What has run once may take the way for small calls.
+        for model, x in itertools.product((lstm, lstm.freeze()), (p.x, p.x[:1])):
             with cpu.active():
-                first, _ = lstm.step(x[0], p.state)
-                y, _ = lstm(x, p.state)
+                first, _ = model.step(x[0], p.state)
+                y, _ = model(x, p.state)
             whole = {"first": expected["y"][0], "y": expected["y"][: len(x)]}
             assert_close("agreement", {"first": first, "y": y}, whole, backend="cpu", dtype=dtype)
             compared += 2

@@ -142,7 +142,7 @@ def _recompute(study: Study) -> Iterator[str]:
 def _freeze(study: Study) -> Iterator[str]:
     yield (
         "A frozen model (`lstm.freeze()`), as it is in all comparisons of inference and streaming, beside the same"
-        " model as it was, whose parameters could change between any two calls, and the one's time divided by the other's."
+        " model as it was, whose parameters could change between any two calls; and that time divided by the frozen's."
     )
     sides = _sides(study.cases)
     yield cells.table(["T,B,I,H", "frozen", *sides], _rows(study, sides))

@@ -21,8 +21,9 @@ from .record import OURS, Case
 ROUNDS = 5
 ABOUT = (
     "Seconds in a new process, float32, T=100, B=32, I=64, H=128: of the import, and of the first calls, which are a"
-    " training pass (forward and backward), an inference and a step of one sequence; these are the kernels that a model"
-    " needs, for many rows and for few. `Cold` is a process that finds no compiled kernel, `warm` the next one. What a"
+    " training pass (forward and backward), an inference, and a step of one sequence, by the model and by the same"
+    " frozen; these are the kernels that a model needs, for many rows and for few. `Cold` is a process that finds no"
+    " compiled kernel, `warm` the next one. What a"
     f" first call loads, such as Numba, is counted to it. Medians of {ROUNDS} processes each, the sides in turn; their"
     " files are in the system's cache."
 )
@@ -49,9 +50,10 @@ lap()
 model(x)
 lap()
 model.step(x[0, :1])
+model.freeze().step(x[0, :1])
 lap()
 from fastlstm.kernels.cpu import backward, forward, small
-kernels = forward.layer_forward, backward.layer_backward, small.small_forward
+kernels = forward.layer_forward, backward.layer_backward, small.small_forward, small.small_forward_packed
 compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 """
 _TORCH = """
@@ -66,7 +68,8 @@ lap()
 with torch.inference_mode():
     model(torch.from_numpy(x))
     lap()
-    model(torch.from_numpy(x[:1, :1]))
+    for _ in range(2):
+        model(torch.from_numpy(x[:1, :1]))
 lap()
 compiled = 0
 """

@@ -34,7 +34,6 @@ from fastlstm.backends.plan import (
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_each, run_team
 from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, ArrayTypeError
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.backward import INPUT_ROWS, layer_backward
 from fastlstm.kernels.cpu.compile import compile_for
@@ -45,6 +44,7 @@ from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.small import (
     prepare,
     ready,
+    ready_packed,
     small_backward,
     small_forward,
     small_forward_packed,
@@ -129,7 +129,7 @@ class CpuBackend(LayeredBackend):
         if cell.num_layers != 1 or cell.bidirectional or len(params) != 2 + cell.bias:
             return None
         try:
-            shape, inputs, hidden, dtype = x.shape, cell.input_size, cell.hidden_size, cell.dtype
+            shape, hidden, dtype = x.shape, cell.hidden_size, cell.dtype
             steps, batch = shape[:-1] if len(shape) == 3 else (1, shape[0])
             if state is None:
                 h0 = c0 = np.zeros((1, batch, hidden), dtype)
@@ -138,23 +138,10 @@ class CpuBackend(LayeredBackend):
             # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
             if not (type(x) is type(h0) is type(c0) is np.ndarray):
                 return None
-            kernel, weights, sizes, packed = _for_shortcut(cell, params)
-            rows = steps * batch
-            small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE
-            short = small or is_short(rows, inputs, hidden, most=GROUP if packed and steps == 1 else FEW_ROWS)
-            y = (np.empty if short else new_array)((rows, hidden), dtype)
             h_n, c_n = np.empty((1, batch, hidden), dtype), np.empty((1, batch, hidden), dtype)
-            if not short:
-                lying = layer_weights(cell, params, 0)[0] if packed else Weights(*weights)
-                fits = _many_rows(cell, lying, packed, x, h0, c0, y, h_n, c_n)
-            else:
-                x_rows = x if len(shape) == 2 else x.reshape(-1, inputs)
-                arguments = *weights, x_rows, h0, c0, y, h_n, c_n, *sizes
-                if small:
-                    fits = dtype in ready[kernel] and kernel(*arguments, NO_TEAM, 0)
-                else:
-                    fits = dtype in ready[kernel] and _few_rows(kernel, arguments, x_rows, batch, hidden)
-            if not fits or not rows:
+            infer: Callable[..., Any] = _infer_frozen if type(params) is FrozenParams else _infer
+            y = infer(cell, params, x, h0, c0, h_n, c_n, steps, batch)
+            if y is None:
                 return None
         except Exception:  # an argument is not as it should be: the checks will tell
             return None
@@ -197,24 +184,71 @@ def _bias(weights: Weights) -> Array:
     return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else _plain(weights.bias)
 
 
-def _for_shortcut(
-    cell: Cell, params: Mapping[str, Any]
-) -> tuple[Any, tuple[Array, ...], tuple[Any, ...], tuple[Array, ...]]:
-    """Return a kernel for few rows, its weights, and the sizes that it takes; and the weights if they are packed.
+def _infer(
+    cell: Cell,
+    params: Any,
+    x: Array,  # (T, B, I) or, for one step, (B, I)
+    h0: Array,
+    c0: Array,
+    h_n: Array,  # OUT
+    c_n: Array,  # OUT
+    steps: int,
+    batch: int,
+) -> Array | None:
+    """Run one layer on arguments that nobody has checked; return y (T * B, H), or None at the least doubt."""
+    inputs, hidden, dtype, rows = cell.input_size, cell.hidden_size, cell.dtype, steps * batch
+    bias = params["bias_l0"] if cell.bias else np.empty(0, dtype)
+    weight_ih, weight_hh = params["weight_ih_l0"], params["weight_hh_l0"]
+    # Numba takes a masked array for a plain one; no subclass is known to be harmless here.
+    if not (type(bias) is type(weight_ih) is type(weight_hh) is np.ndarray and rows):
+        return None
+    small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE
+    if small or is_short(rows, inputs, hidden):
+        y = np.empty((rows, hidden), dtype)
+        run = small_forward if small else _few_rows
+        fits = dtype in ready and run(
+            weight_ih, weight_hh, bias, x if x.ndim == 2 else x.reshape(rows, inputs), h0, c0, y, h_n, c_n,
+            inputs, hidden, cell.bias, NO_TEAM, 0,
+        )  # fmt: skip
+    else:
+        y = new_array((rows, hidden), dtype)
+        fits = _many_rows(cell, Weights(weight_ih, weight_hh, bias), x, h0, c0, y, h_n, c_n)
+    return y if fits else None
 
-    It raises where there is a doubt.
-    """
-    inputs, hidden = cell.input_size, cell.hidden_size
-    if type(params) is FrozenParams:
-        packed = params.kept[0, 0][CpuBackend.name]  # the first call packs them
-        if params.cell is not cell:
-            raise ArgumentError("parameters of another model")
-        return small_forward_packed, packed, (inputs, hidden), packed
-    bias = params["bias_l0"] if cell.bias else np.empty(0, cell.dtype)
-    weights = params["weight_ih_l0"], params["weight_hh_l0"], bias
-    if not (type(bias) is type(weights[0]) is type(weights[1]) is np.ndarray):
-        raise ArrayTypeError("parameters of a subclass")
-    return small_forward, weights, (inputs, hidden, cell.bias), ()
+
+def _infer_frozen(
+    cell: Cell,
+    params: FrozenParams,
+    x: Array,
+    h0: Array,
+    c0: Array,
+    h_n: Array,
+    c_n: Array,
+    steps: int,
+    batch: int,
+) -> Array | None:
+    """Do as :func:`_infer` does for a frozen model, whose parameters are as they should be."""
+    inputs, hidden, dtype, rows = cell.input_size, cell.hidden_size, cell.dtype, steps * batch
+    if params.cell is not cell or not rows:
+        return None
+    packed, packed_bias = params.kept[0, 0][CpuBackend.name]  # which raises before the first call has packed them
+    small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE
+    if small or is_short(rows, inputs, hidden, most=_most_short(steps)):
+        y = np.empty((rows, hidden), dtype)
+        run = small_forward_packed if small else _few_rows_packed
+        fits = dtype in ready_packed and run(
+            packed, packed_bias, x if x.ndim == 2 else x.reshape(rows, inputs), h0, c0, y, h_n, c_n,
+            inputs, hidden, NO_TEAM, 0,
+        )  # fmt: skip
+    else:
+        y = new_array((rows, hidden), dtype)
+        fits = _many_rows(cell, layer_weights(cell, params, 0)[0], x, h0, c0, y, h_n, c_n)
+    return y if fits else None
+
+
+def _most_short(steps: int) -> int:
+    """Return how many rows a short call may have on packed weights: a single step as many as a tile's weights serve."""
+    return GROUP if steps == 1 else FEW_ROWS
 
 
 def _packed(weights: Weights) -> tuple[Array, ...]:
@@ -230,17 +264,7 @@ def _packed(weights: Weights) -> tuple[Array, ...]:
     return found
 
 
-def _many_rows(
-    cell: Cell,
-    weights: Weights,
-    packed: tuple[Array, ...],
-    x: Array,
-    h0: Array,
-    c0: Array,
-    y: Array,
-    h_n: Array,
-    c_n: Array,
-) -> bool:
+def _many_rows(cell: Cell, weights: Weights, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array) -> bool:
     """Run one layer over x (T, B, I); return False, with nothing done, if anything does not fit."""
     inputs, hidden, dtype = cell.input_size, cell.hidden_size, cell.dtype
     weight_ih, weight_hh, bias = weights.weight_ih, weights.weight_hh, _bias(weights)
@@ -251,7 +275,7 @@ def _many_rows(
         and (weight_ih.dtype == weight_hh.dtype == bias.dtype == dtype)
     ):
         return False
-    batch = x.shape[-2]
+    batch, packed = x.shape[-2], _packed(weights)
     where, ways = _equal_call(weight_ih.shape, len(y) // batch, batch, dtype, bool(packed))
     arguments = (
         _plain(weight_ih), _plain(weight_hh), _plain(bias), _plain(x).reshape(-1, inputs), _plain(h0)[0], _plain(c0)[0],
@@ -261,12 +285,22 @@ def _many_rows(
     return True
 
 
-def _few_rows(kernel: Any, arguments: tuple[Any, ...], x: Array, batch: int, hidden: int) -> bool:
-    """Call a kernel for few rows, made for one thread, with a team if that is better."""
-    (rows, inputs), threads = x.shape, get_num_threads()
+def _few_rows(*arguments: Any) -> bool:
+    """Call :func:`small_forward`, for one thread, with a team if that is better."""
+    return _with_team(small_forward, arguments, *arguments[3:5], *arguments[9:11])
+
+
+def _few_rows_packed(*arguments: Any) -> bool:
+    """Call :func:`small_forward_packed`, for one thread, with a team if that is better."""
+    return _with_team(small_forward_packed, arguments, *arguments[2:4], *arguments[8:10])
+
+
+def _with_team(kernel: Any, arguments: tuple[Any, ...], x: Array, h0: Array, inputs: int, hidden: int) -> bool:
+    rows, threads = len(x), get_num_threads()
     if threads == 1 or most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, ROWS)) == 1:
-        return bool(kernel(*arguments, NO_TEAM, 0))
-    return bool(_run(kernel, arguments, _short_ways(kernel, rows, batch, inputs, hidden, x.dtype), rows, threads))
+        return bool(kernel(*arguments))
+    ways = _short_ways(kernel, rows, h0.shape[1], inputs, hidden, x.dtype)
+    return bool(_run(kernel, arguments[:-2], ways, rows, threads))
 
 
 @functools.lru_cache(maxsize=64)
@@ -289,7 +323,7 @@ def _is_short(packing: Packing, weights: Sequence[Weights], backward: bool = Fal
     if len(weights) > 1 or packing.ragged:
         return False
     hidden, inputs = weights[0].weight_hh.shape[1], weights[0].weight_ih.shape[1]
-    most = GROUP if packing.steps == 1 and weights[0].kept is not None and not backward else FEW_ROWS
+    most = FEW_ROWS if backward or weights[0].kept is None else _most_short(packing.steps)
     return is_short(packing.rows, inputs, hidden, backward, most)
 
 
@@ -302,11 +336,14 @@ def _small_forward(
     x = x.reshape(rows, inputs)
     if not keep_tape:
         packed = _packed(weights)
-        kernel = small_forward_packed if packed else small_forward
-        prepare(kernel, x.dtype)
-        sizes = (inputs, hidden) if packed else (inputs, hidden, weights.bias is not None)
-        arguments = *(packed or (weight_ih, weight_hh, bias)), x, h0, c0, y, h_n, c_n, *sizes
-        fits = _few_rows(kernel, arguments, x, h0.shape[1], hidden)
+        prepare(x.dtype, bool(packed))
+        if packed:
+            fits = _few_rows_packed(*packed, x, h0, c0, y, h_n, c_n, inputs, hidden, NO_TEAM, 0)
+        else:
+            biased = weights.bias is not None
+            fits = _few_rows(
+                weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, biased, NO_TEAM, 0
+            )  # fmt: skip
         assert fits
         return None
     size = _Size.of(weight_ih)

@@ -36,7 +36,10 @@ from fastlstm.kernels.cpu.simd import (
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, are_far
 
-__all__ = ["prepare", "ready", "small_backward", "small_forward", "small_forward_packed", "small_forward_taped"]
+__all__ = [
+    "prepare", "ready", "ready_packed", "small_backward", "small_forward", "small_forward_packed",
+    "small_forward_taped",
+]  # fmt: skip
 
 _ROWS = GROUP  # the most sequences: `plan.is_short`
 
@@ -172,23 +175,27 @@ def _run(
         x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
         h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
         c_step = address(c0) if first else address(c_n)
-        block = block_first
-        while block < block_last:
-            together = 1
-            if weight_ih is not None:  # Numba leaves out what belongs to a None
+        if weight_ih is not None:  # Numba leaves out what belongs to a None
+            for block in range(block_first, block_last):
                 gate_dots(
                     batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, hidden, a, GATES * width, False
                 )
-            if packed is not None:
-                together = minimum(ROW_BLOCKS if batch == 1 else 1, block_last - block)
-                _packed_products(batch, block, together, packed, packed_bias, x_step, inputs, h_step, hidden, a)
-            for number in range(together):
                 for n in range(batch):
                     _cell(
-                        block + number, n, offset(a, (number + n) * GATES * width), low, last, batch, h_step, c_step,
-                        y_step, h_n, c_n, hidden, training, tape, h_rows,
+                        block, n, offset(a, n * GATES * width), low, last, h_step, c_step, y_step, h_n, c_n, hidden,
+                        training, tape, h_rows,
                     )  # fmt: skip
-            block += together
+        if packed is not None:
+            together = ROW_BLOCKS if batch == 1 else 1
+            for first_block in range(block_first, block_last, together):
+                number = minimum(together, block_last - first_block)
+                _packed_products(batch, first_block, number, packed, packed_bias, x_step, inputs, h_step, hidden, a)
+                for further in range(number):
+                    for n in range(batch):  # one, if there are several blocks
+                        _cell(
+                            first_block + further, n, offset(a, (further + n) * GATES * width), low, last,
+                            h_step, c_step, y_step, h_n, c_n, hidden, training, tape, h_rows,
+                        )  # fmt: skip
         if not last:
             barrier(team, thread)  # the next step reads the h of all units
 
@@ -206,7 +213,7 @@ def _packed_products(batch, block, blocks, packed, packed_bias, x, inputs, h, hi
 
 
 @routine(inline=True)
-def _cell(block, n, a, low, last, batch, h_step, c_step, y_step, h_n, c_n, hidden, training, tape, h_rows):
+def _cell(block, n, a, low, last, h_step, c_step, y_step, h_n, c_n, hidden, training, tape, h_rows):
     """Take a block of units of one sequence from its pre-activations to c and h."""
     width = lanes_of(a)
     unit = block * width
@@ -362,20 +369,21 @@ def _one_row(n, factor, b, c, add):
 _lock = threading.Lock()
 # The dtypes that the kernels of inference have been compiled for: arrays of others, and of other layouts, raise
 # TypeError.
-ready: dict[Any, set[np.dtype[Any]]] = {small_forward: set(), small_forward_packed: set()}
+ready: set[np.dtype[Any]] = set()
+ready_packed: set[np.dtype[Any]] = set()
 
 
-def prepare(kernel: Any, dtype: np.dtype[Any]) -> None:
+def prepare(dtype: np.dtype[Any], packed: bool) -> None:
     """Compile a kernel of inference for C-contiguous, writeable arrays of a dtype, and for nothing else."""
     with _lock:
-        if dtype in ready[kernel]:
+        if dtype in (ready_packed if packed else ready):
             return
-        vector, matrix, state, packed = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
-        lying = kernel is small_forward
-        weights = (matrix, matrix, vector) if lying else (packed, state)
-        sizes = (types.intp, types.intp, types.boolean) if lying else (types.intp, types.intp)
+        vector, matrix, state, four = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
+        kernel = small_forward_packed if packed else small_forward
+        weights = (four, state) if packed else (matrix, matrix, vector)
+        sizes = (types.intp, types.intp) if packed else (types.intp, types.intp, types.boolean)
         team = types.Array(types.int64, 2, "C")
         kernel.disable_compile(False)
         kernel.compile((*weights, matrix, state, state, matrix, state, state, *sizes, team, types.intp))
         kernel.disable_compile(True)
-        ready[kernel].add(dtype)
+        (ready_packed if packed else ready).add(dtype)
