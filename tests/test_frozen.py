@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from harness import REFERENCE, Case, problem, results, solve
+from harness import REFERENCE, BackendUnderTest, Case, problem, results, solve
 from tolerances import assert_close, assert_identical
 
 import fastlstm
@@ -50,10 +50,19 @@ def threads():
     fastlstm.set_num_threads(before)
 
 
+@pytest.fixture
+def backend(request):
+    """A backend by name, forced for the length of the test: only NumPy arrays can be frozen."""
+    under_test = BackendUnderTest(request.param)
+    if under_test.missing:
+        pytest.skip(under_test.missing)
+    with under_test.active():
+        yield under_test
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_frozen_model_gives_the_reference_s_results_and_gradients(backend, dtype, case):
-    if not backend.is_numpy:
-        pytest.skip("a model of CuPy arrays is not frozen")
     expected = solve(problem(case), REFERENCE)
     p = problem(case).astype(dtype)
     frozen = model_of(p).freeze()
@@ -65,9 +74,8 @@ def test_a_frozen_model_gives_the_reference_s_results_and_gradients(backend, dty
     assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 def test_a_model_on_the_gpu_is_not_frozen(backend):
-    if backend.is_numpy:
-        pytest.skip("a model of NumPy arrays is frozen")
     lstm = LSTM(3, 4, seed=0)
     lstm.params.update({name: backend.array(value) for name, value in lstm.params.items()})
     with pytest.raises(fastlstm.ArrayTypeError, match="NumPy arrays"):
