@@ -230,6 +230,21 @@ def test_what_is_hopeless_takes_little_of_the_time():
     assert found[10_000:].count(0) and found[10_000:].count(2), "each is tried again all the same"
 
 
+def test_a_team_whose_worker_has_to_be_woken_gets_over_that_before_its_try_counts():
+    trials, slow = Trials(), iter([150e-6, 27e-6, 23e-6, 21e-6, 12e-6])  # and then 10, against 16 on one thread
+    found = ways_of_calls(trials, 20, [1.0, 16e-6])  # the first calls were slower still
+    for _ in range(500):
+        found.append(trials.pick("kind", 2))
+        trials.report("kind", found[-1], 16e-6 if found[-1] else next(slow, 10e-6))
+    assert found[-200:].count(0) > 180
+
+
+@pytest.mark.parametrize("woken", [150e-6, 40e-6])
+def test_a_team_that_is_woken_for_each_call_loses_and_its_tries_take_little_of_the_time(woken):
+    found = ways_of_calls(Trials(), 100_000, [woken, 16e-6])
+    assert 0 < found[1000:].count(0) * woken / (len(found) * 16e-6) < 2 * Trials.SHARE
+
+
 def test_one_slow_call_decides_nothing():
     trials = Trials()
     ways_of_calls(trials, 100, [1.0, 2.0])

@@ -475,7 +475,7 @@ def _run(
         if workers:
             release(workers)
     if kind and as_planned and result is not False:
-        TRIALS.report(kind, number, (time.perf_counter() - start) / rows)
+        TRIALS.report(kind, number, time.perf_counter() - start, rows)
     SCRATCH.give_back(way.workspace, scratch)
     return result
 

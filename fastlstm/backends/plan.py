@@ -100,16 +100,19 @@ class Trials:
     """Which of several plans is the fastest, where that is in doubt: a matter of measurement, call by call.
 
     It depends on the machine, and on what else runs there. Waking a worker takes some microseconds, or a hundred on
-    a virtual machine; and on busy cores a thread that is waited for may stand in the system's queue for milliseconds,
-    where threads meet after each step at every step. So calls are run all ways, and the fastest is kept for each kind
-    of call; another has a try after some calls, and after twice as many each time that one loses again. A try is of
-    several calls, whose median counts: neither a compilation nor a disturbed call decides; and it has to win clearly,
-    or noise would decide again and again. What was measured in the past counts for nothing but when to try: the whole
+    a virtual machine; and on busy cores a thread that is waited for may stand in the system's queue for
+    milliseconds, where threads meet after each step at every step. So calls are run all ways, and the fastest is
+    kept for each kind of call; another has a try after some calls, and after twice as many each time that one loses
+    again. A try is of several calls, whose median counts: neither a compilation nor a disturbed call decides; and
+    it has to win clearly, or noise would decide again and again. Before them come some that do not count where
+    calls are short: the first has to wake a worker, which takes longer than the call, and its weights are in
+    another core's caches for some more. What was measured in the past counts for nothing but when to try: the whole
     machine may be slower now. Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
     CALLS = 3  # of a try
+    WARMING, SHORT = 6, 1e-3  # calls before them, if they are shorter than so many seconds
     BETTER = 0.95  # of the time: enough to win
     SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
@@ -127,13 +130,17 @@ class Trials:
         if rivals is None:
             rivals = self._rivals[kind] = _Rivals(ways, self.FIRST_REST)
         if not rivals.tries and rivals.calls >= rivals.rest and rivals.is_known():
-            rivals.trying, rivals.tries = rivals.next_to_try(), self.CALLS
+            rivals.trying, rivals.tries, rivals.warming = rivals.next_to_try(), self.CALLS, self.WARMING
         return rivals.trying if rivals.tries else rivals.fastest
 
-    def report(self, kind: Hashable, way: int, seconds: float) -> None:
-        """Take note of how long a call took, for each of its rows."""
+    def report(self, kind: Hashable, way: int, seconds: float, rows: int = 1) -> None:
+        """Take note of how long a call of so many rows took."""
         rivals = self._rivals.get(kind)
         if rivals is None:  # forgotten meanwhile
+            return
+        is_short, seconds = seconds < self.SHORT, seconds / rows  # calls of one kind differ in their number of rows
+        if is_short and rivals.warming > 0 and rivals.tries and way == rivals.trying:
+            rivals.warming -= 1
             return
         rivals.note(way, seconds)
         if rivals.tries and way == rivals.trying:
@@ -149,7 +156,8 @@ class Trials:
                 rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
                 rivals.rest = self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
                 if hopeless:
-                    rivals.rest = max(rivals.rest, int(seconds / (self.SHARE * best)))
+                    calls = 1 + self.WARMING if is_short else 1
+                    rivals.rest = max(rivals.rest, int(calls * seconds / (self.SHARE * best)))
         else:
             rivals.calls += 1
         if math.inf in rivals.medians or rivals.medians[rivals.fastest] > self.SUSPECT * min(rivals.medians):
@@ -164,7 +172,7 @@ class _Rivals:
         self.medians = [math.inf] * ways
         self.fastest = 0
         self.rest, self.calls, self.lost = rest, 0, 0
-        self.trying, self.tries = 0, 0
+        self.trying, self.tries, self.warming = 0, 0, 0
 
     def note(self, way: int, seconds: float) -> None:
         """Take note of a call."""
