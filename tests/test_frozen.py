@@ -103,6 +103,24 @@ def test_steps_give_the_bits_of_the_whole_sequence_and_of_training(dtype, case, 
         assert_identical(other, found[0])
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 7), (1, 32), (6, 1), (30, 9)])
+def test_an_input_that_is_a_part_of_another_array_takes_no_longer_way(dtype, frozen, steps, batch):
+    # In a closed loop it is: what Numba refuses takes it a hundred microseconds to say so.
+    lstm = LSTM(5, 33, dtype=dtype, seed=0)
+    lstm = lstm.freeze() if frozen else lstm
+    whole = RNG.normal(size=(2 * steps, batch, 11)).astype(dtype)
+    with fastlstm.use_backend("cpu"):
+        for x in (whole[::2, :, 3:8], whole[::-2, :, 10:5:-1]):
+            y, state = lstm(x.copy())
+            h, first = lstm.step(x[0].copy())
+            for _ in range(2):
+                found = fastlstm.dispatch.backend_named("cpu").shortcut(lstm.cell, lstm.params, x, None)
+                assert_identical(dict(zip("yhc", found, strict=True)), dict(zip("yhc", (y, *state), strict=True)))
+                found = fastlstm.dispatch.backend_named("cpu").shortcut(lstm.cell, lstm.params, x[0], None)
+                assert_identical(dict(zip("yhc", found, strict=True)), dict(zip("yhc", (h, *first), strict=True)))
+
+
 @pytest.mark.parametrize("hidden", [5, 64, 100])
 def test_a_sequence_gives_the_same_bits_in_any_batch(dtype, hidden):
     x = RNG.normal(size=(3, 70, 9)).astype(dtype)

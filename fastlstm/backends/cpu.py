@@ -207,7 +207,7 @@ def _infer(
         y = np.empty((rows, hidden), dtype)
         run = small_forward if small else _few_rows
         fits = dtype in ready and run(
-            weight_ih, weight_hh, bias, x if x.ndim == 2 else x.reshape(rows, inputs), h0, c0, y, h_n, c_n,
+            weight_ih, weight_hh, bias, _as_rows(x, rows, inputs), h0, c0, y, h_n, c_n,
             inputs, hidden, cell.bias, NO_TEAM, 0,
         )  # fmt: skip
     else:
@@ -237,13 +237,19 @@ def _infer_frozen(
         y = np.empty((rows, hidden), dtype)
         run = small_forward_packed if small else _few_rows_packed
         fits = dtype in ready_packed and run(
-            packed, packed_bias, x if x.ndim == 2 else x.reshape(rows, inputs), h0, c0, y, h_n, c_n,
+            packed, packed_bias, _as_rows(x, rows, inputs), h0, c0, y, h_n, c_n,
             inputs, hidden, NO_TEAM, 0,
         )  # fmt: skip
     else:
         y = new_array((rows, hidden), dtype)
         fits = _many_rows(cell, layer_weights(cell, params, 0)[0], x, h0, c0, y, h_n, c_n)
     return y if fits else None
+
+
+def _as_rows(x: Array, rows: int, inputs: int) -> Array:
+    """Return an input as contiguous rows: in a closed loop it is often a part of the output."""
+    x = np.ascontiguousarray(x)
+    return x if x.ndim == 2 else x.reshape(rows, inputs)
 
 
 def _most_short(steps: int) -> int:
