@@ -14,7 +14,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends import cpu
+from fastlstm.backends import few
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import Plan, Trials
 
@@ -142,7 +142,7 @@ def test_a_short_call_gives_the_same_bits_by_the_way_of_long_ones(dtype, monkeyp
         for _ in range(2):
             y, (h_n, c_n), tape = lstm.forward(x)
             found.append({"y": y, "h_n": h_n, "c_n": c_n, "gates": tape.record.layers[0].directions[0].gates})
-            monkeypatch.setattr(cpu, "is_short", lambda *_: False)
+            monkeypatch.setattr(few, "is_short", lambda *_: False)
     assert_identical(*found)
 
 
@@ -262,7 +262,7 @@ def test_teams_end_when_the_cores_get_busy_and_come_back():
 def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
     # A few rows more, and one thread is out of the question: its number must not be taken for another plan's.
     trials = Trials()
-    monkeypatch.setattr("fastlstm.backends.cpu.TRIALS", trials)
+    monkeypatch.setattr("fastlstm.backends.calls.TRIALS", trials)
     lstm = LSTM(34, 128, seed=0)
     fastlstm.set_num_threads(2)
     try:

@@ -14,7 +14,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends import cpu
+from fastlstm.backends import calls
 from fastlstm.frozen import FrozenParams
 
 CASES = [
@@ -233,8 +233,8 @@ def test_the_plan_of_a_frozen_model_is_its_own():
 
 
 def test_the_weights_are_packed_at_the_first_call_and_never_again(monkeypatch, threads):
-    packings, pack = [], cpu.pack_weights
-    monkeypatch.setattr(cpu, "pack_weights", lambda *arguments: packings.append(pack(*arguments)))
+    packings, pack = [], calls.pack_weights
+    monkeypatch.setattr(calls, "pack_weights", lambda *arguments: packings.append(pack(*arguments)))
     frozen = LSTM(5, 33, 2, bidirectional=True, seed=0).freeze()
     single = LSTM(5, 33, seed=0).freeze()
     with fastlstm.use_backend("cpu"):

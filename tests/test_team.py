@@ -14,7 +14,7 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM, use_backend
-from fastlstm.backends import cpu
+from fastlstm.backends import calls
 from fastlstm.backends.workers import release, reserve, run_each, run_team
 from fastlstm.kernels.cpu.backward import layer_backward
 from fastlstm.kernels.cpu.compile import compile_for, kernel
@@ -71,10 +71,10 @@ def test_no_worker_waits_while_a_kernel_is_compiled(model, monkeypatch, recomput
             y, _, tape = lstm.forward(x, recompute=recompute)
             lstm.backward(tape, y)
 
-    monkeypatch.setattr(cpu, "_compiled", set())
-    monkeypatch.setattr(cpu, "reserve", note_reserve)
-    monkeypatch.setattr(cpu, "compile_for", note_compile)
-    monkeypatch.setattr(cpu.Trials, "pick", lambda self, kind, ways: 0)
+    monkeypatch.setattr(calls, "_compiled", set())
+    monkeypatch.setattr(calls, "reserve", note_reserve)
+    monkeypatch.setattr(calls, "compile_for", note_compile)
+    monkeypatch.setattr(calls.Trials, "pick", lambda self, kind, ways: 0)
     fastlstm.set_num_threads(1)
     train()
     signatures = [list(kernel.signatures) for kernel in kernels]

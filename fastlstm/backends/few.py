@@ -1,0 +1,145 @@
+"""Calls of a few rows, on the kernels that have few arguments and hardly anything to prepare: streaming."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.calls import (
+    DirectionTape,
+    LayerTape,
+    Size,
+    Way,
+    Ways,
+    bias_of,
+    kind_of_calls,
+    packed_of,
+    plain,
+    run_call,
+)
+from fastlstm.backends.layers import Weights
+from fastlstm.backends.memory import SCRATCH, Workspace, new_array
+from fastlstm.backends.packing import Packing
+from fastlstm.backends.plan import FEW_ROWS, are_few, choose, is_short, most_threads
+from fastlstm.backends.threads import get_num_threads
+from fastlstm.backends.workers import NO_TEAM
+from fastlstm.kernels.cpu.gates import TAPE
+from fastlstm.kernels.cpu.simd import lanes
+from fastlstm.kernels.cpu.small import (
+    prepare,
+    small_backward,
+    small_forward,
+    small_forward_packed,
+    small_forward_taped,
+)
+from fastlstm.kernels.cpu.tile import GROUP, ROWS
+
+__all__ = [
+    "as_rows", "few_backward", "few_forward", "few_rows", "few_rows_packed", "is_short_call", "most_short",
+]  # fmt: skip
+
+
+def is_short_call(packing: Packing, weights: Sequence[Weights], backward: bool = False) -> bool:
+    """Say whether a layer is run by the kernels for a few rows, on the weights as they lie."""
+    if len(weights) > 1 or packing.ragged:
+        return False
+    hidden, inputs = weights[0].weight_hh.shape[1], weights[0].weight_ih.shape[1]
+    most = FEW_ROWS if backward or weights[0].kept is None else most_short(packing.steps)
+    return is_short(packing.rows, inputs, hidden, backward, most)
+
+
+def most_short(steps: int) -> int:
+    """Return how many rows a short call may have on packed weights: a single step as many as a tile's weights serve."""
+    return GROUP if steps == 1 else FEW_ROWS
+
+
+def as_rows(x: Array, rows: int, inputs: int) -> Array:
+    """Return an input as contiguous rows: in a closed loop it is often a part of the output."""
+    x = np.ascontiguousarray(x)
+    return x if x.ndim == 2 else x.reshape(rows, inputs)
+
+
+def few_rows(*arguments: Any) -> bool:
+    """Call :func:`small_forward`, for one thread, with a team if that is better."""
+    return _with_team(small_forward, arguments, *arguments[3:5], *arguments[9:11])
+
+
+def few_rows_packed(*arguments: Any) -> bool:
+    """Call :func:`small_forward_packed`, for one thread, with a team if that is better."""
+    return _with_team(small_forward_packed, arguments, *arguments[2:4], *arguments[8:10])
+
+
+def _with_team(kernel: Any, arguments: tuple[Any, ...], x: Array, h0: Array, inputs: int, hidden: int) -> bool:
+    rows, threads = len(x), get_num_threads()
+    if threads == 1 or most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, ROWS)) == 1:
+        return bool(kernel(*arguments))
+    ways = _short_ways(kernel, rows, h0.shape[1], inputs, hidden, x.dtype)
+    return bool(run_call(kernel, arguments[:-2], ways, rows, threads))
+
+
+@functools.lru_cache(maxsize=64)
+def _short_ways(kernel: Any, rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> Callable[[int], Ways]:
+    """Return what returns the ways to run a short call on at most so many threads."""
+    packed = kernel is small_forward_packed
+
+    @functools.cache
+    def ways(most: int) -> Ways:
+        plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), ROWS, most, packed=packed)
+        plans = tuple({plan.threads: plan for plan in plans[::-1]}.values())[::-1]  # a team always divides the units
+        kind = kind_of_calls(kernel, rows, batch, inputs, hidden, dtype, plans) if len(plans) > 1 else None
+        return Ways(tuple(Way(plan, Workspace(dtype, ()), ()) for plan in plans), kind)
+
+    return ways
+
+
+def few_forward(
+    weights: Weights, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array, keep_tape: bool
+) -> DirectionTape | None:
+    """Run one layer over a few rows; writes y, h_n and c_n. The tape keeps the gates even with `recompute`."""
+    rows, inputs, hidden = len(y), x.shape[2], h0.shape[2]
+    weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    x = x.reshape(rows, inputs)
+    if not keep_tape:
+        packed = packed_of(weights)
+        prepare(x.dtype, bool(packed))
+        if packed:
+            fits = few_rows_packed(*packed, x, h0, c0, y, h_n, c_n, inputs, hidden, NO_TEAM, 0)
+        else:
+            biased = weights.bias is not None
+            fits = few_rows(
+                weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, biased, NO_TEAM, 0
+            )  # fmt: skip
+        assert fits
+        return None
+    size = Size.of(weight_ih)
+    # Each by itself, for so few rows need not be aligned; that would take longer.
+    tape = np.empty((rows, size.blocks, TAPE, size.width), x.dtype)
+    h_rows = np.empty((rows, size.blocks * size.width), x.dtype)
+    small_forward_taped(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, tape, h_rows, NO_TEAM)
+    return DirectionTape(tape, h_rows, c0[0].copy())
+
+
+def few_backward(
+    weights: Weights, layer: LayerTape, dy: Array, dh_n: Array, dc_n: Array, dx: Array, dh0: Array, dc0: Array
+) -> Weights:
+    """Back-propagate through one layer over a few rows; writes dx, dh0 and dc0."""
+    (tape,), dtype = layer.directions, dx.dtype
+    weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
+    workspace = _gate_gradients(len(dx), len(weight_hh), dtype)
+    scratch = SCRATCH.borrow(workspace)
+    small_backward(
+        weight_ih, weight_hh, layer.x.reshape(dx.shape), tape.gates, tape.h_rows, tape.c0, dy, dh_n, dc_n,
+        dx, dh0, dc0, *grads, *scratch,
+    )  # fmt: skip
+    SCRATCH.give_back(workspace, scratch)
+    return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
+
+
+@functools.lru_cache(maxsize=16)
+def _gate_gradients(rows: int, columns: int, dtype: Any) -> Workspace:
+    return Workspace(dtype, ((rows, columns),))
