@@ -157,7 +157,7 @@ def run_call(
         as_planned = 1 + len(workers) == way.plan.threads
         if not as_planned:  # other calls have the workers
             way = ways_for(1 + len(workers)).ways[0]
-        scratch = SCRATCH.borrow(way.workspace)
+        scratch = SCRATCH.borrow(way.workspace) if way.workspace.shapes else []
         start = time.perf_counter()
         result = run_team(kernel, (*arguments, *scratch, *kept, *way.settings), workers[: way.plan.threads - 1])
     finally:
@@ -165,5 +165,6 @@ def run_call(
             release(workers)
     if kind and as_planned and result is not False:
         TRIALS.report(kind, number, time.perf_counter() - start, rows)
-    SCRATCH.give_back(way.workspace, scratch)
+    if scratch:
+        SCRATCH.give_back(way.workspace, scratch)
     return result

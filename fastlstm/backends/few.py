@@ -74,16 +74,20 @@ def few_rows_packed(*arguments: Any) -> bool:
 
 
 def _with_team(kernel: Any, arguments: tuple[Any, ...], x: Array, h0: Array, inputs: int, hidden: int) -> bool:
-    rows, threads = len(x), get_num_threads()
-    if threads == 1 or most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, ROWS)) == 1:
-        return bool(kernel(*arguments))
+    rows = len(x)
     ways = _short_ways(kernel, rows, h0.shape[1], inputs, hidden, x.dtype)
+    if ways is None or (threads := get_num_threads()) == 1:
+        return bool(kernel(*arguments))
     return bool(run_call(kernel, arguments[:-2], ways, rows, threads))
 
 
 @functools.lru_cache(maxsize=64)
-def _short_ways(kernel: Any, rows: int, batch: int, inputs: int, hidden: int, dtype: Any) -> Callable[[int], Ways]:
-    """Return what returns the ways to run a short call on at most so many threads."""
+def _short_ways(
+    kernel: Any, rows: int, batch: int, inputs: int, hidden: int, dtype: Any
+) -> Callable[[int], Ways] | None:
+    """Return what returns the ways to run a short call on at most so many threads; None if one is enough for it."""
+    if most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, ROWS)) == 1:
+        return None
     packed = kernel is small_forward_packed
 
     @functools.cache

@@ -113,6 +113,7 @@ class Trials:
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
     CALLS = 3  # of a try
     WARMING, SHORT = 6, 1e-3  # calls before them, if they are shorter than so many seconds
+    NOTED = 4  # of so many short calls between tries, one: to note each would take a share of its time
     BETTER = 0.95  # of the time: enough to win
     SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
@@ -141,6 +142,9 @@ class Trials:
         is_short, seconds = seconds < self.SHORT, seconds / rows  # calls of one kind differ in their number of rows
         if is_short and rivals.warming > 0 and rivals.tries and way == rivals.trying:
             rivals.warming -= 1
+            return
+        if is_short and not rivals.tries and rivals.calls % self.NOTED:
+            rivals.calls += 1
             return
         rivals.note(way, seconds)
         if rivals.tries and way == rivals.trying:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import sys
 import threading
@@ -23,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm.backends.memory import SCRATCH, Workspace
+from fastlstm.backends.base import Array
+from fastlstm.backends.memory import one_block
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu.team import COMMAND, LEAVE, MAILBOX, serve
 
@@ -32,6 +32,7 @@ __all__ = ["NO_TEAM", "release", "reserve", "run_each", "run_team"]
 # How often a worker looks for another call before it sleeps: about a millisecond, for most of which it lets any other
 # thread run first; and where there are fewer cores than threads, some microseconds.
 _PATIENCE, _LITTLE_PATIENCE = 4000, 1000
+_CALLS_WHERE_IT_IS = 15  # of a worker who is awake, before he follows a caller who may run elsewhere now
 
 
 class _Worker(threading.Thread):
@@ -48,6 +49,7 @@ class _Worker(threading.Thread):
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: look into the mailbox
         self.reserved, self.asleep = False, True  # changed by who has the lock, or has reserved the worker
         self.patience = _PATIENCE
+        self.calls = 0  # of kernels, until it is looked again where the caller may run
         self.cores: set[int] = set()  # it may be woken on, as far as this was set,
         self.allowed: set[int] = set()  # which was for a caller who may run on these
         serve(self.mailbox, 0)  # compiled here: a worker that could not serve would be waited for without end
@@ -110,6 +112,9 @@ NO_TEAM = np.zeros((2, 8), np.int64)
 _lock = threading.Lock()
 _idle: list[_Worker] = []
 _busy = 0
+# What the same workers meet in, call after call; nobody else has them meanwhile.
+_teams: dict[tuple[_Worker, ...], Array] = {}
+_MOST_TEAMS = 64
 
 
 def _forget_workers() -> None:
@@ -117,6 +122,7 @@ def _forget_workers() -> None:
     global _lock, _busy  # noqa: PLW0603
     _lock = threading.Lock()
     _idle.clear()
+    _teams.clear()
     _busy = 0
 
 
@@ -149,9 +155,19 @@ def release(workers: list[_Worker]) -> None:
         _busy -= len(workers)
 
 
-@functools.lru_cache(maxsize=64)
-def _team_of(threads: int) -> Workspace:
-    return Workspace(np.dtype(np.int64), ((1 + threads, 8),))
+def _team_of(workers: Sequence[_Worker]) -> Array:
+    """Return the team of this thread and workers that are reserved; each call leaves it as it found it."""
+    key = tuple(workers)
+    team = _teams.get(key)
+    if team is None:
+        if len(_teams) >= _MOST_TEAMS:
+            _teams.clear()
+        (team,) = one_block(np.dtype(np.int64), (2 + len(workers), 8), lasting=True)
+        team.fill(0)
+        for thread, worker in enumerate(workers, 1):
+            team[1 + thread, MAILBOX] = worker.address
+        _teams[key] = team
+    return team
 
 
 def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], workers: Sequence[_Worker]) -> Any:
@@ -173,17 +189,16 @@ def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], workers: Se
     """
     if not workers:  # no one to wait for
         return kernel(*arguments, NO_TEAM, 0)
-    workspace = _team_of(1 + len(workers))
-    (team,) = arrays = SCRATCH.borrow(workspace)
-    team.fill(0)
-    for thread, worker in enumerate(workers, 1):
-        team[1 + thread, MAILBOX] = worker.address
-    _place(workers)
+    team = _team_of(workers)
+    # To ask where this thread may run takes some of a short call's time: if all workers are awake, not each call does.
+    first = workers[0]
+    first.calls -= 1
+    if first.calls < 0 or any(worker.asleep for worker in workers):
+        first.calls = _CALLS_WHERE_IT_IS
+        _place(workers)
     for worker in workers:
         worker.wake()
-    result = kernel(*arguments, team, 0)
-    SCRATCH.give_back(workspace, arrays)
-    return result
+    return kernel(*arguments, team, 0)
 
 
 def run_each(work: Callable[[int], Any], count: int) -> list[Any]:

@@ -187,11 +187,15 @@ def summon(team, call, arguments):
 
 @routine
 def dismiss(team):
-    """Wait until the team's other threads have finished the call."""
+    """Wait until the team's other threads have finished the call; then the team is as it was before."""
     others, spins = team.shape[0] - 2, 0
     while _load_atomic(offset(address(team), FINISHED)) < others:
         _wait_a_little(spins)
         spins += 1
+    if others:
+        team[0, ARRIVALS] = team[0, FINISHED] = 0
+        for row in range(1, team.shape[0]):
+            team[row, 0] = team[row, TAKEN] = team[row, TAKEN + 1] = 0
 
 
 @kernel
