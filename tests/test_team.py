@@ -14,13 +14,13 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM, use_backend
-from fastlstm.backends import calls
+from fastlstm.backends import calls, workers
 from fastlstm.backends.workers import release, reserve, run_each, run_team
 from fastlstm.kernels.cpu.backward import layer_backward
 from fastlstm.kernels.cpu.compile import compile_for, kernel
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.simd import address, offset
-from fastlstm.kernels.cpu.team import _fetch_add, _load_atomic, barrier, dismiss, summon, take, this_call
+from fastlstm.kernels.cpu.team import MAILBOX, _fetch_add, _load_atomic, barrier, dismiss, summon, take, this_call
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"
@@ -319,3 +319,14 @@ def test_a_forked_child_has_threads_of_its_own():
         pytest.skip(str(BackendUnderTest("cpu").missing))
     done = subprocess.run([sys.executable, "-P", "-c", FORK], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_call_leaves_the_team_as_it_found_it(model):
+    train(*model)
+    train(*model)
+    assert workers._teams
+    for team in workers._teams.values():
+        left = team.copy()
+        assert (left[2:, MAILBOX] != 0).all()
+        left[2:, MAILBOX] = 0
+        assert not left.any()
