@@ -111,7 +111,9 @@ def test_an_input_that_is_a_part_of_another_array_takes_no_longer_way(dtype, fro
     lstm = lstm.freeze() if frozen else lstm
     whole = RNG.normal(size=(2 * steps, batch, 11)).astype(dtype)
     with fastlstm.use_backend("cpu"):
-        for x in (whole[::2, :, 3:8], whole[::-2, :, 10:5:-1]):
+        to_read = whole[::2, :, :5].copy()
+        to_read.flags.writeable = False
+        for x in (whole[::2, :, 3:8], whole[::-2, :, 10:5:-1], to_read):
             y, state = lstm(x.copy())
             h, first = lstm.step(x[0].copy())
             for _ in range(2):
@@ -210,6 +212,9 @@ def test_a_copy_of_a_frozen_model_is_frozen(dtype, again):
     assert type(other.params) is FrozenParams and repr(other) == repr(frozen) and ".freeze()" in repr(other)
     for _ in range(2):
         assert_identical({"y": other(x)[0]}, {"y": y})
+    with fastlstm.use_backend("cpu"):
+        other(x)
+        assert fastlstm.dispatch.backend_named("cpu").shortcut(other.cell, other.params, x, None) is not None
     with pytest.raises(ValueError, match="read-only"):
         other.params["bias_l0"][0] = 1.0
 

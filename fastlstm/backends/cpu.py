@@ -204,7 +204,7 @@ def _infer_frozen(
 ) -> Array | None:
     """Do as :func:`_infer` does for a frozen model, whose parameters are as they should be."""
     inputs, hidden, dtype, rows = cell.input_size, cell.hidden_size, cell.dtype, steps * batch
-    if params.cell is not cell or not rows:
+    if (params.cell is not cell and params.cell != cell) or not rows:
         return None
     packed, packed_bias = params.kept[0, 0][PACKED]  # which raises before the first call has packed them
     small = rows <= FEW_ROWS and hidden * (inputs + hidden) < LEAST_TO_SHARE

@@ -58,8 +58,8 @@ def most_short(steps: int) -> int:
 
 
 def as_rows(x: Array, rows: int, inputs: int) -> Array:
-    """Return an input as contiguous rows: in a closed loop it is often a part of the output."""
-    x = np.ascontiguousarray(x)
+    """Return an input as rows that the kernels take: it may be a part of an output, or read-only."""
+    x = plain(x)
     return x if x.ndim == 2 else x.reshape(rows, inputs)
 
 
