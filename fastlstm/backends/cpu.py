@@ -84,6 +84,7 @@ class CpuBackend(LayeredBackend):
         packing = Packing.of(lengths, steps, batch)
         y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, zero=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
+        # What is kept of a frozen model is packed; taped, the few rows' kernel takes weights as they lie: other bits.
         if is_short_call(packing, weights) and not (keep_tape and weights[0].kept is not None):
             small = few_forward(weights[0], x, h0, c0, y, h_n, c_n, keep_tape)
             tape = LayerTape(x, packing, [small]) if small else None

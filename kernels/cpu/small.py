@@ -77,12 +77,8 @@ def small_forward(
 
     The shapes are checked here, because a step takes less time than their checks in Python would.
     """
-    batch, rows = h0.shape[1], x.shape[0]
-    if (
-        (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden))
-        or (bias.size != (4 * hidden if biased else 0) or batch == 0 or rows % batch or x.shape[1] != inputs)
-        or (h0.shape != (1, batch, hidden) or c0.shape != h0.shape or h_n.shape != h0.shape)
-        or (c_n.shape != h0.shape or y.shape != (rows, hidden) or batch > _ROWS)
+    if (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden)) or (
+        bias.size != (4 * hidden if biased else 0) or not _fit(x, h0, c0, y, h_n, c_n, inputs, hidden)
     ):
         return False
     if thread == 0:
@@ -114,12 +110,7 @@ def small_forward_packed(
     thread,
 ):
     """Run one layer over a few rows on packed weights, otherwise as :func:`small_forward` does."""
-    batch, rows = h0.shape[1], x.shape[0]
-    if (
-        (batch == 0 or batch > _ROWS or rows % batch or x.shape[1] != inputs)
-        or (h0.shape != (1, batch, hidden) or c0.shape != h0.shape or h_n.shape != h0.shape)
-        or (c_n.shape != h0.shape or y.shape != (rows, hidden))
-    ):
+    if not _fit(x, h0, c0, y, h_n, c_n, inputs, hidden):
         return False
     if thread == 0:
         call, arguments = this_call()
@@ -155,6 +146,17 @@ def small_forward_taped(
     _run(
         weight_ih, weight_hh, bias, None, None, x, h0, c0, y, h_n, c_n, inputs, hidden, True, left, before, team, 0
     )  # fmt: skip
+
+
+@routine(inline=True)
+def _fit(x, h0, c0, y, h_n, c_n, inputs, hidden):
+    """Say whether a call's arrays fit each other, and are as few rows as there is room for."""
+    batch, rows = h0.shape[1], x.shape[0]
+    return (
+        (0 < batch <= _ROWS and rows % batch == 0 and x.shape[1] == inputs and y.shape == (rows, hidden))
+        and (h0.shape == (1, batch, hidden) and c0.shape == h0.shape and h_n.shape == h0.shape)
+        and c_n.shape == h0.shape
+    )
 
 
 @routine(inline=True)
