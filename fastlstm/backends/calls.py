@@ -146,19 +146,25 @@ def run_call(
     ways, kind = ways_for(most)
     number = TRIALS.pick(kind, len(ways)) if kind else 0
     way = ways[number]
+    start = time.perf_counter()
+    if way.plan.threads == 1 and not way.workspace.shapes:  # with nothing to prepare, which would take its time
+        result = kernel(*arguments, *kept, *way.settings, NO_TEAM, 0)
+        if kind and result is not False:
+            TRIALS.report(kind, number, time.perf_counter() - start, rows)
+        return result
     signature = kernel, way.workspace.dtype, len(way.workspace.shapes)
     if way.plan.threads > 1 and signature not in _compiled:
         # Not with workers, who would wait awake all the time, on a core and for the interpreter.
         like_scratch = (np.empty((0,) * len(shape), way.workspace.dtype) for shape in way.workspace.shapes)
         compile_for(kernel, (*arguments, *like_scratch, *kept, *way.settings, NO_TEAM, 0))
         _compiled.add(signature)
+    start = time.perf_counter()
     workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
     try:
         as_planned = 1 + len(workers) == way.plan.threads
         if not as_planned:  # other calls have the workers
             way = ways_for(1 + len(workers)).ways[0]
         scratch = SCRATCH.borrow(way.workspace) if way.workspace.shapes else []
-        start = time.perf_counter()
         result = run_team(kernel, (*arguments, *scratch, *kept, *way.settings), workers[: way.plan.threads - 1])
     finally:
         if workers:

@@ -113,7 +113,7 @@ class Trials:
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
     CALLS = 3  # of a try
     WARMING, SHORT = 6, 1e-3  # calls before them, if they are shorter than so many seconds
-    NOTED = 4  # of so many short calls between tries, one: to note each would take a share of its time
+    NOTED = 16  # of so many short calls between tries, one: to note each would take a share of its time
     BETTER = 0.95  # of the time: enough to win
     SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,

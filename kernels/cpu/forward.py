@@ -24,6 +24,7 @@ from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.pack import pack_forward
 from fastlstm.kernels.cpu.simd import (
     address,
+    is_zero,
     lanes_of,
     load,
     load_first,
@@ -36,7 +37,7 @@ from fastlstm.kernels.cpu.simd import (
 from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, take, this_call
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
 
-__all__ = ["layer_forward", "pre_activations"]
+__all__ = ["is_zero_everywhere", "layer_forward", "pre_activations"]
 
 
 @kernel
@@ -87,6 +88,7 @@ def layer_forward(
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
     barrier(team, thread)
 
+    at_rest = is_zero_everywhere(h0)
     together = block_last - block_first if ahead else 1
     helped = divided and not ahead  # a step of few rows is over before one could help
     x_first, bias_first = address(x), address(packed_bias)
@@ -96,6 +98,7 @@ def layer_forward(
     for step in range(offsets.size - 1):
         low = offsets[step]
         active = minimum(offsets[step + 1] - low, row_last)
+        depth = 0 if step == 0 and at_rest else hidden  # of the products with h
         # Training keeps the state before each row; inference alternates between two.
         here = low if training else (step & 1) * batch
         following = offsets[step + 1] if training else (1 - (step & 1)) * batch
@@ -127,7 +130,7 @@ def layer_forward(
                 if ahead:  # every row is this thread's
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
                     _products(
-                        rows, h_prev, 0, 0, h_prev, hidden, stride, packed, inputs, a_rows, a_row, a_rows, a_row,
+                        rows, h_prev, 0, 0, h_prev, depth, stride, packed, inputs, a_rows, a_row, a_rows, a_row,
                         tile_row, first, last, step & 1, far,
                     )  # fmt: skip
                 else:
@@ -135,11 +138,12 @@ def layer_forward(
                     x_rows, x_row, h_row = offset(x_first, (low + start) * inputs), row_step * inputs, row_step * stride
                     if as_they_lie:
                         gate_dots(
-                            rows, first, weight_ih, weight_hh, bias, x_rows, x_row, h_prev, h_row, a_rows, a_row, far
-                        )
+                            rows, first, weight_ih, weight_hh, bias, x_rows, x_row, h_prev, depth, h_row, a_rows, a_row,
+                            far,
+                        )  # fmt: skip
                     else:
                         _products(
-                            rows, x_rows, inputs, x_row, h_prev, hidden, h_row, packed, 0, bias_first, 0, a_rows, a_row,
+                            rows, x_rows, inputs, x_row, h_prev, depth, h_row, packed, 0, bias_first, 0, a_rows, a_row,
                             0, first, last, 0, far,
                         )  # fmt: skip
                 # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
@@ -216,6 +220,16 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
             if lengths[row] == 0:
                 store_first(offset(address(h_n), source + unit), h, units)
                 store_first(offset(address(c_n), source + unit), c, units)
+
+
+@routine
+def is_zero_everywhere(array):
+    """Say whether an array holds nothing but zeros: then a product with it need not be computed."""
+    start = address(array)
+    for n in range(0, array.size, lanes_of(start)):
+        if not is_zero(load_first(offset(start, n), array.size - n)):
+            return False
+    return True
 
 
 @routine

@@ -338,6 +338,19 @@ def _chosen(comparison, m, n):
     return types.intp(m, n), codegen
 
 
+@intrinsic
+def is_zero(typingctx, vector):
+    """Say whether every lane is zero, of either sign."""
+
+    def codegen(context, builder, signature, args):
+        zero = ir.Constant(llvm_vector(vector.dtype), None)
+        different = builder.fcmp_unordered("!=", args[0], zero)  # which NaN is, too
+        lanes_together = ir.IntType(lanes(vector.dtype))
+        return builder.icmp_unsigned("==", builder.bitcast(different, lanes_together), ir.Constant(lanes_together, 0))
+
+    return types.boolean(vector), codegen
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from numba.np.numpy_support import from_dtype
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
-from fastlstm.kernels.cpu.forward import pre_activations
+from fastlstm.kernels.cpu.forward import is_zero_everywhere, pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
 from fastlstm.kernels.cpu.simd import (
     address,
@@ -171,17 +171,19 @@ def _run(
     batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
     blocks = (hidden + width - 1) // width
     block_first, block_last = share(blocks, team, thread)
-    a = _room(tape)
+    a, at_rest = _room(tape), is_zero_everywhere(h0)
     for low in range(0, rows, batch):
         first, last = low == 0, low + batch == rows
+        depth = 0 if first and at_rest else hidden  # of the products with h
         x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
         h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
         c_step = address(c0) if first else address(c_n)
         if weight_ih is not None:  # Numba leaves out what belongs to a None
             for block in range(block_first, block_last):
                 gate_dots(
-                    batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, hidden, a, GATES * width, False
-                )
+                    batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, depth, hidden, a, GATES * width,
+                    False,
+                )  # fmt: skip
                 for n in range(batch):
                     _cell(
                         block, n, offset(a, n * GATES * width), low, last, h_step, c_step, y_step, h_n, c_n, hidden,
@@ -191,7 +193,9 @@ def _run(
             together = ROW_BLOCKS if batch == 1 else 1
             for first_block in range(block_first, block_last, together):
                 number = minimum(together, block_last - first_block)
-                _packed_products(batch, first_block, number, packed, packed_bias, x_step, inputs, h_step, hidden, a)
+                _packed_products(
+                    batch, first_block, number, packed, packed_bias, x_step, inputs, h_step, depth, hidden, a
+                )
                 for further in range(number):
                     for n in range(batch):  # one, if there are several blocks
                         _cell(
@@ -203,13 +207,13 @@ def _run(
 
 
 @routine(inline=True)
-def _packed_products(batch, block, blocks, packed, packed_bias, x, inputs, h, hidden, a):
+def _packed_products(batch, block, blocks, packed, packed_bias, x, inputs, h, depth, hidden, a):
     """Compute the pre-activations of some rows and one block of units, or of one row and several, side by side."""
     tile_row = GATES * lanes_of(a)
     size = (inputs + hidden) * tile_row
     far = are_far(a, packed.shape[0] * size)
     pre_activations(
-        batch, blocks, x, inputs, inputs, h, hidden, hidden, offset(address(packed), block * size), size,
+        batch, blocks, x, inputs, inputs, h, depth, hidden, offset(address(packed), block * size), size,
         offset(address(packed_bias), block * tile_row), 0, a, tile_row, far,
     )  # fmt: skip
 
