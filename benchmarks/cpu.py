@@ -1,4 +1,4 @@
-"""The CPU at its limit: eight shapes in inference and training, float32 and float64, a streaming step, a ragged batch.
+"""The CPU at its limit: eight shapes in inference and training, float32 and float64, streaming, a ragged batch.
 
     python benchmarks/cpu.py --threads 2 --json results.json
 
@@ -26,6 +26,7 @@ SHAPES = (
     (50, 64, 512, 512),
     (50, 64, 1024, 1024),
 )
+STEPS = (Work(1, 1, 32, 64, kind="stream"), Work(1, 1, 128, 256, kind="stream"))
 RAGGED = (365, 64, 32, 128)
 PARTS = ("infer", "train", "step", "ragged")
 
@@ -40,7 +41,7 @@ def works(options: argparse.Namespace) -> list[Work]:
         else:
             found += [Work(*shape, dtype, kind) for kind in kinds for shape in SHAPES]
     if "step" in parts:
-        found.append(Work(1, 1, 32, 64, kind="stream"))
+        found += STEPS
     if "ragged" in parts:
         found.append(Work.ragged(*RAGGED))
     return found

@@ -268,6 +268,52 @@ def test_a_small_call_sends_odd_numbers_where_the_reference_does(backend, dtype,
     assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)
 
 
+# What a first step finds: states of zeros, whose product with the weights may be left out; and what only seems to be.
+FIRST_STEPS = {
+    "zeros": {},
+    "negative zeros": {"h0": -0.0},
+    "a number at the end": {"h0": 0.5},
+    "a number that is hardly one": {"h0": 1e-40},
+    "NaN at the end": {"h0": np.nan},
+    "NaN among the weights": {"weight_hh_l0": np.nan},
+    "a weight without end": {"weight_hh_l0": np.inf},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 23), (3, 2), (40, 3), (4, 40)])
+@pytest.mark.parametrize("what", FIRST_STEPS)
+def test_a_first_step_from_zeros_is_as_the_equations_say(backend, dtype, what, steps, batch, frozen):
+    if frozen and backend.name == "cuda":
+        return  # a model on the GPU cannot be frozen: `test_frozen.py`
+    rng = np.random.default_rng(0)
+    x, inputs, hidden = rng.normal(size=(steps, batch, 7)).astype(dtype), 7, 21
+    given = {"h0": np.zeros((1, batch, hidden), dtype), "c0": rng.normal(size=(1, batch, hidden)).astype(dtype)}
+    if "h0" in FIRST_STEPS[what]:
+        given["h0"][0, -1, -1] = FIRST_STEPS[what]["h0"]
+        if what == "negative zeros":
+            given["h0"][:] = -0.0
+    params = LSTM(inputs, hidden, dtype=dtype, seed=1).params
+    if "weight_hh_l0" in FIRST_STEPS[what]:
+        params["weight_hh_l0"][-1, -1] = FIRST_STEPS[what]["weight_hh_l0"]
+
+    def run(backend):
+        lstm = LSTM(inputs, hidden, dtype=dtype)
+        lstm.params.update({name: backend.array(value) for name, value in params.items()})
+        lstm = lstm.freeze() if frozen else lstm
+        x_here, *state = (backend.array(value) for value in (x, given["h0"], given["c0"]))
+        found = {}
+        for again in ("", " again"):  # what has run once may take a shorter way
+            y, (h_n, c_n) = lstm(x_here, tuple(state))
+            found |= {f"y{again}": y, f"h_n{again}": h_n, f"c_n{again}": c_n}
+        found["y with a tape"] = lstm.forward(x_here, tuple(state))[0]
+        return {name: backend.host(value) for name, value in found.items()}
+
+    with REFERENCE.active():
+        expected = run(REFERENCE)
+    assert_close("agreement", run(backend), expected, backend=backend.name, dtype=dtype)
+
+
 @pytest.mark.parametrize("poison", [*POISONS, 1e30])
 def test_padding_goes_nowhere(backend, dtype, poison):
     p = problem(VALUES).astype(dtype)

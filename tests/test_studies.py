@@ -83,7 +83,7 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, monkeypatch, modul
 def test_roofs_are_measured_in_the_rounds_of_the_calls(monkeypatch):
     monkeypatch.setattr(roofs, "SHAPES", ((1, 1, 8, 16), (3, 9, 8, 16)))
     cases = {case.name: case for case in roofs.measure(2, 0.0)}
-    assert len(cases) == 2 * (2 * 2 + 1)
+    assert len(cases) == 2 * (2 * 2 + 2)
     for name, case in cases.items():
         assert case.facts["threads"] == (1 if name.endswith("1 thread") else 2)
         assert {OURS, roofs.TILE, roofs.PARTS} <= set(case.values)
@@ -94,13 +94,16 @@ def test_roofs_are_measured_in_the_rounds_of_the_calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("steps", "batch", "forward", "all_of_them"), [(3, 99, 1.0, 3.0), (99, 1, 0.25, 1.5), (1, 1, 0, 1)]
+    ("steps", "batch", "forward", "all_of_them"),
+    [(3, 99, (1, 1), (3, 3)), (99, 1, (1, 0), (3, 1)), (1, 1, (0, 0), (1, 1))],
 )
 def test_what_many_rows_share_is_counted_with_the_products_of_the_tile(steps, batch, forward, all_of_them):
-    # A quarter of the products is the inputs'. Of few rows, only the gradients of the weights are the tile's.
+    # How many products with the inputs, and with the states: of few rows, only the gradients of the weights.
     infer, train = (roofs.Work(steps, batch, 10, 30, kind=kind) for kind in ("infer", "train"))
-    assert roofs.shared_operations(infer) == forward * infer.operations
-    assert roofs.shared_operations(train) == all_of_them * infer.operations
+    inputs, states = 8 * 30 * 10 * steps * batch, 8 * 30 * 30 * (steps - 1) * batch
+    assert infer.operations == inputs + states
+    assert roofs.shared_operations(infer) == forward[0] * inputs + forward[1] * states
+    assert roofs.shared_operations(train) == all_of_them[0] * inputs + all_of_them[1] * states
 
 
 def test_the_loop_over_gates_computes_as_many_as_it_says():

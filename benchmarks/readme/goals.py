@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cpu import STEPS
 from studies import memory, ragged, recompute, roofs, start
 from studies.record import OURS, Case, Study
 
@@ -19,6 +20,7 @@ from . import cells, limits
 from .reasons import FILE, MissingReasonError, Reason
 
 PEAK = Work(50, 64, 512, 512)  # where most of the time is arithmetic
+STEP = STEPS[0]
 
 
 Shares = Mapping[Work, float]
@@ -87,12 +89,12 @@ def _mean(kind: str, dtype: str) -> OfLines:
 
 
 def _step(lines: Sequence[Line], shares: Shares | None) -> float | None:
-    found = [(line.seconds.middle, _share(line, shares)) for line in lines if line.row.work.kind == "stream"]
+    found = [(line.seconds.middle, _share(line, shares)) for line in lines if line.row.work == STEP]
     return next((1e6 * seconds * share for seconds, share in found if share), None)
 
 
 def _step_ratio(lines: Sequence[Line], shares: Shares | None) -> float | None:
-    steps = [line for line in lines if line.row.work.kind == "stream"]
+    steps = [line for line in lines if line.row.work == STEP]
     found = [(line.ratios.get("onnxruntime"), _share(line, shares)) for line in steps]
     return next((ratio.middle / share for ratio, share in found if ratio and share), None)
 

@@ -1,10 +1,11 @@
 """How far anyone could go: each row against the roofs of the machine that it was measured on.
 
-The roofs are those of the study ``roofs``, each measured in turn with the call itself: the arithmetic, 8 T B H (I + H)
-operations forward and three times as many with all gradients; the weights, which every step reads again and a few
-sequences use only once or twice when they arrive; and for single steps the call as such. Where a row is not in the
-study, its roof is the arithmetic at the peak that was measured once, before the table. Nearer than the highest roof is
-what these take one after the other, with the gates: the bare parts of a call.
+The roofs are those of the study ``roofs``, each measured in turn with the call itself: the arithmetic, 8 B H (T I +
+(T - 1) H) operations forward, for a state of zeros needs no product, and three times as many with all gradients; the
+weights, which every step reads again and a few sequences use only once or twice when they arrive; and for single steps
+the call as such. Where a row is not in the study, its roof is the arithmetic at the peak that was measured once, before
+the table. Nearer than the highest roof is what these take one after the other, with the gates: the bare parts of a
+call.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from cpu import SHAPES
+from cpu import SHAPES, STEPS
 
 from fastlstm.bench import ceilings, clock, sides
 from fastlstm.bench.sides import Side
@@ -29,17 +29,16 @@ SIDES = (OURS, *ROOFS, PARTS, BLAS)
 ABOUT = (
     f"Whole calls in float32, and in turn with them the roofs of the machine. The {TILE}: as many multiply-adds by the"
     " matrix tile on data in the first-level cache. For a few sequences"
-    f" {WEIGHTS}: all of them once, and the recurrent ones once for each step, and as often again where there are"
-    f" gradients, to and fro, with nothing but an addition for each. For single steps {NOTHING}: a compiled function"
-    f" that returns at once, given as many arrays, the new ones among them. The {PARTS} are all that a call cannot do"
-    " without, each at its best and one after the other: the bare tile for the products whose weights many rows share,"
+    f" {WEIGHTS}: those of the inputs once, and the recurrent ones once for each step that has a state, and as often"
+    " again where there are gradients, to and fro, with nothing but an addition for each. For single steps"
+    f" {NOTHING}: a compiled function that returns at once, given as many arrays, the new ones among them. The {PARTS} are"
+    " all that a call cannot do without, each at its best and one after the other: the bare tile for the products whose weights many rows share,"
     " reading the weights for the others, the activations of all gates on vectors in the first-level cache, and for"
     f" single steps the call of nothing. And {BLAS}, for comparison: the matrix products alone by its BLAS, those of"
     " the inputs for all steps at once, without gates, packing or gradients by the bias. Threads divide the operations,"
     " the weights and the gates evenly. On one thread, and on as many as there are."
 )
 KINDS = ("infer", "train")
-STEP = Work(1, 1, 32, 64, kind="stream")
 FEW = 8  # sequences at once: with more, each number of the weights is used too often for reading it to be the limit
 
 
@@ -50,7 +49,7 @@ def name_of(work: Work, threads: int) -> str:
 
 def measure(threads: int, seconds: float) -> Iterator[Case]:
     """Measure each shape, on one thread and on `threads`."""
-    works = [Work(*shape, kind=kind) for kind in KINDS for shape in SHAPES] + [STEP]
+    works = [Work(*shape, kind=kind) for kind in KINDS for shape in SHAPES] + [*STEPS]
     for count in sorted({1, threads}):
         for work in works:
             yield _case(work, count, seconds)
@@ -97,9 +96,7 @@ def _roof(jobs: Sequence[Callable[[], None]]) -> Iterator[Side]:
 
 def tile(work: Work, threads: int) -> contextlib.AbstractContextManager[Side]:
     """As many multiply-adds by the bare tile, with the sums that its last one is short of or beyond."""
-    forward = 8.0 * work.steps * work.batch * work.hidden * (work.inputs + work.hidden)
-    operations = forward * (3 if work.kind == "train" else 1)
-    return _roof([ceilings.tile_job(work.dtype, operations / threads)[0] for _ in range(threads)])
+    return _roof([ceilings.tile_job(work.dtype, work.operations / threads)[0] for _ in range(threads)])
 
 
 @functools.cache
@@ -144,7 +141,7 @@ def _reading(work: Work, threads: int, *, of_inputs: bool) -> Callable[[], None]
     def run() -> None:
         if of_inputs:
             read(_passes(work), first, total)
-        read(_passes(work) * work.steps, each, total)
+        read(_passes(work) * (work.recurrent_rows // work.batch), each, total)
 
     return run
 
@@ -206,7 +203,7 @@ def shared_operations(work: Work) -> float:
     With few sequences these are not the products with the states, step by step, forward and back; with few rows in
     all nothing but the gradients of the weights is left.
     """
-    inputs, states = (8.0 * work.steps * work.batch * work.hidden * size for size in (work.inputs, work.hidden))
+    inputs, states = 8.0 * work.hidden * work.rows * work.inputs, 8.0 * work.hidden * work.recurrent_rows * work.hidden
     gradients = work.kind == "train"
     of_inputs = 3 * gradients or 1 if work.steps * work.batch > FEW else int(gradients)
     of_states = 3 * gradients or 1 if work.batch > FEW else int(gradients)
@@ -293,10 +290,10 @@ def products(work: Work, threads: int) -> Iterator[Side]:
 
     def call() -> None:
         np.matmul(x, w_ih, out=a)
-        for _ in range(steps):
+        for _ in range(work.recurrent_rows // batch):
             np.matmul(h, w_hh, out=a_step)
         if work.kind == "train":
-            for step in range(steps):
+            for step in range(1, steps):
                 np.matmul(a[step * batch : (step + 1) * batch], w_hh_back, out=dh)
             np.matmul(a, w_ih_back, out=dx)
             np.matmul(x.T, a, out=dw_ih)

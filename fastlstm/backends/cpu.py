@@ -47,7 +47,7 @@ from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM, run_each
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
-from fastlstm.kernels.cpu.backward import INPUT_ROWS, layer_backward
+from fastlstm.kernels.cpu.backward import PANEL_ROWS, layer_backward
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.gates import GATES, TAPE
 from fastlstm.kernels.cpu.simd import lanes
@@ -388,7 +388,7 @@ def _backward_ways(size: Size, packing: Packing, recompute: bool, most: int) -> 
             (-(-inputs // panel), depth, panel),
             (-(-hidden // panel), depth, panel),
             (depth,),
-            (plan.threads, INPUT_ROWS, panel),
+            (plan.threads, PANEL_ROWS, panel),
         )
         ways.append(Way(plan, Workspace(dtype, shapes), (plan.parts(packing, blocks), plan.kind == "units")))
     kind = kind_of_calls(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None

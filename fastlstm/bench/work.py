@@ -2,7 +2,7 @@
 
 >>> work = Work.parse("100,32,64,128", kind="train")
 >>> work.name, work.operations
-('100,32,64,128', 1887436800)
+('100,32,64,128', 1874853888)
 >>> problem = Problem.of(work)
 >>> problem.x.shape, problem.dy.shape
 ((100, 32, 64), (100, 32, 128))
@@ -121,22 +121,34 @@ class Work:
         return self.steps * self.batch if self.lengths is None else sum(self.lengths)
 
     @property
+    def recurrent_rows(self) -> int:
+        """Those of the rows that have a state to multiply: a sequence begins with none, but a stream goes on."""
+        return self.rows if self.kind == "stream" else self.rows - self.batch
+
+    @property
     def operations(self) -> int:
-        """Multiplications and additions of the matrix products; training has three times the forward pass's."""
-        return 8 * self.rows * self.hidden * (self.inputs + self.hidden) * (3 if self.kind == "train" else 1)
+        """Multiplications and additions of the matrix products that are needed; training has three times as many.
+
+        That a side multiplies a first step's state of zeros as well does not count.
+        """
+        products = self.rows * self.inputs + self.recurrent_rows * self.hidden
+        return 8 * self.hidden * products * (3 if self.kind == "train" else 1)
 
     @property
     def bytes(self) -> int:
         """Bytes that have to be moved at least: every input read once, every result written once.
 
         These are parameters, input and output (when streaming, the two states in and out too); in training also the
-        output's gradient, and the gradients by the input and the parameters. What a machine keeps between the steps,
-        and reads again when its caches are too small for it, comes on top.
+        output's gradient, and the gradients by the input and the parameters. A single step from no state needs no
+        recurrent weights. What a machine keeps between the steps, and reads again when its caches are too small for it,
+        comes on top.
         """
         parameters = 4 * self.hidden * (self.inputs + self.hidden + 1)
         count = parameters + self.rows * (self.inputs + self.hidden)
         if self.kind == "train":
             count *= 2
+        if not self.recurrent_rows:
+            count -= 4 * self.hidden * self.hidden
         if self.kind == "stream":
             count += 3 * self.batch * self.hidden  # h and c in, c out; h out is the output
         return count * np.dtype(self.dtype).itemsize

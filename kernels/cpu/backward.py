@@ -27,13 +27,17 @@ from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, rows_of_tile, tile, tiles
 
-__all__ = ["INPUT_ROWS", "layer_backward"]
+__all__ = ["PANEL_ROWS", "layer_backward"]
 
-# Rows of a chunk that one product of the weights' gradients takes at a time: with 4 vectors each, those of x or h stay
-# in the first-level cache while the tile goes over those of all gates.
-DEPTH = 96
+# Rows of a chunk that a tile of the weights' gradients takes at most: with 4 vectors each, those of x or h stay in the
+# first-level cache while the tile goes over the gates of some units.
+_DEPTH = 128
+# The sums of so many blocks of units stay in the second-level cache while so many such pieces are added to them. Those
+# of all units, fetched for each piece anew, would be most of what these products read.
+_PIECES, _BLOCKS = 4, 4
 # Rows of the gradient by x whose sums lie in the second-level cache while all weights pass by.
-INPUT_ROWS = 128
+_INPUT_ROWS = 128
+PANEL_ROWS = _PIECES * _DEPTH
 
 
 @kernel
@@ -63,7 +67,7 @@ def layer_backward(
     chunk,  # steps whose gate gradients are kept at a time
     gates,  # (rows of a chunk, Hp/V, 5, V) scratch if the tape has c alone, else None
     packed,  # (Hp/V, I + H, 4, V) scratch likewise
-    packed_bias,  # (Hp/V, 4, V) scratch likewise
+    packed_bias,  # (2, Hp/V, 4, V) scratch likewise
     da,  # (rows of a chunk, 4 * Hp) scratch, in strips of columns: see _strip
     dh_rows,  # (B, Hp) scratch
     dc_rows,  # (B, Hp) scratch
@@ -72,7 +76,7 @@ def layer_backward(
     gradient_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
     gradient_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
     gradient_bias,  # (4 * Hp,) scratch
-    right,  # (threads, INPUT_ROWS, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
+    right,  # (threads, PANEL_ROWS, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
     parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
     team,  # (1 + threads, 8), IN and OUT: see team.py
@@ -116,8 +120,8 @@ def layer_backward(
                 step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first, block_last
             )
         barrier(team, thread)
-        for start in range(low, high, DEPTH):
-            rows = minimum(DEPTH, high - start)
+        for start in range(low, high, PANEL_ROWS):
+            rows = minimum(PANEL_ROWS, high - start)
             _add_rows(da, start - low, rows, gradient_bias, first, last)
             _add_product(da, start - low, rows, x, start, panel, gradient_ih, first, last)
             _add_product(da, start - low, rows, h_rows, start, panel, gradient_hh, first, last)
@@ -296,22 +300,29 @@ def _add_rows(da, first_row, rows, gradient_bias, first, last):
 
 @routine
 def _add_product(da, first_row, rows, operand, operand_row, panel, gradient, first, last):
-    """Add da^T @ operand to the gradient, panel by panel of the operand's columns."""
+    """Add da^T @ operand to the gradient, for at most PANEL_ROWS rows, panel by panel of the operand's columns.
+
+    The pieces are as equal as can be; where they are cut depends on the rows alone, as the sums then do.
+    """
     depth, columns = gradient.shape[1], gradient.shape[2]
-    width = columns // VECTORS
+    width, pieces = columns // VECTORS, (rows + _DEPTH - 1) // _DEPTH
     for number in range(gradient.shape[0]):
         column = number * columns
         vectors = minimum(VECTORS, (operand.shape[1] - column + width - 1) // width)
         pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
-        for block in range(first, last):
-            strip, strip_row = _strip(da, block * columns)
-            row = 0
-            while row < columns:
-                count = rows_of_tile(columns - row)
-                source = offset(strip, first_row * strip_row + row)
-                out = offset(address(gradient), (number * depth + block * columns + row) * columns)
-                tile(count, vectors, rows, source, 1, strip_row, panel, columns, out, columns)
-                row += count
+        for low in range(first, last, _BLOCKS):
+            for piece in range(pieces):
+                start, end = rows * piece // pieces, rows * (piece + 1) // pieces
+                for block in range(low, minimum(low + _BLOCKS, last)):
+                    strip, strip_row = _strip(da, block * columns)
+                    row = 0
+                    while row < columns:
+                        count = rows_of_tile(columns - row)
+                        source = offset(strip, (first_row + start) * strip_row + row)
+                        b = offset(panel, start * columns)
+                        out = offset(address(gradient), (number * depth + block * columns + row) * columns)
+                        tile(count, vectors, end - start, source, 1, strip_row, b, columns, out, columns)
+                        row += count
 
 
 @routine
@@ -324,8 +335,8 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
         column = panel * columns
         vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
         weights = offset(address(packed_ih), panel * depth * columns)
-        for start in range(first_row, last_row, INPUT_ROWS):
-            rows = minimum(INPUT_ROWS, last_row - start)
+        for start in range(first_row, last_row, _INPUT_ROWS):
+            rows = minimum(_INPUT_ROWS, last_row - start)
             for r in range(rows):
                 for v in range(vectors):
                     place = offset(block, r * columns + v * width)

@@ -192,7 +192,7 @@ def _dot_tile(rows, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x
 
 
 @routine
-def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, depth, h_row, a, a_row, far):
+def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, h_row, a, a_row, far):
     """Compute a = x @ W_ih.T + h @ W_hh.T + b for some rows, and the four gates of one block of units.
 
     Parameters
@@ -202,8 +202,6 @@ def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, depth, h_row
         As the caller gave them.
     x, h : pointer, IN
         Element (row, k) is ``x[row * x_row + k]``.
-    depth : int
-        How many numbers of h there are: H, or 0 if all are zero.
     a : pointer, OUT
         Row r, a vector for each gate, starts at ``a[r * a_row]``. Lanes beyond the last unit may hold anything.
     far : bool
@@ -220,11 +218,11 @@ def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, depth, h_row
             row = 0
             while row < rows:
                 count = rows_of_tile(rows - row)
-                if far and depth and rows > 2 * ROWS:
+                if far and rows > 2 * ROWS:
                     size = together * hidden
                     prefetch_share(offset(w_hh, size), size, row, row + count, rows)
                 _dot_tile(
-                    count, left, w_ih, inputs, offset(x, row * x_row), x_row, w_hh, depth, offset(h, row * h_row),
+                    count, left, w_ih, inputs, offset(x, row * x_row), x_row, w_hh, hidden, offset(h, row * h_row),
                     h_row, offset(address(bias), unit), left if bias.size else 0,
                     offset(a, row * a_row + gate * width + first), a_row,
                 )  # fmt: skip

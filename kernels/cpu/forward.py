@@ -21,10 +21,9 @@ from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
-from fastlstm.kernels.cpu.pack import pack_forward
+from fastlstm.kernels.cpu.pack import is_at_rest, pack_forward
 from fastlstm.kernels.cpu.simd import (
     address,
-    is_zero,
     lanes_of,
     load,
     load_first,
@@ -37,7 +36,7 @@ from fastlstm.kernels.cpu.simd import (
 from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, take, this_call
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
 
-__all__ = ["is_zero_everywhere", "layer_forward", "pre_activations"]
+__all__ = ["layer_forward", "pre_activations"]
 
 
 @kernel
@@ -62,7 +61,7 @@ def layer_forward(
     c_rows,  # (B, Hp) scratch
     a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
     packed,  # (Hp/V, I + H, 4, V) scratch, or IN; or (Hp/V, 0, 4, V) to use the weights as they lie
-    packed_bias,  # (Hp/V, 4, V) scratch, or IN
+    packed_bias,  # (2, Hp/V, 4, V) scratch, or IN
     pack,  # whether to pack the weights: else they are used as they lie, or packed already
     ahead,  # steps whose input products are computed together, 0 for none
     parts,  # (threads, 5), IN
@@ -88,7 +87,7 @@ def layer_forward(
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
     barrier(team, thread)
 
-    at_rest = is_zero_everywhere(h0)
+    at_rest = not as_they_lie and is_at_rest(h0, packed_bias)
     together = block_last - block_first if ahead else 1
     helped = divided and not ahead  # a step of few rows is over before one could help
     x_first, bias_first = address(x), address(packed_bias)
@@ -138,9 +137,8 @@ def layer_forward(
                     x_rows, x_row, h_row = offset(x_first, (low + start) * inputs), row_step * inputs, row_step * stride
                     if as_they_lie:
                         gate_dots(
-                            rows, first, weight_ih, weight_hh, bias, x_rows, x_row, h_prev, depth, h_row, a_rows, a_row,
-                            far,
-                        )  # fmt: skip
+                            rows, first, weight_ih, weight_hh, bias, x_rows, x_row, h_prev, h_row, a_rows, a_row, far
+                        )
                     else:
                         _products(
                             rows, x_rows, inputs, x_row, h_prev, depth, h_row, packed, 0, bias_first, 0, a_rows, a_row,
@@ -220,16 +218,6 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
             if lengths[row] == 0:
                 store_first(offset(address(h_n), source + unit), h, units)
                 store_first(offset(address(c_n), source + unit), c, units)
-
-
-@routine
-def is_zero_everywhere(array):
-    """Say whether an array holds nothing but zeros: then a product with it need not be computed."""
-    start = address(array)
-    for n in range(0, array.size, lanes_of(start)):
-        if not is_zero(load_first(offset(start, n), array.size - n)):
-            return False
-    return True
 
 
 @routine

@@ -16,6 +16,8 @@ from fastlstm.kernels.cpu.gates import GATES
 from fastlstm.kernels.cpu.simd import (
     address,
     fill,
+    fma,
+    is_zero,
     lanes,
     lanes_of,
     load,
@@ -29,7 +31,7 @@ from fastlstm.kernels.cpu.simd import (
 )
 from fastlstm.kernels.cpu.tile import VECTORS
 
-__all__ = ["pack_backward", "pack_forward", "pack_rows", "pack_weights", "unpack_gradient"]
+__all__ = ["is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "unpack_gradient"]
 
 
 def _swapped(builder, dtype, a, b, distance):
@@ -97,7 +99,9 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
     ----------
     weight_ih, weight_hh, bias : (4H, I), (4H, H), (4H,) or (0,) array, IN
     packed : (H/V, I + H, 4, V) array, OUT
-    packed_bias : (H/V, 4, V) array, OUT
+    packed_bias : (2, H/V, 4, V) array, OUT
+        The bias; and what the recurrent weights make of an h of zeros. That is zero, so that a first step from zeros
+        need not read them, or NaN where one of them is not finite.
     first, last : int
         The blocks of units to pack.
     """
@@ -110,6 +114,38 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
             units = minimum(width, hidden - block * width) if bias.size else 0
             target = offset(address(packed_bias), (block * GATES + gate) * width)
             store(target, load_first(offset(address(bias), gate * hidden + block * width), units))
+        recurrent = offset(address(packed), (block * packed.shape[1] + inputs) * GATES * width)
+        _zero_times(recurrent, hidden, offset(address(packed_bias), (packed.shape[0] + block) * GATES * width))
+
+
+@routine
+def _zero_times(weights, rows, target):
+    """Write the sum of zero times the rows of four vectors: what a product with zeros is."""
+    width = lanes_of(weights)
+    i = f = g = o = fill(weights, 0.0)
+    for _ in range(rows):
+        i, f = fma(load(weights), 0.0, i), fma(load(offset(weights, width)), 0.0, f)
+        g, o = fma(load(offset(weights, 2 * width)), 0.0, g), fma(load(offset(weights, 3 * width)), 0.0, o)
+        weights = offset(weights, GATES * width)
+    store(target, i)
+    store(offset(target, width), f)
+    store(offset(target, 2 * width), g)
+    store(offset(target, 3 * width), o)
+
+
+@routine
+def is_at_rest(h0, packed_bias):
+    """Say whether the first step's product with h is zero, and need not be computed."""
+    size = packed_bias.size // 2
+    return _is_zero(address(h0), h0.size) and _is_zero(offset(address(packed_bias), size), size)
+
+
+@routine
+def _is_zero(start, size):
+    for n in range(0, size, lanes_of(start)):  # noqa: SIM110  # Numba knows no generators here
+        if not is_zero(load_first(offset(start, n), size - n)):
+            return False
+    return True
 
 
 @kernel
@@ -118,7 +154,7 @@ def pack_weights(
     weight_hh,  # (4H, H), IN
     bias,  # (4H,), or (0,) for none, IN
     packed,  # (Hp/V, I + H, 4, V), OUT
-    packed_bias,  # (Hp/V, 4, V), OUT
+    packed_bias,  # (2, Hp/V, 4, V), OUT
 ):
     """Pack the weights for the forward pass, once for many calls."""
     pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, 0, packed.shape[0])

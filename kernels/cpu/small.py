@@ -18,8 +18,9 @@ from numba.np.numpy_support import from_dtype
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
-from fastlstm.kernels.cpu.forward import is_zero_everywhere, pre_activations
+from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
+from fastlstm.kernels.cpu.pack import is_at_rest
 from fastlstm.kernels.cpu.simd import (
     address,
     fma,
@@ -97,7 +98,7 @@ def small_forward(
 @kernel
 def small_forward_packed(
     packed,  # (Hp/V, I + H, 4, V), IN
-    packed_bias,  # (Hp/V, 4, V), IN
+    packed_bias,  # (2, Hp/V, 4, V), IN
     x,  # (T * B, I), IN
     h0,  # (1, B, H), IN
     c0,  # (1, B, H), IN
@@ -171,19 +172,17 @@ def _run(
     batch, rows, width = h0.shape[1], x.shape[0], lanes_of(tape)
     blocks = (hidden + width - 1) // width
     block_first, block_last = share(blocks, team, thread)
-    a, at_rest = _room(tape), is_zero_everywhere(h0)
+    a = _room(tape)
     for low in range(0, rows, batch):
         first, last = low == 0, low + batch == rows
-        depth = 0 if first and at_rest else hidden  # of the products with h
         x_step, y_step = offset(address(x), low * inputs), offset(address(y), low * hidden)
         h_step = address(h0) if first else offset(address(y), (low - batch) * hidden)
         c_step = address(c0) if first else address(c_n)
         if weight_ih is not None:  # Numba leaves out what belongs to a None
             for block in range(block_first, block_last):
                 gate_dots(
-                    batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, depth, hidden, a, GATES * width,
-                    False,
-                )  # fmt: skip
+                    batch, block, weight_ih, weight_hh, bias, x_step, inputs, h_step, hidden, a, GATES * width, False
+                )
                 for n in range(batch):
                     _cell(
                         block, n, offset(a, n * GATES * width), low, last, h_step, c_step, y_step, h_n, c_n, hidden,
@@ -191,6 +190,7 @@ def _run(
                     )  # fmt: skip
         if packed is not None:
             together = ROW_BLOCKS if batch == 1 else 1
+            depth = 0 if first and is_at_rest(h0, packed_bias) else hidden  # of the products with h
             for first_block in range(block_first, block_last, together):
                 number = minimum(together, block_last - first_block)
                 _packed_products(
@@ -386,7 +386,7 @@ def prepare(dtype: np.dtype[Any], packed: bool) -> None:
             return
         vector, matrix, state, four = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
         kernel = small_forward_packed if packed else small_forward
-        weights = (four, state) if packed else (matrix, matrix, vector)
+        weights = (four, four) if packed else (matrix, matrix, vector)
         sizes = (types.intp, types.intp) if packed else (types.intp, types.intp, types.boolean)
         team = types.Array(types.int64, 2, "C")
         kernel.disable_compile(False)
