@@ -27,16 +27,16 @@ ROOFS = (TILE, WEIGHTS, NOTHING)
 overlap; NumPy's products are another's best at the same sizes."""
 SIDES = (OURS, *ROOFS, PARTS, BLAS)
 ABOUT = (
-    f"Whole calls in float32, and in turn with them the roofs of the machine. The {TILE}: as many multiply-adds by the"
-    " matrix tile on data in the first-level cache. For a few sequences"
-    f" {WEIGHTS}: those of the inputs once, and the recurrent ones once for each step that has a state, and as often"
-    " again where there are gradients, to and fro, with nothing but an addition for each. For single steps"
-    f" {NOTHING}: a compiled function that returns at once, given as many arrays, the new ones among them. The {PARTS} are"
-    " all that a call cannot do without, each at its best and one after the other: the bare tile for the products whose weights many rows share,"
-    " reading the weights for the others, the activations of all gates on vectors in the first-level cache, and for"
-    f" single steps the call of nothing. And {BLAS}, for comparison: the matrix products alone by its BLAS, those of"
-    " the inputs for all steps at once, without gates, packing or gradients by the bias. Threads divide the operations,"
-    " the weights and the gates evenly. On one thread, and on as many as there are."
+    f"Whole calls in float32, and in turn with them the roofs of the machine. The {TILE}: as many multiply-adds by"
+    f" the matrix tile on data in the first-level cache. For a few sequences {WEIGHTS}: those of the inputs once, and"
+    " the recurrent ones once for each step that has a state, and as often again where there are gradients, to and"
+    f" fro, with nothing but an addition for each. For single steps {NOTHING}: a compiled function that returns at"
+    f" once, given as many arrays, the new ones among them. The {PARTS} are all that a call cannot do without, each"
+    " at its best and one after the other: the bare tile for the products whose weights many rows share, reading the"
+    " weights for the others, the activations of all gates on vectors in the first-level cache, and for single steps"
+    f" the call of nothing. And {BLAS}, for comparison: the matrix products alone by its BLAS, those of the inputs"
+    " for all steps at once, without gates, packing or gradients by the bias. Threads divide the operations, the"
+    " weights and the gates evenly. On one thread, and on as many as there are."
 )
 KINDS = ("infer", "train")
 FEW = 8  # sequences at once: with more, each number of the weights is used too often for reading it to be the limit
