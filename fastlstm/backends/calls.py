@@ -89,7 +89,7 @@ class Size(NamedTuple):
     @property
     def packed_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the packed weights and the packed bias."""
-        return (self.blocks, self.inputs + self.hidden, GATES, self.width), (2, self.blocks, GATES, self.width)
+        return (self.blocks * (self.inputs + self.hidden), GATES, self.width), (2, self.blocks, GATES, self.width)
 
     def plans(
         self, packing: Packing, threads: int, directions: int = 1, backward: bool = False, packed: bool = False

@@ -301,7 +301,7 @@ def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, mo
             *tape,
             (batch, blocks * width),
             (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
-            *(() if packed else ((weights[0], 0, *weights[2:]) if plan.as_they_lie else weights, bias)),
+            *(() if packed else ((0, *weights[1:]) if plan.as_they_lie else weights, bias)),
         )
         pack = not (packed or plan.as_they_lie)
         settings = pack, plan.ahead, plan.parts(packing, blocks), plan.kind == "units"

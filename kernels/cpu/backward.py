@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
-from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, unpack_gradient
+from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, packed_weights, unpack_gradient
 from fastlstm.kernels.cpu.simd import (
     address,
     fill,
@@ -66,7 +66,7 @@ def layer_backward(
     dbias,  # (4H,), or (0,) for none, OUT
     chunk,  # steps whose gate gradients are kept at a time
     gates,  # (rows of a chunk, Hp/V, 5, V) scratch if the tape has c alone, else None
-    packed,  # (Hp/V, I + H, 4, V) scratch likewise
+    packed,  # (Hp/V * (I + H), 4, V) scratch likewise
     packed_bias,  # (2, Hp/V, 4, V) scratch likewise
     da,  # (rows of a chunk, 4 * Hp) scratch, in strips of columns: see _strip
     dh_rows,  # (B, Hp) scratch
@@ -187,18 +187,20 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
 
     The sums are those of the forward pass, in the same order, so the gates are the same to the last bit.
     """
-    inputs, hidden = x.shape[1], packed.shape[1] - x.shape[1]
+    inputs, hidden = x.shape[1], packed.shape[0] // tape.shape[1] - x.shape[1]
     blocks, width, stride = tape.shape[1], tape.shape[3], h_rows.shape[1]
     tile_row = GATES * width
-    far = are_far(address(packed), (last - first) * packed.shape[1] * tile_row)
+    far = are_far(address(packed), (last - first) * (inputs + hidden) * tile_row)
     for block in range(first, last):
-        weights = offset(address(packed), block * packed.shape[1] * tile_row)
+        of_x, of_h = packed_weights(packed, inputs, hidden, block)
+        after, _ = packed_weights(packed, inputs, hidden, block + 1)
         start = offset(address(packed_bias), block * tile_row)
         for row in range(low, high, GROUP):
             end = minimum(row + GROUP, high)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
             pre_activations(
-                end - row, 1, x_rows, inputs, inputs, h_prev, hidden, stride, weights, 0, start, 0, a, tile_row, far
+                end - row, 1, x_rows, inputs, inputs, of_x, h_prev, hidden, stride, of_h, start, 0, a, tile_row, far,
+                after,
             )  # fmt: skip
             for n in range(row, end):
                 c = load(offset(address(tape), (n * blocks + block) * tape.shape[2] * width))
@@ -370,4 +372,4 @@ def _add_long_row(panels, da, row, weights, out):
     for k in range(0, depth, SLICE):
         strip, strip_row = _strip(da, k)
         a, b = offset(strip, row * strip_row), offset(weights, k * columns)
-        gate_tile(1, panels, strip_row, a, 0, 0, a, 0, b, depth * columns, out, 0, out, 0)
+        gate_tile(1, panels, strip_row, a, 0, b, depth * columns, 0, a, 0, b, 0, out, 0, out, 0)

@@ -21,7 +21,7 @@ from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
-from fastlstm.kernels.cpu.pack import is_at_rest, pack_forward
+from fastlstm.kernels.cpu.pack import is_at_rest, pack_forward, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,
     lanes_of,
@@ -60,7 +60,7 @@ def layer_forward(
     h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
     c_rows,  # (B, Hp) scratch
     a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
-    packed,  # (Hp/V, I + H, 4, V) scratch, or IN; or (Hp/V, 0, 4, V) to use the weights as they lie
+    packed,  # (Hp/V * (I + H), 4, V) scratch, or IN; or (0, 4, V) to use the weights as they lie
     packed_bias,  # (2, Hp/V, 4, V) scratch, or IN
     pack,  # whether to pack the weights: else they are used as they lie, or packed already
     ahead,  # steps whose input products are computed together, 0 for none
@@ -74,14 +74,14 @@ def layer_forward(
         call, arguments = this_call()
         summon(team, call, arguments)
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    width, stride = packed.shape[3], h_rows.shape[1]
+    width, stride = packed.shape[2], h_rows.shape[1]
     batch, features = order.size, y.shape[1]
     tile_row = GATES * width
     row_first, row_last, row_step, block_first, block_last = parts[thread]
 
-    as_they_lie = packed.shape[1] == 0
+    as_they_lie = packed.shape[0] == 0
     if pack:
-        first, last = share(packed.shape[0], team, thread)
+        first, last = share(packed_bias.shape[1], team, thread)
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     first, last = share(batch, team, thread)
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
@@ -91,6 +91,7 @@ def layer_forward(
     together = block_last - block_first if ahead else 1
     helped = divided and not ahead  # a step of few rows is over before one could help
     x_first, bias_first = address(x), address(packed_bias)
+    of_x, of_h = packed_weights(packed, inputs, hidden, 0)
     a_row = a.shape[1] * tile_row
     a_block = tile_row if ahead else 0
     far = are_far(address(packed), (block_last - block_first) * (inputs + hidden) * tile_row)
@@ -107,7 +108,7 @@ def layer_forward(
             ahead_low = low
             rows, x_rows = offsets[minimum(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
             _products(
-                rows, x_rows, inputs, inputs, x_rows, 0, 0, packed, 0, bias_first, 0, address(a), a_row, tile_row,
+                rows, x_rows, inputs, inputs, of_x, x_rows, 0, 0, of_h, bias_first, 0, address(a), a_row, tile_row,
                 block_first, block_last, 0, far,
             )  # fmt: skip
         left = block_last - block_first
@@ -129,8 +130,8 @@ def layer_forward(
                 if ahead:  # every row is this thread's
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
                     _products(
-                        rows, h_prev, 0, 0, h_prev, depth, stride, packed, inputs, a_rows, a_row, a_rows, a_row,
-                        tile_row, first, last, step & 1, far,
+                        rows, h_prev, 0, 0, of_x, h_prev, depth, stride, of_h, a_rows, a_row, a_rows, a_row, tile_row,
+                        first, last, step & 1, far,
                     )  # fmt: skip
                 else:
                     a_rows = offset(address(a), thread * GROUP * a_row)
@@ -141,8 +142,8 @@ def layer_forward(
                         )
                     else:
                         _products(
-                            rows, x_rows, inputs, x_row, h_prev, depth, h_row, packed, 0, bias_first, 0, a_rows, a_row,
-                            0, first, last, 0, far,
+                            rows, x_rows, inputs, x_row, of_x, h_prev, depth, h_row, of_h, bias_first, 0, a_rows, a_row,
+                            0, first, last, step & 1, far,
                         )  # fmt: skip
                 # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
                 # the processor does not look so far ahead that it would find work in the next one.
@@ -222,52 +223,56 @@ def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, la
 
 @routine
 def _products(
-    rows, x, inputs, x_row, h, hidden, h_row, packed, skipped, start, start_row, a, a_row, a_block, first, last,
-    backwards, far,
+    rows, x, inputs, x_row, of_x, h, depth, h_row, of_h, start, start_row, a, a_row, a_block, first, last, backwards,
+    far,
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and the blocks of units from first to last.
 
-    The weights before number `skipped` are left out, which is all of W_ih where `start` has x's share already; it then
-    has a row for each row. Otherwise it is the bias, with one for all (`start_row` 0).
+    Either product may be left out: `inputs` or `depth`, the numbers of x and h, is 0 then. Where x's share is in
+    `start` already, this has a row for each row. Otherwise it is the bias, with one for all (`start_row` 0).
     """
-    tile_row = GATES * packed.shape[3]
-    weights_block = packed.shape[1] * tile_row
+    tile_row = GATES * lanes_of(a)
     start_block = a_block if start_row else tile_row
-    weights = offset(address(packed), skipped * tile_row)
     together = ROW_BLOCKS if rows == 1 else 1
     for turn in range(first, last, together):
         blocks = minimum(together, last - turn)
         block = first + last - blocks - turn if backwards else turn
+        other = block - together if backwards else block + together
+        after = offset(of_x, other * inputs * tile_row) if inputs else offset(of_h, other * depth * tile_row)
         pre_activations(
-            rows, blocks, x, inputs, x_row, h, hidden, h_row, offset(weights, block * weights_block), weights_block,
-            offset(start, block * start_block), start_row, offset(a, block * a_block), a_row, far,
+            rows, blocks, x, inputs, x_row, offset(of_x, block * inputs * tile_row), h, depth, h_row,
+            offset(of_h, block * depth * tile_row), offset(start, block * start_block), start_row,
+            offset(a, block * a_block), a_row, far, after,
         )  # fmt: skip
 
 
 @routine(inline=True)
 def pre_activations(
-    rows, blocks, x, inputs, x_row, h, hidden, h_row, weights, weights_block, start, start_row, a, a_row, far
+    rows, blocks, x, inputs, x_row, of_x, h, depth, h_row, of_h, start, start_row, a, a_row, far, after
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
     The weights are taken DEPTH rows at a time, which stay in the first-level cache while the rows pass. Where
-    they are cut depends on I and H alone, so that results do not depend on the plan.
+    they are cut depends on I and H alone, so that results do not depend on the plan. Where they are far, each part
+    fetches the next one, and the last what is wanted `after` them.
     """
     tile_row = GATES * lanes_of(a)
+    x_block, h_block = inputs * tile_row, depth * tile_row
     # At least one input is left, if there are any, to start the products of h.
     whole = maximum(0, inputs - 1) // DEPTH * DEPTH
-    first = minimum(DEPTH, hidden)
     k = 0
-    while k < inputs + hidden:
-        k1, k2, a1, a1_row = DEPTH, 0, offset(x, k), x_row
+    while k < inputs + depth:
+        k1, k2, a1, a1_row, b1, b1_block = DEPTH, 0, offset(x, k), x_row, offset(of_x, k * tile_row), x_block
         if k == whole:
-            k1, k2 = inputs - whole, first
+            k1, k2 = inputs - whole, minimum(DEPTH, depth)
         elif k > whole:
-            a1, a1_row = offset(h, k - inputs), h_row
-            k1 = minimum(DEPTH, inputs + hidden - k)
+            a1, a1_row, b1, b1_block = offset(h, k - inputs), h_row, offset(of_h, (k - inputs) * tile_row), h_block
+            k1 = minimum(DEPTH, inputs + depth - k)
+        following = offset(of_h, k2 * tile_row) if k2 else offset(b1, k1 * tile_row)
+        following = after if k + k1 + k2 == inputs + depth else following
         gate_tiles(
-            rows, blocks, k1, a1, a1_row, k2, h, h_row, offset(weights, k * tile_row), weights_block, start, start_row,
-            a, a_row, far,
+            rows, blocks, k1, a1, a1_row, b1, b1_block, k2, h, h_row, of_h, h_block, start, start_row, a, a_row, far,
+            following,
         )  # fmt: skip
         start, start_row = a, a_row
         k += k1 + k2

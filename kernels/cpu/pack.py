@@ -25,13 +25,16 @@ from fastlstm.kernels.cpu.simd import (
     load_vector,
     minimum,
     offset,
+    poke,
     store,
     store_first,
     vector_pointer,
 )
 from fastlstm.kernels.cpu.tile import VECTORS
 
-__all__ = ["is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "unpack_gradient"]
+__all__ = [
+    "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights", "unpack_gradient",
+]  # fmt: skip
 
 
 def _swapped(builder, dtype, a, b, distance):
@@ -72,10 +75,10 @@ def _transpose(typingctx, source, source_row, target, target_row):
 
 
 @routine
-def _pack_columns(weight, packed, first_k, block):
-    """Write one block's rows of a weight (4H, K) as columns from `first_k` of `packed` (H/V, all k, 4, V)."""
+def _pack_columns(weight, packed, block):
+    """Write one block's rows of a weight (4H, K) as columns to `packed` (K, 4, V)."""
     hidden, inputs = weight.shape[0] // GATES, weight.shape[1]
-    width = packed.shape[3]
+    width = lanes_of(packed)
     units = minimum(width, hidden - block * width)
     for gate in range(GATES):
         row = gate * hidden + block * width
@@ -84,11 +87,10 @@ def _pack_columns(weight, packed, first_k, block):
             done = inputs - inputs % width
             for k in range(0, done, width):
                 source = offset(address(weight), row * inputs + k)
-                target = offset(address(packed), ((block * packed.shape[1] + first_k + k) * GATES + gate) * width)
-                _transpose(source, inputs, target, GATES * width)
+                _transpose(source, inputs, offset(packed, (k * GATES + gate) * width), GATES * width)
         for k in range(done, inputs):
             for lane in range(width):
-                packed[block, first_k + k, gate, lane] = weight[row + lane, k] if lane < units else 0.0
+                poke(offset(packed, (k * GATES + gate) * width + lane), weight[row + lane, k] if lane < units else 0.0)
 
 
 @routine
@@ -98,7 +100,9 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
     Parameters
     ----------
     weight_ih, weight_hh, bias : (4H, I), (4H, H), (4H,) or (0,) array, IN
-    packed : (H/V, I + H, 4, V) array, OUT
+    packed : (H/V * (I + H), 4, V) array, OUT
+        The weights of x, block by block, and then those of h: a step reads each from end to end, as processors fetch
+        best.
     packed_bias : (2, H/V, 4, V) array, OUT
         The bias; and what the recurrent weights make of an h of zeros. That is zero, so that a first step from zeros
         need not read them, or NaN where one of them is not finite.
@@ -106,16 +110,24 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
         The blocks of units to pack.
     """
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    width = packed.shape[3]
+    blocks, width = packed_bias.shape[1], packed_bias.shape[3]
     for block in range(first, last):
-        _pack_columns(weight_ih, packed, 0, block)
-        _pack_columns(weight_hh, packed, inputs, block)
+        of_x, of_h = packed_weights(packed, inputs, hidden, block)
+        _pack_columns(weight_ih, of_x, block)
+        _pack_columns(weight_hh, of_h, block)
         for gate in range(GATES):
             units = minimum(width, hidden - block * width) if bias.size else 0
             target = offset(address(packed_bias), (block * GATES + gate) * width)
             store(target, load_first(offset(address(bias), gate * hidden + block * width), units))
-        recurrent = offset(address(packed), (block * packed.shape[1] + inputs) * GATES * width)
-        _zero_times(recurrent, hidden, offset(address(packed_bias), (packed.shape[0] + block) * GATES * width))
+        _zero_times(of_h, hidden, offset(address(packed_bias), (blocks + block) * GATES * width))
+
+
+@routine(inline=True)
+def packed_weights(packed, inputs, hidden, block):
+    """Return pointers to the packed weights of x and to those of h, from one block of units on."""
+    tile_row = GATES * packed.shape[2]
+    of_x, of_h = block * inputs, packed.shape[0] // (inputs + hidden) * inputs + block * hidden
+    return offset(address(packed), of_x * tile_row), offset(address(packed), of_h * tile_row)
 
 
 @routine
@@ -153,11 +165,11 @@ def pack_weights(
     weight_ih,  # (4H, I), IN
     weight_hh,  # (4H, H), IN
     bias,  # (4H,), or (0,) for none, IN
-    packed,  # (Hp/V, I + H, 4, V), OUT
+    packed,  # (Hp/V * (I + H), 4, V), OUT
     packed_bias,  # (2, Hp/V, 4, V), OUT
 ):
     """Pack the weights for the forward pass, once for many calls."""
-    pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, 0, packed.shape[0])
+    pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, 0, packed_bias.shape[1])
 
 
 @routine

@@ -254,6 +254,16 @@ def store_first(typingctx, pointer, vector, n):
     return types.void(pointer, vector, n), codegen
 
 
+def unseen(builder, number):
+    """Emit nothing, and hide from LLVM what an integer is: a loop that counts with it is not unrolled.
+
+    Unrolled eight times, a loop over the rows of a matrix has loads that each take every eighth row. A processor that
+    looks for patterns load by load then fetches about half as fast from its second-level cache.
+    """
+    function = ir.FunctionType(number.type, [number.type])
+    return builder.asm(function, "", "=r,0", [number], side_effect=False)
+
+
 def emit_prefetch(builder, pointer):
     """Emit a hint that the cache line at a pointer will be read soon."""
     byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())

@@ -20,7 +20,7 @@ from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
-from fastlstm.kernels.cpu.pack import is_at_rest
+from fastlstm.kernels.cpu.pack import is_at_rest, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,
     fma,
@@ -97,7 +97,7 @@ def small_forward(
 
 @kernel
 def small_forward_packed(
-    packed,  # (Hp/V, I + H, 4, V), IN
+    packed,  # (Hp/V * (I + H), 4, V), IN
     packed_bias,  # (2, Hp/V, 4, V), IN
     x,  # (T * B, I), IN
     h0,  # (1, B, H), IN
@@ -210,11 +210,11 @@ def _run(
 def _packed_products(batch, block, blocks, packed, packed_bias, x, inputs, h, depth, hidden, a):
     """Compute the pre-activations of some rows and one block of units, or of one row and several, side by side."""
     tile_row = GATES * lanes_of(a)
-    size = (inputs + hidden) * tile_row
-    far = are_far(a, packed.shape[0] * size)
+    of_x, of_h = packed_weights(packed, inputs, hidden, block)
+    after, _ = packed_weights(packed, inputs, hidden, block + blocks)
     pre_activations(
-        batch, blocks, x, inputs, inputs, h, depth, hidden, offset(address(packed), block * size), size,
-        offset(address(packed_bias), block * tile_row), 0, a, tile_row, far,
+        batch, blocks, x, inputs, inputs, of_x, h, depth, hidden, of_h, offset(address(packed_bias), block * tile_row),
+        0, a, tile_row, are_far(a, packed.size), after,
     )  # fmt: skip
 
 
@@ -386,7 +386,7 @@ def prepare(dtype: np.dtype[Any], packed: bool) -> None:
             return
         vector, matrix, state, four = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
         kernel = small_forward_packed if packed else small_forward
-        weights = (four, four) if packed else (matrix, matrix, vector)
+        weights = (state, four) if packed else (matrix, matrix, vector)
         sizes = (types.intp, types.intp) if packed else (types.intp, types.intp, types.boolean)
         team = types.Array(types.int64, 2, "C")
         kernel.disable_compile(False)

@@ -34,6 +34,7 @@ from fastlstm.kernels.cpu.simd import (
     offset,
     prefetch,
     splat_scalar,
+    unseen,
     vector_pointer,
 )
 
@@ -91,10 +92,12 @@ def _emit_outer_product(builder, dtype, sums, elements, columns):
     return updated
 
 
-def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k):
-    """Emit the loop over k, adding to the block `start`; return the sums, and the ends of B's panels.
+def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k, *, as_written=False):
+    """Emit the loop over k, adding to the block `start`; return the sums.
 
-    The panels lie apart, and are as many vectors wide each as together make a row of the block.
+    The panels lie apart, and are as many vectors wide each as together make a row of the block. `as_written`, the loop
+    is not unrolled: better where A's rows, too, lie in a further cache; the products of a single row are faster
+    unrolled.
     """
     intp, vector = k_end.type, llvm_vector(dtype)
     zero, one = ir.Constant(intp, 0), ir.Constant(intp, 1)
@@ -110,17 +113,14 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k):
     columns = [p for b in b_now for p in _vectors_of(builder, b, width, vector.count)]
     updated = _emit_outer_product(builder, dtype, sums, a_now, columns)
     b_then = [_advance(builder, p, b_k) for p in b_now]
-    following = [builder.add(k, one), *b_then, *(_advance(builder, p, a_k) for p in a_now)]
+    k_then = unseen(builder, builder.add(k, one)) if as_written else builder.add(k, one)
+    following = [k_then, *b_then, *(_advance(builder, p, a_k) for p in a_now)]
     builder.cbranch(builder.icmp_signed("<", following[0], k_end), body, after)
     for phi, first, then in zip([k, *b_now, *a_now], [zero, *panels, *a_rows], following, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(then, body)
 
     builder.position_at_end(after)
-    b_ends = [builder.phi(b.type) for b in panels]
-    for phi, first, then in zip(b_ends, panels, b_then, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(then, body)
     results = []
     for first, total, then in zip(start, sums, updated, strict=True):
         results.append([])
@@ -131,7 +131,7 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k):
             result.add_incoming(x, before)
             result.add_incoming(y, body)
             results[-1].append(result)
-    return results, b_ends
+    return results
 
 
 def _emit_store(builder, dtype, values, c_rows):
@@ -165,19 +165,19 @@ def _emit_tile(builder, dtype, rows, vectors, arguments):
         for line in range(0, vectors * VECTOR_BYTES, CACHE_LINE):
             count = ir.Constant(k_end.type, line * 8 // dtype.bitwidth)
             emit_prefetch(builder, _advance(builder, pointer, count))
-    product, _ = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, [b], b_k)
+    product = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, [b], b_k, as_written=True)
     _emit_store(builder, dtype, _sums(builder, _emit_load(builder, dtype, c_rows, vectors), product), c_rows)
 
 
 def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
     """Emit C = (A1 @ B1 + start) + A2 @ B2 for a block of fixed size."""
-    k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row = arguments
-    one, b_k = ir.Constant(k1.type, 1), ir.Constant(k1.type, VECTORS * lanes(dtype))
-    a_rows, panels = _rows_of(builder, a1, a1_row, rows), _rows_of(builder, b, b_block, vectors // VECTORS)
-    sums, panels = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, panels, b_k)
+    k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row = arguments
+    one, b_k, panels = ir.Constant(k1.type, 1), ir.Constant(k1.type, VECTORS * lanes(dtype)), vectors // VECTORS
+    a_rows, b_panels = _rows_of(builder, a1, a1_row, rows), _rows_of(builder, b1, b1_block, panels)
+    sums = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, b_panels, b_k)
     given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
-    a_rows = _rows_of(builder, a2, a2_row, rows)
-    sums, _ = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, panels, b_k)
+    a_rows, b_panels = _rows_of(builder, a2, a2_row, rows), _rows_of(builder, b2, b2_block, panels)
+    sums = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, b_panels, b_k)
     _emit_store(builder, dtype, sums, _rows_of(builder, c, c_row, rows))
 
 
@@ -218,13 +218,17 @@ def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
 
 
 @intrinsic
-def _gate_tile(typingctx, rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
+def _gate_tile(
+    typingctx, rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+):  # fmt: skip
     sizes = [(r, VECTORS) for r in range(1, ROWS + 1)] + [(1, n * VECTORS) for n in range(2, ROW_BLOCKS + 1)]
 
     def codegen(context, builder, signature, args):
         return emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
 
-    return types.void(rows, vectors, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row), codegen
+    return types.void(
+        rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+    ), codegen
 
 
 @routine
@@ -284,7 +288,9 @@ def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row, far):
 
 
 @routine
-def gate_tile(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row):
+def gate_tile(
+    rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+):  # fmt: skip
     """Compute the pre-activations of a tile: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
 
     The chain may be cut at `start`: the first part alone (k2 = 0), and later the second (k1 = 0) from where
@@ -300,29 +306,32 @@ def gate_tile(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, s
         Lengths of the inner dimensions.
     a1, a2 : pointer, IN
         Element (row, k) is ``a[row * a_row + k]``.
-    b : pointer, IN
-        For block n at ``b[n * b_block]``: the k1 + k2 rows of B1 and B2, VECTORS whole vectors each, one after the
-        other.
+    b1, b2 : pointer, IN
+        For block n at ``b1[n * b1_block]``: the k1 rows of B1, VECTORS whole vectors each; B2 likewise.
     start : pointer, IN
         Row r starts at ``start[r * start_row]``, with VECTORS whole vectors for each block, one after the other; may
         be C.
     c : pointer, OUT
         Row r starts at ``c[r * c_row]``, likewise.
     """
-    _gate_tile(rows, VECTORS * blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row)
+    _gate_tile(
+        rows, VECTORS * blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+    )
 
 
 @routine(inline=True)
-def gate_tiles(rows, blocks, k1, a1, a1_row, k2, a2, a2_row, b, b_block, start, start_row, c, c_row, far):
-    """Run :func:`gate_tile` over any number of rows; where B is far, fetch its rows after these."""
-    size = (k1 + k2) * VECTORS * lanes_of(b)
+def gate_tiles(
+    rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, far, following
+):  # fmt: skip
+    """Run :func:`gate_tile` over any number of rows; where B is far, fetch as many rows of it that come after these."""
+    size = (k1 + k2) * VECTORS * lanes_of(c)
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
         if far and rows > 2 * ROWS:
-            prefetch_share(offset(b, size), size, row, row + count, rows)
+            prefetch_share(following, size, row, row + count, rows)
         gate_tile(
-            count, blocks, k1, offset(a1, row * a1_row), a1_row, k2, offset(a2, row * a2_row), a2_row,
-            b, b_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
+            count, blocks, k1, offset(a1, row * a1_row), a1_row, b1, b1_block, k2, offset(a2, row * a2_row), a2_row,
+            b2, b2_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
         )  # fmt: skip
         row += count
