@@ -158,7 +158,7 @@ def run_call(
         like_scratch = (np.empty((0,) * len(shape), way.workspace.dtype) for shape in way.workspace.shapes)
         compile_for(kernel, (*arguments, *like_scratch, *kept, *way.settings, NO_TEAM, 0))
         _compiled.add(signature)
-    start = time.perf_counter()
+    start = time.perf_counter()  # to have workers is a part of what a team takes
     workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
     try:
         as_planned = 1 + len(workers) == way.plan.threads

@@ -253,7 +253,10 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
 
 @routine(inline=True)
 def rows_of_tile(left):
-    """Return how many of the rows that are left the next tile takes: never one or two, whose sums wait in turn."""
+    """Return how many of the rows that are left the next tile takes.
+
+    The last tile has no one or two of many rows, as far as that goes: their few sums wait in turn.
+    """
     return (left + 1) // 2 if ROWS < left <= ROWS + 2 else minimum(ROWS, left)
 
 
