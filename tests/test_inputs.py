@@ -273,19 +273,15 @@ FIRST_STEPS = {
     "zeros": {},
     "negative zeros": {"h0": -0.0},
     "a number at the end": {"h0": 0.5},
-    "a number that is hardly one": {"h0": 1e-40},
     "NaN at the end": {"h0": np.nan},
     "NaN among the weights": {"weight_hh_l0": np.nan},
     "a weight without end": {"weight_hh_l0": np.inf},
 }
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 23), (3, 2), (40, 3), (4, 40)])
 @pytest.mark.parametrize("what", FIRST_STEPS)
-def test_a_first_step_from_zeros_is_as_the_equations_say(backend, dtype, what, steps, batch, frozen):
-    if frozen and backend.name == "cuda":
-        return  # a model on the GPU cannot be frozen: `test_frozen.py`
+def test_a_first_step_from_zeros_is_as_the_equations_say(backend, dtype, what, steps, batch):
     rng = np.random.default_rng(0)
     x, inputs, hidden = rng.normal(size=(steps, batch, 7)).astype(dtype), 7, 21
     given = {"h0": np.zeros((1, batch, hidden), dtype), "c0": rng.normal(size=(1, batch, hidden)).astype(dtype)}
@@ -297,10 +293,10 @@ def test_a_first_step_from_zeros_is_as_the_equations_say(backend, dtype, what, s
     if "weight_hh_l0" in FIRST_STEPS[what]:
         params["weight_hh_l0"][-1, -1] = FIRST_STEPS[what]["weight_hh_l0"]
 
-    def run(backend):
+    def run(backend, freeze):
         lstm = LSTM(inputs, hidden, dtype=dtype)
         lstm.params.update({name: backend.array(value) for name, value in params.items()})
-        lstm = lstm.freeze() if frozen else lstm
+        lstm = lstm.freeze() if freeze else lstm
         x_here, *state = (backend.array(value) for value in (x, given["h0"], given["c0"]))
         found = {}
         for again in ("", " again"):  # what has run once may take a shorter way
@@ -310,8 +306,9 @@ def test_a_first_step_from_zeros_is_as_the_equations_say(backend, dtype, what, s
         return {name: backend.host(value) for name, value in found.items()}
 
     with REFERENCE.active():
-        expected = run(REFERENCE)
-    assert_close("agreement", run(backend), expected, backend=backend.name, dtype=dtype)
+        expected = run(REFERENCE, freeze=False)
+    for freeze in (False, True)[: 1 if backend.name == "cuda" else 2]:  # only NumPy arrays can be frozen
+        assert_close("agreement", run(backend, freeze), expected, backend=backend.name, dtype=dtype)
 
 
 @pytest.mark.parametrize("poison", [*POISONS, 1e30])

@@ -146,8 +146,8 @@ def run_call(
     ways, kind = ways_for(most)
     number = TRIALS.pick(kind, len(ways)) if kind else 0
     way = ways[number]
-    start = time.perf_counter()
-    if way.plan.threads == 1 and not way.workspace.shapes:  # with nothing to prepare, which would take its time
+    if way.plan.threads == 1 and not way.workspace.shapes:  # nothing to prepare: what follows would take a tenth more
+        start = time.perf_counter()
         result = kernel(*arguments, *kept, *way.settings, NO_TEAM, 0)
         if kind and result is not False:
             TRIALS.report(kind, number, time.perf_counter() - start, rows)

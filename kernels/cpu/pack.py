@@ -101,8 +101,8 @@ def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
     ----------
     weight_ih, weight_hh, bias : (4H, I), (4H, H), (4H,) or (0,) array, IN
     packed : (H/V * (I + H), 4, V) array, OUT
-        The weights of x, block by block, and then those of h: a step reads each from end to end, as processors fetch
-        best.
+        The weights of x, block by block, and then those of h: a step that needs one of the two reads it from end to
+        end.
     packed_bias : (2, H/V, 4, V) array, OUT
         The bias; and what the recurrent weights make of an h of zeros. That is zero, so that a first step from zeros
         need not read them, or NaN where one of them is not finite.

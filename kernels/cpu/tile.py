@@ -96,8 +96,7 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k, *, as_wri
     """Emit the loop over k, adding to the block `start`; return the sums.
 
     The panels lie apart, and are as many vectors wide each as together make a row of the block. `as_written`, the loop
-    is not unrolled: better where A's rows, too, lie in a further cache; the products of a single row are faster
-    unrolled.
+    is not unrolled, with which training as a whole is faster, and inference is not.
     """
     intp, vector = k_end.type, llvm_vector(dtype)
     zero, one = ir.Constant(intp, 0), ir.Constant(intp, 1)
