@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastlstm import checks, dispatch, parameters
-from fastlstm.backends.base import Array, Dropout, Params
+from fastlstm.backends.base import Array, Dropout, Params, State
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
 
 __all__ = ["Gradients", "Tape", "lstm_backward", "lstm_forward"]
-
-State = tuple[Array, Array]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -207,7 +205,11 @@ def lstm_backward(
     """
     if not isinstance(tape, Tape):
         raise ArgumentError(f"tape must come from a forward pass, got {type(tape).__qualname__}")
-    cell, layout = tape.cell, tape.layout
+    cell, layout, backend = tape.cell, tape.layout, dispatch.backend_named(tape.backend)
+    if dstate is None and layout.batched and not layout.batch_first:
+        done = backend.shortcut_backward(cell, params, tape.record, dy)
+        if done:
+            return Gradients(done.x, (done.h0, done.c0), done.params)
     params = checks.params(cell, params)
     like = params["weight_hh_l0"]
     if dy is None and dstate is None:
@@ -215,7 +217,7 @@ def lstm_backward(
     if dy is not None:
         dy = layout.to_backend(checks.array("dy", dy, like, layout.sequence_shape(cell.output_size), layout.axes))
     dh_n, dc_n = checks.state_gradient(cell, dstate, layout.state_batch, like)
-    result = dispatch.backend_named(tape.backend).backward(cell, params, tape.record, dy, dh_n, dc_n)
+    result = backend.backward(cell, params, tape.record, dy, dh_n, dc_n)
     return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params)
 
 
@@ -232,10 +234,13 @@ def run(
     recompute: bool = False,
 ) -> tuple[Array, State, Tape | None]:
     """Check the arguments, run the backend's forward pass, and bring the result to the caller's layout."""
-    if not (batch_first or keep_tape or lengths is not None):
-        backend = dispatch.backend_at_hand(x)
-        if backend and x.ndim == 3 and (quick := backend.shortcut(cell, params, x, state)):
-            return quick[0], quick[1:], None
+    if not (batch_first or lengths is not None) and (backend := dispatch.backend_at_hand(x)) and x.ndim == 3:
+        if not keep_tape:
+            if quick := backend.shortcut(cell, params, x, state):
+                return quick[0], quick[1], None
+        elif recompute is False and (done := backend.shortcut_forward(cell, params, x, state)):
+            layout = Layout(True, False, x.shape[0], x.shape[1])
+            return done.y, (done.h_n, done.c_n), Tape(cell, backend.name, layout, done.tape)
     params = checks.params(cell, params)
     like = params["weight_hh_l0"]
     x, layout = _layout(cell, x, like, batch_first)
@@ -273,7 +278,7 @@ def step(cell: Cell, params: Mapping[str, Array], x: Array, state: State | None)
     """Check the arguments and advance the model by one time step; see ``LSTM.step``."""
     backend = dispatch.backend_at_hand(x)
     if backend and x.ndim == 2 and (quick := backend.shortcut(cell, params, x, state)):
-        return quick[0], quick[1:]
+        return quick
     if cell.bidirectional:
         raise ArgumentError("a bidirectional LSTM cannot step: its reverse direction starts at the sequence's end")
     params = checks.params(cell, params)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from fastlstm import checks, dispatch, functional, interchange, parameters, storage
-from fastlstm.backends.base import Array, Dropout, Params
+from fastlstm.backends.base import Array, Dropout, Params, State
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError
 from fastlstm.frozen import FrozenParams
-from fastlstm.functional import Gradients, State, Tape
+from fastlstm.functional import Gradients, Tape
 
 __all__ = ["LSTM"]
 

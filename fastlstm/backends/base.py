@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from fastlstm.cell import Cell
 
-__all__ = ["Array", "Backend", "BackwardResult", "ForwardResult", "Params"]
+__all__ = ["Array", "Backend", "BackwardResult", "ForwardResult", "Params", "State"]
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; the two share no common type
 Params: TypeAlias = dict[str, Array]
+State: TypeAlias = tuple[Array, Array]
 
 
 class ForwardResult(NamedTuple):
@@ -96,12 +97,23 @@ class Backend(Protocol):
         """
         ...
 
-    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
+    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, State] | None:
         """Run a call for inference on arguments that nobody has checked, if that is sure to be right.
 
         For calls that take little more time than all the checks in Python. `x` is (B, I) for one step or (T, B, I), and
         `state` None or a pair of (L, B, H), if they are as they should be; the result is y (B, H) or (T, B, H),
-        h_n and c_n. At the least doubt, None: the arguments are then checked and the other methods called,
-        which give the same result.
+        and (h_n, c_n). At the least doubt, None: the arguments are then checked and the other methods called, which
+        give the same result.
+        """
+        ...
+
+    def shortcut_forward(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> ForwardResult | None:
+        """Do as :meth:`shortcut` does for a call that keeps a tape; `x` is (T, B, I)."""
+        ...
+
+    def shortcut_backward(self, cell: Cell, params: Mapping[str, Any], tape: Any, dy: Any) -> BackwardResult | None:
+        """Do as :meth:`shortcut` does for :meth:`backward` where the final states have no gradients.
+
+        `tape` is one of this backend's, made with an equal cell; `dy` is (T, B, D*H), if it is as it should be.
         """
         ...

@@ -25,8 +25,8 @@ from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.tile import ROWS
 
 __all__ = [
-    "PACKED", "DirectionTape", "LayerTape", "Size", "Way", "Ways", "bias_of", "kind_of_calls", "packed_of", "plain",
-    "run_call", "size_of",
+    "PACKED", "DirectionTape", "LayerTape", "Size", "Way", "Ways", "as_rows", "bias_of", "kind_of_calls",
+    "packed_of", "plain", "run_call", "size_of",
 ]  # fmt: skip
 
 PACKED = "packed for the CPU backend"  # where they are kept among what is made of weights that never change
@@ -50,8 +50,15 @@ class LayerTape(NamedTuple):
 
 def plain(array: Array) -> Array:
     """Return an array that the kernels take without another compilation: C-contiguous, aligned and writeable."""
-    array = np.asarray(array)  # no subclass, such as memmap
+    if type(array) is not np.ndarray:
+        array = np.asarray(array)  # of a subclass, such as memmap
     return array if array.flags.carray else np.array(array, order="C")
+
+
+def as_rows(x: Array, rows: int, inputs: int) -> Array:
+    """Return a NumPy array as rows that the kernels take: it may be a part of an output, or read-only."""
+    x = x if x.flags.carray else np.array(x, order="C")
+    return x if x.ndim == 2 else x.reshape(rows, inputs)
 
 
 def bias_of(weights: Weights) -> Array:

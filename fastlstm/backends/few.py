@@ -22,7 +22,7 @@ from fastlstm.backends.calls import (
     run_call,
 )
 from fastlstm.backends.layers import Weights
-from fastlstm.backends.memory import SCRATCH, Workspace, new_array
+from fastlstm.backends.memory import Workspace, new_array, new_like
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import FEW_ROWS, are_few, choose, is_short, most_threads
 from fastlstm.backends.threads import get_num_threads
@@ -39,7 +39,8 @@ from fastlstm.kernels.cpu.small import (
 from fastlstm.kernels.cpu.tile import GROUP, ROWS
 
 __all__ = [
-    "as_rows", "few_backward", "few_forward", "few_rows", "few_rows_packed", "is_short_call", "most_short",
+    "few_backward", "few_forward", "few_gradients", "few_rows", "few_rows_packed", "is_short_call",
+    "most_short", "new_tape",
 ]  # fmt: skip
 
 
@@ -55,12 +56,6 @@ def is_short_call(packing: Packing, weights: Sequence[Weights], backward: bool =
 def most_short(steps: int) -> int:
     """Return how many rows a short call may have on packed weights: a single step as many as a tile's weights serve."""
     return GROUP if steps == 1 else FEW_ROWS
-
-
-def as_rows(x: Array, rows: int, inputs: int) -> Array:
-    """Return an input as rows that the kernels take: it may be a part of an output, or read-only."""
-    x = plain(x)
-    return x if x.ndim == 2 else x.reshape(rows, inputs)
 
 
 def few_rows(*arguments: Any) -> bool:
@@ -107,43 +102,53 @@ def few_forward(
     rows, inputs, hidden = len(y), x.shape[2], h0.shape[2]
     weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
     x = x.reshape(rows, inputs)
-    if not keep_tape:
-        packed = packed_of(weights)
-        prepare(x.dtype, bool(packed))
-        if packed:
-            fits = few_rows_packed(*packed, x, h0, c0, y, h_n, c_n, inputs, hidden, NO_TEAM, 0)
-        else:
-            biased = weights.bias is not None
-            fits = few_rows(
-                weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, inputs, hidden, biased, NO_TEAM, 0
-            )  # fmt: skip
-        assert fits
-        return None
-    size = Size.of(weight_ih)
-    # Each by itself, for so few rows need not be aligned; that would take longer.
-    tape = np.empty((rows, size.blocks, TAPE, size.width), x.dtype)
-    h_rows = np.empty((rows, size.blocks * size.width), x.dtype)
-    small_forward_taped(weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n, tape, h_rows, NO_TEAM)
-    return DirectionTape(tape, h_rows, c0[0].copy())
+    biased, given = weights.bias is not None, (weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n)
+    if keep_tape:
+        prepare(small_forward_taped, x.dtype)
+        kept = new_tape(rows, Size.of(weight_ih))
+        fits = small_forward_taped(*given, *kept, inputs, hidden, biased, NO_TEAM)
+    elif packed := packed_of(weights):
+        prepare(small_forward_packed, x.dtype)
+        fits = few_rows_packed(*packed, *given[3:], inputs, hidden, NO_TEAM, 0)
+    else:
+        prepare(small_forward, x.dtype)
+        fits = few_rows(*given, inputs, hidden, biased, NO_TEAM, 0)
+    assert fits
+    return DirectionTape(*kept, c0[0].copy()) if keep_tape else None
+
+
+def new_tape(rows: int, size: Size) -> tuple[Array, Array]:
+    """Allocate what a tape keeps: each by itself, for so few rows need not be aligned; that would take longer."""
+    tape = np.empty((rows, size.blocks, TAPE, size.width), size.dtype)
+    return tape, np.empty((rows, size.blocks * size.width), size.dtype)
 
 
 def few_backward(
     weights: Weights, layer: LayerTape, dy: Array, dh_n: Array, dc_n: Array, dx: Array, dh0: Array, dc0: Array
 ) -> Weights:
     """Back-propagate through one layer over a few rows; writes dx, dh0 and dc0."""
-    (tape,), dtype = layer.directions, dx.dtype
-    weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
-    grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
-    workspace = _gate_gradients(len(dx), len(weight_hh), dtype)
-    scratch = SCRATCH.borrow(workspace)
-    small_backward(
-        weight_ih, weight_hh, layer.x.reshape(dx.shape), tape.gates, tape.h_rows, tape.c0, dy, dh_n, dc_n,
-        dx, dh0, dc0, *grads, *scratch,
-    )  # fmt: skip
-    SCRATCH.give_back(workspace, scratch)
-    return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
+    prepare(small_backward, dx.dtype)
+    given = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    grads = few_gradients(given, weights.bias is not None, layer, dy, dh_n, dc_n, dx, dh0, dc0)
+    assert grads
+    return grads
 
 
-@functools.lru_cache(maxsize=16)
-def _gate_gradients(rows: int, columns: int, dtype: Any) -> Workspace:
-    return Workspace(dtype, ((rows, columns),))
+def few_gradients(
+    weights: tuple[Array, Array, Array],  # as the kernel takes them
+    biased: bool,
+    layer: LayerTape,
+    dy: Array,  # (T * B, H), or (0, H) for zero
+    dh_n: Array,  # (1, B, H), or (0, B, H) for zero
+    dc_n: Array,
+    dx: Array,  # (T * B, I), OUT
+    dh0: Array,  # (1, B, H), OUT
+    dc0: Array,
+) -> Weights | None:
+    """Do so, and return the gradients by the weights and the bias; None, with nothing done, if these do not fit."""
+    tape, grads = layer.directions[0], [new_like(array) for array in weights]
+    da = new_array((len(dx), len(weights[0])), dx.dtype)
+    fits = small_backward(
+        weights[0], weights[1], layer.x.reshape(dx.shape), *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, biased
+    )
+    return Weights(grads[0], grads[1], grads[2] if biased else None) if fits else None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, State
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.parameters import direction_names
@@ -165,8 +165,16 @@ class LayeredBackend(ABC):
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         return ["step after step"] * cell.num_layers
 
-    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, Array, Array] | None:
+    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, State] | None:
         """Take no shortcut (see ``base.Backend.shortcut``)."""
+        return None
+
+    def shortcut_forward(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> ForwardResult | None:
+        """Take no shortcut (see ``base.Backend.shortcut_forward``)."""
+        return None
+
+    def shortcut_backward(self, cell: Cell, params: Mapping[str, Any], tape: Any, dy: Any) -> BackwardResult | None:
+        """Take no shortcut (see ``base.Backend.shortcut_backward``)."""
         return None
 
     def _states(self, cell: Cell, batch: int, dtype: Any, h: Array | None, c: Array | None) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
-__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "new_array", "one_block"]
+__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "new_array", "new_like", "one_block"]
 
 
 def one_block(dtype: Any, *shapes: tuple[int, ...], lasting: bool = False) -> list[Array]:
@@ -57,6 +57,11 @@ def new_array(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Arra
     if zero:
         array.fill(0.0)
     return array
+
+
+def new_like(array: Array) -> Array:
+    """Allocate an array for the caller, as :func:`new_array` does, of the shape and dtype of another."""
+    return np.empty_like(array) if array.nbytes < Pool.LEAST else new_array(array.shape, array.dtype)
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.activations import tanh
-from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.compile import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
@@ -37,10 +37,7 @@ from fastlstm.kernels.cpu.simd import (
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, are_far
 
-__all__ = [
-    "prepare", "ready", "ready_packed", "small_backward", "small_forward", "small_forward_packed",
-    "small_forward_taped",
-]  # fmt: skip
+__all__ = ["prepare", "small_backward", "small_forward", "small_forward_packed", "small_forward_taped"]
 
 _ROWS = GROUP  # the most sequences: `plan.is_short`
 
@@ -78,9 +75,8 @@ def small_forward(
 
     The shapes are checked here, because a step takes less time than their checks in Python would.
     """
-    if (weight_ih.shape != (4 * hidden, inputs) or weight_hh.shape != (4 * hidden, hidden)) or (
-        bias.size != (4 * hidden if biased else 0) or not _fit(x, h0, c0, y, h_n, c_n, inputs, hidden)
-    ):
+    weights_fit = _are_weights(weight_ih, weight_hh, bias, inputs, hidden, biased)
+    if not (weights_fit and _fit(x, h0, c0, y, h_n, c_n, inputs, hidden)):
         return False
     if thread == 0:
         call, arguments = this_call()
@@ -139,14 +135,28 @@ def small_forward_taped(
     c_n,  # (1, B, H), OUT
     tape,  # (T * B, Hp/V, 5, V), OUT
     h_rows,  # (T * B, Hp) the state before each row, OUT
+    inputs,  # I
+    hidden,  # H
+    biased,  # whether there is a bias
     team,  # (2, 8), of one thread
 ):
     """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
-    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
+    weights_fit = _are_weights(weight_ih, weight_hh, bias, inputs, hidden, biased)
+    if not (weights_fit and _fit(x, h0, c0, y, h_n, c_n, inputs, hidden)):
+        return False
     left, before = address(tape), address(h_rows)
     _run(
         weight_ih, weight_hh, bias, None, None, x, h0, c0, y, h_n, c_n, inputs, hidden, True, left, before, team, 0
     )  # fmt: skip
+    return True
+
+
+@routine(inline=True)
+def _are_weights(weight_ih, weight_hh, bias, inputs, hidden, biased):
+    """Say whether the weights have the shapes that belong to I and H."""
+    return (weight_ih.shape == (4 * hidden, inputs) and weight_hh.shape == (4 * hidden, hidden)) and (
+        bias.size == (4 * hidden if biased else 0)
+    )
 
 
 @routine(inline=True)
@@ -257,21 +267,27 @@ def small_backward(
     h_rows,  # (T * B, Hp), IN
     c0,  # (B, H), IN
     dy,  # (T * B, H), or (0, H) for zero, IN
-    dh_n,  # (B, H), IN
-    dc_n,  # (B, H), IN
+    dh_n,  # (1, B, H), or (0, B, H) for zero, IN
+    dc_n,  # (1, B, H), or (0, B, H) for zero, IN
     dx,  # (T * B, I), OUT
-    dh0,  # (B, H), OUT; and before that the gradient by the h of the step
-    dc0,  # (B, H), OUT; likewise
+    dh0,  # (1, B, H), OUT; and before that the gradient by the h of the step
+    dc0,  # (1, B, H), OUT; likewise
     dweight_ih,  # (4H, I), OUT
     dweight_hh,  # (4H, H), OUT
     dbias,  # (4H,), or (0,) for none, OUT
     da,  # (T * B, 4H) scratch
+    biased,  # whether there is a bias
 ):
-    """Back-propagate through one layer over a few rows."""
-    (rows, inputs), (batch, hidden) = x.shape, dh0.shape
+    """Back-propagate through one layer over a few rows; return False, with nothing written, if a weight does not fit.
+
+    All else is as the forward pass, or the caller in Python, has made it.
+    """
+    (rows, inputs), (_, batch, hidden) = x.shape, dh0.shape
+    if not _are_weights(weight_ih, weight_hh, dbias, inputs, hidden, biased):
+        return False
     blocks, width, gates = tape.shape[1], tape.shape[3], GATES * hidden
-    dh0[:] = dh_n
-    dc0[:] = dc_n
+    _copy_or_clear(dh_n, address(dh0), batch * hidden)
+    _copy_or_clear(dc_n, address(dc0), batch * hidden)
     for low in range(rows - batch, -1, -batch):
         for sequence in range(batch):
             row = low + sequence
@@ -305,6 +321,15 @@ def small_backward(
         for row in range(1, rows):
             total += da[row, gate_unit]
         dbias[gate_unit] = total
+    return True
+
+
+@routine
+def _copy_or_clear(source, target, size):
+    """Copy an array of so many elements; one of none stands for zeros."""
+    for n in range(0, size, lanes_of(target)):
+        left = size - n
+        store_first(offset(target, n), load_first(offset(address(source), n), left if source.size else 0), left)
 
 
 _TOGETHER = 4  # rows of B that are read side by side
@@ -373,23 +398,30 @@ def _one_row(n, factor, b, c, add):
 
 
 _lock = threading.Lock()
-# The dtypes that the kernels of inference have been compiled for: arrays of others, and of other layouts, raise
-# TypeError.
-ready: set[np.dtype[Any]] = set()
-ready_packed: set[np.dtype[Any]] = set()
 
 
-def prepare(dtype: np.dtype[Any], packed: bool) -> None:
-    """Compile a kernel of inference for C-contiguous, writeable arrays of a dtype, and for nothing else."""
+def _signatures(dtype: np.dtype[Any]) -> dict[Any, tuple[Any, ...]]:
+    """Return the types of each kernel's arguments, all arrays being of a dtype, C-contiguous and writeable."""
+    vector, matrix, state, four = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
+    team, number, truth = types.Array(types.int64, 2, "C"), types.intp, types.boolean
+    weights, packed = (matrix, matrix, vector), (state, four)
+    rows, sizes = (matrix, state, state, matrix, state, state), (number, number, truth)
+    back = (state, state, matrix, state, state)  # gradients by the states after, by x, and by the states before
+    return {
+        small_forward: (*weights, *rows, *sizes, team, number),
+        small_forward_packed: (*packed, *rows, number, number, team, number),
+        small_forward_taped: (*weights, *rows, four, matrix, *sizes, team),
+        small_backward: (matrix, matrix, matrix, four, matrix, matrix, matrix, *back, *weights, matrix, truth),
+    }
+
+
+def prepare(kernel: Any, dtype: np.dtype[Any]) -> None:
+    """Compile one of the kernels for arrays of a dtype, C-contiguous and writeable; others then raise TypeError."""
+    types_of_arguments = _signatures(dtype)[kernel]
     with _lock:
-        if dtype in (ready_packed if packed else ready):
-            return
-        vector, matrix, state, four = (types.Array(from_dtype(dtype), ndim, "C") for ndim in (1, 2, 3, 4))
-        kernel = small_forward_packed if packed else small_forward
-        weights = (state, four) if packed else (matrix, matrix, vector)
-        sizes = (types.intp, types.intp) if packed else (types.intp, types.intp, types.boolean)
-        team = types.Array(types.int64, 2, "C")
-        kernel.disable_compile(False)
-        kernel.compile((*weights, matrix, state, state, matrix, state, state, *sizes, team, types.intp))
-        kernel.disable_compile(True)
-        (ready_packed if packed else ready).add(dtype)
+        if types_of_arguments not in kernel.overloads:
+            compile_once(kernel, types_of_arguments)
+
+
+for _kernel in (small_forward, small_forward_packed, small_forward_taped, small_backward):
+    refuse_others(_kernel)

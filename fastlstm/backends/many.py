@@ -1,0 +1,222 @@
+"""Calls of more than a few rows, on the kernels that divide a layer among threads: whole sequences."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.calls import (
+    DirectionTape,
+    LayerTape,
+    Size,
+    Way,
+    Ways,
+    as_rows,
+    bias_of,
+    kind_of_calls,
+    packed_of,
+    plain,
+    run_call,
+    size_of,
+)
+from fastlstm.backends.layers import Weights
+from fastlstm.backends.memory import Workspace, new_array, one_block
+from fastlstm.backends.packing import Packing
+from fastlstm.backends.plan import are_few
+from fastlstm.backends.threads import get_num_threads
+from fastlstm.cell import Cell
+from fastlstm.kernels.cpu.backward import PANEL_ROWS, layer_backward
+from fastlstm.kernels.cpu.forward import layer_forward
+from fastlstm.kernels.cpu.gates import GATES, TAPE
+from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
+
+__all__ = ["are_weights", "direction_backward", "direction_forward", "equal_rows", "fit"]
+
+# Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
+# gradients anew for each chunk would cost too much.
+_CHUNK_ROWS = 256
+
+
+def direction_forward(
+    weights: Weights,
+    x: Array,
+    h0: Array,
+    c0: Array,
+    packing: Packing,
+    direction: int,
+    y: Array,
+    h_n: Array,
+    c_n: Array,
+    keep_tape: bool,
+    recompute: bool,
+    threads: int,
+) -> DirectionTape | None:
+    """Run one direction; writes y, h_n and c_n."""
+    dtype, reverse = x.dtype, direction == 1
+    size = Size.of(weights.weight_ih)
+    # What was computed on the weights as they lie could not be computed again to the same bits, and is little.
+    recompute = recompute and not are_few(packing.rows, size.inputs, size.hidden, ROWS)
+    rows, kept = packing.rows, 1 if recompute else TAPE
+    shapes = (rows, size.blocks, kept, size.width), (rows, size.blocks * size.width)
+    tape = one_block(dtype, *shapes) if keep_tape else []
+    arguments = (
+        plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights), packing.pack(x, reverse),
+        h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
+        y, direction * size.hidden, h_n, c_n, keep_tape, *tape,
+    )  # fmt: skip
+
+    packed = packed_of(weights)
+
+    def ways(most: int) -> Ways:
+        return _forward_ways(size, packing, keep_tape, bool(packed), most)
+
+    run_call(layer_forward, arguments, ways, packing.rows, threads, packed)
+    return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, most: int) -> Ways:
+    """Return the ways to run the forward kernel on at most so many threads, on weights that are packed or not."""
+    _, _, width, blocks, dtype = size
+    batch, plans = packing.order.size, size.plans(packing, most, packed=packed)
+    weights, bias = size.packed_shapes
+    tape = () if training else ((0, blocks, TAPE, width), (2 * batch, blocks * width))
+    ways = []
+    for plan in plans:
+        shapes = (
+            *tape,
+            (batch, blocks * width),
+            (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
+            *(() if packed else ((0, *weights[1:]) if plan.as_they_lie else weights, bias)),
+        )
+        pack = not (packed or plan.as_they_lie)
+        settings = pack, plan.ahead, plan.parts(packing, blocks), plan.kind == "units"
+        ways.append(Way(plan, Workspace(dtype, shapes), settings))
+    kind = (
+        kind_of_calls(layer_forward, size, batch, packing.rows.bit_length(), plans, packed) if len(plans) > 1 else None
+    )
+    return Ways(tuple(ways), kind)
+
+
+def are_weights(cell: Cell, weights: tuple[Array, Array, Array]) -> bool:
+    """Say whether these arrays are a layer's weights and its bias, which is empty for none."""
+    (weight_ih, weight_hh, bias), hidden, dtype = weights, cell.hidden_size, cell.dtype
+    shapes = (4 * hidden, cell.input_size), (4 * hidden, hidden), (4 * hidden * cell.bias,)
+    found: bool = weight_ih.dtype == weight_hh.dtype == bias.dtype == dtype
+    return found and (weight_ih.shape, weight_hh.shape, bias.shape) == shapes
+
+
+def fit(cell: Cell, x: Array, h0: Array, c0: Array, state_shape: tuple[int, ...]) -> bool:
+    """Say whether an input and the states before it, all arrays, are such as the cell takes."""
+    found: bool = h0.dtype == c0.dtype == x.dtype == cell.dtype
+    return found and x.shape[-1] == cell.input_size and h0.shape == c0.shape == state_shape
+
+
+def equal_rows(
+    cell: Cell,
+    weights: tuple[Array, Array, Array],  # as given, the bias empty for none
+    packed: tuple[Array, ...],  # what was packed of weights that fit; () if nobody has looked at them
+    x: Array,  # (T, B, I)
+    h0: Array,
+    c0: Array,
+    y: Array,  # (T * B, H), OUT
+    h_n: Array,  # OUT
+    c_n: Array,  # OUT
+) -> bool:
+    """Run one layer over sequences of equal length; return False, with nothing done, if anything does not fit."""
+    if not fit(cell, x, h0, c0, h_n.shape) or not (packed or are_weights(cell, weights)):
+        return False
+    weight_ih, weight_hh, bias = weights
+    inputs, hidden, dtype, rows, batch = cell.input_size, cell.hidden_size, cell.dtype, len(y), x.shape[-2]
+    where, ways = _equal_call(inputs, hidden, rows // batch, batch, dtype, bool(packed))
+    arguments = (
+        plain(weight_ih), plain(weight_hh), plain(bias), as_rows(x, rows, inputs), plain(h0)[0], plain(c0)[0],
+        *where, y, 0, h_n[0], c_n[0], False,
+    )  # fmt: skip
+    run_call(layer_forward, arguments, ways, rows, get_num_threads(), packed)
+    return True
+
+
+@functools.lru_cache(maxsize=16)  # as the arrays in `packing`
+def _equal_call(
+    inputs: int, hidden: int, steps: int, batch: int, dtype: Any, packed: bool
+) -> tuple[tuple[Array, ...], Callable[[int], Ways]]:
+    """Return what a call on sequences of equal length shares with others of its size: so much less to do for each.
+
+    These are the kernel's arguments that say where the rows are, and the ways to run it.
+    """
+    size, packing = size_of(GATES * hidden, inputs, dtype), Packing.of(None, steps, batch)
+
+    @functools.cache
+    def ways(most: int) -> Ways:
+        return _forward_ways(size, packing, False, packed, most)
+
+    return (packing.order, packing.lengths, packing.offsets, packing.places(False)), ways
+
+
+def _chunk(packing: Packing) -> int:
+    """Steps whose gate gradients, and with `recompute` their gates, are kept at a time."""
+    steps = packing.offsets.size - 1
+    chunk: int = max(1, -(-steps // 8), min(-(-steps // 4), -(-_CHUNK_ROWS // packing.order.size)))
+    return chunk
+
+
+def direction_backward(
+    weights: Weights,
+    layer: LayerTape,
+    direction: int,
+    dy: Array,
+    dh_n: Array,
+    dc_n: Array,
+    dx: Array,
+    dh0: Array,
+    dc0: Array,
+) -> Weights:
+    """Back-propagate through one direction; writes dx, dh0 and dc0."""
+    tape, packing = layer.directions[direction], layer.packing
+    dtype, reverse = dx.dtype, direction == 1
+    size = Size.of(weights.weight_ih)
+    weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
+    recompute = tape.gates.shape[2] < TAPE
+    arguments = (
+        weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
+        packing.order, packing.lengths, packing.offsets, packing.places(reverse),
+        dy, direction * size.hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, _chunk(packing),
+        *(() if recompute else (None, None, None)),
+    )  # fmt: skip
+
+    def ways(most: int) -> Ways:
+        return _backward_ways(size, packing, recompute, most)
+
+    run_call(layer_backward, arguments, ways, packing.rows, get_num_threads())
+    return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_ways(size: Size, packing: Packing, recompute: bool, most: int) -> Ways:
+    """Return the ways to run the backward kernel on at most so many threads."""
+    inputs, hidden, width, blocks, dtype = size
+    batch, plans = packing.order.size, size.plans(packing, most, backward=True)
+    chunk_rows = packing.rows_of_chunk(_chunk(packing))
+    depth, panel = GATES * blocks * width, VECTORS * width
+    again = (chunk_rows, blocks, TAPE, width), *size.packed_shapes
+    ways = []
+    for plan in plans:
+        shapes = (
+            *(again if recompute else ()),
+            (chunk_rows, depth),
+            (batch, blocks * width),
+            (batch, blocks * width),
+            (-(-inputs // panel), depth, panel),
+            (-(-hidden // panel), depth, panel),
+            (-(-inputs // panel), depth, panel),
+            (-(-hidden // panel), depth, panel),
+            (depth,),
+            (plan.threads, PANEL_ROWS, panel),
+        )
+        ways.append(Way(plan, Workspace(dtype, shapes), (plan.parts(packing, blocks), plan.kind == "units")))
+    kind = kind_of_calls(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
+    return Ways(tuple(ways), kind)
