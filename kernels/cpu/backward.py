@@ -20,6 +20,7 @@ from fastlstm.kernels.cpu.simd import (
     maximum,
     minimum,
     offset,
+    prefetch,
     store,
     store_first,
 )
@@ -218,6 +219,8 @@ def _gates_back(
     blocks, width, stride = tape.shape[1], tape.shape[3], dh_rows.shape[1]
     for row in range(row_first, row_last, row_step):
         place = places[here + row] * features + column
+        # The rows of dy lie in another order where the sequences were sorted, which no processor could foresee.
+        soon = places[minimum(here + row + 2 * row_step, places.size - 1)] * features + column
         for block in range(block_first, block_last):
             units = minimum(width, hidden - block * width)
             if before >= 0:
@@ -229,6 +232,7 @@ def _gates_back(
             here_dc = offset(address(dc_rows), row * stride + block * width)
             dh = load(here_dh)
             if dy.size:
+                prefetch(offset(address(dy), soon + block * width))
                 dh = dh + load_first(offset(address(dy), place + block * width), units)
             left = offset(address(gates), ((here - gates_row + row) * blocks + block) * TAPE * width)
             strip, strip_row = _strip(da, block * GATES * width)
