@@ -169,12 +169,15 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() >= 1
 
 
-def ways_of_calls(trials, calls, seconds):
-    """Make calls that take what `seconds` says for each way to run them; return the ways they were run."""
+UNIT = 5e-3  # seconds: calls that are neither short nor long
+
+
+def ways_of_calls(trials, calls, times, unit=UNIT):
+    """Make calls that take what `times` says for each way to run them; return the ways they were run."""
     found = []
     for _ in range(calls):
-        way = trials.pick("kind", len(seconds))
-        trials.report("kind", way, seconds[way])
+        way = trials.pick("kind", len(times))
+        trials.report("kind", way, times[way] * unit)
         found.append(way)
     return found
 
@@ -200,7 +203,7 @@ def test_a_try_has_more_than_one_call():
     found = []
     for _ in range(100):
         found.append(trials.pick("kind", 2))
-        trials.report("kind", found[-1], 2.0 if found[-1] else next(seconds))
+        trials.report("kind", found[-1], UNIT * (2.0 if found[-1] else next(seconds)))
     assert found[-50:].count(0) > 40
 
 
@@ -209,7 +212,7 @@ def test_what_is_hardly_faster_takes_no_turns_with_what_was_chosen():
     trials, found = Trials(), []
     for _ in range(2000):
         found.append(trials.pick("kind", 2))
-        trials.report("kind", found[-1], (1.0 if found[-1] else 1.01) * (1.0 + 0.02 * noise.random()))
+        trials.report("kind", found[-1], UNIT * (1.0 if found[-1] else 1.01) * (1.0 + 0.02 * noise.random()))
     assert found[100:].count(1) < 100
 
 
@@ -233,7 +236,7 @@ def test_what_is_hopeless_takes_little_of_the_time():
 
 def test_a_team_whose_worker_has_to_be_woken_gets_over_that_before_its_try_counts():
     trials, slow = Trials(), iter([150e-6, 27e-6, 23e-6, 21e-6, 12e-6])  # and then 10, against 16 on one thread
-    found = ways_of_calls(trials, 20, [1.0, 16e-6])  # the first calls were slower still
+    found = ways_of_calls(trials, 20, [1.0, 16e-6], 1.0)  # the first calls were slower still
     for _ in range(500):
         found.append(trials.pick("kind", 2))
         trials.report("kind", found[-1], 16e-6 if found[-1] else next(slow, 10e-6))
@@ -242,8 +245,22 @@ def test_a_team_whose_worker_has_to_be_woken_gets_over_that_before_its_try_count
 
 @pytest.mark.parametrize("woken", [150e-6, 40e-6])
 def test_a_team_that_is_woken_for_each_call_loses_and_its_tries_take_little_of_the_time(woken):
-    found = ways_of_calls(Trials(), 100_000, [woken, 16e-6])
+    found = ways_of_calls(Trials(), 100_000, [woken, 16e-6], 1.0)
     assert 0 < found[1000:].count(0) * woken / (len(found) * 16e-6) < 2 * Trials.SHARE
+
+
+@pytest.mark.parametrize("slower", [1.2, 3.0])
+def test_a_long_call_that_loses_ends_its_try(slower):
+    found = ways_of_calls(Trials(), 2000, [1.0, slower], 0.1)
+    tries = [sum(1 for _ in calls) for way, calls in itertools.groupby(found) if way]
+    assert set(tries) == {1} and len(tries) > 3
+    assert found[:8].count(1) == 1 and sum(tries) * slower / len(found) < 2 * Trials.SHARE
+
+
+def test_a_long_call_that_wins_has_to_win_again():
+    found = ways_of_calls(Trials(), 100, [1.2, 1.0], 0.1)
+    assert found[-90:].count(1) == 90 - found[-90:].count(0) > 85
+    assert [way for way, _ in itertools.groupby(found)][:2] == [0, 1]
 
 
 def test_one_slow_call_decides_nothing():

@@ -118,6 +118,7 @@ class Trials:
     BETTER = 0.95  # of the time: enough to win
     SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
+    LONG = 0.02  # or that loses at all, if it takes so many seconds: noise is a small share of it, and three are many,
     SHARE = 0.02  # and the next is so far away that such tries take no more of the time
     KINDS = 256  # of calls that are remembered
 
@@ -140,7 +141,8 @@ class Trials:
         rivals = self._rivals.get(kind)
         if rivals is None:  # forgotten meanwhile
             return
-        is_short, seconds = seconds < self.SHORT, seconds / rows  # calls of one kind differ in their number of rows
+        is_short, is_long = seconds < self.SHORT, seconds >= self.LONG
+        seconds /= rows  # calls of one kind differ in their number of rows
         if is_short and rivals.warming > 0 and rivals.tries and way == rivals.trying:
             rivals.warming -= 1
             return
@@ -151,7 +153,7 @@ class Trials:
         if rivals.tries and way == rivals.trying:
             rivals.tries = max(0, rivals.tries - 1)  # another thread's call may have been the last
             best = min(rivals.medians[:way] + rivals.medians[way + 1 :])
-            hopeless = seconds > self.HOPELESS * best
+            hopeless = seconds > (1.0 / self.BETTER if is_long else self.HOPELESS) * best
             if hopeless:
                 rivals.tries = 0
                 rivals.forget_all_but(way, seconds)
