@@ -105,10 +105,10 @@ class Trials:
     milliseconds, where threads meet after each step at every step. So calls are run all ways, and the fastest is
     kept for each kind of call; another has a try after some calls, and after twice as many each time that one loses
     again. A try is of several calls, whose median counts: neither a compilation nor a disturbed call decides; and
-    it has to win clearly, or noise would decide again and again. Before them come some that do not count where
-    calls are short: the first has to wake a worker, which takes longer than the call, and its weights are in
-    another core's caches for some more. What was measured in the past counts for nothing but when to try: the whole
-    machine may be slower now. Results do not depend on it.
+    it has to win clearly, or noise would decide again and again. A long call that loses ends its try. Before a try come
+    some calls that do not count where calls are short: the first has to wake a worker, which takes longer than the
+    call, and its weights are in another core's caches for some more. What was measured in the past counts for nothing
+    but when to try: the whole machine may be slower now. Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls

@@ -398,6 +398,7 @@ def _one_row(n, factor, b, c, add):
 
 
 _lock = threading.Lock()
+_prepared: set[tuple[Any, np.dtype[Any]]] = set()
 
 
 def _signatures(dtype: np.dtype[Any]) -> dict[Any, tuple[Any, ...]]:
@@ -417,10 +418,12 @@ def _signatures(dtype: np.dtype[Any]) -> dict[Any, tuple[Any, ...]]:
 
 def prepare(kernel: Any, dtype: np.dtype[Any]) -> None:
     """Compile one of the kernels for arrays of a dtype, C-contiguous and writeable; others then raise TypeError."""
-    types_of_arguments = _signatures(dtype)[kernel]
+    if (kernel, dtype) in _prepared:
+        return
     with _lock:
-        if types_of_arguments not in kernel.overloads:
-            compile_once(kernel, types_of_arguments)
+        if (kernel, dtype) not in _prepared:
+            compile_once(kernel, _signatures(dtype)[kernel])
+            _prepared.add((kernel, dtype))
 
 
 for _kernel in (small_forward, small_forward_packed, small_forward_taped, small_backward):
