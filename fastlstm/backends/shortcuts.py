@@ -1,7 +1,8 @@
 """Calls of one layer on arguments that nobody has checked: for those that take little more time than the checks.
 
-The kernels look at the shapes themselves, and Numba at the dtypes. What does not fit raises, or is found, before
-anything is done; then there is no result, and the long way says what is wrong, or does what these cannot.
+In short calls the kernels look at the shapes themselves, and Numba at the dtypes; for longer ones both are compared
+here. What does not fit raises, or is found, before anything is done; then there is no result, and the long way says
+what is wrong, or does what these cannot.
 """
 
 from __future__ import annotations
@@ -40,10 +41,7 @@ def infer(cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Ar
                 return None
             packed = params.kept[0, 0][PACKED]  # KeyError before the first call
         rows, state_shape, y_shape, short = _call_of(x.shape, inputs, hidden, bool(packed))
-        if state is None:
-            h0 = c0 = np.zeros(state_shape, dtype)
-        else:
-            h0, c0 = state if type(state) is tuple else ()
+        h0, c0 = _states(state, state_shape, dtype)
         if not (rows and type(x) is type(h0) is type(c0) is np.ndarray):
             return None
         h_n, c_n = np.empty(state_shape, dtype), np.empty(state_shape, dtype)
@@ -82,6 +80,15 @@ def _call_of(
     return rows, (1, batch, hidden), (*shape[:-1], hidden), run
 
 
+def _states(state: Any, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+    """Return h0 and c0 as given, or zeros for both; ValueError if they are no pair."""
+    if state is None:
+        zeros = np.zeros(shape, dtype)
+        return zeros, zeros
+    h0, c0 = state if type(state) is tuple else ()
+    return h0, c0
+
+
 def _weights(cell: Cell, params: Mapping[str, Any]) -> tuple[Array, Array, Array]:
     """Return the weights and the bias, for none an empty one, as given: plain arrays, or TypeError."""
     given = params.arrays if type(params) is FrozenParams else params
@@ -101,10 +108,7 @@ def train_forward(cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> 
     try:
         (steps, batch, inputs), hidden, dtype = x.shape, cell.hidden_size, cell.dtype
         weights, rows, state_shape = _weights(cell, params), steps * batch, (1, batch, hidden)
-        if state is None:
-            h0 = c0 = np.zeros(state_shape, dtype)
-        else:
-            h0, c0 = state if type(state) is tuple else ()
+        h0, c0 = _states(state, state_shape, dtype)
         if not (rows and type(x) is type(h0) is type(c0) is np.ndarray):
             return None
         x, packing, tape = plain(x), Packing.of(None, steps, batch), None
