@@ -29,6 +29,7 @@ CASES = {
     "units": Case(40, 5, 30, 130),
     "units, ragged": Case(40, 5, 30, 130, bidirectional=True, lengths=(3, 40, 0, 17, 25)),
     "units, many weights": Case(14, 17, 1000, 650),
+    "units, many for a team": Case(14, 17, 300, 400),
     "units, one sequence": Case(60, 1, 20, 250),
     "units, one sequence, whole vectors": Case(30, 1, 20, 160),
     "units, few rows": Case(2, 8, 40, 330),
@@ -77,6 +78,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, name, any_number_of_th
     assert len(set(plans)) > 1, "threads make no difference"
     if "many weights" in name:  # which each step would read from memory
         assert all("input products 7 steps ahead" in plan for plan in plans), plans
+    if "many for a team" in name:
+        assert ["input products 7 steps ahead" in plan for plan in plans] == [False, True, True, True], plans
     for other in found[1:]:
         assert_identical(other, found[0])
     assert_close("agreement", found[0], truth, backend="cpu", dtype=dtype)

@@ -141,6 +141,25 @@ def test_gradients_with_and_without_recomputing_are_the_same_bits(dtype):
     assert_identical(one.params | {"x": one.x}, other.params | {"x": other.x})
 
 
+def test_a_first_step_finds_what_is_no_zero_wherever_it_stands(dtype):
+    # Only a first step from zeros leaves the recurrent weights out: a state, or a weight that is not finite, is found.
+    lstm, x = LSTM(5, 21, dtype=dtype, seed=0), RNG.normal(size=(8, 5)).astype(dtype)
+    with fastlstm.use_backend("cpu"):
+        frozen, zeros = lstm.freeze(), np.zeros((1, 8, 21), dtype)
+        h, _ = frozen.step(x, (zeros, zeros))
+        for place in range(zeros.size):
+            h0 = zeros.copy()
+            h0.flat[place] = 0.5
+            found, _ = frozen.step(x, (h0, zeros))
+            assert ((found != h).any(axis=1) == (np.arange(8) == place // 21)).all(), place
+        for row in range(4 * 21):
+            weight = lstm.params["weight_hh_l0"]
+            kept, weight[row, 3] = weight[row, 3], np.inf
+            found, _ = lstm.freeze().step(x, (zeros, zeros))
+            weight[row, 3] = kept
+            assert (np.isnan(found).all(axis=0) == (np.arange(21) == row % 21)).all(), row
+
+
 CHANGES = {
     "an entry": lambda params: params.__setitem__("bias_l0", np.zeros(16, np.float32)),
     "a new entry": lambda params: params.setdefault("other", 1),

@@ -31,8 +31,8 @@ _ROWS_WORTH_ALL_WEIGHTS = 32
 # With fewer, forward: threads that divide the units help each other, which is worth more than meeting costs.
 _ROWS_WORTH_NO_HELP = 64
 # Rows of input products that are computed together: some tiles, and still in the caches. More, where there are so many
-# weights that each step has to read them from memory: those of the inputs then come less often. Several threads read so
-# fast that they have to wait for the cache they share, long before it is too small.
+# weights that each step has to read them from memory: those of the inputs then come less often. With several threads,
+# which share a cache, that pays from fewer weights on.
 _ROWS_AHEAD, _ROWS_AHEAD_OF_MANY_WEIGHTS, _MANY_WEIGHTS, _MANY_WEIGHTS_OF_A_TEAM = 48, 128, 4_000_000, 1_000_000
 # Rows, in tiles, up to which the weights are used as they lie: packing them would read and write them all. There may be
 # more, the longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
