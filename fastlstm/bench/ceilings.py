@@ -56,7 +56,8 @@ def _tiles() -> tuple[Any, int, int]:
     @njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
-            tile(ROWS, VECTORS, k, address(a), k, 1, address(b), b.shape[1], address(c), c.shape[1])
+            left, right, sums, row = address(a), address(b), address(c), c.shape[1]
+            tile(ROWS, VECTORS, k, left, k, 1, right, b.shape[1], sums, row, sums, row, right, 0)
 
     return tiles, ROWS, VECTORS
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
-from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, packed_weights, unpack_gradient
+from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,
     fill,
@@ -26,16 +26,16 @@ from fastlstm.kernels.cpu.simd import (
 )
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
-from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, rows_of_tile, tile, tiles
+from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, tiles, zero_row
 
 __all__ = ["PANEL_ROWS", "layer_backward"]
 
 # Rows of a chunk that a tile of the weights' gradients takes at most: with 4 vectors each, those of x or h stay in the
 # first-level cache while the tile goes over the gates of some units.
 _DEPTH = 128
-# The sums of so many blocks of units stay in the second-level cache while so many such pieces are added to them. Those
-# of all units, fetched for each piece anew, would be most of what these products read.
-_PIECES, _BLOCKS = 4, 4
+# The sums of a block of units stay near while so many such pieces are added to them. Fetched for each piece anew, they
+# would be most of what these products read.
+_PIECES = 4
 # Rows of the gradient by x whose sums lie in the second-level cache while all weights pass by.
 _INPUT_ROWS = 128
 PANEL_ROWS = _PIECES * _DEPTH
@@ -74,8 +74,8 @@ def layer_backward(
     dc_rows,  # (B, Hp) scratch
     packed_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
     packed_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
-    gradient_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
-    gradient_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
+    sums_ih,  # (panels of I, 4 * Hp, 4 * V) scratch
+    sums_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
     gradient_bias,  # (4 * Hp,) scratch
     right,  # (threads, PANEL_ROWS, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
     parts,  # (threads, 5), IN
@@ -93,7 +93,7 @@ def layer_backward(
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
-    _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread)
+    _begin(gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread)
     barrier(team, thread)
 
     panel = offset(address(right), thread * right.shape[1] * right.shape[2])
@@ -124,26 +124,29 @@ def layer_backward(
         for start in range(low, high, PANEL_ROWS):
             rows = minimum(PANEL_ROWS, high - start)
             _add_rows(da, start - low, rows, gradient_bias, first, last)
-            _add_product(da, start - low, rows, x, start, panel, gradient_ih, first, last)
-            _add_product(da, start - low, rows, h_rows, start, panel, gradient_hh, first, last)
+            add, finish = high < tape.shape[0] or start > low, chunk_first == 0 and start + rows == high
+            _weights_back(da, start - low, rows, x, start, panel, add, finish, sums_ih, dweight_ih, first, last)
+            _weights_back(da, start - low, rows, h_rows, start, panel, add, finish, sums_hh, dweight_hh, first, last)
         start, end = share(high - low, team, thread)
         _inputs_back(da, start, end, low, packed_ih, places, accumulate, dx, panel)
         barrier(team, thread)
         chunk_last = chunk_first
 
-    unpack_gradient(gradient_ih, dweight_ih, first, last)
-    unpack_gradient(gradient_hh, dweight_hh, first, last)
+    if tape.shape[0] == 0:
+        _clear(dweight_ih, team, thread)
+        _clear(dweight_hh, team, thread)
+    else:
+        _finish_edge(sums_ih, dweight_ih, first, last)
+        _finish_edge(sums_hh, dweight_hh, first, last)
     _finish(gradient_bias, dbias, order, dh_rows, dc_rows, dh0, dc0, first, last, team, thread)
     if thread == 0:
         dismiss(team)
 
 
 @routine
-def _begin(gradient_ih, gradient_hh, gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread):
-    """Zero this thread's share of the sums, and put the final states' gradients in place."""
+def _begin(gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread):
+    """Zero this thread's share of the bias's gradient, and put the final states' gradients in place."""
     _clear(gradient_bias, team, thread)
-    _clear(gradient_ih, team, thread)
-    _clear(gradient_hh, team, thread)
     hidden, stride = dh_n.shape[1], dh_rows.shape[1]
     width = lanes_of(address(dh_rows))
     first, last = share(order.size, team, thread)
@@ -214,7 +217,7 @@ def _gates_back(
     here, before, chunk_row, order, places, gates, gates_row, tape, c0, dy, column, da, dh_rows, dc_rows,
     row_first, row_last, row_step, block_first, block_last,
 ):  # fmt: skip
-    """Take one step's gradients through the gates: dc in place, the gate gradients to `da`, dh to zero."""
+    """Take one step's gradients through the gates: dc in place, the gate gradients to `da`."""
     hidden, features = c0.shape[1], dy.shape[1]
     blocks, width, stride = tape.shape[1], tape.shape[3], dh_rows.shape[1]
     for row in range(row_first, row_last, row_step):
@@ -228,9 +231,8 @@ def _gates_back(
                 c_prev = load(offset(address(tape), source * width))
             else:
                 c_prev = load_first(offset(address(c0), order[row] * hidden + block * width), units)
-            here_dh = offset(address(dh_rows), row * stride + block * width)
             here_dc = offset(address(dc_rows), row * stride + block * width)
-            dh = load(here_dh)
+            dh = load(offset(address(dh_rows), row * stride + block * width))
             if dy.size:
                 prefetch(offset(address(dy), soon + block * width))
                 dh = dh + load_first(offset(address(dy), place + block * width), units)
@@ -243,7 +245,6 @@ def _gates_back(
             store(offset(out, 2 * width), da_g)
             store(offset(out, 3 * width), da_o)
             store(here_dc, dc)
-            store(here_dh, fill(here_dh, 0.0))
 
 
 @routine
@@ -269,9 +270,11 @@ def _state_back(
             rows = minimum(GROUP, (row_last - start + row_step - 1) // row_step)
             out = offset(address(dh_rows), start * stride + block * width)
             if single:
-                _add_long_row(panels, da, first_row + start, weights, out)
+                _long_row(panels, da, first_row + start, weights, out)
             else:
-                _add_long_product(rows, vectors, da, first_row + start, row_step, weights, out, row_step * stride, far)
+                _long_product(  # the gate gradients of this step are near
+                    rows, vectors, da, first_row + start, row_step, weights, out, row_step * stride, far, False
+                )
 
 
 @routine(inline=True)
@@ -305,30 +308,69 @@ def _add_rows(da, first_row, rows, gradient_bias, first, last):
 
 
 @routine
-def _add_product(da, first_row, rows, operand, operand_row, panel, gradient, first, last):
-    """Add da^T @ operand to the gradient, for at most PANEL_ROWS rows, panel by panel of the operand's columns.
+def _weights_back(da, first_row, rows, operand, operand_row, panel, add, finish, sums, gradient, first, last):
+    """Add da^T @ operand to the sums, for at most PANEL_ROWS rows, panel by panel of the operand's columns.
 
-    The pieces are as equal as can be; where they are cut depends on the rows alone, as the sums then do.
+    The first rows have nothing to be added to. The last ones bring the sums to the gradient, but for those of a last
+    panel that ends with a part of a vector, which would reach into the gradient's next row. The rows are taken in
+    pieces as equal as can be; where they are cut depends on their number alone, as the sums then do.
     """
-    depth, columns = gradient.shape[1], gradient.shape[2]
+    hidden, inputs = gradient.shape[0] // GATES, gradient.shape[1]
+    depth, columns = sums.shape[1], sums.shape[2]
     width, pieces = columns // VECTORS, (rows + _DEPTH - 1) // _DEPTH
-    for number in range(gradient.shape[0]):
+    far = are_far(address(da), da.size)
+    for number in range(sums.shape[0]):
         column = number * columns
-        vectors = minimum(VECTORS, (operand.shape[1] - column + width - 1) // width)
+        vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
+        finish_here = finish and column + vectors * width <= inputs
         pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
-        for low in range(first, last, _BLOCKS):
+        for block in range(first, last):
+            strip, strip_row = _strip(da, block * columns)
+            left = offset(strip, first_row * strip_row)
+            # While the blocks of one strip are computed, each fetches its share of the next one.
+            k = block * columns % SLICE
+            other = block * columns - k + SLICE
+            other_strip, other_row = _strip(da, other if other < last * columns else first * columns)
+            soon = offset(other_strip, first_row * other_row + k * rows)
+            out = offset(address(sums), (number * depth + block * columns) * columns)
             for piece in range(pieces):
                 start, end = rows * piece // pieces, rows * (piece + 1) // pieces
-                for block in range(low, minimum(low + _BLOCKS, last)):
-                    strip, strip_row = _strip(da, block * columns)
-                    row = 0
-                    while row < columns:
-                        count = rows_of_tile(columns - row)
-                        source = offset(strip, (first_row + start) * strip_row + row)
-                        b = offset(panel, start * columns)
-                        out = offset(address(gradient), (number * depth + block * columns + row) * columns)
-                        tile(count, vectors, end - start, source, 1, strip_row, b, columns, out, columns)
-                        row += count
+                a, b = offset(left, start * strip_row), offset(panel, start * columns)
+                before, before_row = (out, columns) if add or piece else (zero_row(out), 0)
+                size = columns * (end - start) if far else 0
+                if finish_here and piece + 1 == pieces:
+                    for gate in range(GATES):
+                        row = gate * width
+                        target = (gate * hidden + block * width) * inputs + column
+                        tiles(
+                            minimum(width, hidden - block * width), vectors, end - start, offset(a, row), 1, strip_row,
+                            b, columns, offset(before, row * before_row), before_row, offset(address(gradient), target),
+                            inputs, soon, 0,
+                        )  # fmt: skip
+                else:
+                    tiles(
+                        columns, vectors, end - start, a, 1, strip_row, b, columns, before, before_row, out, columns,
+                        offset(soon, columns * start), size,
+                    )  # fmt: skip
+
+
+@routine
+def _finish_edge(sums, gradient, first, last):
+    """Bring the sums of a last panel that ends with a part of a vector to the gradient."""
+    hidden, inputs = gradient.shape[0] // GATES, gradient.shape[1]
+    depth, columns = sums.shape[1], sums.shape[2]
+    width, number = columns // VECTORS, sums.shape[0] - 1
+    column = number * columns
+    if inputs % width == 0:
+        return
+    for block in range(first, last):
+        for gate in range(GATES):
+            for lane in range(minimum(width, hidden - block * width)):
+                source = (number * depth + (block * GATES + gate) * width + lane) * columns
+                target = (gate * hidden + block * width + lane) * inputs + column
+                for v in range(0, inputs - column, width):
+                    value = load(offset(address(sums), source + v))
+                    store_first(offset(address(gradient), target + v), value, inputs - column - v)
 
 
 @routine
@@ -336,18 +378,14 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
     """Compute dx = da @ W_ih for some rows of the chunk."""
     inputs, depth, columns = dx.shape[1], packed_ih.shape[1], packed_ih.shape[2]
     width = columns // VECTORS
-    far = are_far(address(packed_ih), packed_ih.size)
+    far, da_far = are_far(address(packed_ih), packed_ih.size), are_far(address(da), da.size)
     for panel in range(packed_ih.shape[0]):
         column = panel * columns
         vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
         weights = offset(address(packed_ih), panel * depth * columns)
         for start in range(first_row, last_row, _INPUT_ROWS):
             rows = minimum(_INPUT_ROWS, last_row - start)
-            for r in range(rows):
-                for v in range(vectors):
-                    place = offset(block, r * columns + v * width)
-                    store(place, fill(place, 0.0))
-            _add_long_product(rows, vectors, da, start, 1, weights, block, columns, far)
+            _long_product(rows, vectors, da, start, 1, weights, block, columns, far, da_far)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -360,20 +398,34 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
 
 
 @routine
-def _add_long_product(rows, vectors, da, first_row, row_step, weights, out, out_row, far):
-    """Add da @ weights to `out`, for some rows of gate gradients and one panel of the weights."""
+def _long_product(rows, vectors, da, first_row, row_step, weights, out, out_row, far, da_far):
+    """Compute da @ weights, for some rows of gate gradients and one panel of the weights."""
     columns = VECTORS * lanes_of(out)
+    start, start_row = zero_row(out), 0
     for k in range(0, da.shape[1], SLICE):
         strip, strip_row = _strip(da, k)
         gates, b = offset(strip, first_row * strip_row), offset(weights, k * columns)
-        tiles(rows, vectors, strip_row, gates, row_step * strip_row, 1, b, columns, out, out_row, far)
+        # The one of the factors that lies farther away is fetched ahead.
+        soon, size = b, 0
+        if far:
+            soon, size = offset(b, strip_row * columns), strip_row * columns
+        elif da_far:
+            strip, row_of_strip = _strip(da, k + SLICE if k + SLICE < da.shape[1] else 0)
+            soon, size = offset(strip, first_row * row_of_strip), rows * row_of_strip
+        tiles(
+            rows, vectors, strip_row, gates, row_step * strip_row, 1, b, columns, start, start_row, out, out_row, soon,
+            size,
+        )  # fmt: skip
+        start, start_row = out, out_row
 
 
 @routine
-def _add_long_row(panels, da, row, weights, out):
-    """Add da @ weights to `out` for one row and several whole panels, with the sums of :func:`_add_long_product`."""
+def _long_row(panels, da, row, weights, out):
+    """Compute da @ weights for one row and several whole panels, with the sums of :func:`_long_product`."""
     depth, columns = da.shape[1], VECTORS * lanes_of(out)
+    start = zero_row(out)
     for k in range(0, depth, SLICE):
         strip, strip_row = _strip(da, k)
         a, b = offset(strip, row * strip_row), offset(weights, k * columns)
-        gate_tile(1, panels, strip_row, a, 0, b, depth * columns, 0, a, 0, b, 0, out, 0, out, 0)
+        gate_tile(1, panels, strip_row, a, 0, b, depth * columns, 0, a, 0, b, 0, start, 0, out, 0, b, 0)
+        start = out

@@ -27,13 +27,12 @@ from fastlstm.kernels.cpu.simd import (
     offset,
     poke,
     store,
-    store_first,
     vector_pointer,
 )
 from fastlstm.kernels.cpu.tile import VECTORS
 
 __all__ = [
-    "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights", "unpack_gradient",
+    "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights",
 ]  # fmt: skip
 
 
@@ -233,27 +232,3 @@ def pack_rows(source, row_length, column, columns, packed, first, last):
                 store(target, load_first(offset(source, row * row_length + column + v), inside))
             else:
                 store(target, fill(target, 0.0))
-
-
-@routine
-def unpack_gradient(packed, gradient, first, last):
-    """Bring a weight's gradient back to the layout of the weight.
-
-    Parameters
-    ----------
-    packed : (panels, 4 * Hp, 4 * V) array, IN
-    gradient : (4H, N) array, OUT
-    first, last : int
-        The blocks of units to unpack.
-    """
-    hidden, columns = gradient.shape[0] // GATES, gradient.shape[1]
-    width, panel = lanes_of(address(packed)), packed.shape[2]
-    for block in range(first, last):
-        for gate in range(GATES):
-            for lane in range(minimum(width, hidden - block * width)):
-                source = offset(address(packed), ((block * GATES + gate) * width + lane) * panel)
-                target = offset(address(gradient), (gate * hidden + block * width + lane) * columns)
-                for column in range(0, columns, panel):
-                    for v in range(0, minimum(panel, columns - column), width):
-                        store_first(offset(target, column + v), load(offset(source, v)), columns - column - v)
-                    source = offset(source, packed.shape[1] * panel)

@@ -1,4 +1,4 @@
-"""The matrix tile: C += A @ B on a block of C that stays in registers. Every product of the library is made of it.
+"""The matrix tile: C = A @ B + start, for a block of C that stays in registers. Every product here is made of it.
 
 The block has up to :data:`ROWS` rows and :data:`VECTORS` vectors of columns. For each k, one vector load
 per column vector of B, and per row one broadcast of A and one fused multiply-add per column vector: with
@@ -9,14 +9,15 @@ A single row has too few sums in one block of units to fill the multipliers' pip
 before, so it takes several blocks at a time.
 
 The sum over k runs in order, whatever the number of rows: a row's result does not depend on which rows
-share its tile. That is why results are bit-identical for any number of threads. The sum starts at zero and
-C is added at the end: a long product, taken in parts, loses less to rounding than one long chain of sums.
+share its tile. That is why results are bit-identical for any number of threads. The sum starts at zero, and
+what it starts from is added at the end: a long product, taken in parts, loses less to rounding than one long chain.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import routine
@@ -40,7 +41,7 @@ from fastlstm.kernels.cpu.simd import (
 
 __all__ = [
     "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "are_far", "emit_choice", "gate_tile", "gate_tiles",
-    "prefetch_share", "rows_of_tile", "tile", "tiles",
+    "prefetch_share", "rows_of_tile", "tile", "tiles", "zero_row",
 ]  # fmt: skip
 
 VECTORS = 4  # the four gates
@@ -92,11 +93,15 @@ def _emit_outer_product(builder, dtype, sums, elements, columns):
     return updated
 
 
-def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k, *, as_written=False):
+def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k, soon, soon_k, *, as_written=False):
     """Emit the loop over k, adding to the block `start`; return the sums.
 
     The panels lie apart, and are as many vectors wide each as together make a row of the block. `as_written`, the loop
     is not unrolled, with which training as a whole is faster, and inference is not.
+
+    For each k, the line of memory at ``soon[k * soon_k]`` is fetched. Many hints at once would take all the places
+    where a core keeps what it waits for, and the loop's own loads, from the nearer caches, would wait with them. A
+    single row has no time for hints: it loads a vector for every multiply-add.
     """
     intp, vector = k_end.type, llvm_vector(dtype)
     zero, one = ir.Constant(intp, 0), ir.Constant(intp, 1)
@@ -105,17 +110,19 @@ def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k, *, as_wri
     builder.cbranch(builder.icmp_signed(">", k_end, zero), body, after)
 
     builder.position_at_end(body)
-    k, b_now = builder.phi(intp), [builder.phi(b.type) for b in panels]
+    k, b_now, soon_now = builder.phi(intp), [builder.phi(b.type) for b in panels], builder.phi(soon.type)
     a_now = [builder.phi(row.type) for row in a_rows]
     sums = [[builder.phi(vector) for _ in row] for row in start]
     width = len(start[0]) // len(panels)
+    if len(a_rows) > 1:
+        emit_prefetch(builder, soon_now)
     columns = [p for b in b_now for p in _vectors_of(builder, b, width, vector.count)]
     updated = _emit_outer_product(builder, dtype, sums, a_now, columns)
     b_then = [_advance(builder, p, b_k) for p in b_now]
     k_then = unseen(builder, builder.add(k, one)) if as_written else builder.add(k, one)
-    following = [k_then, *b_then, *(_advance(builder, p, a_k) for p in a_now)]
+    following = [k_then, *b_then, *(_advance(builder, p, a_k) for p in a_now), _advance(builder, soon_now, soon_k)]
     builder.cbranch(builder.icmp_signed("<", following[0], k_end), body, after)
-    for phi, first, then in zip([k, *b_now, *a_now], [zero, *panels, *a_rows], following, strict=True):
+    for phi, first, then in zip([k, *b_now, *a_now, soon_now], [zero, *panels, *a_rows, soon], following, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(then, body)
 
@@ -157,26 +164,29 @@ def _zeros(dtype, rows, vectors):
 
 
 def _emit_tile(builder, dtype, rows, vectors, arguments):
-    """Emit C += A @ B for a block of fixed size."""
-    k_end, a, a_row, a_k, b, b_k, c, c_row = arguments
+    """Emit C = A @ B + start for a block of fixed size."""
+    k_end, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k = arguments
     a_rows, c_rows = _rows_of(builder, a, a_row, rows), _rows_of(builder, c, c_row, rows)
-    for pointer in c_rows:  # its rows lie far apart, and would come from memory one after the other at the end
+    for pointer in c_rows:  # they may lie far apart, and would come from memory one after the other at the end
         for line in range(0, vectors * VECTOR_BYTES, CACHE_LINE):
             count = ir.Constant(k_end.type, line * 8 // dtype.bitwidth)
             emit_prefetch(builder, _advance(builder, pointer, count))
-    product = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k_end, a_rows, a_k, [b], b_k, as_written=True)
-    _emit_store(builder, dtype, _sums(builder, _emit_load(builder, dtype, c_rows, vectors), product), c_rows)
+    zeros = _zeros(dtype, rows, vectors)
+    product = _emit_loop(builder, dtype, zeros, k_end, a_rows, a_k, [b], b_k, soon, soon_k, as_written=True)
+    given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
+    _emit_store(builder, dtype, _sums(builder, given, product), c_rows)
 
 
 def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
     """Emit C = (A1 @ B1 + start) + A2 @ B2 for a block of fixed size."""
-    k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row = arguments
+    k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, soon, soon_k = arguments
     one, b_k, panels = ir.Constant(k1.type, 1), ir.Constant(k1.type, VECTORS * lanes(dtype)), vectors // VECTORS
     a_rows, b_panels = _rows_of(builder, a1, a1_row, rows), _rows_of(builder, b1, b1_block, panels)
-    sums = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, b_panels, b_k)
+    sums = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, b_panels, b_k, soon, soon_k)
     given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
     a_rows, b_panels = _rows_of(builder, a2, a2_row, rows), _rows_of(builder, b2, b2_block, panels)
-    sums = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, b_panels, b_k)
+    soon = _advance(builder, soon, builder.mul(k1, soon_k))
+    sums = _emit_loop(builder, dtype, _sums(builder, sums, given), k2, a_rows, one, b_panels, b_k, soon, soon_k)
     _emit_store(builder, dtype, sums, _rows_of(builder, c, c_row, rows))
 
 
@@ -207,18 +217,19 @@ def emit_choice(context, builder, signature, args, sizes, emit):
 
 
 @intrinsic
-def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
+def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k):
     sizes = [(r, v) for r in range(1, ROWS + 1) for v in range(1, VECTORS + 1)]
 
     def codegen(context, builder, signature, args):
         return emit_choice(context, builder, signature, args, sizes, _emit_tile)
 
-    return types.void(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row), codegen
+    return types.void(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k), codegen
 
 
 @intrinsic
 def _gate_tile(
-    typingctx, rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+    typingctx, rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row,
+    soon, soon_k,
 ):  # fmt: skip
     sizes = [(r, VECTORS) for r in range(1, ROWS + 1)] + [(1, n * VECTORS) for n in range(2, ROW_BLOCKS + 1)]
 
@@ -226,28 +237,61 @@ def _gate_tile(
         return emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
 
     return types.void(
-        rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+        rows,
+        vectors,
+        k1,
+        a1,
+        a1_row,
+        b1,
+        b1_block,
+        k2,
+        a2,
+        a2_row,
+        b2,
+        b2_block,
+        start,
+        start_row,
+        c,
+        c_row,
+        soon,
+        soon_k,
     ), codegen
 
 
+@intrinsic
+def zero_row(typingctx, like):
+    """Return a pointer to zeros, as many as a row of any tile has, of the type of another: a start for new sums."""
+
+    def codegen(context, builder, signature, args):
+        count = ROW_BLOCKS * VECTORS * lanes(like.dtype)
+        zeros = ir.Constant(ir.ArrayType(context.get_value_type(like.dtype), count), None)
+        return builder.bitcast(cgutils.global_constant(builder, "zero_row", zeros), args[0].type)
+
+    return like(like), codegen
+
+
 @routine
-def tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row):
-    """Add a product to a block of C.
+def tile(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k):
+    """Compute a block of C = A @ B + start.
 
     Parameters
     ----------
     rows, vectors : int
         Size of the block: 1 to ROWS rows, 1 to VECTORS vectors of columns.
     k : int
-        Length of the inner dimension; 0 leaves C as it is.
+        Length of the inner dimension.
     a : pointer, IN
         Element (row, k) of A is ``a[row * a_row + k * a_k]``.
     b : pointer, IN
         Row k of B, `vectors` whole vectors, starts at ``b[k * b_k]``.
-    c : pointer, IN and OUT
+    start : pointer, IN
+        Row r starts at ``start[r * start_row]``: C itself, to add to it, or :func:`zero_row` for every row (0).
+    c : pointer, OUT
         Row r of C, `vectors` whole vectors, starts at ``c[r * c_row]``; must not overlap A or B.
+    soon, soon_k : pointer and int
+        What will be wanted soon, whatever it is: for each k, the cache line at ``soon[k * soon_k]`` is fetched.
     """
-    _tile(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row)
+    _tile(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k)
 
 
 @routine(inline=True)
@@ -261,7 +305,7 @@ def rows_of_tile(left):
 
 @routine
 def are_far(weights, count):
-    """Say whether so many weights are fetched ahead.
+    """Say whether so many numbers, weights or what they are multiplied with, are fetched ahead.
 
     What lies in the second-level cache, be it but half of them, the processor fetches well enough by itself: hints
     would take turns from the loads, and push lines out of the first-level cache that are still in use.
@@ -277,21 +321,30 @@ def prefetch_share(following, size, row, end, rows):
         prefetch(offset(following, n))
 
 
+@routine(inline=True)
+def _stream(soon, size, row, count, rows, k):
+    """Return where a tile of `count` rows starts to fetch its share of `size` elements, and its step for each k."""
+    size = size if rows > 2 * ROWS else 0
+    return offset(soon, size * row // rows), (size * count + rows * k - 1) // (rows * k)
+
+
 @routine
-def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, c, c_row, far):
-    """Add a product to any number of rows of C, as :func:`tile` does; where B is far, fetch its rows after these."""
+def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, size):
+    """Compute any number of rows of C, as :func:`tile` does, and fetch `size` elements that will be wanted soon."""
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
-        if far and rows > 2 * ROWS:
-            prefetch_share(offset(b, k * b_k), k * b_k, row, row + count, rows)
-        tile(count, vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k, offset(c, row * c_row), c_row)
+        soon_here, soon_k = _stream(soon, size, row, count, rows, k)
+        tile(
+            count, vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k, offset(start, row * start_row), start_row,
+            offset(c, row * c_row), c_row, soon_here, soon_k,
+        )  # fmt: skip
         row += count
 
 
 @routine
 def gate_tile(
-    rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+    rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, soon, soon_k
 ):  # fmt: skip
     """Compute the pre-activations of a tile: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
 
@@ -315,9 +368,28 @@ def gate_tile(
         be C.
     c : pointer, OUT
         Row r starts at ``c[r * c_row]``, likewise.
+    soon, soon_k : pointer and int
+        As for :func:`tile`; unused for a single row.
     """
     _gate_tile(
-        rows, VECTORS * blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row
+        rows,
+        VECTORS * blocks,
+        k1,
+        a1,
+        a1_row,
+        b1,
+        b1_block,
+        k2,
+        a2,
+        a2_row,
+        b2,
+        b2_block,
+        start,
+        start_row,
+        c,
+        c_row,
+        soon,
+        soon_k,
     )
 
 
@@ -326,14 +398,14 @@ def gate_tiles(
     rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, far, following
 ):  # fmt: skip
     """Run :func:`gate_tile` over any number of rows; where B is far, fetch as many rows of it that come after these."""
-    size = (k1 + k2) * VECTORS * lanes_of(c)
+    k = k1 + k2
+    size = k * VECTORS * lanes_of(c) if far else 0
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
-        if far and rows > 2 * ROWS:
-            prefetch_share(following, size, row, row + count, rows)
+        soon, soon_k = _stream(following, size, row, count, rows, k)
         gate_tile(
             count, blocks, k1, offset(a1, row * a1_row), a1_row, b1, b1_block, k2, offset(a2, row * a2_row), a2_row,
-            b2, b2_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row,
+            b2, b2_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row, soon, soon_k,
         )  # fmt: skip
         row += count
