@@ -117,9 +117,14 @@ def layer_backward(
             )  # fmt: skip
             if divided:
                 barrier(team, thread)
+            # What the step before left on the tape, row after row, is fetched while this one's product is computed.
+            soon = offset(address(tape), (before + row_first) * tape.shape[1] * TAPE * tape.shape[3])
+            size = tape.shape[1] * TAPE * tape.shape[3]
+            size *= active - row_first if gates is None and before >= 0 and row_step == 1 and not divided else 0
             _state_back(
-                step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first, block_last
-            )
+                step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first,
+                block_last, soon, size,
+            )  # fmt: skip
         barrier(team, thread)
         for start in range(low, high, PANEL_ROWS):
             rows = minimum(PANEL_ROWS, high - start)
@@ -249,11 +254,14 @@ def _gates_back(
 
 @routine
 def _state_back(
-    step, first_row, da, packed_hh, dh_rows, row_first, row_last, row_step, block_first, block_last
+    step, first_row, da, packed_hh, dh_rows, row_first, row_last, row_step, block_first, block_last, soon, size
 ):  # fmt: skip
-    """Compute dh = da @ W_hh for this thread's rows and units."""
-    depth, stride = packed_hh.shape[1], dh_rows.shape[1]
-    width = packed_hh.shape[2] // VECTORS
+    """Compute dh = da @ W_hh for this thread's rows and units.
+
+    Meanwhile the weights are fetched ahead or, if they are near, the `size` elements at `soon`.
+    """
+    depth, columns, stride = packed_hh.shape[1], packed_hh.shape[2], dh_rows.shape[1]
+    width = columns // VECTORS
     far = are_far(address(packed_hh), (block_last - block_first) * depth * width)
     panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several whole ones.
@@ -272,9 +280,15 @@ def _state_back(
             if single:
                 _long_row(panels, da, first_row + start, weights, out)
             else:
-                _long_product(  # the gate gradients of this step are near
-                    rows, vectors, da, first_row + start, row_step, weights, out, row_step * stride, far, False
-                )
+                part = size * rows * row_step // ((panel_last - panel_first) * (row_last - row_first))
+                ahead, ahead_k = soon, (part + depth - 1) // depth
+                soon = offset(soon, part)
+                if far:
+                    ahead, ahead_k = offset(weights, SLICE * columns), columns
+                _long_product(
+                    rows, vectors, da, first_row + start, row_step, weights, out, row_step * stride, ahead, ahead_k,
+                    ahead_k * SLICE,
+                )  # fmt: skip
 
 
 @routine(inline=True)
@@ -385,7 +399,12 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
         weights = offset(address(packed_ih), panel * depth * columns)
         for start in range(first_row, last_row, _INPUT_ROWS):
             rows = minimum(_INPUT_ROWS, last_row - start)
-            _long_product(rows, vectors, da, start, 1, weights, block, columns, far, da_far)
+            # Of the factors, the one that lies farther away is fetched ahead.
+            soon, soon_k, size = offset(weights, SLICE * columns), columns, SLICE * columns if far else 0
+            if da_far and not far:
+                soon, _ = _strip(da, minimum(SLICE, depth - 1))
+                soon, soon_k, size = offset(soon, start * SLICE), da.shape[0], rows * SLICE
+            _long_product(rows, vectors, da, start, 1, weights, block, columns, soon, soon_k, size)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -398,23 +417,21 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
 
 
 @routine
-def _long_product(rows, vectors, da, first_row, row_step, weights, out, out_row, far, da_far):
-    """Compute da @ weights, for some rows of gate gradients and one panel of the weights."""
+def _long_product(
+    rows, vectors, da, first_row, row_step, weights, out, out_row, soon, soon_k, size
+):  # fmt: skip
+    """Compute da @ weights, for some rows of gate gradients and one panel of the weights.
+
+    With the slice that begins at k, `size` elements at ``soon[k * soon_k]`` are fetched.
+    """
     columns = VECTORS * lanes_of(out)
     start, start_row = zero_row(out), 0
     for k in range(0, da.shape[1], SLICE):
         strip, strip_row = _strip(da, k)
         gates, b = offset(strip, first_row * strip_row), offset(weights, k * columns)
-        # The one of the factors that lies farther away is fetched ahead.
-        soon, size = b, 0
-        if far:
-            soon, size = offset(b, strip_row * columns), strip_row * columns
-        elif da_far:
-            strip, row_of_strip = _strip(da, k + SLICE if k + SLICE < da.shape[1] else 0)
-            soon, size = offset(strip, first_row * row_of_strip), rows * row_of_strip
         tiles(
-            rows, vectors, strip_row, gates, row_step * strip_row, 1, b, columns, start, start_row, out, out_row, soon,
-            size,
+            rows, vectors, strip_row, gates, row_step * strip_row, 1, b, columns, start, start_row, out, out_row,
+            offset(soon, k * soon_k), size,
         )  # fmt: skip
         start, start_row = out, out_row
 
