@@ -118,9 +118,10 @@ def layer_backward(
             if divided:
                 barrier(team, thread)
             # What the step before left on the tape, row after row, is fetched while this one's product is computed.
-            soon = offset(address(tape), (before + row_first) * tape.shape[1] * TAPE * tape.shape[3])
-            size = tape.shape[1] * TAPE * tape.shape[3]
-            size *= active - row_first if gates is None and before >= 0 and row_step == 1 and not divided else 0
+            soon, size = address(da), 0
+            if gates is None and before >= 0 and row_step == 1 and not divided:
+                tape_row = tape.shape[1] * TAPE * tape.shape[3]
+                soon, size = offset(address(tape), (before + row_first) * tape_row), (active - row_first) * tape_row
             _state_back(
                 step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first,
                 block_last, soon, size,

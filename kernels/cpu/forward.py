@@ -238,6 +238,7 @@ def _products(
         blocks = minimum(together, last - turn)
         block = first + last - blocks - turn if backwards else turn
         other = block - together if backwards else block + together
+        other = other if first <= other < last else block  # where the next step begins
         after = offset(of_x, other * inputs * tile_row) if inputs else offset(of_h, other * depth * tile_row)
         pre_activations(
             rows, blocks, x, inputs, x_row, offset(of_x, block * inputs * tile_row), h, depth, h_row,

@@ -322,9 +322,13 @@ def prefetch_share(following, size, row, end, rows):
 
 
 @routine(inline=True)
-def _stream(soon, size, row, count, rows, k):
-    """Return where a tile of `count` rows starts to fetch its share of `size` elements, and its step for each k."""
-    size = size if rows > 2 * ROWS else 0
+def _stream(soon, size, row, count, rows, k, near):
+    """Return where a tile of `count` rows starts to fetch its share of `size` elements, and its step for each k.
+
+    If there is nothing to fetch, it is `near`: to look for memory where there may be none would take time.
+    """
+    if size == 0 or rows <= 2 * ROWS:
+        return near, 0
     return offset(soon, size * row // rows), (size * count + rows * k - 1) // (rows * k)
 
 
@@ -334,7 +338,7 @@ def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, s
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
-        soon_here, soon_k = _stream(soon, size, row, count, rows, k)
+        soon_here, soon_k = _stream(soon, size, row, count, rows, k, b)
         tile(
             count, vectors, k, offset(a, row * a_row), a_row, a_k, b, b_k, offset(start, row * start_row), start_row,
             offset(c, row * c_row), c_row, soon_here, soon_k,
@@ -403,7 +407,7 @@ def gate_tiles(
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
-        soon, soon_k = _stream(following, size, row, count, rows, k)
+        soon, soon_k = _stream(following, size, row, count, rows, k, b2)
         gate_tile(
             count, blocks, k1, offset(a1, row * a1_row), a1_row, b1, b1_block, k2, offset(a2, row * a2_row), a2_row,
             b2, b2_block, offset(start, row * start_row), start_row, offset(c, row * c_row), c_row, soon, soon_k,
