@@ -25,6 +25,7 @@ THREADS = (1, 2, 3, 5)  # more than there are cores too: a team must not depend 
 CASES = {
     "rows": Case(9, 61, 40, 72),
     "rows, ragged": Case(9, 61, 40, 72, bidirectional=True, lengths="zeros"),
+    "rows, many in each step": Case(4, 1100, 64, 36),  # more than a panel of the weights' gradients takes at a time
     "rows, one long sequence": Case(40, 62, 30, 50, lengths=(40, *[1] * 61)),
     "units": Case(40, 5, 30, 130),
     "units, ragged": Case(40, 5, 30, 130, bidirectional=True, lengths=(3, 40, 0, 17, 25)),
