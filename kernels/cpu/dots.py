@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.gates import GATES
 from fastlstm.kernels.cpu.simd import (
+    CACHE_LINE,
     VECTOR_BYTES,
     address,
     call_llvm,
@@ -27,8 +28,9 @@ from fastlstm.kernels.cpu.simd import (
     load_vector,
     minimum,
     offset,
+    prefetch,
 )
-from fastlstm.kernels.cpu.tile import ROWS, VECTORS, emit_choice, prefetch_share, rows_of_tile
+from fastlstm.kernels.cpu.tile import ROWS, VECTORS, emit_choice, rows_of_tile
 
 __all__ = ["gate_dots"]
 
@@ -192,6 +194,14 @@ def _dot_tile(rows, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x
 
 
 @routine
+def _prefetch_share(following, size, row, end, rows):
+    """Prefetch what belongs to the rows up to `end`, of all `rows`, of the `size` elements that are wanted next."""
+    line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
+    for n in range(size * row // rows, size * end // rows, line):
+        prefetch(offset(following, n))
+
+
+@routine
 def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, h_row, a, a_row, far):
     """Compute a = x @ W_ih.T + h @ W_hh.T + b for some rows, and the four gates of one block of units.
 
@@ -220,7 +230,7 @@ def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, h_row, a, a_
                 count = rows_of_tile(rows - row)
                 if far and rows > 2 * ROWS:
                     size = together * hidden
-                    prefetch_share(offset(w_hh, size), size, row, row + count, rows)
+                    _prefetch_share(offset(w_hh, size), size, row, row + count, rows)
                 _dot_tile(
                     count, left, w_ih, inputs, offset(x, row * x_row), x_row, w_hh, hidden, offset(h, row * h_row),
                     h_row, offset(address(bias), unit), left if bias.size else 0,

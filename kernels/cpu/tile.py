@@ -33,7 +33,6 @@ from fastlstm.kernels.cpu.simd import (
     load_vector,
     minimum,
     offset,
-    prefetch,
     splat_scalar,
     unseen,
     vector_pointer,
@@ -41,7 +40,7 @@ from fastlstm.kernels.cpu.simd import (
 
 __all__ = [
     "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "are_far", "emit_choice", "gate_tile", "gate_tiles",
-    "prefetch_share", "rows_of_tile", "tile", "tiles", "zero_row",
+    "rows_of_tile", "tile", "tiles", "zero_row",
 ]  # fmt: skip
 
 VECTORS = 4  # the four gates
@@ -237,25 +236,9 @@ def _gate_tile(
         return emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
 
     return types.void(
-        rows,
-        vectors,
-        k1,
-        a1,
-        a1_row,
-        b1,
-        b1_block,
-        k2,
-        a2,
-        a2_row,
-        b2,
-        b2_block,
-        start,
-        start_row,
-        c,
-        c_row,
-        soon,
+        rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, soon,
         soon_k,
-    ), codegen
+    ), codegen  # fmt: skip
 
 
 @intrinsic
@@ -313,14 +296,6 @@ def are_far(weights, count):
     return count * VECTOR_BYTES > _FAR * lanes_of(weights)
 
 
-@routine
-def prefetch_share(following, size, row, end, rows):
-    """Prefetch what belongs to the rows up to `end`, of all `rows`, of the `size` elements that are wanted next."""
-    line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
-    for n in range(size * row // rows, size * end // rows, line):
-        prefetch(offset(following, n))
-
-
 @routine(inline=True)
 def _stream(soon, size, row, count, rows, k, near):
     """Return where a tile of `count` rows starts to fetch its share of `size` elements, and its step for each k.
@@ -376,25 +351,9 @@ def gate_tile(
         As for :func:`tile`; unused for a single row.
     """
     _gate_tile(
-        rows,
-        VECTORS * blocks,
-        k1,
-        a1,
-        a1_row,
-        b1,
-        b1_block,
-        k2,
-        a2,
-        a2_row,
-        b2,
-        b2_block,
-        start,
-        start_row,
-        c,
-        c_row,
-        soon,
-        soon_k,
-    )
+        rows, VECTORS * blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row,
+        soon, soon_k,
+    )  # fmt: skip
 
 
 @routine(inline=True)
