@@ -253,7 +253,7 @@ def pre_activations(
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
-    The weights are taken DEPTH rows at a time, which stay in the first-level cache while the rows pass. Where
+    The weights are taken DEPTH rows at a time, which stay in the nearest caches while the rows pass. Where
     they are cut depends on I and H alone, so that results do not depend on the plan. Where they are far, each part
     fetches the next one, and the last what is wanted `after` them.
     """

@@ -48,8 +48,8 @@ ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
 ROW_BLOCKS = 2  # of a single row: eight sums, for two multiply-adds a cycle that take four cycles each
 _ROW_OF_SIZES = ROW_BLOCKS * VECTORS + 1  # more than the vectors of any tile
 # A long product is taken DEPTH rows of B at a time, for GROUP rows of A and C at most: the rows of B then stay in
-# the first-level cache while the tile goes over the rows of C, and those that come next have room beside them.
-DEPTH = 64 if VECTOR_BYTES == 64 else 128
+# caches that keep up with the tile while it goes over the rows of C.
+DEPTH = 128
 GROUP = 64
 _FAR = 3 << 20  # bytes
 
