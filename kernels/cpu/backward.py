@@ -334,6 +334,7 @@ def _weights_back(da, first_row, rows, operand, operand_row, panel, add, finish,
     depth, columns = sums.shape[1], sums.shape[2]
     width, pieces = columns // VECTORS, (rows + _DEPTH - 1) // _DEPTH
     far = are_far(address(da), da.size)
+    of_strip = pieces - 1 if far or are_far(address(sums), sums.size) else pieces
     for number in range(sums.shape[0]):
         column = number * columns
         vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
@@ -342,17 +343,24 @@ def _weights_back(da, first_row, rows, operand, operand_row, panel, add, finish,
         for block in range(first, last):
             strip, strip_row = _strip(da, block * columns)
             left = offset(strip, first_row * strip_row)
-            # While the blocks of one strip are computed, each fetches its share of the next one.
+            # While the blocks of one strip are computed, each fetches its share of the next one; but with its last
+            # piece the next block's sums, which are far too where the strips are: all of these passed by since.
             k = block * columns % SLICE
             other = block * columns - k + SLICE
             other_strip, other_row = _strip(da, other if other < last * columns else first * columns)
-            soon = offset(other_strip, first_row * other_row + k * rows)
+            next_strip = offset(other_strip, first_row * other_row + k * rows)
             out = offset(address(sums), (number * depth + block * columns) * columns)
+            next_row = (block + 1) * columns if block + 1 < last else depth + first * columns
+            next_sums = offset(address(sums), (number * depth + next_row) * columns)
             for piece in range(pieces):
                 start, end = rows * piece // pieces, rows * (piece + 1) // pieces
                 a, b = offset(left, start * strip_row), offset(panel, start * columns)
                 before, before_row = (out, columns) if add or piece else (zero_row(out), 0)
-                size = columns * (end - start) if far else 0
+                soon, size = next_sums, columns  # the size is that of each column's share
+                if piece < of_strip:
+                    share = rows * piece // of_strip
+                    soon, size = offset(next_strip, columns * share), rows * (piece + 1) // of_strip - share
+                    size = size if far else 0
                 if finish_here and piece + 1 == pieces:
                     for gate in range(GATES):
                         row = gate * width
@@ -360,12 +368,12 @@ def _weights_back(da, first_row, rows, operand, operand_row, panel, add, finish,
                         tiles(
                             minimum(width, hidden - block * width), vectors, end - start, offset(a, row), 1, strip_row,
                             b, columns, offset(before, row * before_row), before_row, offset(address(gradient), target),
-                            inputs, soon, 0,
+                            inputs, offset(soon, row * size), width * size,
                         )  # fmt: skip
                 else:
                     tiles(
                         columns, vectors, end - start, a, 1, strip_row, b, columns, before, before_row, out, columns,
-                        offset(soon, columns * start), size,
+                        soon, size * columns,
                     )  # fmt: skip
 
 

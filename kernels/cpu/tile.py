@@ -22,7 +22,6 @@ from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.simd import (
-    CACHE_LINE,
     REGISTERS,
     VECTOR_BYTES,
     call_llvm,
@@ -166,10 +165,6 @@ def _emit_tile(builder, dtype, rows, vectors, arguments):
     """Emit C = A @ B + start for a block of fixed size."""
     k_end, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k = arguments
     a_rows, c_rows = _rows_of(builder, a, a_row, rows), _rows_of(builder, c, c_row, rows)
-    for pointer in c_rows:  # they may lie far apart, and would come from memory one after the other at the end
-        for line in range(0, vectors * VECTOR_BYTES, CACHE_LINE):
-            count = ir.Constant(k_end.type, line * 8 // dtype.bitwidth)
-            emit_prefetch(builder, _advance(builder, pointer, count))
     zeros = _zeros(dtype, rows, vectors)
     product = _emit_loop(builder, dtype, zeros, k_end, a_rows, a_k, [b], b_k, soon, soon_k, as_written=True)
     given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
@@ -270,7 +265,8 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, so
     start : pointer, IN
         Row r starts at ``start[r * start_row]``: C itself, to add to it, or :func:`zero_row` for every row (0).
     c : pointer, OUT
-        Row r of C, `vectors` whole vectors, starts at ``c[r * c_row]``; must not overlap A or B.
+        Row r of C, `vectors` whole vectors, starts at ``c[r * c_row]``; must not overlap A or B. If it lies far away,
+        the caller has it fetched before.
     soon, soon_k : pointer and int
         What will be wanted soon, whatever it is: for each k, the cache line at ``soon[k * soon_k]`` is fetched.
     """
