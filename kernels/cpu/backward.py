@@ -120,9 +120,10 @@ def layer_backward(
             # What the step before left on the tape, row after row, is fetched while this one's product is computed. If
             # two threads take the rows in turn, so are those between; with more, most would be those of others.
             soon, size = address(da), 0
-            if gates is None and before >= 0 and row_step <= 2 and not divided:
+            if before >= first_row and row_step <= 2 and not divided:
                 tape_row = tape.shape[1] * TAPE * tape.shape[3]
-                soon, size = offset(address(tape), (before + row_first) * tape_row), (active - row_first) * tape_row
+                soon = offset(address(whole), (before - first_row + row_first) * tape_row)
+                size = (active - row_first) * tape_row
             _state_back(
                 step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first,
                 block_last, soon, size,
