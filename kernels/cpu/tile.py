@@ -283,13 +283,13 @@ def rows_of_tile(left):
 
 
 @routine
-def are_far(weights, count):
-    """Say whether so many numbers, weights or what they are multiplied with, are fetched ahead.
+def are_far(first, count):
+    """Say whether so many numbers, of the factors of a product or of its sums, are fetched ahead.
 
     What lies in the second-level cache, be it but half of them, the processor fetches well enough by itself: hints
     would take turns from the loads, and push lines out of the first-level cache that are still in use.
     """
-    return count * VECTOR_BYTES > _FAR * lanes_of(weights)
+    return count * VECTOR_BYTES > _FAR * lanes_of(first)
 
 
 @routine(inline=True)
