@@ -15,8 +15,7 @@ from tolerances import assert_close, assert_identical
 import fastlstm
 from fastlstm import LSTM
 from fastlstm.backends import few, shortcuts
-from fastlstm.backends.packing import Packing
-from fastlstm.backends.plan import Plan, Trials
+from fastlstm.backends.plan import Trials
 
 CPU = BackendUnderTest("cpu")
 pytestmark = pytest.mark.skipif(bool(CPU.missing), reason=str(CPU.missing))
@@ -114,19 +113,6 @@ def test_a_short_call_that_does_not_fit_calls_no_team(dtype, any_number_of_threa
         with pytest.raises(fastlstm.ShapeError, match="weight_hh_l0"):
             lstm.step(x)
         lstm.params["weight_hh_l0"] = kept
-
-
-@pytest.mark.parametrize("threads", [2, 3, 7])
-@pytest.mark.parametrize("lengths", [None, (9, 30, 1, 17, 0, 23, 30, 12, 5, 28, 3, 3, 29)])
-def test_threads_with_their_own_sequences_have_as_many_at_every_step(lengths, threads):
-    # The backward pass meets after each chunk of steps, where whoever has fewer rows would wait.
-    packing = Packing.of(None if lengths is None else np.array(lengths), 30, 13)
-    parts = Plan("rows", threads, 0).parts(packing, blocks=4)
-    for active in np.diff(packing.offsets):
-        rows = [range(first, min(active, last), step) for first, last, step, *_ in parts]
-        assert sorted(itertools.chain(*rows)) == list(range(active)), "each row is somebody's"
-        assert max(map(len, rows)) - min(map(len, rows)) <= 1
-    assert (parts[:, 3:] == (0, 4)).all()
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (3, 2), (8, 1)])

@@ -15,12 +15,23 @@ from harness import BackendUnderTest
 import fastlstm
 from fastlstm import LSTM, use_backend
 from fastlstm.backends import calls, workers
+from fastlstm.backends.packing import Packing
 from fastlstm.backends.workers import release, reserve, run_each, run_team
 from fastlstm.kernels.cpu.backward import layer_backward
 from fastlstm.kernels.cpu.compile import compile_for, kernel
 from fastlstm.kernels.cpu.forward import layer_forward
 from fastlstm.kernels.cpu.simd import address, offset
-from fastlstm.kernels.cpu.team import MAILBOX, _fetch_add, _load_atomic, barrier, dismiss, summon, take, this_call
+from fastlstm.kernels.cpu.team import (
+    MAILBOX,
+    _fetch_add,
+    _load_atomic,
+    barrier,
+    dismiss,
+    share_rows,
+    summon,
+    take,
+    this_call,
+)
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"
@@ -192,16 +203,16 @@ def test_a_kernel_ends_when_all_threads_have_ended_theirs():
 
 
 @kernel
-def take_all(found, done, parts, patience, team, thread):
+def take_all(found, done, patience, team, thread):
     """Take the items of some rounds; in each, another thread waits with its first for all else to be done."""
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    items, threads = found.shape[1], parts.shape[0]
+    items, threads = found.shape[1], team.shape[0] - 1
     for turn in range(found.shape[0]):
         so_far = offset(address(done), turn)
         while True:
-            item = take(parts, team, thread, turn)
+            item = take(items, team, thread, turn)
             if item < 0:
                 break
             found[turn, item] += 1 + 10 * thread
@@ -217,29 +228,52 @@ def take_all(found, done, parts, patience, team, thread):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_what_a_slow_thread_did_not_begin_is_taken_by_others(threads):
     fastlstm.set_num_threads(threads)
-    takers = who_takes([0, 4, 5, 12][: threads + 1], rounds=12, patience=100_000_000)
+    takers = who_takes(threads, items=11, rounds=12, patience=100_000_000)
     for turn, by in enumerate(takers):
         assert np.count_nonzero(by == turn % threads) <= 1 or threads == 1
 
 
 def test_two_who_reach_for_the_last_item_at_once_do_not_both_get_it():
-    who_takes([0, 1, 1], rounds=50_000, patience=0)
+    who_takes(threads=2, items=1, rounds=50_000, patience=0)
 
 
-def who_takes(bounds, rounds, patience):
-    """Have threads take items, of which each has those between two bounds; return who took each, (rounds, items)."""
-    threads = len(bounds) - 1
-    parts = np.zeros((threads, 5), np.int64)
-    parts[:, 3], parts[:, 4] = bounds[:-1], bounds[1:]
-    found, done = np.zeros((rounds, bounds[-1]), np.int64), np.zeros(rounds, np.int64)
+def who_takes(threads, items, rounds, patience):
+    """Have threads take items; return who took each, (rounds, items)."""
+    found, done = np.zeros((rounds, items), np.int64), np.zeros(rounds, np.int64)
     workers = reserve(threads - 1)
     try:
-        run_team(take_all, (found, done, parts, patience), workers)
+        run_team(take_all, (found, done, patience), workers)
     finally:
         release(workers)
     np.testing.assert_array_equal(found % 10, 1)  # each item once
-    np.testing.assert_array_equal(done, bounds[-1])
+    np.testing.assert_array_equal(done, items)
     return found // 10
+
+
+@kernel
+def rows_of_each(offsets, lengths, first_step, last_step, team, found):
+    """Note which rows of some steps each thread of a team would have."""
+    for thread in range(team.shape[0] - 1):
+        found[thread] = share_rows(offsets, lengths, first_step, last_step, team, thread)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "lengths", [[30] * 13, [9, 30, 1, 17, 0, 23, 30, 12, 5, 28, 3, 3, 29], [30, *[1] * 40], [0, 0]]
+)
+def test_rows_are_divided_so_that_the_threads_have_about_as_many_steps(lengths, threads):
+    packing = Packing.of(np.array(lengths), 30, len(lengths))
+    steps = packing.offsets.size - 1
+    team, found = np.zeros((1 + threads, 8), np.int64), np.zeros((threads, 2), np.int64)
+    for first, last in [(0, steps), *((step, min(step + 7, steps)) for step in range(0, steps, 7))]:
+        rows_of_each(packing.offsets, packing.lengths, first, last, team, found)
+        of_each_row = np.clip(packing.lengths - first, 0, last - first)
+        before = np.cumsum([0, *of_each_row[of_each_row > 0]])  # the steps before each row
+        assert (found[0, 0], found[-1, 1]) == (0, before.size - 1), "each row is somebody's"
+        assert (found[1:, 0] == found[:-1, 1]).all() and (found[:, 1] >= found[:, 0]).all(), "and nobody else's"
+        for thread, row in enumerate(found[:, 0]):
+            off = np.abs(before - before[-1] * thread // threads)
+            assert off[row] == off.min(), "no other row to begin with would divide them better"
 
 
 def test_an_idle_worker_sleeps(model):

@@ -61,9 +61,10 @@ def direction_forward(
     rows, kept = packing.rows, 1 if recompute else TAPE
     shapes = (rows, size.blocks, kept, size.width), (rows, size.blocks * size.width)
     tape = one_block(dtype, *shapes) if keep_tape else []
+    x_rows, places = packing.pack(x, reverse)
     arguments = (
-        plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights), packing.pack(x, reverse),
-        h0, c0, packing.order, packing.lengths, packing.offsets, packing.places(reverse),
+        plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights), x_rows, h0, c0,
+        packing.order, packing.lengths, packing.offsets, places,
         y, direction * size.hidden, h_n, c_n, keep_tape, *tape,
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, mo
             *(() if packed else ((0, *weights[1:]) if plan.as_they_lie else weights, bias)),
         )
         pack = not (packed or plan.as_they_lie)
-        settings = pack, plan.ahead, plan.parts(packing, blocks), plan.kind == "units"
+        settings = pack, plan.ahead, plan.kind == "units"
         ways.append(Way(plan, Workspace(dtype, shapes), settings))
     kind = (
         kind_of_calls(layer_forward, size, batch, packing.rows.bit_length(), plans, packed) if len(plans) > 1 else None
@@ -181,9 +182,10 @@ def direction_backward(
     weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
     grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
     recompute = tape.gates.shape[2] < TAPE
+    x_rows, places = packing.pack(layer.x, reverse)
     arguments = (
-        weight_ih, weight_hh, bias, packing.pack(layer.x, reverse), tape.gates, tape.h_rows, tape.c0,
-        packing.order, packing.lengths, packing.offsets, packing.places(reverse),
+        weight_ih, weight_hh, bias, x_rows, tape.gates, tape.h_rows, tape.c0,
+        packing.order, packing.lengths, packing.offsets, places,
         dy, direction * size.hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, _chunk(packing),
         *(() if recompute else (None, None, None)),
     )  # fmt: skip
@@ -217,6 +219,6 @@ def _backward_ways(size: Size, packing: Packing, recompute: bool, most: int) -> 
             (depth,),
             (plan.threads, PANEL_ROWS, panel),
         )
-        ways.append(Way(plan, Workspace(dtype, shapes), (plan.parts(packing, blocks), plan.kind == "units")))
+        ways.append(Way(plan, Workspace(dtype, shapes), (plan.kind == "units",)))
     kind = kind_of_calls(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
     return Ways(tuple(ways), kind)

@@ -44,19 +44,12 @@ def one_block(dtype: Any, *shapes: tuple[int, ...], lasting: bool = False) -> li
     return [np.ndarray(shape, dtype, memory, first + start) for shape, start in zip(shapes, starts, strict=True)]
 
 
-def new_array(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Array:
-    """Allocate an array for the caller; a large one in a block of the pool, free again when he drops it.
-
-    Without `zero` it is uninitialised.
-    """
+def new_array(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Allocate an array for the caller, uninitialised; a large one in a block of the pool, free when he drops it."""
     size = math.prod(shape) * dtype.itemsize
-    # What is larger than the pool would not be kept; and of zeros, the system provides only those that are touched.
-    if not Pool.LEAST <= size <= Pool.MOST:
-        return (np.zeros if zero else np.empty)(shape, dtype)
-    array: Array = np.ndarray(shape, dtype, *POOL.take(size))
-    if zero:
-        array.fill(0.0)
-    return array
+    if not Pool.LEAST <= size <= Pool.MOST:  # what is larger than the pool would not be kept
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, *POOL.take(size))
 
 
 def new_like(array: Array) -> Array:

@@ -60,11 +60,11 @@ class Packing:
         row = np.arange(self.rows) - self.offsets[step]
         return (self.lengths[row] - 1 - step if reverse else step) * batch + self.order[row]
 
-    def pack(self, x: Array, reverse: bool) -> Array:
-        """Pack a sequence (T, B, I) into (N, I); a view where the rows lie in order already."""
-        flat = x.reshape(-1, x.shape[2])
+    def pack(self, x: Array, reverse: bool) -> tuple[Array, Array]:
+        """Pack a sequence (T, B, I) into (N, I), a view where the rows lie in order already; return it and `places`."""
+        flat, places = x.reshape(-1, x.shape[2]), self.places(reverse)
         # A third of the time that indexing takes.
-        return flat.take(self.places(reverse), axis=0) if self.ragged or reverse else flat
+        return flat.take(places, axis=0) if self.ragged or reverse else flat, places
 
     def rows_of_chunk(self, chunk: int) -> int:
         """Return the most rows that `chunk` successive steps have; the chunks are counted from the last step."""

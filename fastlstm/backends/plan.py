@@ -8,11 +8,6 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastlstm.backends.base import Array
-from fastlstm.backends.packing import Packing
-
 __all__ = ["FEW_ROWS", "LEAST_TO_SHARE", "TRIALS", "Plan", "Trials", "are_few", "choose", "is_short", "most_threads"]
 
 # Waking a worker takes some 20 microseconds, in which one core does about this many operations; or, where weights are
@@ -67,10 +62,6 @@ class Plan(NamedTuple):
     ahead: int
     as_they_lie: bool = False
 
-    def parts(self, packing: Packing, blocks: int) -> Array:
-        """First row, last row, distance of the rows, first and last block of each thread: (threads, 5)."""
-        return _parts(self.kind, self.threads, packing.order.size, packing.ragged, blocks)
-
     def __str__(self) -> str:
         """Say it in words."""
         how = {
@@ -81,20 +72,6 @@ class Plan(NamedTuple):
         }[self.kind]
         ahead = f"; input products {self.ahead} steps ahead" if self.ahead else ""
         return how + ahead + ("; the weights as they lie" if self.as_they_lie else "")
-
-
-@functools.lru_cache(maxsize=16)  # as for the arrays of equal lengths in `packing`
-def _parts(kind: str, threads: int, batch: int, ragged: bool, blocks: int) -> Array:
-    parts: Array = np.empty((threads, 5), np.int64)
-    parts[:] = (0, batch, 1, 0, blocks)
-    bounds = np.arange(threads + 1)
-    if kind != "rows":
-        parts[:, 3], parts[:, 4] = (bounds * blocks // threads)[:-1], (bounds * blocks // threads)[1:]
-    elif ragged:  # the rows stand sorted by length: dealt out in turn, they are as many for each thread at every step
-        parts[:, 0], parts[:, 2] = bounds[:-1], threads
-    else:
-        parts[:, 0], parts[:, 1] = (bounds * batch // threads)[:-1], (bounds * batch // threads)[1:]
-    return parts
 
 
 class Trials:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
-from fastlstm.kernels.cpu.pack import pack_backward, pack_forward, pack_rows, packed_weights
+from fastlstm.kernels.cpu.pack import clear_padding, pack_backward, pack_forward, pack_rows, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,
     fill,
@@ -24,7 +24,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, share_rows, summon, this_call
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, tiles, zero_row
 
@@ -59,7 +59,7 @@ def layer_backward(
     dh_n,  # (B, H), IN
     dc_n,  # (B, H), IN
     accumulate,  # whether to add to dx in place of setting it
-    dx,  # (T * B, I), OUT; past the lengths untouched
+    dx,  # (T * B, I), OUT
     dh0,  # (B, H), OUT
     dc0,  # (B, H), OUT
     dweight_ih,  # (4H, I), OUT
@@ -78,7 +78,6 @@ def layer_backward(
     sums_hh,  # (panels of H, 4 * Hp, 4 * V) scratch
     gradient_bias,  # (4 * Hp,) scratch
     right,  # (threads, PANEL_ROWS, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
-    parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
     team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
@@ -87,12 +86,14 @@ def layer_backward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    row_first, row_last, row_step, block_first, block_last = parts[thread]
     first, last = share(tape.shape[1], team, thread)
+    block_first, block_last = (first, last) if divided else (0, tape.shape[1])
     if gates is not None:  # Numba compiles a kernel without, and one with what belongs to it
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
+    if dx.shape[0] > x.shape[0] and not accumulate:
+        clear_padding(dx, 0, dx.shape[1], order, offsets, thread, team.shape[0] - 1)
     _begin(gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread)
     barrier(team, thread)
 
@@ -104,6 +105,9 @@ def layer_backward(
         if gates is not None:
             _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last, panel)
             barrier(team, thread)
+        row_first, row_last = 0, order.size
+        if not divided:
+            row_first, row_last = share_rows(offsets, lengths, chunk_first, chunk_last, team, thread)
         for step in range(chunk_last - 1, chunk_first - 1, -1):
             active = minimum(offsets[step + 1] - offsets[step], row_last)
             before = offsets[step - 1] if step else -1
@@ -113,20 +117,19 @@ def layer_backward(
                 whole, first_row = tape, 0
             _gates_back(
                 offsets[step], before, low, order, places, whole, first_row, tape, c0, dy, column, da, dh_rows, dc_rows,
-                row_first, active, row_step, block_first, block_last,
+                row_first, active, block_first, block_last,
             )  # fmt: skip
             if divided:
                 barrier(team, thread)
-            # What the step before left on the tape, row after row, is fetched while this one's product is computed. If
-            # two threads take the rows in turn, so are those between; with more, most would be those of others.
+            # What the step before left on the tape, row after row, is fetched while this one's product is computed.
             soon, size = address(da), 0
-            if before >= first_row and row_step <= 2 and not divided:
+            if before >= first_row and not divided:
                 tape_row = tape.shape[1] * TAPE * tape.shape[3]
                 soon = offset(address(whole), (before - first_row + row_first) * tape_row)
                 size = (active - row_first) * tape_row
             _state_back(
-                step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, row_step, block_first,
-                block_last, soon, size,
+                step, offsets[step] - low, da, packed_hh, dh_rows, row_first, active, block_first, block_last, soon,
+                size,
             )  # fmt: skip
         barrier(team, thread)
         for start in range(low, high, PANEL_ROWS):
@@ -223,15 +226,15 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
 @routine
 def _gates_back(
     here, before, chunk_row, order, places, gates, gates_row, tape, c0, dy, column, da, dh_rows, dc_rows,
-    row_first, row_last, row_step, block_first, block_last,
+    row_first, row_last, block_first, block_last,
 ):  # fmt: skip
     """Take one step's gradients through the gates: dc in place, the gate gradients to `da`."""
     hidden, features = c0.shape[1], dy.shape[1]
     blocks, width, stride = tape.shape[1], tape.shape[3], dh_rows.shape[1]
-    for row in range(row_first, row_last, row_step):
+    for row in range(row_first, row_last):
         place = places[here + row] * features + column
         # The rows of dy lie in another order where the sequences were sorted, which no processor could foresee.
-        soon = places[minimum(here + row + 2 * row_step, places.size - 1)] * features + column
+        soon = places[minimum(here + row + 2, places.size - 1)] * features + column
         for block in range(block_first, block_last):
             units = minimum(width, hidden - block * width)
             if before >= 0:
@@ -257,7 +260,7 @@ def _gates_back(
 
 @routine
 def _state_back(
-    step, first_row, da, packed_hh, dh_rows, row_first, row_last, row_step, block_first, block_last, soon, size
+    step, first_row, da, packed_hh, dh_rows, row_first, row_last, block_first, block_last, soon, size
 ):  # fmt: skip
     """Compute dh = da @ W_hh for this thread's rows and units.
 
@@ -268,7 +271,7 @@ def _state_back(
     far = are_far(address(packed_hh), (block_last - block_first) * depth * width)
     panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several whole ones.
-    single = row_first < row_last <= row_first + row_step and block_first % VECTORS == 0 and block_last % VECTORS == 0
+    single = row_last - row_first == 1 and block_first % VECTORS == 0 and block_last % VECTORS == 0
     together = ROW_BLOCKS if single else 1
     for turn in range(0, panel_last - panel_first, together):
         panels = minimum(together, panel_last - panel_first - turn)
@@ -277,20 +280,19 @@ def _state_back(
         block = maximum(block_first, panel * VECTORS)
         vectors = minimum(block_last, (panel + 1) * VECTORS) - block
         weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
-        for start in range(row_first, row_last, GROUP * row_step):
-            rows = minimum(GROUP, (row_last - start + row_step - 1) // row_step)
+        for start in range(row_first, row_last, GROUP):
+            rows = minimum(GROUP, row_last - start)
             out = offset(address(dh_rows), start * stride + block * width)
             if single:
                 _long_row(panels, da, first_row + start, weights, out)
             else:
-                part = size * rows * row_step // ((panel_last - panel_first) * (row_last - row_first))
+                part = size * rows // ((panel_last - panel_first) * (row_last - row_first))
                 ahead, ahead_k = soon, (part + depth - 1) // depth
                 soon = offset(soon, part)
                 if far:
                     ahead, ahead_k = offset(weights, SLICE * columns), columns
                 _long_product(
-                    rows, vectors, da, first_row + start, row_step, weights, out, row_step * stride, ahead, ahead_k,
-                    ahead_k * SLICE,
+                    rows, vectors, da, first_row + start, weights, out, stride, ahead, ahead_k, ahead_k * SLICE
                 )  # fmt: skip
 
 
@@ -415,7 +417,7 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
             if da_far and not far:
                 soon, _ = _strip(da, minimum(SLICE, depth - 1))
                 soon, soon_k, size = offset(soon, start * SLICE), da.shape[0], rows * SLICE
-            _long_product(rows, vectors, da, start, 1, weights, block, columns, soon, soon_k, size)
+            _long_product(rows, vectors, da, start, weights, block, columns, soon, soon_k, size)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
                 for v in range(vectors):
@@ -428,9 +430,7 @@ def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumula
 
 
 @routine
-def _long_product(
-    rows, vectors, da, first_row, row_step, weights, out, out_row, soon, soon_k, size
-):  # fmt: skip
+def _long_product(rows, vectors, da, first_row, weights, out, out_row, soon, soon_k, size):
     """Compute da @ weights, for some rows of gate gradients and one panel of the weights.
 
     With the slice that begins at k, `size` elements at ``soon[k * soon_k]`` are fetched.
@@ -441,7 +441,7 @@ def _long_product(
         strip, strip_row = _strip(da, k)
         gates, b = offset(strip, first_row * strip_row), offset(weights, k * columns)
         tiles(
-            rows, vectors, strip_row, gates, row_step * strip_row, 1, b, columns, start, start_row, out, out_row,
+            rows, vectors, strip_row, gates, strip_row, 1, b, columns, start, start_row, out, out_row,
             offset(soon, k * soon_k), size,
         )  # fmt: skip
         start, start_row = out, out_row

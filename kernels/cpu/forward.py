@@ -7,10 +7,9 @@ rows. Row n belongs at ``places[n]`` of the caller's (T * B). A batch of equal l
 ``offsets[s] = s * B``, without a copy.
 
 A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has
-the others do so (``team.py``). Each computes some sequences (rows) and some blocks of hidden units:
-``parts[thread]`` = first row, last row, distance of its rows, first block, last block. Where every thread has its own
-rows and all units, the steps need no synchronisation; where units are divided, the team meets after each step, and
-who is ready before takes blocks of those who are behind.
+the others do so (``team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every thread
+has its own rows and all units, the steps need no synchronisation; where units are divided, the team meets after each
+step, and who is ready before takes blocks of those who are behind.
 
 Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to whole vectors.
 """
@@ -21,7 +20,7 @@ from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
-from fastlstm.kernels.cpu.pack import is_at_rest, pack_forward, packed_weights
+from fastlstm.kernels.cpu.pack import clear_padding, is_at_rest, pack_forward, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,
     lanes_of,
@@ -33,7 +32,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, take, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, share_rows, summon, take, this_call
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
 
 __all__ = ["layer_forward", "pre_activations"]
@@ -51,7 +50,7 @@ def layer_forward(
     lengths,  # (B,) sorted as `order`, descending, IN
     offsets,  # (S + 1,) first row of each step, IN
     places,  # (N,) where each row belongs in (T * B), IN
-    y,  # (T * B, D * H), OUT; past the lengths untouched
+    y,  # (T * B, D * H), OUT
     column,  # the first column of y to write
     h_n,  # (B, H), OUT
     c_n,  # (B, H), OUT
@@ -64,7 +63,6 @@ def layer_forward(
     packed_bias,  # (2, Hp/V, 4, V) scratch, or IN
     pack,  # whether to pack the weights: else they are used as they lie, or packed already
     ahead,  # steps whose input products are computed together, 0 for none
-    parts,  # (threads, 5), IN
     divided,  # whether units are divided among the threads
     team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
@@ -77,16 +75,21 @@ def layer_forward(
     width, stride = packed.shape[2], h_rows.shape[1]
     batch, features = order.size, y.shape[1]
     tile_row = GATES * width
-    row_first, row_last, row_step, block_first, block_last = parts[thread]
-
-    as_they_lie = packed.shape[0] == 0
+    steps, blocks, as_they_lie = offsets.size - 1, packed_bias.shape[1], packed.shape[0] == 0
     if pack:
-        first, last = share(packed_bias.shape[1], team, thread)
+        first, last = share(blocks, team, thread)
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     first, last = share(batch, team, thread)
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
+    if y.shape[0] > x.shape[0]:
+        clear_padding(y, column, hidden, order, offsets, thread, team.shape[0] - 1)
     barrier(team, thread)
 
+    row_first, row_last, block_first, block_last = 0, batch, 0, blocks
+    if divided:
+        block_first, block_last = share(blocks, team, thread)
+    else:
+        row_first, row_last = share_rows(offsets, lengths, 0, steps, team, thread)
     at_rest = not as_they_lie and is_at_rest(h0, packed_bias)
     together = block_last - block_first if ahead else 1
     helped = divided and not ahead  # a step of few rows is over before one could help
@@ -95,7 +98,7 @@ def layer_forward(
     a_row = a.shape[1] * tile_row
     a_block = tile_row if ahead else 0
     far = are_far(address(packed), (block_last - block_first) * (inputs + hidden) * tile_row)
-    for step in range(offsets.size - 1):
+    for step in range(steps):
         low = offsets[step]
         active = minimum(offsets[step + 1] - low, row_last)
         depth = 0 if step == 0 and at_rest else hidden  # of the products with h
@@ -106,7 +109,7 @@ def layer_forward(
             fetch(offset(address(h_rows), here * stride), active * stride)
         if ahead and step % ahead == 0:  # full tiles even where each step has few rows
             ahead_low = low
-            rows, x_rows = offsets[minimum(step + ahead, offsets.size - 1)] - low, offset(x_first, low * inputs)
+            rows, x_rows = offsets[minimum(step + ahead, steps)] - low, offset(x_first, low * inputs)
             _products(
                 rows, x_rows, inputs, inputs, of_x, x_rows, 0, 0, of_h, bias_first, 0, address(a), a_row, tile_row,
                 block_first, block_last, 0, far,
@@ -114,7 +117,7 @@ def layer_forward(
         left = block_last - block_first
         while True:
             if helped:
-                first = take(parts, team, thread, step)
+                first = take(blocks, team, thread, step)
                 if first < 0:
                     break
             elif not left:
@@ -124,8 +127,8 @@ def layer_forward(
                 # To and fro: what the caches still hold of the weights is what the step before used last.
                 first = block_first + left if step & 1 else block_last - together - left
             last = first + together
-            for start in range(row_first, active, GROUP * row_step):
-                rows = minimum(GROUP, (active - start + row_step - 1) // row_step)
+            for start in range(row_first, active, GROUP):
+                rows = minimum(GROUP, active - start)
                 h_prev = offset(address(h_rows), (here + start) * stride)
                 if ahead:  # every row is this thread's
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
@@ -135,25 +138,25 @@ def layer_forward(
                     )  # fmt: skip
                 else:
                     a_rows = offset(address(a), thread * GROUP * a_row)
-                    x_rows, x_row, h_row = offset(x_first, (low + start) * inputs), row_step * inputs, row_step * stride
+                    x_rows = offset(x_first, (low + start) * inputs)
                     if as_they_lie:
                         gate_dots(
-                            rows, first, weight_ih, weight_hh, bias, x_rows, x_row, h_prev, h_row, a_rows, a_row, far
+                            rows, first, weight_ih, weight_hh, bias, x_rows, inputs, h_prev, stride, a_rows, a_row, far
                         )
                     else:
                         _products(
-                            rows, x_rows, inputs, x_row, of_x, h_prev, depth, h_row, of_h, bias_first, 0, a_rows, a_row,
-                            0, first, last, step & 1, far,
+                            rows, x_rows, inputs, inputs, of_x, h_prev, depth, stride, of_h, bias_first, 0, a_rows,
+                            a_row, 0, first, last, step & 1, far,
                         )  # fmt: skip
                 # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
                 # the processor does not look so far ahead that it would find work in the next one.
                 for block in range(first, last):
                     a_units = offset(a_rows, block * a_block)
-                    _update_cells(a_units, a_row, c_rows, tape, training, low, start, rows, row_step, block, hidden)
+                    _update_cells(a_units, a_row, c_rows, tape, training, low, start, rows, block, hidden)
                 for block in range(first, last):
                     units = minimum(width, hidden - block * width)
                     for n in range(rows):
-                        row = start + n * row_step
+                        row = start + n
                         c = load(offset(address(c_rows), row * stride + block * width))
                         o = load(offset(a_rows, block * a_block + n * a_row + 3 * width))
                         h = o * tanh(c)
@@ -171,12 +174,12 @@ def layer_forward(
 
 
 @routine(inline=True)
-def _update_cells(a, a_row, c_rows, tape, training, low, start, rows, row_step, block, hidden):
+def _update_cells(a, a_row, c_rows, tape, training, low, start, rows, block, hidden):
     """Take some rows of a block through the gates: c in place, o in place of its pre-activation, all on the tape."""
     width, stride = lanes_of(a), c_rows.shape[1]
     units = minimum(width, hidden - block * width)
     for n in range(rows):
-        row = start + n * row_step
+        row = start + n
         here_a = offset(a, n * a_row)
         here_c = offset(address(c_rows), row * stride + block * width)
         # Lanes beyond the units become harmless constants even if NaN arrives there.

@@ -27,12 +27,13 @@ from fastlstm.kernels.cpu.simd import (
     offset,
     poke,
     store,
+    store_first,
     vector_pointer,
 )
 from fastlstm.kernels.cpu.tile import VECTORS
 
 __all__ = [
-    "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights",
+    "clear_padding", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights",
 ]  # fmt: skip
 
 
@@ -208,6 +209,29 @@ def pack_backward(weight, packed, first, last):
                             store(target, load_first(offset(address(weight), source), inside))
                         else:
                             store(target, fill(target, 0.0))
+
+
+@routine
+def clear_padding(rows, column, columns, order, offsets, first_step, step):
+    """Set some columns of what lies past the lengths to zero, at every `step`-th time step from the first on.
+
+    Parameters
+    ----------
+    rows : (T * B, N) array, OUT
+    column, columns : int
+        The first of the columns, and their number.
+    order, offsets : (B,) and (S + 1,) array, IN
+        As in ``forward.py``.
+    first_step, step : int
+        The time steps: each thread takes its own.
+    """
+    batch, width = order.size, lanes_of(address(rows))
+    for t in range(first_step, rows.shape[0] // batch, step):
+        inside = offsets[t + 1] - offsets[t] if t + 1 < offsets.size else 0
+        for row in range(inside, batch):
+            target = offset(address(rows), (t * batch + order[row]) * rows.shape[1] + column)
+            for n in range(0, columns, width):
+                store_first(offset(target, n), fill(target, 0.0), columns - n)
 
 
 @routine

@@ -33,7 +33,8 @@ from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.simd import CACHE_LINE, VECTOR_BYTES, address, lanes_of, minimum, offset, prefetch
 
 __all__ = [
-    "COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "summon", "take", "this_call",
+    "COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "share_rows", "summon", "take",
+    "this_call",
 ]  # fmt: skip
 
 ARRIVALS, FINISHED = 0, 1
@@ -265,7 +266,41 @@ def share(count, team, thread):
 
 
 @routine
-def take(parts, team, thread, turn):
+def share_rows(offsets, lengths, first_step, last_step, team, thread):
+    """Divide the rows of some steps, so that each thread has about as many in all; rows and steps as in ``forward.py``.
+
+    A thread's rows stand side by side: dealt out in turn, each thread would have the processor fetch the others' rows.
+
+    Returns
+    -------
+    first, last : int
+        This thread's first row and the next one's. The last of them may end before `last_step`.
+    """
+    total, threads = offsets[last_step] - offsets[first_step], team.shape[0] - 1
+    if total == 0:
+        return 0, 0
+    first = _row_after(offsets, lengths, first_step, last_step, total * thread // threads)
+    return first, _row_after(offsets, lengths, first_step, last_step, total * (thread + 1) // threads)
+
+
+@routine
+def _row_after(offsets, lengths, first_step, last_step, count):
+    """Return before which row the rows have, in some steps and all together, `count` as nearly as can be."""
+    steps = last_step - first_step
+    whole = offsets[last_step] - offsets[last_step - 1]  # rows that have all these steps
+    row = minimum(whole, (count + steps // 2) // steps)
+    before = row * steps
+    while whole <= row < lengths.size and lengths[row] > first_step:
+        here = lengths[row] - first_step
+        if before + here - count > count - before:
+            break
+        before += here
+        row += 1
+    return row
+
+
+@routine
+def take(count, team, thread, turn):
     """Take an item of this round's: of this thread's own, or when none is left, of a thread that is behind.
 
     A core may be slower than others for a while, where something else runs there or beside it; who meets at a barrier
@@ -273,8 +308,8 @@ def take(parts, team, thread, turn):
 
     Parameters
     ----------
-    parts : (threads, 5) array, IN
-        First item of each thread and the first that is not its, in the last two columns.
+    count : int
+        All threads' items, each thread's own being its :func:`share`.
     team : array, IN and OUT
     thread : int
     turn : int
@@ -288,7 +323,7 @@ def take(parts, team, thread, turn):
     threads = team.shape[0] - 1
     for n in range(minimum(threads, 1 + _HELPED)):
         other = (thread + n) % threads
-        first, last = parts[other, 3], parts[other, 4]
+        first, last = share(count, team, other)
         taken = offset(address(team), (1 + other) * team.shape[1] + TAKEN + (turn & 1))
         if _load_atomic(taken) < last - first:
             item = _fetch_add(taken, 1)
