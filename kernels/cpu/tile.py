@@ -296,9 +296,11 @@ def are_far(first, count):
 def _stream(soon, size, row, count, rows, k, near):
     """Return where a tile of `count` rows starts to fetch its share of `size` elements, and its step for each k.
 
-    If there is nothing to fetch, it is `near`: to look for memory where there may be none would take time.
+    If there is nothing to fetch, it is `near`: to look for memory where there may be none would take time. Neither is
+    there for a tile that is alone: it loads as many lines as it would have to fetch, and the processor, who sees them
+    pass by, fetches the next ones better.
     """
-    if size == 0 or rows <= 2 * ROWS:
+    if size == 0 or rows <= ROWS:
         return near, 0
     return offset(soon, size * row // rows), (size * count + rows * k - 1) // (rows * k)
 
