@@ -73,8 +73,7 @@ def layer_forward(
         summon(team, call, arguments)
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
     width, stride = packed.shape[2], h_rows.shape[1]
-    batch, features = order.size, y.shape[1]
-    tile_row = GATES * width
+    batch, tile_row = order.size, GATES * width
     steps, blocks, as_they_lie = offsets.size - 1, packed_bias.shape[1], packed.shape[0] == 0
     if pack:
         first, last = share(blocks, team, thread)
@@ -154,19 +153,11 @@ def layer_forward(
                     a_units = offset(a_rows, block * a_block)
                     _update_cells(a_units, a_row, c_rows, tape, training, low, start, rows, block, hidden)
                 for block in range(first, last):
-                    units = minimum(width, hidden - block * width)
-                    for n in range(rows):
-                        row = start + n
-                        c = load(offset(address(c_rows), row * stride + block * width))
-                        o = load(offset(a_rows, block * a_block + n * a_row + 3 * width))
-                        h = o * tanh(c)
-                        store_first(offset(address(y), places[low + row] * features + column + block * width), h, units)
-                        if step + 1 < lengths[row]:
-                            store(offset(address(h_rows), (following + row) * stride + block * width), h)
-                        else:
-                            final = order[row] * hidden + block * width
-                            store_first(offset(address(h_n), final), h, units)
-                            store_first(offset(address(c_n), final), c, units)
+                    a_units = offset(a_rows, block * a_block)
+                    _hand_on(
+                        a_units, a_row, c_rows, step, lengths, order, places, y, column, h_rows, following, h_n, c_n,
+                        low, start, rows, block, hidden,
+                    )  # fmt: skip
         if divided:
             barrier(team, thread)
     if thread == 0:
@@ -201,6 +192,27 @@ def _update_cells(a, a_row, c_rows, tape, training, low, start, rows, block, hid
                 store(offset(left, 2 * width), g)
                 store(offset(left, 3 * width), o)
             store(offset(left, (kept - 1) * width), c)
+
+
+@routine(inline=True)
+def _hand_on(
+    a, a_row, c_rows, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start, rows, block,
+    hidden,
+):  # fmt: skip
+    """Compute h of some rows of a block, for y and for the next step, or where a sequence ends for the final states."""
+    width, stride = lanes_of(a), c_rows.shape[1]
+    units = minimum(width, hidden - block * width)
+    for n in range(rows):
+        row = start + n
+        c = load(offset(address(c_rows), row * stride + block * width))
+        h = load(offset(a, n * a_row + 3 * width)) * tanh(c)
+        store_first(offset(address(y), places[low + row] * y.shape[1] + column + block * width), h, units)
+        if step + 1 < lengths[row]:
+            store(offset(address(h_rows), (following + row) * stride + block * width), h)
+        else:
+            final = order[row] * hidden + block * width
+            store_first(offset(address(h_n), final), h, units)
+            store_first(offset(address(c_n), final), c, units)
 
 
 @routine
