@@ -55,7 +55,7 @@ class CpuBackend(LayeredBackend):
         x, h0, c0 = plain(x), plain(h0), plain(c0)
         steps, batch, _ = x.shape
         packing = Packing.of(lengths, steps, batch)
-        y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype)
+        y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, padded=packing.ragged)
         h_n, c_n = np.empty_like(h0), np.empty_like(c0)
         # What is kept of a frozen model is packed; taped, the few rows' kernel takes weights as they lie: other bits.
         if is_short_call(packing, weights) and not (keep_tape and weights[0].kept is not None):
@@ -97,7 +97,7 @@ class CpuBackend(LayeredBackend):
         columns = directions * hidden
         dy = np.empty((0, columns), dh_n.dtype) if dy is None else plain(dy).reshape(-1, columns)
         steps, batch, inputs = tape.x.shape
-        dx = new_array((steps * batch, inputs), dh_n.dtype)
+        dx = new_array((steps * batch, inputs), dh_n.dtype, padded=tape.packing.ragged)
         dh_n, dc_n = plain(dh_n), plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
         if is_short_call(tape.packing, weights, backward=True):

@@ -22,7 +22,7 @@ from fastlstm.backends.calls import (
     size_of,
 )
 from fastlstm.backends.layers import Weights
-from fastlstm.backends.memory import Workspace, new_array, one_block
+from fastlstm.backends.memory import Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import are_few
 from fastlstm.backends.threads import get_num_threads
@@ -65,7 +65,7 @@ def direction_forward(
     arguments = (
         plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights), x_rows, h0, c0,
         packing.order, packing.lengths, packing.offsets, places,
-        y, direction * size.hidden, h_n, c_n, keep_tape, *tape,
+        y, direction * size.hidden, packing.ragged and is_to_be_cleared(y), h_n, c_n, keep_tape, *tape,
     )  # fmt: skip
 
     packed = packed_of(weights)
@@ -134,7 +134,7 @@ def equal_rows(
     where, ways = _equal_call(inputs, hidden, rows // batch, batch, dtype, bool(packed))
     arguments = (
         plain(weight_ih), plain(weight_hh), plain(bias), as_rows(x, rows, inputs), plain(h0)[0], plain(c0)[0],
-        *where, y, 0, h_n[0], c_n[0], False,
+        *where, y, 0, False, h_n[0], c_n[0], False,
     )  # fmt: skip
     run_call(layer_forward, arguments, ways, rows, get_num_threads(), packed)
     return True
@@ -183,10 +183,11 @@ def direction_backward(
     grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
     recompute = tape.gates.shape[2] < TAPE
     x_rows, places = packing.pack(layer.x, reverse)
+    clear = packing.ragged and not reverse and is_to_be_cleared(dx)
     arguments = (
         weight_ih, weight_hh, bias, x_rows, tape.gates, tape.h_rows, tape.c0,
         packing.order, packing.lengths, packing.offsets, places,
-        dy, direction * size.hidden, dh_n, dc_n, reverse, dx, dh0, dc0, *grads, _chunk(packing),
+        dy, direction * size.hidden, dh_n, dc_n, reverse, dx, clear, dh0, dc0, *grads, _chunk(packing),
         *(() if recompute else (None, None, None)),
     )  # fmt: skip
 

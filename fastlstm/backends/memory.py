@@ -14,7 +14,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 
-__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "new_array", "new_like", "one_block"]
+__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "is_to_be_cleared", "new_array", "new_like", "one_block"]
 
 
 def one_block(dtype: Any, *shapes: tuple[int, ...], lasting: bool = False) -> list[Array]:
@@ -44,12 +44,24 @@ def one_block(dtype: Any, *shapes: tuple[int, ...], lasting: bool = False) -> li
     return [np.ndarray(shape, dtype, memory, first + start) for shape, start in zip(shapes, starts, strict=True)]
 
 
-def new_array(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Allocate an array for the caller, uninitialised; a large one in a block of the pool, free when he drops it."""
+def new_array(shape: tuple[int, ...], dtype: Any, *, padded: bool = False) -> Array:
+    """Allocate an array for the caller, uninitialised; a large one in a block of the pool, free when he drops it.
+
+    One that is `padded` may have to be zero where no sequence reaches: see :func:`is_to_be_cleared`.
+    """
     size = math.prod(shape) * dtype.itemsize
     if not Pool.LEAST <= size <= Pool.MOST:  # what is larger than the pool would not be kept
-        return np.empty(shape, dtype)
+        return np.zeros(shape, dtype) if padded and size > Pool.MOST else np.empty(shape, dtype)
     return np.ndarray(shape, dtype, *POOL.take(size))
+
+
+def is_to_be_cleared(padded: Array) -> bool:
+    """Say whether a kernel has to set the padding of a new array to zero.
+
+    Where it is larger than the pool, it consists of zeros, of which the system provides only those that are touched.
+    """
+    found: bool = padded.nbytes <= Pool.MOST
+    return found
 
 
 def new_like(array: Array) -> Array:

@@ -60,6 +60,7 @@ def layer_backward(
     dc_n,  # (B, H), IN
     accumulate,  # whether to add to dx in place of setting it
     dx,  # (T * B, I), OUT
+    clear,  # whether to set dx past the lengths to zero
     dh0,  # (B, H), OUT
     dc0,  # (B, H), OUT
     dweight_ih,  # (4H, I), OUT
@@ -92,7 +93,7 @@ def layer_backward(
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
-    if dx.shape[0] > x.shape[0] and not accumulate:
+    if clear:
         clear_padding(dx, 0, dx.shape[1], order, offsets, thread, team.shape[0] - 1)
     _begin(gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread)
     barrier(team, thread)

@@ -52,6 +52,7 @@ def layer_forward(
     places,  # (N,) where each row belongs in (T * B), IN
     y,  # (T * B, D * H), OUT
     column,  # the first column of y to write
+    clear,  # whether to set these columns past the lengths to zero
     h_n,  # (B, H), OUT
     c_n,  # (B, H), OUT
     training,  # whether to write the tape
@@ -80,7 +81,7 @@ def layer_forward(
         pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
     first, last = share(batch, team, thread)
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
-    if y.shape[0] > x.shape[0]:
+    if clear:
         clear_padding(y, column, hidden, order, offsets, thread, team.shape[0] - 1)
     barrier(team, thread)
 
