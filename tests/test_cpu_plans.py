@@ -180,7 +180,7 @@ def test_what_is_fastest_is_kept_and_others_tried_ever_more_rarely(ways, fastest
     tries = [n for n in range(1, len(found)) if found[n] != fastest and found[n - 1] == fastest]
     rests = [after - before - trials.CALLS for before, after in itertools.pairwise(tries)]
     assert rests == sorted(rests)
-    assert rests[0] <= trials.FIRST_REST * 2**ways
+    assert rests[0] <= (ways - 1) * (trials.FIRST_REST + trials.CALLS / trials.SHARE)
     assert rests[-1] == rests[-2] == trials.LONGEST_REST
     assert {found[n] for n in tries[-4:]} == set(range(ways)) - {fastest}, "each of the others has its turn"
     assert trials.pick("another kind", ways) == 0, "each kind of call has tries of its own"
@@ -191,7 +191,7 @@ def test_a_try_has_more_than_one_call():
     ways_of_calls(trials, 20, [3.0, 2.0])
     seconds = itertools.cycle([3.0, 1.0, 1.0])  # the first after a rest is slow, though it is the better way
     found = []
-    for _ in range(100):
+    for _ in range(200):
         found.append(trials.pick("kind", 2))
         trials.report("kind", found[-1], UNIT * (2.0 if found[-1] else next(seconds)))
     assert found[-50:].count(0) > 40
@@ -237,6 +237,17 @@ def test_a_team_whose_worker_has_to_be_woken_gets_over_that_before_its_try_count
 def test_a_team_that_is_woken_for_each_call_loses_and_its_tries_take_little_of_the_time(woken):
     found = ways_of_calls(Trials(), 100_000, [woken, 16e-6], 1.0)
     assert 0 < found[1000:].count(0) * woken / (len(found) * 16e-6) < 2 * Trials.SHARE
+
+
+@pytest.mark.parametrize("slower", [1.2, 1.8, 3.0])
+@pytest.mark.parametrize("unit", [4e-4, UNIT])
+def test_what_tries_lose_is_a_small_share_from_the_first_on(slower, unit):
+    trials = Trials()
+    found = ways_of_calls(trials, 10_000, [1.0, slower], unit)
+    lost = (slower - 1.0) * np.cumsum(found)
+    one_try = (slower - 1.0) * (trials.CALLS + trials.WARMING)
+    assert lost[-1] > one_try, "there are more"
+    assert (lost <= one_try + trials.SHARE * np.arange(1, len(found) + 1)).all()
 
 
 @pytest.mark.parametrize("slower", [1.2, 3.0])

@@ -81,11 +81,12 @@ class Trials:
     a virtual machine; and on busy cores a thread that is waited for may stand in the system's queue for
     milliseconds, where threads meet after each step at every step. So calls are run all ways, and the fastest is
     kept for each kind of call; another has a try after some calls, and after twice as many each time that one loses
-    again. A try is of several calls, whose median counts: neither a compilation nor a disturbed call decides; and
-    it has to win clearly, or noise would decide again and again. A long call that loses ends its try. Before a try come
-    some calls that do not count where calls are short: the first has to wake a worker, which takes longer than the
-    call, and its weights are in another core's caches for some more. What was measured in the past counts for nothing
-    but when to try: the whole machine may be slower now. Results do not depend on it.
+    again, or after so many that what it loses is a small share of their time. A try is of several calls, whose median
+    counts: neither a compilation nor a disturbed call decides; and it has to win clearly, or noise would decide again
+    and again. A long call that loses ends its try. Before a try come some calls that do not count where calls are
+    short: the first has to wake a worker, which takes longer than the call, and its weights are in another core's
+    caches for some more. What was measured in the past counts for nothing but when to try: the whole machine may be
+    slower now. Results do not depend on it.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls
@@ -95,8 +96,8 @@ class Trials:
     BETTER = 0.95  # of the time: enough to win
     SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
-    LONG = 0.02  # or that loses at all, if it takes so many seconds: noise is a small share of it, and three are many,
-    SHARE = 0.02  # and the next is so far away that such tries take no more of the time
+    LONG = 0.02  # or that loses at all, if it takes so many seconds: noise is a small share of it, and three are many
+    SHARE = 0.02  # of the time that tries lose: the next is so far away
     KINDS = 256  # of calls that are remembered
 
     def __init__(self) -> None:
@@ -123,7 +124,8 @@ class Trials:
         if is_short and rivals.warming > 0 and rivals.tries and way == rivals.trying:
             rivals.warming -= 1
             return
-        if is_short and not rivals.tries and rivals.calls % self.NOTED:
+        # Not the first after a try, in which a worker may have fallen asleep.
+        if is_short and not rivals.tries and (rivals.calls + 1) % self.NOTED:
             rivals.calls += 1
             return
         rivals.note(way, seconds)
@@ -136,12 +138,12 @@ class Trials:
                 rivals.forget_all_but(way, seconds)
             if not rivals.tries:
                 won = rivals.medians[way] < self.BETTER * rivals.medians[rivals.fastest]
+                calls = (1 if hopeless else self.CALLS) + (self.WARMING if is_short else 0)
+                lost = calls * (rivals.medians[way] / best - 1.0)  # in calls of the fastest
                 rivals.fastest = way if won else rivals.fastest
                 rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
-                rivals.rest = self.FIRST_REST if won else min(2 * rivals.rest, self.LONGEST_REST)
-                if hopeless:
-                    calls = 1 + self.WARMING if is_short else 1
-                    rivals.rest = max(rivals.rest, int(calls * seconds / (self.SHARE * best)))
+                rest = max(min(2 * rivals.rest, self.LONGEST_REST), int(lost / self.SHARE))
+                rivals.rest = self.FIRST_REST if won else rest
         else:
             rivals.calls += 1
         if math.inf in rivals.medians or rivals.medians[rivals.fastest] > self.SUSPECT * min(rivals.medians):
