@@ -24,7 +24,6 @@ from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
-from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 
 from fastlstm.kernels.cpu.simd import VECTOR_BYTES
@@ -125,7 +124,9 @@ def kernel(function: Callable[..., None]) -> Any:
 
     Where no folder can be written, it is compiled in every process.
     """
-    dispatcher = njit(nogil=True, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_KernelCompiler)(function)
+    dispatcher = njit(
+        nogil=True, _nrt=False, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_KernelCompiler
+    )(function)
     with contextlib.suppress(RuntimeError):  # Numba found no folder that it may write
         dispatcher._cache = _Cache(function)
     return dispatcher
@@ -140,7 +141,6 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
-        rtsys.initialize(target_context)  # the kernels' code refers to it
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
 
@@ -153,7 +153,7 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
     if function is None:
         return functools.partial(routine, inline=inline)
     dispatcher = njit(
-        pipeline_class=_PartCompiler, forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True,
+        pipeline_class=_PartCompiler, _nrt=False, forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True,
         error_model="numpy",
     )(function)  # fmt: skip
     resolve = dispatcher.get_call_template
