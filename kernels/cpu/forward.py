@@ -148,16 +148,11 @@ def layer_forward(
                             rows, x_rows, inputs, inputs, of_x, h_prev, depth, stride, of_h, bias_first, 0, a_rows,
                             a_row, 0, first, last, step & 1, far,
                         )  # fmt: skip
-                # The cells of all rows, and only then their h: tanh(c) has to wait for all gates of its cell, and
-                # the processor does not look so far ahead that it would find work in the next one.
                 for block in range(first, last):
                     a_units = offset(a_rows, block * a_block)
-                    _update_cells(a_units, a_row, c_rows, tape, training, low, start, rows, block, hidden)
-                for block in range(first, last):
-                    a_units = offset(a_rows, block * a_block)
-                    _hand_on(
-                        a_units, a_row, c_rows, step, lengths, order, places, y, column, h_rows, following, h_n, c_n,
-                        low, start, rows, block, hidden,
+                    _gate_step(
+                        a_units, a_row, c_rows, tape, training, step, lengths, order, places, y, column, h_rows,
+                        following, h_n, c_n, low, start, rows, block, hidden,
                     )  # fmt: skip
         if divided:
             barrier(team, thread)
@@ -166,54 +161,70 @@ def layer_forward(
 
 
 @routine(inline=True)
-def _update_cells(a, a_row, c_rows, tape, training, low, start, rows, block, hidden):
-    """Take some rows of a block through the gates: c in place, o in place of its pre-activation, all on the tape."""
+def _gate_step(
+    a, a_row, c_rows, tape, training, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start,
+    rows, block, hidden,
+):  # fmt: skip
+    """Take some rows of a block through the gates.
+
+    While one row's gates are computed, so is h of the row before: tanh(c) has to wait for all gates of its cell, and
+    the processor does not look so far ahead that it would find work in the next one by itself.
+    """
+    o, c = _update_cell(a, c_rows, tape, training, low, start, block, hidden)
+    for n in range(1, rows):
+        o_next, c_next = _update_cell(offset(a, n * a_row), c_rows, tape, training, low, start + n, block, hidden)
+        _hand_on(
+            o, c, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start + n - 1, block,
+            hidden,
+        )  # fmt: skip
+        o, c = o_next, c_next
+    _hand_on(
+        o, c, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start + rows - 1, block, hidden
+    )
+
+
+@routine(inline=True)
+def _update_cell(a, c_rows, tape, training, low, row, block, hidden):
+    """Take a row of a block through the gates: c in place, all on the tape; return o and c."""
     width, stride = lanes_of(a), c_rows.shape[1]
     units = minimum(width, hidden - block * width)
-    for n in range(rows):
-        row = start + n
-        here_a = offset(a, n * a_row)
-        here_c = offset(address(c_rows), row * stride + block * width)
-        # Lanes beyond the units become harmless constants even if NaN arrives there.
-        i, f, g, o, c = gates_forward(
-            load_first(here_a, units),
-            load_first(offset(here_a, width), units),
-            load_first(offset(here_a, 2 * width), units),
-            load_first(offset(here_a, 3 * width), units),
-            load(here_c),
-        )
-        store(here_c, c)
-        store(offset(here_a, 3 * width), o)
-        if training:
-            kept = tape.shape[2]
-            left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
-            if kept == TAPE:
-                store(left, i)
-                store(offset(left, width), f)
-                store(offset(left, 2 * width), g)
-                store(offset(left, 3 * width), o)
-            store(offset(left, (kept - 1) * width), c)
+    here_c = offset(address(c_rows), row * stride + block * width)
+    # Lanes beyond the units become harmless constants even if NaN arrives there.
+    i, f, g, o, c = gates_forward(
+        load_first(a, units),
+        load_first(offset(a, width), units),
+        load_first(offset(a, 2 * width), units),
+        load_first(offset(a, 3 * width), units),
+        load(here_c),
+    )
+    store(here_c, c)
+    if training:
+        kept = tape.shape[2]
+        left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
+        if kept == TAPE:
+            store(left, i)
+            store(offset(left, width), f)
+            store(offset(left, 2 * width), g)
+            store(offset(left, 3 * width), o)
+        store(offset(left, (kept - 1) * width), c)
+    return o, c
 
 
 @routine(inline=True)
 def _hand_on(
-    a, a_row, c_rows, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start, rows, block,
-    hidden,
+    o, c, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, row, block, hidden
 ):  # fmt: skip
-    """Compute h of some rows of a block, for y and for the next step, or where a sequence ends for the final states."""
-    width, stride = lanes_of(a), c_rows.shape[1]
+    """Compute h of a row of a block, for y and for the next step or, where the sequence ends, for the final states."""
+    width, stride = lanes_of(address(h_rows)), h_rows.shape[1]
     units = minimum(width, hidden - block * width)
-    for n in range(rows):
-        row = start + n
-        c = load(offset(address(c_rows), row * stride + block * width))
-        h = load(offset(a, n * a_row + 3 * width)) * tanh(c)
-        store_first(offset(address(y), places[low + row] * y.shape[1] + column + block * width), h, units)
-        if step + 1 < lengths[row]:
-            store(offset(address(h_rows), (following + row) * stride + block * width), h)
-        else:
-            final = order[row] * hidden + block * width
-            store_first(offset(address(h_n), final), h, units)
-            store_first(offset(address(c_n), final), c, units)
+    h = o * tanh(c)
+    store_first(offset(address(y), places[low + row] * y.shape[1] + column + block * width), h, units)
+    if step + 1 < lengths[row]:
+        store(offset(address(h_rows), (following + row) * stride + block * width), h)
+    else:
+        final = order[row] * hidden + block * width
+        store_first(offset(address(h_n), final), h, units)
+        store_first(offset(address(c_n), final), c, units)
 
 
 @routine
