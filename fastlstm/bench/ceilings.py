@@ -53,7 +53,8 @@ def _tiles() -> tuple[Any, int, int]:
     # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
     address: Any = import_module("fastlstm.kernels.cpu.simd").address
 
-    @njit(nogil=True)  # type: ignore[untyped-decorator, unused-ignore]
+    # Without counting references to its arrays, as kernels do without.
+    @njit(nogil=True, _nrt=False)  # type: ignore[untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
             left, right, sums, row = address(a), address(b), address(c), c.shape[1]
