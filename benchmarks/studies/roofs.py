@@ -109,7 +109,7 @@ def _reader() -> Any:
     )
 
     # Without counting references to its arrays, as kernels do without.
-    @njit(nogil=True, _nrt=False)  # type: ignore[untyped-decorator, unused-ignore]
+    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def read(passes: int, array: Any, total: Any) -> None:
         """Add up an array so many times; eight sums, for an addition has to wait for the one before."""
         start = address(array)
@@ -159,7 +159,7 @@ def _gates() -> Any:
     forward, backward, kept = of_cell.gates_forward, of_cell.gates_backward, of_cell.TAPE
     tanh = import_module("fastlstm.kernels.cpu.activations").tanh
 
-    @njit(nogil=True, _nrt=False)  # type: ignore[untyped-decorator, unused-ignore]
+    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def gates(count: int, back: bool, a: Any, c: Any, h: Any) -> None:
         """Take vectors of cells, `count` in all, through the gates and, if asked, back again, a row after the other."""
         width = lanes_of(address(a))
@@ -243,7 +243,7 @@ def parts(problem: Problem, threads: int) -> Iterator[Side]:
 def _empty() -> Any:
     from numba import njit
 
-    @njit(nogil=True, _nrt=False)  # type: ignore[untyped-decorator, unused-ignore]
+    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def empty(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> bool:
         return True
 

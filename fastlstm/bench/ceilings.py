@@ -54,7 +54,7 @@ def _tiles() -> tuple[Any, int, int]:
     address: Any = import_module("fastlstm.kernels.cpu.simd").address
 
     # Without counting references to its arrays, as kernels do without.
-    @njit(nogil=True, _nrt=False)  # type: ignore[untyped-decorator, unused-ignore]
+    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
             left, right, sums, row = address(a), address(b), address(c), c.shape[1]
