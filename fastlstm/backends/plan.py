@@ -139,7 +139,8 @@ class Trials:
             if not rivals.tries:
                 won = rivals.medians[way] < self.BETTER * rivals.medians[rivals.fastest]
                 calls = (1 if hopeless else self.CALLS) + (self.WARMING if is_short else 0)
-                lost = calls * (rivals.medians[way] / best - 1.0)  # in calls of the fastest
+                # In calls of the fastest, which a coarse clock may have seen take no time.
+                lost = calls * (rivals.medians[way] / best - 1.0) if best else 0.0
                 rivals.fastest = way if won else rivals.fastest
                 rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
                 rest = max(min(2 * rivals.rest, self.LONGEST_REST), int(lost / self.SHARE))
