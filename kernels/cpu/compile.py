@@ -8,6 +8,9 @@ A routine is a part of the kernels that call it, and nothing else ever does. Num
 and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
 routine stops at LLVM's intermediate form, and only the whole kernel is optimised, which spares much of the first
 call's time. Numba's own way to extend its compiler serves for that: a pipeline with one pass exchanged.
+
+Nor are references counted: a kernel makes no arrays, and its caller keeps those that it is given. Numba would make an
+object for each of them at every call, a sixth of a short one's time, and count users even in innermost loops.
 """
 
 from __future__ import annotations
