@@ -19,7 +19,7 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.memory import POOL, Pool, Scratch, Workspace, new_array, one_block
+from fastlstm.backends.memory import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.plan import Trials
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.simd import CACHE_LINE
@@ -227,6 +227,15 @@ def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, 
     small = one_block(np.dtype("float32"), (8,))
     del small
     assert pool.size == 0
+
+
+@pytest.mark.parametrize("elements", [5, Pool.LEAST, 2 * Pool.LEAST])
+def test_what_no_kernel_clears_is_zero(pool, dtype, elements, monkeypatch):
+    monkeypatch.setattr(Pool, "MOST", 8 * Pool.LEAST)
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 7, dtype))  # memory used before
+    array = new_array((elements, 5), dtype, padded=True)
+    assert is_to_be_cleared(array) == (array.nbytes <= Pool.MOST)
+    assert is_to_be_cleared(array) or not array.any()
 
 
 @pytest.mark.parametrize("elements", [5, Pool.LEAST])

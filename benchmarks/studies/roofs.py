@@ -108,7 +108,7 @@ def _reader() -> Any:
         getattr(simd, name) for name in ("address", "fill", "lanes_of", "load", "offset", "store")
     )
 
-    # Without counting references to its arrays, as kernels do without.
+    # References are not counted, as in kernels.
     @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def read(passes: int, array: Any, total: Any) -> None:
         """Add up an array so many times; eight sums, for an addition has to wait for the one before."""

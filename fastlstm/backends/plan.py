@@ -97,7 +97,7 @@ class Trials:
     SUSPECT = 1.5  # times what another took once: enough for another to have a try at once
     HOPELESS = 4.0  # a try ends with a call that takes so many times as long,
     LONG = 0.02  # or that loses at all, if it takes so many seconds: noise is a small share of it, and three are many
-    SHARE = 0.02  # of the time that tries lose: the next is so far away
+    SHARE = 0.02  # of the time: tries lose no more of it, so far away is the next
     KINDS = 256  # of calls that are remembered
 
     def __init__(self) -> None:

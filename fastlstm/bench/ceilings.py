@@ -53,7 +53,7 @@ def _tiles() -> tuple[Any, int, int]:
     # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
     address: Any = import_module("fastlstm.kernels.cpu.simd").address
 
-    # Without counting references to its arrays, as kernels do without.
+    # References are not counted, as in kernels.
     @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
