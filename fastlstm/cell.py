@@ -13,6 +13,8 @@ from fastlstm.errors import ArgumentError, DTypeError
 __all__ = ["Cell"]
 
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+# The fields that make another cell of the LSTM, with the values of the plain one.
+VARIANTS: dict[str, Any] = {"peephole": False}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Cell:
         Whether each layer also runs backwards in time.
     dtype : numpy.dtype
         float32 or float64, the dtype of parameters, inputs and outputs.
+    peephole : bool
+        Whether the gates also see the cell state: i and f the one before the step, o the new one.
 
     Raises
     ------
@@ -55,11 +59,12 @@ class Cell:
     dropout: float = 0.0
     bidirectional: bool = False
     dtype: np.dtype[Any] = FLOAT_DTYPES[0]
+    peephole: bool = False
 
     def __post_init__(self) -> None:
         for name in ("input_size", "hidden_size", "num_layers"):
             object.__setattr__(self, name, _positive_integer(name, getattr(self, name)))
-        for name in ("bias", "bidirectional"):
+        for name in ("bias", "bidirectional", "peephole"):
             value = getattr(self, name)
             if not isinstance(value, bool | np.bool_):
                 raise ArgumentError(f"{name} must be True or False, got {value!r}")
@@ -86,8 +91,12 @@ class Cell:
         return replace(self, dtype=np.dtype(dtype))
 
     def describe(self) -> dict[str, Any]:
-        """All fields as plain Python values, for files and messages; ``Cell(**cell.describe())`` is equal."""
-        return asdict(self) | {"dtype": self.dtype.name}
+        """Describe the cell by plain Python values, for files and messages; ``Cell(**cell.describe())`` is equal.
+
+        A variant that is switched off is left out, so that a plain model's file is one that older versions read.
+        """
+        described = asdict(self) | {"dtype": self.dtype.name}
+        return {name: value for name, value in described.items() if name not in VARIANTS or value != VARIANTS[name]}
 
 
 def _positive_integer(name: str, value: Any) -> int:

@@ -106,13 +106,10 @@ def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
     for name, shape in shapes.items():
         value = given[name]
         if not (type(value) is kind and value.shape == shape and value.dtype == dtype and value.device == device):
-            value = array(name, value, like, shape, _axes(name))  # brings it to the dtype's byte order, or says why not
+            # Brings it to the dtype's byte order, or says why not.
+            value = array(name, value, like, shape, parameters.axes(name))
         checked[name] = value
     return checked
-
-
-def _axes(name: str) -> str:
-    return "(4H,)" if name.startswith("bias") else "(4H, H)" if name.startswith("weight_hh") else "(4H, I)"
 
 
 def state(cell: Cell, given: Any, batch: int | None, like: Array) -> tuple[Array | None, Array | None]:

@@ -99,6 +99,8 @@ def to_torch_state_dict(cell: Cell, params: Mapping[str, HostArray], *, prefix: 
         ``module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})``.
     """
     _check_prefix(prefix)
+    if cell.peephole:
+        raise ArgumentError("torch.nn.LSTM has no peepholes: a model with peephole=True cannot become one")
     state_dict = {}
     for name in parameters.shapes(cell):
         first, *second = (prefix + target for target in _torch_names(name))

@@ -47,6 +47,9 @@ class LSTM:
         Whether each layer also runs backwards in time; the outputs stand side by side.
     proj_size : int
         Must be 0: projections are not supported yet.
+    peephole : bool
+        Whether the gates also see the cell state (Gers, Schraudolph and Schmidhuber 2002): i and f the one before the
+        step, o the new one. Each unit has three more parameters, ``weight_peephole_l0`` (3, H).
     dtype : dtype
         float32 or float64: the dtype of parameters, inputs and outputs.
     seed : None, int, SeedSequence, BitGenerator or Generator
@@ -85,12 +88,13 @@ class LSTM:
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
+        peephole: bool = False,
         dtype: Any = np.float32,
         seed: Any = None,
     ) -> None:
         if proj_size != 0:
             raise ArgumentError(f"proj_size must be 0, got {proj_size!r}: projections are not supported yet")
-        cell = Cell(input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype)
+        cell = Cell(input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, peephole)
         try:
             rng = np.random.default_rng(seed)
         except (TypeError, ValueError) as error:
@@ -408,6 +412,7 @@ class LSTM:
                 ("batch_first", self.batch_first, False),
                 ("dropout", cell.dropout, 0.0),
                 ("bidirectional", cell.bidirectional, False),
+                ("peephole", cell.peephole, False),
             )
             if value != default
         ]

@@ -1,18 +1,19 @@
-"""Names, shapes, gate order and initialisation of the parameters: the one place that knows the layout.
+"""Names, shapes, gate order and initialisation of the parameters: one table, which is all that knows the layout.
 
 The parameters are named and laid out as in ``torch.nn.LSTM``, except that there is one bias where
 PyTorch keeps two that are only ever added:
 
-=================  ===================  =====================================================
-name               shape                meaning
-=================  ===================  =====================================================
-``weight_ih_l0``   (4H, I)              input weights; (4H, D*H) in the layers above
-``weight_hh_l0``   (4H, H)              recurrent weights
-``bias_l0``        (4H,)                bias of the pre-activations
-=================  ===================  =====================================================
+======================  ===================  ================================================================
+name                    shape                meaning
+======================  ===================  ================================================================
+``weight_ih_l0``        (4H, I)              input weights; (4H, D*H) in the layers above
+``weight_hh_l0``        (4H, H)              recurrent weights
+``bias_l0``             (4H,)                bias of the pre-activations
+``weight_peephole_l0``  (3, H)               peephole weights of i, f and o, of a cell with ``peephole=True``
+======================  ===================  ================================================================
 
-The rows come in four blocks of H, one per gate, in the order of :data:`GATES`: input gate i, forget
-gate f, candidate g, output gate o. The number in the name is the layer; the reverse direction of a
+The rows of a weight or bias come in four blocks of H, one per gate, in the order of :data:`GATES`: input gate i,
+forget gate f, candidate g, output gate o. The number in the name is the layer; the reverse direction of a
 bidirectional layer carries the suffix ``_reverse``.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,28 +29,63 @@ import numpy as np
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ShapeError
 
-__all__ = ["GATES", "DirectionNames", "cell_of", "direction_names", "initialise", "shapes"]
+__all__ = ["GATES", "PEEPHOLES", "TABLE", "Parameter", "axes", "cell_of", "direction_names", "initialise", "shapes"]
 
 GATES = ("i", "f", "g", "o")
+PEEPHOLES = ("i", "f", "o")  # rows of weight_peephole
 
 
-class DirectionNames(NamedTuple):
-    """The parameter names of one direction of one layer; `bias` is None in a model without bias."""
+class Parameter(NamedTuple):
+    """One row of the table: a parameter that each layer and direction has."""
 
-    weight_ih: str
-    weight_hh: str
-    bias: str | None
+    role: str  # what its name begins with, and the field of `backends.layers.Weights` that holds it
+    axes: str  # of its shape, for messages
+    exists: Callable[[Cell], bool]
+    shape: Callable[[Cell, int], tuple[int, ...]]  # of a cell and the number of a layer
+    initialise: Callable[[Cell, np.random.Generator, tuple[int, ...]], np.ndarray[Any, Any]]
 
 
-def direction_names(cell: Cell, layer: int, direction: int) -> DirectionNames:
-    """Names of the parameters of one layer and direction (0 forward, 1 reverse)."""
-    return _direction_names(layer, direction, cell.bias)
+def _uniform(cell: Cell, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Draw from ±1/sqrt(H)."""
+    bound = 1.0 / np.sqrt(cell.hidden_size)
+    return rng.uniform(-bound, bound, shape)
+
+
+def _remember(cell: Cell, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Return zeros, and ones for the forget gate."""
+    values = np.zeros(shape)
+    values[gate_rows(cell, "f")] = 1.0
+    return values
+
+
+def _rows(cell: Cell) -> int:
+    return len(GATES) * cell.hidden_size
+
+
+TABLE = (
+    Parameter(
+        "weight_ih", "(4H, I)", lambda cell: True, lambda cell, layer: (_rows(cell), cell.layer_input_size(layer)),
+        _uniform,
+    ),
+    Parameter("weight_hh", "(4H, H)", lambda cell: True, lambda cell, _: (_rows(cell), cell.hidden_size), _uniform),
+    Parameter("bias", "(4H,)", lambda cell: cell.bias, lambda cell, _: (_rows(cell),), _remember),
+    Parameter(
+        "weight_peephole", "(3, H)", lambda cell: cell.peephole,
+        lambda cell, _: (len(PEEPHOLES), cell.hidden_size), _uniform,
+    ),
+)  # fmt: skip
+
+
+def direction_names(cell: Cell, layer: int, direction: int) -> dict[str, str]:
+    """Names of the parameters of one layer and direction (0 forward, 1 reverse), by their roles; not to be changed."""
+    return _direction_names(layer, direction, cell.bias, cell.peephole)
 
 
 @functools.lru_cache(maxsize=64)
-def _direction_names(layer: int, direction: int, bias: bool) -> DirectionNames:
+def _direction_names(layer: int, direction: int, bias: bool, peephole: bool) -> dict[str, str]:
     suffix = f"l{layer}" + ("_reverse" if direction else "")
-    return DirectionNames(f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_{suffix}" if bias else None)
+    like = Cell(1, 1, bias=bias, peephole=peephole)
+    return {row.role: f"{row.role}_{suffix}" for row in TABLE if row.exists(like)}
 
 
 def directions(cell: Cell) -> Iterator[tuple[int, int]]:
@@ -72,15 +108,16 @@ def shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
-    rows = len(GATES) * cell.hidden_size
-    result: dict[str, tuple[int, ...]] = {}
+    found = {}
     for layer, direction in directions(cell):
         names = direction_names(cell, layer, direction)
-        result[names.weight_ih] = (rows, cell.layer_input_size(layer))
-        result[names.weight_hh] = (rows, cell.hidden_size)
-        if names.bias is not None:
-            result[names.bias] = (rows,)
-    return result
+        found |= {names[row.role]: row.shape(cell, layer) for row in TABLE if row.role in names}
+    return found
+
+
+def axes(name: str) -> str:
+    """Return the axes of the parameter called `name`, for messages."""
+    return next(row.axes for row in TABLE if name.startswith(row.role))
 
 
 def gate_rows(cell: Cell, gate: str) -> slice:
@@ -92,8 +129,8 @@ def gate_rows(cell: Cell, gate: str) -> slice:
 def initialise(cell: Cell, seed: Any = None) -> dict[str, np.ndarray[Any, Any]]:
     """Draw new parameters as NumPy arrays.
 
-    Weights are uniform in ±1/sqrt(H); biases are zero, except the forget gate's, which are one, so that
-    a fresh cell remembers (Gers, Schmidhuber and Cummins 2000; Jozefowicz, Zaremba and Sutskever 2015).
+    Weights, of peepholes too, are uniform in ±1/sqrt(H); biases are zero, except the forget gate's, which are one,
+    so that a fresh cell remembers (Gers, Schmidhuber and Cummins 2000; Jozefowicz, Zaremba and Sutskever 2015).
 
     Parameters
     ----------
@@ -103,19 +140,17 @@ def initialise(cell: Cell, seed: Any = None) -> dict[str, np.ndarray[Any, Any]]:
         As for :func:`numpy.random.default_rng`. The draws do not depend on the dtype.
     """
     rng = np.random.default_rng(seed)
-    bound = 1.0 / np.sqrt(cell.hidden_size)
     params = {}
-    for name, shape in shapes(cell).items():
-        if name.startswith("bias"):
-            values = np.zeros(shape)
-            values[gate_rows(cell, "f")] = 1.0
-        else:
-            values = rng.uniform(-bound, bound, shape)
-        params[name] = values.astype(cell.dtype)
+    for layer, direction in directions(cell):
+        names = direction_names(cell, layer, direction)
+        for row in TABLE:
+            if row.role in names:
+                values = row.initialise(cell, rng, row.shape(cell, layer))
+                params[names[row.role]] = values.astype(cell.dtype)
     return params
 
 
-_NAME = re.compile(r"(?:weight_ih|weight_hh|bias)_l([0-9]{1,9})(_reverse)?")
+_NAME = re.compile(rf"(?:{'|'.join(row.role for row in TABLE)})_l([0-9]{{1,9}})(_reverse)?")
 
 
 def cell_of(params: Mapping[str, Any], dropout: float = 0.0) -> Cell:
@@ -160,4 +195,5 @@ def cell_of(params: Mapping[str, Any], dropout: float = 0.0) -> Cell:
         dropout=dropout,
         bidirectional="weight_ih_l0_reverse" in params,
         dtype=params["weight_ih_l0"].dtype,
+        peephole="weight_peephole_l0" in params,
     )

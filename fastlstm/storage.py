@@ -200,7 +200,7 @@ def _cell(fields: Any) -> Cell:
 def _check_tensors(entries: dict[str, Any], cell: Cell, size: int) -> None:
     """Check that `entries` are the parameters of `cell`, no more and no less, side by side in `size` bytes."""
     # Counted first: the description might claim a billion layers, whose names alone would fill the memory.
-    if len(entries) != cell.num_layers * cell.num_directions * (3 if cell.bias else 2):
+    if len(entries) != cell.num_layers * cell.num_directions * len(parameters.direction_names(cell, 0, 0)):
         raise ModelFileError("its tensors are not those of the model that it describes")
     spans = []
     for name, shape in parameters.shapes(cell).items():

@@ -112,15 +112,18 @@ class Case:
     state: bool = True
     lengths: str | tuple[int, ...] | None = None  # "positive": 1..T; "zeros": 0..T, some 0, unsorted; or as given
     dropout: float = 0.0
+    peephole: bool = False
     one_hot: bool = False  # x has a single one per step, dy a single one in all
     seed: int = 0
 
     @property
     def cell(self) -> Cell:
-        return Cell(self.inputs, self.hidden, self.layers, self.bias, self.dropout, self.bidirectional, np.float64)
+        sizes = self.inputs, self.hidden, self.layers
+        return Cell(*sizes, self.bias, self.dropout, self.bidirectional, np.float64, self.peephole)
 
     def __str__(self) -> str:
-        flags = [f"L{self.layers}"] + [name for name in ("bidirectional", "batch_first") if getattr(self, name)]
+        named = ("bidirectional", "batch_first", "peephole")
+        flags = [f"L{self.layers}"] + [name for name in named if getattr(self, name)]
         flags += [name for name, on in (("nobias", not self.bias), ("nostate", not self.state)) if on]
         flags += ["one_hot"] * self.one_hot + [f"dropout{self.dropout}"] * bool(self.dropout)
         ragged = [f"lengths-{self.lengths if isinstance(self.lengths, str) else 'given'}"] * (self.lengths is not None)

@@ -21,6 +21,11 @@ COMPLEX_CASES = [
     )
     if layers < 3 or lengths  # three layers only with lengths: they take the longest and add least
     if layers > 1 or not dropout  # no dropout without a layer above
+] + [
+    Case(4, 3, 2, 3, layers, bidirectional, bias, lengths=lengths, peephole=True, seed=k)
+    for k, (layers, bidirectional, bias, lengths) in enumerate(
+        itertools.product((1, 2), (False, True), (False, True), (None, "zeros"))
+    )
 ]
 CENTRAL_CASES = [
     Case(3, 4, 2, 3, 2, True, lengths=(1, 0, 3, 2), dropout=0.4),

@@ -188,8 +188,8 @@ OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.GtE: ast.Gt, ast.Gt: ast.GtE, ast.Eq: ast.NotEq,
 }  # fmt: skip
-MUTATED = ("sigmoid", "gates_forward", "gates_backward", "_active", "_direction_forward", "_direction_backward",
-           "layer_forward", "layer_backward")  # fmt: skip
+MUTATED = ("sigmoid", "cell_forward", "cell_backward", "peephole_gradient", "_active", "_direction_forward",
+           "_direction_backward", "layer_forward", "layer_backward")  # fmt: skip
 
 
 def operator_mutants() -> Iterator[tuple[str, str]]:
@@ -221,13 +221,14 @@ def proofs() -> list[tuple[Problem, Arrays, Arrays]]:
     ragged = problem(Case(3, 4, 1, 2, 1, True, lengths=(2, 0, 3, 1)))
     whole = problem(Case(3, 2, 5, 4, 1, True))  # no two sizes equal, else one could stand for the other
     undriven = dataclasses.replace(whole, dy=np.zeros_like(whole.dy))
-    truths = [complex_step(reference.BACKEND, p) for p in (ragged, whole, undriven)]
+    peephole = problem(Case(4, 3, 2, 3, 1, False, lengths=(2, 4, 1), peephole=True))
+    truths = [complex_step(reference.BACKEND, p) for p in (ragged, whole, undriven, peephole)]
     x, dy, h0 = ragged.x.copy(), ragged.dy.copy(), ragged.state[0].copy()
     past = np.arange(len(x))[:, None] >= ragged.lengths
     x[past], dy[past], h0[:, 1] = np.nan, np.nan, np.nan  # a slip may also let padding, or a state unused, leak
     ragged = dataclasses.replace(ragged, x=x, dy=dy, state=(h0, ragged.state[1]))
-    given = [ragged, whole, dataclasses.replace(whole, dy=None)]
-    answers = [solve_forward(p) for p in (ragged, whole, undriven)]
+    given = [ragged, whole, dataclasses.replace(whole, dy=None), peephole]
+    answers = [solve_forward(p) for p in (ragged, whole, undriven, peephole)]
     return list(zip(given, answers, truths, strict=True))
 
 

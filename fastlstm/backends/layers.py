@@ -21,11 +21,12 @@ __all__ = ["LayerGradients", "LayerResult", "LayeredBackend", "Weights", "layer_
 
 
 class Weights(NamedTuple):
-    """The parameters of one layer in one direction, or their gradients."""
+    """The parameters of one layer in one direction, or their gradients: a field for each role of a parameter."""
 
     weight_ih: Array  # (4H, I)
     weight_hh: Array  # (4H, H)
-    bias: Array | None  # (4H,)
+    bias: Array | None = None  # (4H,)
+    weight_peephole: Array | None = None  # (3, H)
     kept: dict[Any, Any] | None = None  # where a backend may keep what it makes of them, if they never change
 
 
@@ -147,9 +148,8 @@ class LayeredBackend(ABC):
             dh0.append(grads.h0)
             dc0.append(grads.c0)
             for direction, weights in enumerate(grads.weights):
-                for name, value in zip(direction_names(cell, layer, direction), weights[:3], strict=True):
-                    if name is not None:
-                        found[name] = value
+                for role, name in direction_names(cell, layer, direction).items():
+                    found[name] = getattr(weights, role)
             mask = tape.masks[layer]
             dy = grads.x if mask is None else grads.x * mask
         return BackwardResult(
@@ -196,9 +196,9 @@ def layer_weights(cell: Cell, params: Mapping[str, Array], layer: int) -> list[W
     found = []
     arrays, all_kept = (params.arrays, params.kept) if isinstance(params, FrozenParams) else (params, None)
     for direction in range(cell.num_directions):
-        weight_ih, weight_hh, bias = direction_names(cell, layer, direction)
+        names = direction_names(cell, layer, direction)
         kept = None if all_kept is None else all_kept.setdefault((layer, direction), {})
-        found.append(Weights(arrays[weight_ih], arrays[weight_hh], arrays[bias] if bias else None, kept))
+        found.append(Weights(**{role: arrays[name] for role, name in names.items()}, kept=kept))
     return found
 
 

@@ -22,6 +22,17 @@ above (:math:`dy_t`) and from the next time step (:math:`dh_t`, :math:`dc_t`):
     dc_{t-1} &= dc_t\, f_t  &  dh_{t-1} &= W_{hh}^\top da_t  \qquad dx_t = W_{ih}^\top da_t \\
     dW_{ih} &= \sum_t da_t x_t^\top  &  dW_{hh} &= \sum_t da_t h_{t-1}^\top  \qquad db = \sum_t da_t
 
+With peepholes (Gers, Schraudolph and Schmidhuber 2002), where each unit's weights :math:`p` are those of its own gates:
+
+.. math::
+
+    a^i_t &\mathrel{+}= p_i\, c_{t-1}  &  a^f_t &\mathrel{+}= p_f\, c_{t-1}  &  a^o_t &\mathrel{+}= p_o\, c_t \\
+    dc_t &\mathrel{+}= da^o_t\, p_o  &  dc_{t-1} &\mathrel{+}= da^i_t\, p_i + da^f_t\, p_f \\
+    dp_i &= \sum_t da^i_t\, c_{t-1}  &  dp_f &= \sum_t da^f_t\, c_{t-1}  &  dp_o &= \sum_t da^o_t\, c_t
+
+Here :math:`da^o_t` comes first, since :math:`dc_t` takes its share of it before :math:`da^i_t`, :math:`da^f_t` and
+:math:`da^g_t` are computed.
+
 The slip found in common write-ups is in the derivatives of the activations. They are written here with
 the *activated* values: at the candidate :math:`1 - g^2`, not :math:`1 - \tanh^2(g)`, which would apply
 the tanh twice; and at each gate :math:`s (1 - s)` with :math:`s` the gate's own output.
@@ -57,25 +68,45 @@ def sigmoid(a: Array) -> Array:
     return np.where(a.real >= 0, 1, e) / (1 + e)
 
 
-def gates_forward(a: Array, c_prev: Array) -> tuple[Array, Array, Gates]:
-    """One time step: pre-activations (B, 4H) and the cell state before (B, H) to h, c (B, H) and the gates."""
+def cell_forward(a: Array, c_prev: Array, peephole: Array | None) -> tuple[Array, Array, Gates]:
+    """One time step: pre-activations (B, 4H) and the cell state before (B, H) to h, c (B, H) and the gates.
+
+    `peephole` is (3, H), the weights of i, f and o.
+    """
     a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
-    i, f, g, o = sigmoid(a_i), sigmoid(a_f), np.tanh(a_g), sigmoid(a_o)
+    if peephole is not None:
+        a_i, a_f = a_i + peephole[0] * c_prev, a_f + peephole[1] * c_prev
+    i, f, g = sigmoid(a_i), sigmoid(a_f), np.tanh(a_g)
     c = f * c_prev + i * g
-    h = o * np.tanh(c)
-    return h, c, Gates(i, f, g, o)
+    if peephole is not None:
+        a_o = a_o + peephole[2] * c
+    o = sigmoid(a_o)
+    return o * np.tanh(c), c, Gates(i, f, g, o)
 
 
-def gates_backward(dh: Array, dc: Array, gates: Gates, c: Array, c_prev: Array) -> tuple[Array, Array]:
+def cell_backward(
+    dh: Array, dc: Array, gates: Gates, c: Array, c_prev: Array, peephole: Array | None
+) -> tuple[Array, Array]:
     """One time step back: gradients by h_t and c_t (B, H) to those by the pre-activations (B, 4H) and c_{t-1}."""
     i, f, g, o = gates
     tanh_c = np.tanh(c)
+    da_o = dh * tanh_c * o * (1 - o)
     dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    if peephole is not None:
+        dc = dc + da_o * peephole[2]
     da_i = dc * g * i * (1 - i)
     da_f = dc * c_prev * f * (1 - f)
     da_g = dc * i * (1 - g * g)
-    da_o = dh * tanh_c * o * (1 - o)
-    return np.concatenate([da_i, da_f, da_g, da_o], axis=1), dc * f
+    dc_prev = dc * f
+    if peephole is not None:
+        dc_prev = dc_prev + da_i * peephole[0] + da_f * peephole[1]
+    return np.concatenate([da_i, da_f, da_g, da_o], axis=1), dc_prev
+
+
+def peephole_gradient(da: Array, c: Array, c_prev: Array) -> Array:
+    """Sum one time step's gradients by the peephole weights over the batch: (3, H)."""
+    da_i, da_f, _, da_o = np.split(da, 4, axis=1)
+    return np.stack([(da_i * c_prev).sum(axis=0), (da_f * c_prev).sum(axis=0), (da_o * c).sum(axis=0)])
 
 
 @dataclass(frozen=True)
@@ -166,7 +197,7 @@ def _direction_forward(
         a = x[t] @ weights.weight_ih.T + h @ weights.weight_hh.T
         if weights.bias is not None:
             a = a + weights.bias
-        h_new, c_new, gates = gates_forward(a, c)
+        h_new, c_new, gates = cell_forward(a, c, weights.weight_peephole)
         active = (t < lengths)[:, None]
         if keep_tape:
             steps.append(Step(t, active, gates, h, c, c_new))
@@ -181,21 +212,22 @@ def _direction_backward(
 ) -> tuple[Array, Array, Array, Weights]:
     """Back-propagate through one direction; dx (T, B, I), the initial states' and the parameters' gradients."""
     dx = np.zeros(x.shape, dy.dtype)
-    dw_ih, dw_hh = np.zeros(weights.weight_ih.shape, dy.dtype), np.zeros(weights.weight_hh.shape, dy.dtype)
-    db = None if weights.bias is None else np.zeros(weights.bias.shape, dy.dtype)
+    dw_ih, dw_hh, db, dp = (None if w is None else np.zeros(w.shape, dy.dtype) for w in weights[:4])
     for step in reversed(steps):
         dh_t = np.where(step.active, dh + dy[step.t], 0)
         dc_t = np.where(step.active, dc, 0)
-        da, dc_prev = gates_backward(dh_t, dc_t, step.gates, step.c, step.c_prev)
+        da, dc_prev = cell_backward(dh_t, dc_t, step.gates, step.c, step.c_prev, weights.weight_peephole)
         da = np.where(step.active, da, 0)
         dx[step.t] = np.where(step.active, da @ weights.weight_ih, 0)
         dw_ih += da.T @ x[step.t]
         dw_hh += da.T @ np.where(step.active, step.h_prev, 0)
         if db is not None:
             db += da.sum(axis=0)
+        if dp is not None:
+            dp += peephole_gradient(da, np.where(step.active, step.c, 0), np.where(step.active, step.c_prev, 0))
         dh = np.where(step.active, da @ weights.weight_hh, dh)
         dc = np.where(step.active, dc_prev, dc)
-    return dx, dh, dc, Weights(dw_ih, dw_hh, db)
+    return dx, dh, dc, Weights(dw_ih, dw_hh, db, dp)
 
 
 BACKEND: Any = ReferenceBackend()
