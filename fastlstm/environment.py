@@ -74,9 +74,9 @@ def _version(package: str) -> str | None:
 
 def _compiled() -> dict[str, str]:
     threads = import_module("fastlstm.backends.threads")
-    size = import_module("fastlstm.kernels.cpu.simd").VECTOR_BYTES
+    size = import_module("fastlstm.kernels.cpu.vector").VECTOR_BYTES
     cache = import_module("fastlstm.kernels.cpu.compile").cache_folder(
-        import_module("fastlstm.kernels.cpu.forward").layer_forward
+        import_module("fastlstm.kernels.cpu.sequence_forward").layer_forward
     )
     return {
         "threads": f"at most {threads.get_num_threads()} per call",

@@ -27,8 +27,8 @@ with event.install_recorder("numba:compile") as recorder:
         model.backward(tape, y)
         h, state = model.step(x[0])
         model(x)
-from fastlstm.kernels.cpu import backward, forward, small
-kernels = forward.layer_forward, backward.layer_backward, small.small_forward
+from fastlstm.kernels.cpu import sequence_backward, sequence_forward, small_batch
+kernels = sequence_forward.layer_forward, sequence_backward.layer_backward, small_batch.small_forward
 print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum(sum(k.stats.cache_hits.values()) for k in kernels))
 print(float(h.sum()))
 print("numba.np.arraymath" in sys.modules)

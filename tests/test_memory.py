@@ -22,7 +22,7 @@ from fastlstm import LSTM, dispatch, use_backend
 from fastlstm.backends.memory import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.plan import Trials
 from fastlstm.frozen import FrozenParams
-from fastlstm.kernels.cpu.simd import CACHE_LINE
+from fastlstm.kernels.cpu.vector import CACHE_LINE
 
 MARGIN = 64  # elements on each side: more than a vector, a tile's row or a cache line of either dtype
 CASES = [

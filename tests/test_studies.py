@@ -107,7 +107,7 @@ def test_what_many_rows_share_is_counted_with_the_products_of_the_tile(steps, ba
 
 
 def test_the_loop_over_gates_computes_as_many_as_it_says():
-    width = roofs.import_module("fastlstm.kernels.cpu.simd").lanes(np.dtype("f4"))
+    width = roofs.import_module("fastlstm.kernels.cpu.vector").lanes(np.dtype("f4"))
     a, c, h = (np.full(vectors * width, 0.5, np.float32) for vectors in (20, 4, 4))
     for count in (3, 5):  # over the four vectors once, and once and a quarter
         c[:] = 0.0

@@ -17,10 +17,9 @@ from fastlstm import LSTM, use_backend
 from fastlstm.backends import calls, workers
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.workers import release, reserve, run_each, run_team
-from fastlstm.kernels.cpu.backward import layer_backward
 from fastlstm.kernels.cpu.compile import compile_for, kernel
-from fastlstm.kernels.cpu.forward import layer_forward
-from fastlstm.kernels.cpu.simd import address, offset
+from fastlstm.kernels.cpu.sequence_backward import layer_backward
+from fastlstm.kernels.cpu.sequence_forward import layer_forward
 from fastlstm.kernels.cpu.team import (
     MAILBOX,
     _fetch_add,
@@ -32,6 +31,7 @@ from fastlstm.kernels.cpu.team import (
     take,
     this_call,
 )
+from fastlstm.kernels.cpu.vector import address, offset
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"

@@ -34,9 +34,9 @@ CASES = [
 
 def compare(name):
     """Compare every case in a dtype with the reference, streaming steps too; how many results were compared."""
-    from fastlstm.kernels.cpu import simd
+    from fastlstm.kernels.cpu import vector
 
-    assert int(os.environ["FASTLSTM_VECTOR_BYTES"]) == simd.VECTOR_BYTES
+    assert int(os.environ["FASTLSTM_VECTOR_BYTES"]) == vector.VECTOR_BYTES
     cpu, dtype, compared = BackendUnderTest("cpu"), np.dtype(name), 0
     for case in CASES:
         expected = solve(problem(case), REFERENCE)
@@ -63,10 +63,10 @@ def compare(name):
 def test_narrower_vectors_give_the_float64_reference(width, dtype):
     if BackendUnderTest("cpu").missing:
         pytest.skip(str(BackendUnderTest("cpu").missing))
-    from fastlstm.kernels.cpu import simd
+    from fastlstm.kernels.cpu import vector
 
-    if width >= simd.VECTOR_BYTES:
-        pytest.skip(f"vectors here have {simd.VECTOR_BYTES} bytes: all other tests are about them")
+    if width >= vector.VECTOR_BYTES:
+        pytest.skip(f"vectors here have {vector.VECTOR_BYTES} bytes: all other tests are about them")
     path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, __file__, dtype], env=os.environ | {"FASTLSTM_VECTOR_BYTES": str(width), "PYTHONPATH": path},

@@ -103,7 +103,7 @@ def tile(work: Work, threads: int) -> contextlib.AbstractContextManager[Side]:
 def _reader() -> Any:
     from numba import njit
 
-    simd: Any = import_module("fastlstm.kernels.cpu.simd")
+    simd: Any = import_module("fastlstm.kernels.cpu.vector")
     address, fill, lanes_of, load, offset, store = (
         getattr(simd, name) for name in ("address", "fill", "lanes_of", "load", "offset", "store")
     )
@@ -151,11 +151,11 @@ def _reading(work: Work, threads: int, *, of_inputs: bool) -> Callable[[], None]
 def _gates() -> Any:
     from numba import njit
 
-    simd: Any = import_module("fastlstm.kernels.cpu.simd")
+    simd: Any = import_module("fastlstm.kernels.cpu.vector")
     address, lanes_of, load, offset, store = (
         getattr(simd, name) for name in ("address", "lanes_of", "load", "offset", "store")
     )
-    of_cell: Any = import_module("fastlstm.kernels.cpu.gates")
+    of_cell: Any = import_module("fastlstm.kernels.cpu.cell_step")
     forward, backward, kept = of_cell.gates_forward, of_cell.gates_backward, of_cell.TAPE
     tanh = import_module("fastlstm.kernels.cpu.activations").tanh
 
@@ -190,8 +190,12 @@ def _gates() -> Any:
 
 def _gating(work: Work, threads: int) -> Callable[[], None]:
     """Return one thread's share of all gates: vectors in a first-level cache that hold about half."""
-    simd: Any = import_module("fastlstm.kernels.cpu.simd")
-    gates, width, kept = _gates(), simd.lanes(np.dtype(work.dtype)), import_module("fastlstm.kernels.cpu.gates").TAPE
+    simd: Any = import_module("fastlstm.kernels.cpu.vector")
+    gates, width, kept = (
+        _gates(),
+        simd.lanes(np.dtype(work.dtype)),
+        import_module("fastlstm.kernels.cpu.cell_step").TAPE,
+    )
     count = work.steps * work.batch * -(-work.hidden // width) // threads
     a = np.full(64 * kept * width, 0.5, work.dtype)
     c, h = np.zeros(64 * width, work.dtype), np.zeros(64 * width, work.dtype)

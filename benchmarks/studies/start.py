@@ -52,8 +52,8 @@ lap()
 model.step(x[0, :1])
 model.freeze().step(x[0, :1])
 lap()
-from fastlstm.kernels.cpu import backward, forward, small
-kernels = forward.layer_forward, backward.layer_backward, small.small_forward, small.small_forward_packed
+from fastlstm.kernels.cpu import sequence_backward, sequence_forward, small_batch
+kernels = sequence_forward.layer_forward, sequence_backward.layer_backward, small_batch.small_forward, small_batch.small_forward_packed
 compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 """
 _TORCH = """

@@ -18,11 +18,11 @@ from fastlstm.backends.memory import SCRATCH, Workspace, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_team
+from fastlstm.kernels.cpu.cell_step import GATES
 from fastlstm.kernels.cpu.compile import compile_for
-from fastlstm.kernels.cpu.gates import GATES
-from fastlstm.kernels.cpu.pack import pack_weights
-from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.tile import ROWS
+from fastlstm.kernels.cpu.gemm_microkernel import MR
+from fastlstm.kernels.cpu.vector import lanes
+from fastlstm.kernels.cpu.weight_packing import pack_weights
 
 __all__ = [
     "PACKED", "DirectionTape", "LayerTape", "Size", "Way", "Ways", "as_rows", "bias_of", "kind_of_calls",
@@ -103,7 +103,7 @@ class Size(NamedTuple):
     ) -> tuple[Plan, ...]:
         """Choose a plan for the layer or for one direction of it, or several to try."""
         sizes = packing.rows, packing.order.size, self.inputs, self.hidden, self.blocks
-        return choose(*sizes, ROWS, threads, directions, backward, packed)
+        return choose(*sizes, MR, threads, directions, backward, packed)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,6 +1,6 @@
 """The CPU backend: sorts and packs the batch, provides memory and threads, and calls ``kernels/cpu``.
 
-The kernels see the sequences sorted by length and their steps packed (``kernels/cpu/forward.py`` says
+The kernels see the sequences sorted by length and their steps packed (``kernels/cpu/sequence_forward.py`` says
 how). What a training call keeps are, for each layer and direction, six numbers a hidden unit and step: the
 four gates, c, and the h before the step; the backward pass adds at most one for the gradients of the gates,
 which are kept for an eighth to a quarter of the steps at a time. With `recompute` it keeps two, c and h, and
@@ -26,8 +26,8 @@ from fastlstm.backends.plan import choose
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import run_each
 from fastlstm.cell import Cell
-from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.tile import ROWS
+from fastlstm.kernels.cpu.gemm_microkernel import MR
+from fastlstm.kernels.cpu.vector import lanes
 
 __all__ = ["BACKEND", "CpuBackend"]
 
@@ -79,7 +79,7 @@ class CpuBackend(LayeredBackend):
         for layer in range(cell.num_layers):
             inputs = cell.layer_input_size(layer)
             sizes = rows, batch, inputs, cell.hidden_size, blocks
-            plans = choose(*sizes, ROWS, threads, cell.num_directions, packed=frozen)
+            plans = choose(*sizes, MR, threads, cell.num_directions, packed=frozen)
             words = ", or ".join(map(str, plans))
             found.append(words + (": whichever proves faster" if len(plans) > 1 else ""))
         return found

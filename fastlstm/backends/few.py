@@ -27,16 +27,16 @@ from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import FEW_ROWS, are_few, choose, is_short, most_threads
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM
-from fastlstm.kernels.cpu.gates import TAPE
-from fastlstm.kernels.cpu.simd import lanes
-from fastlstm.kernels.cpu.small import (
+from fastlstm.kernels.cpu.cell_step import TAPE
+from fastlstm.kernels.cpu.gemm_microkernel import MC, MR
+from fastlstm.kernels.cpu.small_batch import (
     prepare,
     small_backward,
     small_forward,
     small_forward_packed,
     small_forward_taped,
 )
-from fastlstm.kernels.cpu.tile import GROUP, ROWS
+from fastlstm.kernels.cpu.vector import lanes
 
 __all__ = [
     "few_backward", "few_forward", "few_gradients", "few_rows", "few_rows_packed", "is_short_call",
@@ -55,7 +55,7 @@ def is_short_call(packing: Packing, weights: Sequence[Weights], backward: bool =
 
 def most_short(steps: int) -> int:
     """Return how many rows a short call may have on packed weights: a single step as many as a tile's weights serve."""
-    return GROUP if steps == 1 else FEW_ROWS
+    return MC if steps == 1 else FEW_ROWS
 
 
 def few_rows(*arguments: Any) -> bool:
@@ -81,13 +81,13 @@ def _short_ways(
     kernel: Any, rows: int, batch: int, inputs: int, hidden: int, dtype: Any
 ) -> Callable[[int], Ways] | None:
     """Return what returns the ways to run a short call on at most so many threads; None if one is enough for it."""
-    if most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, ROWS)) == 1:
+    if most_threads(rows, inputs, hidden, are_few(rows, inputs, hidden, MR)) == 1:
         return None
     packed = kernel is small_forward_packed
 
     @functools.cache
     def ways(most: int) -> Ways:
-        plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), ROWS, most, packed=packed)
+        plans = choose(rows, batch, inputs, hidden, -(-hidden // lanes(dtype)), MR, most, packed=packed)
         plans = tuple({plan.threads: plan for plan in plans[::-1]}.values())[::-1]  # a team always divides the units
         kind = kind_of_calls(kernel, rows, batch, inputs, hidden, dtype, plans) if len(plans) > 1 else None
         return Ways(tuple(Way(plan, Workspace(dtype, ()), ()) for plan in plans), kind)

@@ -27,10 +27,10 @@ from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import are_few
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import Cell
-from fastlstm.kernels.cpu.backward import PANEL_ROWS, layer_backward
-from fastlstm.kernels.cpu.forward import layer_forward
-from fastlstm.kernels.cpu.gates import GATES, TAPE
-from fastlstm.kernels.cpu.tile import GROUP, ROWS, VECTORS
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE
+from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
+from fastlstm.kernels.cpu.sequence_backward import PANEL_ROWS, layer_backward
+from fastlstm.kernels.cpu.sequence_forward import layer_forward
 
 __all__ = ["are_weights", "direction_backward", "direction_forward", "equal_rows", "fit"]
 
@@ -57,7 +57,7 @@ def direction_forward(
     dtype, reverse = x.dtype, direction == 1
     size = Size.of(weights.weight_ih)
     # What was computed on the weights as they lie could not be computed again to the same bits, and is little.
-    recompute = recompute and not are_few(packing.rows, size.inputs, size.hidden, ROWS)
+    recompute = recompute and not are_few(packing.rows, size.inputs, size.hidden, MR)
     rows, kept = packing.rows, 1 if recompute else TAPE
     shapes = (rows, size.blocks, kept, size.width), (rows, size.blocks * size.width)
     tape = one_block(dtype, *shapes) if keep_tape else []
@@ -89,7 +89,7 @@ def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, mo
         shapes = (
             *tape,
             (batch, blocks * width),
-            (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * GROUP, 1)), GATES, width),
+            (*((plan.ahead * batch, blocks) if plan.ahead else (plan.threads * MC, 1)), GATES, width),
             *(() if packed else ((0, *weights[1:]) if plan.as_they_lie else weights, bias)),
         )
         pack = not (packed or plan.as_they_lie)
@@ -204,7 +204,7 @@ def _backward_ways(size: Size, packing: Packing, recompute: bool, most: int) -> 
     inputs, hidden, width, blocks, dtype = size
     batch, plans = packing.order.size, size.plans(packing, most, backward=True)
     chunk_rows = packing.rows_of_chunk(_chunk(packing))
-    depth, panel = GATES * blocks * width, VECTORS * width
+    depth, panel = GATES * blocks * width, NR * width
     again = (chunk_rows, blocks, TAPE, width), *size.packed_shapes
     ways = []
     for plan in plans:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm.backends.base import Array
-from fastlstm.kernels.cpu.simd import CACHE_LINE
+from fastlstm.kernels.cpu.vector import CACHE_LINE
 
 __all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "is_to_be_cleared", "new_array", "new_like", "one_block"]
 

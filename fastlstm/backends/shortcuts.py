@@ -25,7 +25,7 @@ from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
-from fastlstm.kernels.cpu.small import small_forward, small_forward_packed, small_forward_taped
+from fastlstm.kernels.cpu.small_batch import small_forward, small_forward_packed, small_forward_taped
 
 __all__ = ["infer", "train_backward", "train_forward"]
 

@@ -48,19 +48,19 @@ def _tiles() -> tuple[Any, int, int]:
     """Compile the loop over bare tiles; return it, and the tile's rows and vectors."""
     from numba import njit
 
-    from fastlstm.kernels.cpu.tile import ROWS, VECTORS, tile
+    from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, tile
 
     # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
-    address: Any = import_module("fastlstm.kernels.cpu.simd").address
+    address: Any = import_module("fastlstm.kernels.cpu.vector").address
 
     # References are not counted, as in kernels.
     @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
             left, right, sums, row = address(a), address(b), address(c), c.shape[1]
-            tile(ROWS, VECTORS, k, left, k, 1, right, b.shape[1], sums, row, sums, row, right, 0)
+            tile(MR, NR, k, left, k, 1, right, b.shape[1], sums, row, sums, row, right, 0)
 
-    return tiles, ROWS, VECTORS
+    return tiles, MR, NR
 
 
 def tile_job(dtype: str, operations: float) -> tuple[Callable[[], None], float]:
@@ -68,7 +68,7 @@ def tile_job(dtype: str, operations: float) -> tuple[Callable[[], None], float]:
 
     A multiply-add is two operations.
     """
-    from fastlstm.kernels.cpu.simd import lanes
+    from fastlstm.kernels.cpu.vector import lanes
 
     tiles, rows, vectors = _tiles()
     k, columns = 64, int(vectors * lanes(np.dtype(dtype)))

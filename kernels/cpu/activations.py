@@ -31,7 +31,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.vector import (
     address,
     call_llvm,
     copysign,

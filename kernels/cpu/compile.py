@@ -29,7 +29,7 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
 
-from fastlstm.kernels.cpu.simd import VECTOR_BYTES
+from fastlstm.kernels.cpu.vector import VECTOR_BYTES
 
 __all__ = ["cache_folder", "compile_for", "compile_once", "kernel", "refuse_others", "routine"]
 

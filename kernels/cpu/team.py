@@ -30,7 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.simd import CACHE_LINE, VECTOR_BYTES, address, lanes_of, minimum, offset, prefetch
+from fastlstm.kernels.cpu.vector import CACHE_LINE, VECTOR_BYTES, address, lanes_of, minimum, offset, prefetch
 
 __all__ = [
     "COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "share_rows", "summon", "take",
@@ -267,7 +267,7 @@ def share(count, team, thread):
 
 @routine
 def share_rows(offsets, lengths, first_step, last_step, team, thread):
-    """Divide the rows of some steps, so that each thread has about as many in all; rows and steps as in ``forward.py``.
+    """Divide the rows of some steps, so that each thread has about as many in all; rows and steps as in ``sequence_forward.py``.
 
     A thread's rows stand side by side: dealt out in turn, each thread would have the processor fetch the others' rows.
 

@@ -1,6 +1,6 @@
 """Products on weights as they lie: for a few rows, for which packing the weights would cost more than the products.
 
-Where the tile of ``tile.py`` has a column of the weights in each lane, here a vector is a part of one row of the
+Where the tile of ``gemm_microkernel.py`` has a column of the weights in each lane, here a vector is a part of one row of the
 weights, times the same part of a row of x; so nothing has to be rearranged, and the sum over the lanes comes at the
 end. A few rows of x meet a few of the weights at a time, so that each vector loaded serves several multiply-adds.
 
@@ -13,9 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fastlstm.kernels.cpu.cell_step import GATES
 from fastlstm.kernels.cpu.compile import routine
-from fastlstm.kernels.cpu.gates import GATES
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, emit_choice, rows_of_tile
+from fastlstm.kernels.cpu.vector import (
     CACHE_LINE,
     VECTOR_BYTES,
     address,
@@ -30,15 +31,14 @@ from fastlstm.kernels.cpu.simd import (
     offset,
     prefetch,
 )
-from fastlstm.kernels.cpu.tile import ROWS, VECTORS, emit_choice, rows_of_tile
 
 __all__ = ["gate_dots"]
 
 # Rows of the weights that are taken at a time with several rows of x, and with one: so many sums fit into the
 # registers, and are enough for two multiply-adds a cycle that take four cycles each. Processors with AVX-512 look ahead
 # so far that they begin the next rows meanwhile.
-_WITH_MORE = VECTORS
-_WITH_ONE = VECTORS if VECTOR_BYTES == 64 else 2 * VECTORS
+_WITH_MORE = NR
+_WITH_ONE = NR if VECTOR_BYTES == 64 else 2 * NR
 
 
 def _halved(builder, dtype, vectors, run, span):
@@ -180,7 +180,7 @@ def _dots(
     typingctx, rows, vectors, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x2_row, bias, biases, c, c_row
 ):  # fmt: skip
     def codegen(context, builder, signature, args):
-        return emit_choice(context, builder, signature, args, [(r, 1) for r in range(1, ROWS + 1)], _emit_dots)
+        return emit_choice(context, builder, signature, args, [(r, 1) for r in range(1, MR + 1)], _emit_dots)
 
     return types.void(
         rows, vectors, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x2_row, bias, biases, c, c_row
@@ -189,7 +189,7 @@ def _dots(
 
 @routine
 def _dot_tile(rows, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x2_row, bias, biases, c, c_row):
-    """Compute x @ W1.T + h @ W2.T + b for up to ROWS rows and a vector of units: the sums of one gate."""
+    """Compute x @ W1.T + h @ W2.T + b for up to MR rows and a vector of units: the sums of one gate."""
     _dots(rows, 1, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x2_row, bias, biases, c, c_row)
 
 
@@ -228,7 +228,7 @@ def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, h_row, a, a_
             row = 0
             while row < rows:
                 count = rows_of_tile(rows - row)
-                if far and rows > 2 * ROWS:
+                if far and rows > 2 * MR:
                     size = together * hidden
                     _prefetch_share(offset(w_hh, size), size, row, row + count, rows)
                 _dot_tile(

@@ -11,9 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fastlstm.kernels.cpu.cell_step import GATES
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.gates import GATES
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.gemm_microkernel import NR
+from fastlstm.kernels.cpu.vector import (
     address,
     fill,
     fma,
@@ -30,7 +31,6 @@ from fastlstm.kernels.cpu.simd import (
     store_first,
     vector_pointer,
 )
-from fastlstm.kernels.cpu.tile import VECTORS
 
 __all__ = [
     "clear_padding", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights",
@@ -193,17 +193,17 @@ def pack_backward(weight, packed, first, last):
         The blocks of units to pack.
     """
     hidden, columns = weight.shape[0] // GATES, weight.shape[1]
-    width = packed.shape[2] // VECTORS
+    width = packed.shape[2] // NR
     for panel in range(packed.shape[0]):
-        column = panel * VECTORS * width
+        column = panel * NR * width
         for block in range(first, last):
             for gate in range(GATES):
                 for lane in range(width):
                     unit = block * width + lane
                     k = (block * GATES + gate) * width + lane
-                    for v in range(VECTORS):
+                    for v in range(NR):
                         inside = minimum(width, columns - column - v * width) if unit < hidden else 0
-                        target = offset(address(packed), ((panel * packed.shape[1] + k) * VECTORS + v) * width)
+                        target = offset(address(packed), ((panel * packed.shape[1] + k) * NR + v) * width)
                         if inside > 0:
                             source = (gate * hidden + unit) * columns + column + v * width
                             store(target, load_first(offset(address(weight), source), inside))
@@ -221,7 +221,7 @@ def clear_padding(rows, column, columns, order, offsets, first_step, step):
     column, columns : int
         The first of the columns, and their number.
     order, offsets : (B,) and (S + 1,) array, IN
-        As in ``forward.py``.
+        As in ``sequence_forward.py``.
     first_step, step : int
         The time steps: each thread takes its own.
     """

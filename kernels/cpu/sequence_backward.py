@@ -1,4 +1,4 @@
-"""One layer in one direction over a whole sequence, backward; ``forward.py`` describes the layout.
+"""One layer in one direction over a whole sequence, backward; ``sequence_forward.py`` describes the layout.
 
 The gate gradients of a chunk of steps are computed back in time; then their products, over all rows of
 the chunk at once, are added to the gradients of the weights and written to those of the input; then comes
@@ -7,11 +7,12 @@ the chunk before. So the gate gradients never take more memory than one chunk's.
 
 from __future__ import annotations
 
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE, gates_again, gates_backward
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.forward import pre_activations
-from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
-from fastlstm.kernels.cpu.pack import clear_padding, pack_backward, pack_forward, pack_rows, packed_weights
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, NR, ROW_BLOCKS, are_far, gate_tile, tiles, zero_row
+from fastlstm.kernels.cpu.sequence_forward import pre_activations
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, share_rows, summon, this_call
+from fastlstm.kernels.cpu.vector import (
     address,
     fill,
     lanes_of,
@@ -24,9 +25,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, share_rows, summon, this_call
-from fastlstm.kernels.cpu.tile import DEPTH as SLICE
-from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, tiles, zero_row
+from fastlstm.kernels.cpu.weight_packing import clear_padding, pack_backward, pack_forward, pack_rows, packed_weights
 
 __all__ = ["PANEL_ROWS", "layer_backward"]
 
@@ -211,8 +210,8 @@ def _rebuild(x, h_rows, tape, packed, packed_bias, gates, low, high, first, last
         of_x, of_h = packed_weights(packed, inputs, hidden, block)
         after, _ = packed_weights(packed, inputs, hidden, block + 1)
         start = offset(address(packed_bias), block * tile_row)
-        for row in range(low, high, GROUP):
-            end = minimum(row + GROUP, high)
+        for row in range(low, high, MC):
+            end = minimum(row + MC, high)
             x_rows, h_prev = offset(address(x), row * inputs), offset(address(h_rows), row * stride)
             pre_activations(
                 end - row, 1, x_rows, inputs, inputs, of_x, h_prev, hidden, stride, of_h, start, 0, a, tile_row, far,
@@ -268,21 +267,21 @@ def _state_back(
     Meanwhile the weights are fetched ahead or, if they are near, the `size` elements at `soon`.
     """
     depth, columns, stride = packed_hh.shape[1], packed_hh.shape[2], dh_rows.shape[1]
-    width = columns // VECTORS
+    width = columns // NR
     far = are_far(address(packed_hh), (block_last - block_first) * depth * width)
-    panel_first, panel_last = block_first // VECTORS, (block_last + VECTORS - 1) // VECTORS
+    panel_first, panel_last = block_first // NR, (block_last + NR - 1) // NR
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several whole ones.
-    single = row_last - row_first == 1 and block_first % VECTORS == 0 and block_last % VECTORS == 0
+    single = row_last - row_first == 1 and block_first % NR == 0 and block_last % NR == 0
     together = ROW_BLOCKS if single else 1
     for turn in range(0, panel_last - panel_first, together):
         panels = minimum(together, panel_last - panel_first - turn)
         # To and fro, as in the forward pass: the caches still hold what the step before used last.
         panel = panel_last - panels - turn if step & 1 else panel_first + turn
-        block = maximum(block_first, panel * VECTORS)
-        vectors = minimum(block_last, (panel + 1) * VECTORS) - block
-        weights = offset(address(packed_hh), ((block // VECTORS) * depth * VECTORS + block % VECTORS) * width)
-        for start in range(row_first, row_last, GROUP):
-            rows = minimum(GROUP, row_last - start)
+        block = maximum(block_first, panel * NR)
+        vectors = minimum(block_last, (panel + 1) * NR) - block
+        weights = offset(address(packed_hh), ((block // NR) * depth * NR + block % NR) * width)
+        for start in range(row_first, row_last, MC):
+            rows = minimum(MC, row_last - start)
             out = offset(address(dh_rows), start * stride + block * width)
             if single:
                 _long_row(panels, da, first_row + start, weights, out)
@@ -291,9 +290,9 @@ def _state_back(
                 ahead, ahead_k = soon, (part + depth - 1) // depth
                 soon = offset(soon, part)
                 if far:
-                    ahead, ahead_k = offset(weights, SLICE * columns), columns
+                    ahead, ahead_k = offset(weights, KC * columns), columns
                 _long_product(
-                    rows, vectors, da, first_row + start, weights, out, stride, ahead, ahead_k, ahead_k * SLICE
+                    rows, vectors, da, first_row + start, weights, out, stride, ahead, ahead_k, ahead_k * KC
                 )  # fmt: skip
 
 
@@ -301,12 +300,12 @@ def _state_back(
 def _strip(da, k):
     """Find column k of the gates' gradients: a pointer to its first row, and the distance of the rows.
 
-    SLICE columns, which a product takes at a time, lie together, row by row: one stream through memory, where rows of
+    KC columns, which a product takes at a time, lie together, row by row: one stream through memory, where rows of
     all columns would be as many as the tile has, a page apart. The last strip may be narrower.
     """
     rows, depth = da.shape
-    first = k // SLICE * SLICE
-    return offset(address(da), first * rows + k - first), minimum(SLICE, depth - first)
+    first = k // KC * KC
+    return offset(address(da), first * rows + k - first), minimum(KC, depth - first)
 
 
 @routine
@@ -337,12 +336,12 @@ def _weights_back(da, first_row, rows, operand, operand_row, panel, add, finish,
     """
     hidden, inputs = gradient.shape[0] // GATES, gradient.shape[1]
     depth, columns = sums.shape[1], sums.shape[2]
-    width, pieces = columns // VECTORS, (rows + _DEPTH - 1) // _DEPTH
+    width, pieces = columns // NR, (rows + _DEPTH - 1) // _DEPTH
     far = are_far(address(da), da.size)
     of_strip = pieces - 1 if far or are_far(address(sums), sums.size) else pieces
     for number in range(sums.shape[0]):
         column = number * columns
-        vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
+        vectors = minimum(NR, (inputs - column + width - 1) // width)
         finish_here = finish and column + vectors * width <= inputs
         pack_rows(address(operand), operand.shape[1], column, columns, panel, operand_row, operand_row + rows)
         for block in range(first, last):
@@ -350,8 +349,8 @@ def _weights_back(da, first_row, rows, operand, operand_row, panel, add, finish,
             left = offset(strip, first_row * strip_row)
             # While the blocks of one strip are computed, each fetches its share of the next one; but with its last
             # piece the next block's sums, which are far too where the strips are: all of these passed by since.
-            k = block * columns % SLICE
-            other = block * columns - k + SLICE
+            k = block * columns % KC
+            other = block * columns - k + KC
             other_strip, other_row = _strip(da, other if other < last * columns else first * columns)
             next_strip = offset(other_strip, first_row * other_row + k * rows)
             out = offset(address(sums), (number * depth + block * columns) * columns)
@@ -387,7 +386,7 @@ def _finish_edge(sums, gradient, first, last):
     """Bring the sums of a last panel that ends with a part of a vector to the gradient."""
     hidden, inputs = gradient.shape[0] // GATES, gradient.shape[1]
     depth, columns = sums.shape[1], sums.shape[2]
-    width, number = columns // VECTORS, sums.shape[0] - 1
+    width, number = columns // NR, sums.shape[0] - 1
     column = number * columns
     if inputs % width == 0:
         return
@@ -405,19 +404,19 @@ def _finish_edge(sums, gradient, first, last):
 def _inputs_back(da, first_row, last_row, chunk_row, packed_ih, places, accumulate, dx, block):
     """Compute dx = da @ W_ih for some rows of the chunk."""
     inputs, depth, columns = dx.shape[1], packed_ih.shape[1], packed_ih.shape[2]
-    width = columns // VECTORS
+    width = columns // NR
     far, da_far = are_far(address(packed_ih), packed_ih.size), are_far(address(da), da.size)
     for panel in range(packed_ih.shape[0]):
         column = panel * columns
-        vectors = minimum(VECTORS, (inputs - column + width - 1) // width)
+        vectors = minimum(NR, (inputs - column + width - 1) // width)
         weights = offset(address(packed_ih), panel * depth * columns)
         for start in range(first_row, last_row, _INPUT_ROWS):
             rows = minimum(_INPUT_ROWS, last_row - start)
             # Of the factors, the one that lies farther away is fetched ahead.
-            soon, soon_k, size = offset(weights, SLICE * columns), columns, SLICE * columns if far else 0
+            soon, soon_k, size = offset(weights, KC * columns), columns, KC * columns if far else 0
             if da_far and not far:
-                soon, _ = _strip(da, minimum(SLICE, depth - 1))
-                soon, soon_k, size = offset(soon, start * SLICE), da.shape[0], rows * SLICE
+                soon, _ = _strip(da, minimum(KC, depth - 1))
+                soon, soon_k, size = offset(soon, start * KC), da.shape[0], rows * KC
             _long_product(rows, vectors, da, start, weights, block, columns, soon, soon_k, size)
             for r in range(rows):
                 target = places[chunk_row + start + r] * inputs + column
@@ -436,9 +435,9 @@ def _long_product(rows, vectors, da, first_row, weights, out, out_row, soon, soo
 
     With the slice that begins at k, `size` elements at ``soon[k * soon_k]`` are fetched.
     """
-    columns = VECTORS * lanes_of(out)
+    columns = NR * lanes_of(out)
     start, start_row = zero_row(out), 0
-    for k in range(0, da.shape[1], SLICE):
+    for k in range(0, da.shape[1], KC):
         strip, strip_row = _strip(da, k)
         gates, b = offset(strip, first_row * strip_row), offset(weights, k * columns)
         tiles(
@@ -451,9 +450,9 @@ def _long_product(rows, vectors, da, first_row, weights, out, out_row, soon, soo
 @routine
 def _long_row(panels, da, row, weights, out):
     """Compute da @ weights for one row and several whole panels, with the sums of :func:`_long_product`."""
-    depth, columns = da.shape[1], VECTORS * lanes_of(out)
+    depth, columns = da.shape[1], NR * lanes_of(out)
     start = zero_row(out)
-    for k in range(0, depth, SLICE):
+    for k in range(0, depth, KC):
         strip, strip_row = _strip(da, k)
         a, b = offset(strip, row * strip_row), offset(weights, k * columns)
         gate_tile(1, panels, strip_row, a, 0, b, depth * columns, 0, a, 0, b, 0, start, 0, out, 0, b, 0)

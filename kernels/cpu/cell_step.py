@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
 from fastlstm.kernels.cpu.compile import routine
-from fastlstm.kernels.cpu.simd import fma, load, load_first, offset, store
+from fastlstm.kernels.cpu.vector import fma, load, load_first, offset, store
 
 __all__ = ["GATES", "TAPE", "gates_again", "gates_backward", "gates_forward"]
 

@@ -16,12 +16,13 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.activations import tanh
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE, gates_backward, gates_forward
 from fastlstm.kernels.cpu.compile import compile_once, kernel, refuse_others, routine
-from fastlstm.kernels.cpu.dots import gate_dots
-from fastlstm.kernels.cpu.forward import pre_activations
-from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
-from fastlstm.kernels.cpu.pack import is_at_rest, packed_weights
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
+from fastlstm.kernels.cpu.gemv import gate_dots
+from fastlstm.kernels.cpu.sequence_forward import pre_activations
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.vector import (
     address,
     fma,
     lanes_of,
@@ -34,12 +35,11 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
-from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, are_far
+from fastlstm.kernels.cpu.weight_packing import is_at_rest, packed_weights
 
 __all__ = ["prepare", "small_backward", "small_forward", "small_forward_packed", "small_forward_taped"]
 
-_ROWS = GROUP  # the most sequences: `plan.is_short`
+_ROWS = MC  # the most sequences: `plan.is_short`
 
 
 @intrinsic

@@ -17,11 +17,12 @@ Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.activations import tanh
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE, gates_forward
 from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.dots import gate_dots
-from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
-from fastlstm.kernels.cpu.pack import clear_padding, is_at_rest, pack_forward, packed_weights
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, ROW_BLOCKS, are_far, gate_tiles
+from fastlstm.kernels.cpu.gemv import gate_dots
+from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, share_rows, summon, take, this_call
+from fastlstm.kernels.cpu.vector import (
     address,
     lanes_of,
     load,
@@ -32,8 +33,7 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, share_rows, summon, take, this_call
-from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
+from fastlstm.kernels.cpu.weight_packing import clear_padding, is_at_rest, pack_forward, packed_weights
 
 __all__ = ["layer_forward", "pre_activations"]
 
@@ -59,7 +59,7 @@ def layer_forward(
     tape,  # (N, Hp/V, 5, V) for training, or (N, Hp/V, 1, V) to keep c alone, OUT
     h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
     c_rows,  # (B, Hp) scratch
-    a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * GROUP, 1, 4, V) scratch: pre-activations
+    a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * MC, 1, 4, V) scratch: pre-activations
     packed,  # (Hp/V * (I + H), 4, V) scratch, or IN; or (0, 4, V) to use the weights as they lie
     packed_bias,  # (2, Hp/V, 4, V) scratch, or IN
     pack,  # whether to pack the weights: else they are used as they lie, or packed already
@@ -127,8 +127,8 @@ def layer_forward(
                 # To and fro: what the caches still hold of the weights is what the step before used last.
                 first = block_first + left if step & 1 else block_last - together - left
             last = first + together
-            for start in range(row_first, active, GROUP):
-                rows = minimum(GROUP, active - start)
+            for start in range(row_first, active, MC):
+                rows = minimum(MC, active - start)
                 h_prev = offset(address(h_rows), (here + start) * stride)
                 if ahead:  # every row is this thread's
                     a_rows = offset(address(a), (low - ahead_low + start) * a_row)
@@ -137,7 +137,7 @@ def layer_forward(
                         first, last, step & 1, far,
                     )  # fmt: skip
                 else:
-                    a_rows = offset(address(a), thread * GROUP * a_row)
+                    a_rows = offset(address(a), thread * MC * a_row)
                     x_rows = offset(x_first, (low + start) * inputs)
                     if as_they_lie:
                         gate_dots(
@@ -280,22 +280,22 @@ def pre_activations(
 ):  # fmt: skip
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
-    The weights are taken DEPTH rows at a time, which stay in the nearest caches while the rows pass. Where
+    The weights are taken KC rows at a time, which stay in the nearest caches while the rows pass. Where
     they are cut depends on I and H alone, so that results do not depend on the plan. Where they are far, each part
     fetches the next one, and the last what is wanted `after` them.
     """
     tile_row = GATES * lanes_of(a)
     x_block, h_block = inputs * tile_row, depth * tile_row
     # At least one input is left, if there are any, to start the products of h.
-    whole = maximum(0, inputs - 1) // DEPTH * DEPTH
+    whole = maximum(0, inputs - 1) // KC * KC
     k = 0
     while k < inputs + depth:
-        k1, k2, a1, a1_row, b1, b1_block = DEPTH, 0, offset(x, k), x_row, offset(of_x, k * tile_row), x_block
+        k1, k2, a1, a1_row, b1, b1_block = KC, 0, offset(x, k), x_row, offset(of_x, k * tile_row), x_block
         if k == whole:
-            k1, k2 = inputs - whole, minimum(DEPTH, depth)
+            k1, k2 = inputs - whole, minimum(KC, depth)
         elif k > whole:
             a1, a1_row, b1, b1_block = offset(h, k - inputs), h_row, offset(of_h, (k - inputs) * tile_row), h_block
-            k1 = minimum(DEPTH, inputs + depth - k)
+            k1 = minimum(KC, inputs + depth - k)
         following = offset(of_h, k2 * tile_row) if k2 else offset(b1, k1 * tile_row)
         following = after if k + k1 + k2 == inputs + depth else following
         gate_tiles(

@@ -1,6 +1,6 @@
 """The matrix tile: C = A @ B + start, for a block of C that stays in registers. Every product here is made of it.
 
-The block has up to :data:`ROWS` rows and :data:`VECTORS` vectors of columns. For each k, one vector load
+The block has up to :data:`MR` rows and :data:`NR` vectors of columns. For each k, one vector load
 per column vector of B, and per row one broadcast of A and one fused multiply-add per column vector: with
 6 x 4 vectors, 24 independent accumulators, 24 multiply-adds for 4 loads and 6 broadcasts, which keeps the
 multipliers busy. A and B may lie at any strides, so the same tile serves A transposed.
@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.compile import routine
-from fastlstm.kernels.cpu.simd import (
+from fastlstm.kernels.cpu.vector import (
     REGISTERS,
     VECTOR_BYTES,
     call_llvm,
@@ -38,18 +38,29 @@ from fastlstm.kernels.cpu.simd import (
 )
 
 __all__ = [
-    "DEPTH", "GROUP", "ROWS", "ROW_BLOCKS", "VECTORS", "are_far", "emit_choice", "gate_tile", "gate_tiles",
-    "rows_of_tile", "tile", "tiles", "zero_row",
+    "KC",
+    "MC",
+    "MR",
+    "NR",
+    "ROW_BLOCKS",
+    "are_far",
+    "emit_choice",
+    "gate_tile",
+    "gate_tiles",
+    "rows_of_tile",
+    "tile",
+    "tiles",
+    "zero_row",
 ]  # fmt: skip
 
-VECTORS = 4  # the four gates
-ROWS = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
+NR = 4  # the four gates
+MR = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
 ROW_BLOCKS = 2  # of a single row: eight sums, for two multiply-adds a cycle that take four cycles each
-_ROW_OF_SIZES = ROW_BLOCKS * VECTORS + 1  # more than the vectors of any tile
-# A long product is taken DEPTH rows of B at a time, for GROUP rows of A and C at most: the rows of B then stay in
+_ROW_OF_SIZES = ROW_BLOCKS * NR + 1  # more than the vectors of any tile
+# A long product is taken KC rows of B at a time, for MC rows of A and C at most: the rows of B then stay in
 # caches that keep up with the tile while it goes over the rows of C.
-DEPTH = 128
-GROUP = 64
+KC = 128
+MC = 64
 _FAR = 3 << 20  # bytes
 
 
@@ -174,7 +185,7 @@ def _emit_tile(builder, dtype, rows, vectors, arguments):
 def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
     """Emit C = (A1 @ B1 + start) + A2 @ B2 for a block of fixed size."""
     k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, soon, soon_k = arguments
-    one, b_k, panels = ir.Constant(k1.type, 1), ir.Constant(k1.type, VECTORS * lanes(dtype)), vectors // VECTORS
+    one, b_k, panels = ir.Constant(k1.type, 1), ir.Constant(k1.type, NR * lanes(dtype)), vectors // NR
     a_rows, b_panels = _rows_of(builder, a1, a1_row, rows), _rows_of(builder, b1, b1_block, panels)
     sums = _emit_loop(builder, dtype, _zeros(dtype, rows, vectors), k1, a_rows, one, b_panels, b_k, soon, soon_k)
     given = _emit_load(builder, dtype, _rows_of(builder, start, start_row, rows), vectors)
@@ -212,7 +223,7 @@ def emit_choice(context, builder, signature, args, sizes, emit):
 
 @intrinsic
 def _tile(typingctx, rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k):
-    sizes = [(r, v) for r in range(1, ROWS + 1) for v in range(1, VECTORS + 1)]
+    sizes = [(r, v) for r in range(1, MR + 1) for v in range(1, NR + 1)]
 
     def codegen(context, builder, signature, args):
         return emit_choice(context, builder, signature, args, sizes, _emit_tile)
@@ -225,7 +236,7 @@ def _gate_tile(
     typingctx, rows, vectors, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row,
     soon, soon_k,
 ):  # fmt: skip
-    sizes = [(r, VECTORS) for r in range(1, ROWS + 1)] + [(1, n * VECTORS) for n in range(2, ROW_BLOCKS + 1)]
+    sizes = [(r, NR) for r in range(1, MR + 1)] + [(1, n * NR) for n in range(2, ROW_BLOCKS + 1)]
 
     def codegen(context, builder, signature, args):
         return emit_choice(context, builder, signature, args, sizes, _emit_gate_tile)
@@ -241,7 +252,7 @@ def zero_row(typingctx, like):
     """Return a pointer to zeros, as many as a row of any tile has, of the type of another: a start for new sums."""
 
     def codegen(context, builder, signature, args):
-        count = ROW_BLOCKS * VECTORS * lanes(like.dtype)
+        count = ROW_BLOCKS * NR * lanes(like.dtype)
         zeros = ir.Constant(ir.ArrayType(context.get_value_type(like.dtype), count), None)
         return builder.bitcast(cgutils.global_constant(builder, "zero_row", zeros), args[0].type)
 
@@ -255,7 +266,7 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, so
     Parameters
     ----------
     rows, vectors : int
-        Size of the block: 1 to ROWS rows, 1 to VECTORS vectors of columns.
+        Size of the block: 1 to MR rows, 1 to NR vectors of columns.
     k : int
         Length of the inner dimension.
     a : pointer, IN
@@ -279,7 +290,7 @@ def rows_of_tile(left):
 
     The last tile has no one or two of many rows, as far as that goes: their few sums wait in turn.
     """
-    return (left + 1) // 2 if ROWS < left <= ROWS + 2 else minimum(ROWS, left)
+    return (left + 1) // 2 if MR < left <= MR + 2 else minimum(MR, left)
 
 
 @routine
@@ -300,7 +311,7 @@ def _stream(soon, size, row, count, rows, k, near):
     there for a tile that is alone: it loads as many lines as it would have to fetch, and the processor, who sees them
     pass by, fetches the next ones better.
     """
-    if size == 0 or rows <= ROWS:
+    if size == 0 or rows <= MR:
         return near, 0
     return offset(soon, size * row // rows), (size * count + rows * k - 1) // (rows * k)
 
@@ -331,7 +342,7 @@ def gate_tile(
     Parameters
     ----------
     rows : int
-        1 to ROWS.
+        1 to MR.
     blocks : int
         Blocks of units: 1, or for a single row up to ROW_BLOCKS.
     k1, k2 : int
@@ -339,9 +350,9 @@ def gate_tile(
     a1, a2 : pointer, IN
         Element (row, k) is ``a[row * a_row + k]``.
     b1, b2 : pointer, IN
-        For block n at ``b1[n * b1_block]``: the k1 rows of B1, VECTORS whole vectors each; B2 likewise.
+        For block n at ``b1[n * b1_block]``: the k1 rows of B1, NR whole vectors each; B2 likewise.
     start : pointer, IN
-        Row r starts at ``start[r * start_row]``, with VECTORS whole vectors for each block, one after the other; may
+        Row r starts at ``start[r * start_row]``, with NR whole vectors for each block, one after the other; may
         be C.
     c : pointer, OUT
         Row r starts at ``c[r * c_row]``, likewise.
@@ -349,7 +360,7 @@ def gate_tile(
         As for :func:`tile`; unused for a single row.
     """
     _gate_tile(
-        rows, VECTORS * blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row,
+        rows, NR * blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row,
         soon, soon_k,
     )  # fmt: skip
 
@@ -360,7 +371,7 @@ def gate_tiles(
 ):  # fmt: skip
     """Run :func:`gate_tile` over any number of rows; where B is far, fetch as many rows of it that come after these."""
     k = k1 + k2
-    size = k * VECTORS * lanes_of(c) if far else 0
+    size = k * NR * lanes_of(c) if far else 0
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
