@@ -23,15 +23,27 @@ from pathlib import Path
 from typing import Any
 
 from numba import _dynfunc, njit, types
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
+from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.vector import VECTOR_BYTES
 
-__all__ = ["cache_folder", "compile_for", "compile_once", "kernel", "refuse_others", "routine"]
+__all__ = [
+    "address_of",
+    "by_address",
+    "cache_folder",
+    "caller",
+    "compile_for",
+    "compile_once",
+    "kernel",
+    "refuse_others",
+    "routine",
+]
 
 
 def _stamp() -> str:
@@ -194,3 +206,44 @@ def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 def cache_folder(dispatcher: Any) -> str | None:
     """Return the folder in which a kernel is cached, None if it is not."""
     return getattr(dispatcher._cache, "cache_path", None)
+
+
+# --- routines that are called by their address ---------------------------------------------------------------
+
+
+def by_address(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call by its address, at :func:`address_of`; cached as a kernel is."""
+    dispatcher = kernel(function)
+    refuse_others(dispatcher)
+    return dispatcher
+
+
+def address_of(dispatcher: Any, signature: tuple[Any, ...]) -> int:
+    """Compile or load a function for arguments of some types; return where its code starts."""
+    compile_once(dispatcher, signature)
+    compiled = dispatcher.overloads[signature]
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return address
+
+
+def caller(result_of: Callable[..., Any]) -> Any:
+    """Make the routine that calls a function at an address, with a tuple of arguments.
+
+    `result_of` returns the type of the result for the types of the arguments.
+    """
+
+    @intrinsic
+    def call(typingctx, address, arguments):  # type: ignore[no-untyped-def]
+        kinds = tuple(map(types.unliteral, arguments.types))
+        result = result_of(*kinds)
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            function_type = context.call_conv.get_function_type(result, kinds)
+            function = builder.inttoptr(args[0], function_type.as_pointer())
+            values = cgutils.unpack_tuple(builder, args[1], len(kinds))
+            _, value = context.call_conv.call_function(builder, function, result, kinds, values)
+            return value
+
+        return result(types.intp, types.Tuple(kinds)), codegen
+
+    return call

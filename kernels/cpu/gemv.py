@@ -9,6 +9,8 @@ The order of a sum depends on the lengths of the rows alone, not on which rows s
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -19,7 +21,6 @@ from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, emit_choice, rows_of_t
 from fastlstm.kernels.cpu.vector import (
     CACHE_LINE,
     VECTOR_BYTES,
-    address,
     call_llvm,
     first_lanes,
     lanes,
@@ -32,7 +33,7 @@ from fastlstm.kernels.cpu.vector import (
     prefetch,
 )
 
-__all__ = ["gate_dots"]
+__all__ = ["Unpacked", "gate_dots"]
 
 # Rows of the weights that are taken at a time with several rows of x, and with one: so many sums fit into the
 # registers, and are enough for two multiply-adds a cycle that take four cycles each. Processors with AVX-512 look ahead
@@ -201,30 +202,40 @@ def _prefetch_share(following, size, row, end, rows):
         prefetch(offset(following, n))
 
 
+class Unpacked(NamedTuple):
+    """The weights of a layer as the caller gave them."""
+
+    ih: Any  # (4H, I)
+    hh: Any  # (4H, H)
+    bias: Any  # (4H,), if there is one
+    inputs: Any  # I
+    hidden: Any  # H
+    biased: Any
+
+
 @routine
-def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, h_row, a, a_row, far):
+def gate_dots(rows, block, weights, x, h, h_row, a, a_row, far):
     """Compute a = x @ W_ih.T + h @ W_hh.T + b for some rows, and the four gates of one block of units.
 
     Parameters
     ----------
     rows, block : int
-    weight_ih, weight_hh, bias : array, IN
-        As the caller gave them.
+    weights : Unpacked
     x, h : pointer, IN
-        Element (row, k) is ``x[row * x_row + k]``.
+        Element (row, k) is ``x[row * I + k]`` and ``h[row * h_row + k]``.
     a : pointer, OUT
         Row r, a vector for each gate, starts at ``a[r * a_row]``. Lanes beyond the last unit may hold anything.
     far : bool
-        Whether to fetch what is wanted next of the weights.
+        Whether to prefetch the weights that are needed next.
     """
-    width, inputs, hidden = lanes_of(a), weight_ih.shape[1], weight_hh.shape[1]
+    width, inputs, hidden = lanes_of(a), weights.inputs, weights.hidden
     units = minimum(width, hidden - block * width)
     together = minimum(width, _WITH_ONE if rows == 1 else _WITH_MORE)
     for gate in range(GATES):
         # Rows of the weights that stay in the first-level cache while those of x pass.
         for first in range(0, units, together):
             unit, left = gate * hidden + block * width + first, units - first
-            w_ih, w_hh = offset(address(weight_ih), unit * inputs), offset(address(weight_hh), unit * hidden)
+            w_ih, w_hh = offset(weights.ih, unit * inputs), offset(weights.hh, unit * hidden)
             row = 0
             while row < rows:
                 count = rows_of_tile(rows - row)
@@ -232,8 +243,8 @@ def gate_dots(rows, block, weight_ih, weight_hh, bias, x, x_row, h, h_row, a, a_
                     size = together * hidden
                     _prefetch_share(offset(w_hh, size), size, row, row + count, rows)
                 _dot_tile(
-                    count, left, w_ih, inputs, offset(x, row * x_row), x_row, w_hh, hidden, offset(h, row * h_row),
-                    h_row, offset(address(bias), unit), left if bias.size else 0,
+                    count, left, w_ih, inputs, offset(x, row * inputs), inputs, w_hh, hidden, offset(h, row * h_row),
+                    h_row, offset(weights.bias, unit), left if weights.biased else 0,
                     offset(a, row * a_row + gate * width + first), a_row,
                 )  # fmt: skip
                 row += count

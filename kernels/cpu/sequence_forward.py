@@ -1,70 +1,94 @@
-"""One layer in one direction over a whole sequence, forward.
+"""One layer in one direction over a whole sequence, forward: the driver for large batches.
 
-The sequences of a batch stand sorted by length, the longest first, and their steps are packed: the rows of
-step s are ``offsets[s]`` to ``offsets[s + 1]``, one for each sequence that is long enough. So padding is
-never computed, read or stored, and the rows of all steps together are one matrix of N = sum of lengths
-rows. Row n belongs at ``places[n]`` of the caller's (T * B). A batch of equal lengths is the special case
-``offsets[s] = s * B``, without a copy.
-
-A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has
-the others do so (``team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every thread
+A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has the
+others do so (``team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every thread
 has its own rows and all units, the steps need no synchronisation; where units are divided, the team meets after each
-step, and who is ready before takes blocks of those who are behind.
+step, and a thread that is ready early takes blocks of threads that are behind.
 
-Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to whole vectors.
+``ragged.py`` says how the rows are packed. Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H
+padded to whole vectors.
 """
 
 from __future__ import annotations
 
-from fastlstm.kernels.cpu.activations import tanh
-from fastlstm.kernels.cpu.cell_step import GATES, TAPE, gates_forward
-from fastlstm.kernels.cpu.compile import kernel, routine
-from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, ROW_BLOCKS, are_far, gate_tiles
-from fastlstm.kernels.cpu.gemv import gate_dots
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, share_rows, summon, take, this_call
-from fastlstm.kernels.cpu.vector import (
-    address,
-    lanes_of,
-    load,
-    load_first,
-    maximum,
-    minimum,
-    offset,
-    store,
-    store_first,
-)
-from fastlstm.kernels.cpu.weight_packing import clear_padding, is_at_rest, pack_forward, packed_weights
+from typing import Any, NamedTuple
 
-__all__ = ["layer_forward", "pre_activations"]
+from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_at, cell_of, output, update
+from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
+from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
+from fastlstm.kernels.cpu.pre_activations import pre_activations
+from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
+from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, take, this_call
+from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, minimum, offset, store, store_first
+from fastlstm.kernels.cpu.weight_packing import is_at_rest, pack_forward, packed_at
+
+__all__ = ["SETTINGS", "sequence_forward"]
+
+# The numbers in a call's `settings`, one int64 array.
+# T is the number of time steps, S the longest length. CLEAR says whether to set y past the lengths to zero, PACK whether
+# to pack the weights, IS_PACKED whether to use packed ones, AHEAD for how many steps input products are computed
+# together (0 for none), DIVIDED whether units are divided among the threads. Then come the places in `scratch` of what
+# the kernel works with, and the addresses of a variant's routines.
+(BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, IS_PACKED, AHEAD, DIVIDED, H_ROWS, C_ROWS, A, A_ROW, WEIGHTS, BIAS,
+ ADDRESSES) = range(17)  # fmt: skip
+SETTINGS = ADDRESSES + CELL
+
+
+class _Layer(NamedTuple):
+    """What the parts of the driver work on: sizes, and pointers to rows."""
+
+    cell: Any  # of the first block
+    unpacked: Any  # the weights as given, if they are used so
+    packed: Any  # the packed weights
+    is_packed: Any
+    hidden: Any  # H
+    blocks: Any  # Hp/V
+    width: Any  # V
+    x: Any  # (N, I) packed
+    y: Any  # (T * B, y_row), from the first column to write on
+    y_row: Any
+    h_n: Any  # (B, H)
+    c_n: Any  # (B, H)
+    h_rows: Any  # (N, Hp) the state before each row for training, else (2 * B, Hp)
+    c_rows: Any  # (B, Hp)
+    a: Any  # pre-activations: of the rows of `ahead` steps, or of this thread's MC rows and one block
+    a_row: Any
+    a_block: Any
+    tape: Any  # (N, Hp/V, kept, V)
+    kept: Any  # vectors a block of units leaves on the tape, 0 for none
+    ahead: Any  # steps whose input products are computed together, 0 for none
+
+
+class _Share(NamedTuple):
+    """What one thread computes."""
+
+    row_first: Any
+    row_last: Any
+    block_first: Any
+    block_last: Any
+    divided: Any  # whether units are divided among the threads
 
 
 @kernel
-def layer_forward(
+def sequence_forward(
     weight_ih,  # (4H, I), IN
     weight_hh,  # (4H, H), IN
     bias,  # (4H,), or (0,) for none, IN
+    own,  # (E, H) the variant's own parameters, IN
     x,  # (N, I) packed, IN
     h0,  # (B, H), IN
     c0,  # (B, H), IN
-    order,  # (B,) which sequence of the batch stands at each row, IN
-    lengths,  # (B,) sorted as `order`, descending, IN
-    offsets,  # (S + 1,) first row of each step, IN
-    places,  # (N,) where each row belongs in (T * B), IN
+    index,  # order, lengths, offsets and places, IN: see ragged.py
     y,  # (T * B, D * H), OUT
-    column,  # the first column of y to write
-    clear,  # whether to set these columns past the lengths to zero
     h_n,  # (B, H), OUT
     c_n,  # (B, H), OUT
-    training,  # whether to write the tape
-    tape,  # (N, Hp/V, 5, V) for training, or (N, Hp/V, 1, V) to keep c alone, OUT
-    h_rows,  # (N, Hp) the state before each row for training, else (2 * B, Hp), OUT
-    c_rows,  # (B, Hp) scratch
-    a,  # (rows of `ahead` steps, Hp/V, 4, V), or (threads * MC, 1, 4, V) scratch: pre-activations
-    packed,  # (Hp/V * (I + H), 4, V) scratch, or IN; or (0, 4, V) to use the weights as they lie
-    packed_bias,  # (2, Hp/V, 4, V) scratch, or IN
-    pack,  # whether to pack the weights: else they are used as they lie, or packed already
-    ahead,  # steps whose input products are computed together, 0 for none
-    divided,  # whether units are divided among the threads
+    tape,  # (N, Hp/V, 5, V) for training, or (N, Hp/V, 1, V) to keep c alone; else (0, Hp/V, 0, V), OUT
+    h_rows,  # (N, Hp) for training, the state before each row, OUT
+    packed,  # (Hp/V * (I + H), 4, V) packed weights, or (0, 4, V) if there are none yet, IN
+    packed_bias,  # (2, Hp/V, 4, V), or (2, 0, 4, V), IN
+    scratch,  # one-dimensional: h_rows (2 * B, Hp) for inference, c_rows, a, and weights that are packed here
+    settings,  # (SETTINGS,), IN
     team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
 ):
@@ -72,235 +96,235 @@ def layer_forward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    width, stride = packed.shape[2], h_rows.shape[1]
-    batch, tile_row = order.size, GATES * width
-    steps, blocks, as_they_lie = offsets.size - 1, packed_bias.shape[1], packed.shape[0] == 0
-    if pack:
+    inputs, hidden, blocks = weight_ih.shape[1], weight_hh.shape[1], tape.shape[1]
+    rows = rows_of(index, settings[BATCH], settings[STEPS])
+    weights = Unpacked(address(weight_ih), address(weight_hh), address(bias), inputs, hidden, bias.size > 0)
+    found, found_bias = address(packed), address(packed_bias)
+    if settings[PACK]:
+        found, found_bias = offset(address(scratch), settings[WEIGHTS]), offset(address(scratch), settings[BIAS])
+    order = packed_at(found, found_bias, inputs, hidden, blocks)
+    if settings[PACK]:
         first, last = share(blocks, team, thread)
-        pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last)
-    first, last = share(batch, team, thread)
-    _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
-    if clear:
-        clear_padding(y, column, hidden, order, offsets, thread, team.shape[0] - 1)
+        pack_forward(weights, order, first, last)
+    layer = _layer(
+        cell_of(settings, ADDRESSES, own, hidden),
+        weights,
+        order,
+        x,
+        y,
+        h_n,
+        c_n,
+        tape,
+        h_rows,
+        scratch,
+        settings,
+        thread,
+    )
+    _begin(layer, rows, h0, c0, team, thread)
+    if settings[CLEAR]:
+        clear_padding(layer.y, layer.y_row, hidden, rows, settings[TOTAL], thread, team.shape[0] - 1)
     barrier(team, thread)
 
-    row_first, row_last, block_first, block_last = 0, batch, 0, blocks
-    if divided:
-        block_first, block_last = share(blocks, team, thread)
-    else:
-        row_first, row_last = share_rows(offsets, lengths, 0, steps, team, thread)
-    at_rest = not as_they_lie and is_at_rest(h0, packed_bias)
-    together = block_last - block_first if ahead else 1
-    helped = divided and not ahead  # a step of few rows is over before one could help
-    x_first, bias_first = address(x), address(packed_bias)
-    of_x, of_h = packed_weights(packed, inputs, hidden, 0)
-    a_row = a.shape[1] * tile_row
-    a_block = tile_row if ahead else 0
-    far = are_far(address(packed), (block_last - block_first) * (inputs + hidden) * tile_row)
-    for step in range(steps):
-        low = offsets[step]
-        active = minimum(offsets[step + 1] - low, row_last)
-        depth = 0 if step == 0 and at_rest else hidden  # of the products with h
-        # Training keeps the state before each row; inference alternates between two.
-        here = low if training else (step & 1) * batch
-        following = offsets[step + 1] if training else (1 - (step & 1)) * batch
-        if divided:
-            fetch(offset(address(h_rows), here * stride), active * stride)
-        if ahead and step % ahead == 0:  # full tiles even where each step has few rows
-            ahead_low = low
-            rows, x_rows = offsets[minimum(step + ahead, steps)] - low, offset(x_first, low * inputs)
-            _products(
-                rows, x_rows, inputs, inputs, of_x, x_rows, 0, 0, of_h, bias_first, 0, address(a), a_row, tile_row,
-                block_first, block_last, 0, far,
-            )  # fmt: skip
-        left = block_last - block_first
-        while True:
-            if helped:
-                first = take(blocks, team, thread, step)
-                if first < 0:
-                    break
-            elif not left:
-                break
-            else:
-                left -= together
-                # To and fro: what the caches still hold of the weights is what the step before used last.
-                first = block_first + left if step & 1 else block_last - together - left
-            last = first + together
-            for start in range(row_first, active, MC):
-                rows = minimum(MC, active - start)
-                h_prev = offset(address(h_rows), (here + start) * stride)
-                if ahead:  # every row is this thread's
-                    a_rows = offset(address(a), (low - ahead_low + start) * a_row)
-                    _products(
-                        rows, h_prev, 0, 0, of_x, h_prev, depth, stride, of_h, a_rows, a_row, a_rows, a_row, tile_row,
-                        first, last, step & 1, far,
-                    )  # fmt: skip
-                else:
-                    a_rows = offset(address(a), thread * MC * a_row)
-                    x_rows = offset(x_first, (low + start) * inputs)
-                    if as_they_lie:
-                        gate_dots(
-                            rows, first, weight_ih, weight_hh, bias, x_rows, inputs, h_prev, stride, a_rows, a_row, far
-                        )
-                    else:
-                        _products(
-                            rows, x_rows, inputs, inputs, of_x, h_prev, depth, stride, of_h, bias_first, 0, a_rows,
-                            a_row, 0, first, last, step & 1, far,
-                        )  # fmt: skip
-                for block in range(first, last):
-                    a_units = offset(a_rows, block * a_block)
-                    _gate_step(
-                        a_units, a_row, c_rows, tape, training, step, lengths, order, places, y, column, h_rows,
-                        following, h_n, c_n, low, start, rows, block, hidden,
-                    )  # fmt: skip
-        if divided:
+    mine = _share_of(rows, blocks, settings[DIVIDED], team, thread)
+    at_rest = layer.is_packed and is_at_rest(address(h0), h0.size, order)
+    for step in range(rows.steps):
+        _step(layer, rows, mine, step, 0 if step == 0 and at_rest else hidden, team, thread)
+        if mine.divided:
             barrier(team, thread)
     if thread == 0:
         dismiss(team)
 
 
 @routine(inline=True)
-def _gate_step(
-    a, a_row, c_rows, tape, training, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start,
-    rows, block, hidden,
-):  # fmt: skip
-    """Take some rows of a block through the gates.
-
-    While one row's gates are computed, so is h of the row before: tanh(c) has to wait for all gates of its cell, and
-    the processor does not look so far ahead that it would find work in the next one by itself.
-    """
-    o, c = _update_cell(a, c_rows, tape, training, low, start, block, hidden)
-    for n in range(1, rows):
-        o_next, c_next = _update_cell(offset(a, n * a_row), c_rows, tape, training, low, start + n, block, hidden)
-        _hand_on(
-            o, c, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start + n - 1, block,
-            hidden,
-        )  # fmt: skip
-        o, c = o_next, c_next
-    _hand_on(
-        o, c, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, start + rows - 1, block, hidden
-    )
-
-
-@routine(inline=True)
-def _update_cell(a, c_rows, tape, training, low, row, block, hidden):
-    """Take a row of a block through the gates: c in place, all on the tape; return o and c."""
-    width, stride = lanes_of(a), c_rows.shape[1]
-    units = minimum(width, hidden - block * width)
-    here_c = offset(address(c_rows), row * stride + block * width)
-    # Lanes beyond the units become harmless constants even if NaN arrives there.
-    i, f, g, o, c = gates_forward(
-        load_first(a, units),
-        load_first(offset(a, width), units),
-        load_first(offset(a, 2 * width), units),
-        load_first(offset(a, 3 * width), units),
-        load(here_c),
-    )
-    store(here_c, c)
-    if training:
-        kept = tape.shape[2]
-        left = offset(address(tape), ((low + row) * tape.shape[1] + block) * kept * width)
-        if kept == TAPE:
-            store(left, i)
-            store(offset(left, width), f)
-            store(offset(left, 2 * width), g)
-            store(offset(left, 3 * width), o)
-        store(offset(left, (kept - 1) * width), c)
-    return o, c
-
-
-@routine(inline=True)
-def _hand_on(
-    o, c, step, lengths, order, places, y, column, h_rows, following, h_n, c_n, low, row, block, hidden
-):  # fmt: skip
-    """Compute h of a row of a block, for y and for the next step or, where the sequence ends, for the final states."""
-    width, stride = lanes_of(address(h_rows)), h_rows.shape[1]
-    units = minimum(width, hidden - block * width)
-    h = o * tanh(c)
-    store_first(offset(address(y), places[low + row] * y.shape[1] + column + block * width), h, units)
-    if step + 1 < lengths[row]:
-        store(offset(address(h_rows), (following + row) * stride + block * width), h)
-    else:
-        final = order[row] * hidden + block * width
-        store_first(offset(address(h_n), final), h, units)
-        store_first(offset(address(c_n), final), c, units)
+def _layer(cell, weights, packed, x, y, h_n, c_n, tape, h_rows, scratch, settings, thread):
+    """Gather what the parts of the driver work on."""
+    work, width, kept = address(scratch), tape.shape[3], tape.shape[2]
+    ahead, a, a_row = settings[AHEAD], offset(work, settings[A]), settings[A_ROW]
+    return _Layer(
+        cell, weights, packed, settings[IS_PACKED], weights.hidden, tape.shape[1], width, address(x),
+        offset(address(y), settings[COLUMN]), y.shape[1], address(h_n), address(c_n),
+        address(h_rows) if settings[TRAINING] else offset(work, settings[H_ROWS]), offset(work, settings[C_ROWS]),
+        a if ahead else offset(a, thread * MC * a_row), a_row, GATES * width if ahead else 0, address(tape),
+        kept if settings[TRAINING] else 0, ahead,
+    )  # fmt: skip
 
 
 @routine
-def _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last):
-    """Put the initial states of some rows in place; a sequence of length 0 ends with them."""
-    hidden, stride = h0.shape[1], h_rows.shape[1]
-    width = lanes_of(address(h_rows))
-    for row in range(first, last):
-        source = order[row] * hidden
-        for unit in range(0, hidden, width):
-            units = minimum(width, hidden - unit)
-            h, c = (
-                load_first(offset(address(h0), source + unit), units),
-                load_first(offset(address(c0), source + unit), units),
+def _share_of(rows, blocks, divided, team, thread):
+    """Return what this thread computes: some units of all rows, or all units of some rows."""
+    if divided:
+        first, last = share(blocks, team, thread)
+        return _Share(0, rows.batch, first, last, divided)
+    first, last = share_rows(rows, 0, rows.steps, team, thread)
+    return _Share(first, last, 0, blocks, divided)
+
+
+@routine(inline=True)
+def _step(layer, rows, mine, step, depth, team, thread):
+    """Run one time step; `depth` is H, or 0 if h is zero and need not be multiplied."""
+    low = rows.offsets[step]
+    active, stride = minimum(rows.offsets[step + 1] - low, mine.row_last), layer.blocks * layer.width
+    # Training keeps the state before each row; inference alternates between two.
+    here = low if layer.kept else (step & 1) * rows.batch
+    following = rows.offsets[step + 1] if layer.kept else (1 - (step & 1)) * rows.batch
+    h_prev, far = offset(layer.h_rows, here * stride), _is_far(layer, mine)
+    if mine.divided:
+        fetch(h_prev, active * stride)
+    if layer.ahead and step % layer.ahead == 0:  # full microkernels even where each step has few rows
+        _project(layer, rows, mine, step, far)
+    together = mine.block_last - mine.block_first if layer.ahead else 1
+    left = mine.block_last - mine.block_first
+    helped = mine.divided and not layer.ahead  # a step of few rows is over before one could help
+    while True:
+        if helped:
+            first = take(layer.blocks, team, thread, step)
+            if first < 0:
+                break
+        elif not left:
+            break
+        else:
+            left -= together
+            # Serpentine order: the caches still hold the weights that the step before used last.
+            first = mine.block_first + left if step & 1 else mine.block_last - together - left
+        for start in range(mine.row_first, active, MC):
+            count = minimum(MC, active - start)
+            a = _pre_activations(
+                layer,
+                rows,
+                step,
+                low,
+                start,
+                count,
+                offset(h_prev, start * stride),
+                depth,
+                first,
+                first + together,
+                far,
             )
-            store(offset(address(c_rows), row * stride + unit), c)
-            if lengths[row] > 0 or not training:
-                store(offset(address(h_rows), row * stride + unit), h)
-            if lengths[row] == 0:
-                store_first(offset(address(h_n), source + unit), h, units)
-                store_first(offset(address(c_n), source + unit), c, units)
+            for block in range(first, first + together):
+                _cells(
+                    layer, rows, step, low, start, count, block, offset(a, block * layer.a_block), following
+                )  # fmt: skip
+
+
+@routine(inline=True)
+def _is_far(layer, mine):
+    """Say whether this thread's weights exceed the second-level cache."""
+    columns = layer.packed.inputs + layer.hidden
+    return are_far(layer.h_rows, (mine.block_last - mine.block_first) * columns * GATES * layer.width)
 
 
 @routine
-def _products(
-    rows, x, inputs, x_row, of_x, h, depth, h_row, of_h, start, start_row, a, a_row, a_block, first, last, backwards,
-    far,
-):  # fmt: skip
+def _project(layer, rows, mine, step, far):
+    """Compute the input products of all rows of the next `ahead` steps."""
+    low = rows.offsets[step]
+    count = rows.offsets[minimum(step + layer.ahead, rows.steps)] - low
+    x = offset(layer.x, low * layer.packed.inputs)
+    _products(layer, count, x, layer.packed.inputs, x, 0, layer.packed.bias, 0, layer.a,
+              mine.block_first, mine.block_last, 0, far)  # fmt: skip
+
+
+@routine
+def _pre_activations(layer, rows, step, low, start, count, h_prev, depth, first, last, far):
+    """Compute the pre-activations of some rows and the blocks from first to last; return where they are."""
+    x = offset(layer.x, (low + start) * layer.packed.inputs)
+    if layer.ahead:  # every row is this thread's
+        ahead_low = rows.offsets[step - step % layer.ahead]
+        a = offset(layer.a, (low - ahead_low + start) * layer.a_row)
+        _products(layer, count, h_prev, 0, h_prev, depth, a, layer.a_row, a, first, last, step & 1, far)
+        return a
+    if layer.is_packed:
+        _products(
+            layer, count, x, layer.packed.inputs, h_prev, depth, layer.packed.bias, 0, layer.a, first, last, step & 1,
+            far,
+        )  # fmt: skip
+    else:
+        stride = layer.blocks * layer.width
+        gate_dots(count, first, layer.unpacked, x, h_prev, stride, layer.a, layer.a_row, far)
+    return layer.a
+
+
+@routine
+def _products(layer, count, x, inputs, h, depth, start, start_row, a, first, last, backwards, far):
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and the blocks of units from first to last.
 
-    Either product may be left out: `inputs` or `depth`, the numbers of x and h, is 0 then. Where x's share is in
-    `start` already, this has a row for each row. Otherwise it is the bias, with one for all (`start_row` 0).
+    Either product may be left out: `inputs` or `depth`, the numbers of x and h, is 0 then. Where the product with x is
+    in `start` already, this has a row for each row. Otherwise it is the bias, one for all rows (`start_row` 0).
     """
-    tile_row = GATES * lanes_of(a)
-    start_block = a_block if start_row else tile_row
-    together = ROW_BLOCKS if rows == 1 else 1
+    packed, tile_row = layer.packed, GATES * lanes_of(a)
+    start_block = layer.a_block if start_row else tile_row
+    together = ROW_BLOCKS if count == 1 else 1
     for turn in range(first, last, together):
         blocks = minimum(together, last - turn)
         block = first + last - blocks - turn if backwards else turn
         other = block - together if backwards else block + together
         other = other if first <= other < last else block  # where the next step begins
-        after = offset(of_x, other * inputs * tile_row) if inputs else offset(of_h, other * depth * tile_row)
+        after = (
+            offset(packed.of_x, other * inputs * tile_row) if inputs else offset(packed.of_h, other * depth * tile_row)
+        )
         pre_activations(
-            rows, blocks, x, inputs, x_row, offset(of_x, block * inputs * tile_row), h, depth, h_row,
-            offset(of_h, block * depth * tile_row), offset(start, block * start_block), start_row,
-            offset(a, block * a_block), a_row, far, after,
+            count, blocks, x, inputs, offset(packed.of_x, block * inputs * tile_row), h, depth,
+            layer.blocks * layer.width, offset(packed.of_h, block * depth * tile_row),
+            offset(start, block * start_block), start_row, offset(a, block * layer.a_block), layer.a_row, far, after,
         )  # fmt: skip
 
 
 @routine(inline=True)
-def pre_activations(
-    rows, blocks, x, inputs, x_row, of_x, h, depth, h_row, of_h, start, start_row, a, a_row, far, after
-):  # fmt: skip
-    """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
+def _cells(layer, rows, step, low, start, count, block, a, following):
+    """Run the cell step for some rows of a block.
 
-    The weights are taken KC rows at a time, which stay in the nearest caches while the rows pass. Where
-    they are cut depends on I and H alone, so that results do not depend on the plan. Where they are far, each part
-    fetches the next one, and the last what is wanted `after` them.
+    While one row's gates are computed, so is h of the row before: tanh(c) has to wait for all gates of its cell, and
+    the processor does not look so far ahead that it would find work in the next row by itself.
     """
-    tile_row = GATES * lanes_of(a)
-    x_block, h_block = inputs * tile_row, depth * tile_row
-    # At least one input is left, if there are any, to start the products of h.
-    whole = maximum(0, inputs - 1) // KC * KC
-    k = 0
-    while k < inputs + depth:
-        k1, k2, a1, a1_row, b1, b1_block = KC, 0, offset(x, k), x_row, offset(of_x, k * tile_row), x_block
-        if k == whole:
-            k1, k2 = inputs - whole, minimum(KC, depth)
-        elif k > whole:
-            a1, a1_row, b1, b1_block = offset(h, k - inputs), h_row, offset(of_h, (k - inputs) * tile_row), h_block
-            k1 = minimum(KC, inputs + depth - k)
-        following = offset(of_h, k2 * tile_row) if k2 else offset(b1, k1 * tile_row)
-        following = after if k + k1 + k2 == inputs + depth else following
-        gate_tiles(
-            rows, blocks, k1, a1, a1_row, b1, b1_block, k2, h, h_row, of_h, h_block, start, start_row, a, a_row, far,
-            following,
-        )  # fmt: skip
-        start, start_row = a, a_row
-        k += k1 + k2
+    cell = cell_at(layer.cell, block * layer.width)
+    held, c = _update(layer, cell, low, start, block, a)
+    for n in range(1, count):
+        held_next, c_next = _update(layer, cell, low, start + n, block, offset(a, n * layer.a_row))
+        _hand_on(layer, rows, step, low, start + n - 1, block, output(cell, held, c), c, following)
+        held, c = held_next, c_next
+    _hand_on(layer, rows, step, low, start + count - 1, block, output(cell, held, c), c, following)
+
+
+@routine(inline=True)
+def _update(layer, cell, low, row, block, a):
+    """Update the cell state of a row of a block in place; write the tape."""
+    width = lanes_of(a)
+    units = minimum(width, layer.hidden - block * width)
+    here = offset(layer.c_rows, (row * layer.blocks + block) * width)
+    tape = offset(layer.tape, ((low + row) * layer.blocks + block) * layer.kept * width)
+    held, c = update(cell, a, units, load(here), tape, layer.kept)
+    store(here, c)
+    return held, c
+
+
+@routine(inline=True)
+def _hand_on(layer, rows, step, low, row, block, h, c, following):
+    """Write h of a row of a block to y, and to the next step or, where the sequence ends, to the final states."""
+    width = lanes_of(layer.y)
+    units = minimum(width, layer.hidden - block * width)
+    store_first(offset(layer.y, rows.places[low + row] * layer.y_row + block * width), h, units)
+    if step + 1 < rows.lengths[row]:
+        store(offset(layer.h_rows, ((following + row) * layer.blocks + block) * width), h)
+    else:
+        final = rows.order[row] * layer.hidden + block * width
+        store_first(offset(layer.h_n, final), h, units)
+        store_first(offset(layer.c_n, final), c, units)
+
+
+@routine
+def _begin(layer, rows, h0, c0, team, thread):
+    """Put this thread's share of the initial states in place; a sequence of length 0 ends with them."""
+    hidden, width = layer.hidden, layer.width
+    first, last = share(rows.batch, team, thread)
+    for row in range(first, last):
+        source = rows.order[row] * hidden
+        for block in range(layer.blocks):
+            unit, target = source + block * width, (row * layer.blocks + block) * width
+            units = minimum(width, hidden - block * width)
+            h, c = load_first(offset(address(h0), unit), units), load_first(offset(address(c0), unit), units)
+            store(offset(layer.c_rows, target), c)
+            if rows.lengths[row] > 0 or not layer.kept:
+                store(offset(layer.h_rows, target), h)
+            if rows.lengths[row] == 0:
+                store_first(offset(layer.h_n, unit), h, units)
+                store_first(offset(layer.c_n, unit), c, units)

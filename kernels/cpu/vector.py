@@ -37,7 +37,16 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.extending import (
+    NativeValue,
+    box,
+    intrinsic,
+    lower_builtin,
+    models,
+    register_model,
+    type_callable,
+    unbox,
+)
 
 __all__ = [
     "CACHE_LINE",
@@ -122,6 +131,20 @@ class _VectorModel(models.PrimitiveModel):
 class _MaskModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
         super().__init__(dmm, fe_type, ir.VectorType(ir.IntType(1), lanes(fe_type.dtype)))
+
+
+@unbox(Vector)
+@unbox(types.CPointer)
+def _unbox_nothing(typ, value, c):
+    """Refuse to take a vector or a pointer from Python: Numba wants to know how, for functions called by address."""
+    c.pyapi.err_set_string("PyExc_TypeError", "this function is called by its address only")
+    return NativeValue(ir.Constant(c.context.get_value_type(typ), ir.Undefined), is_error=cgutils.true_bit)
+
+
+@box(Vector)
+def _box_nothing(typ, value, c):
+    """Return None in place of a vector."""
+    return c.pyapi.make_none()
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ Hp being H padded to whole vectors.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -14,6 +16,7 @@ from numba.extending import intrinsic
 from fastlstm.kernels.cpu.cell_step import GATES
 from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gemm_microkernel import NR
+from fastlstm.kernels.cpu.gemv import Unpacked
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
@@ -26,15 +29,14 @@ from fastlstm.kernels.cpu.vector import (
     load_vector,
     minimum,
     offset,
+    peek,
     poke,
     store,
     store_first,
     vector_pointer,
 )
 
-__all__ = [
-    "clear_padding", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_weights",
-]  # fmt: skip
+__all__ = ["Packed", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_at"]
 
 
 def _swapped(builder, dtype, a, b, distance):
@@ -75,59 +77,69 @@ def _transpose(typingctx, source, source_row, target, target_row):
 
 
 @routine
-def _pack_columns(weight, packed, block):
+def _pack_columns(weight, hidden, inputs, packed, block):
     """Write one block's rows of a weight (4H, K) as columns to `packed` (K, 4, V)."""
-    hidden, inputs = weight.shape[0] // GATES, weight.shape[1]
     width = lanes_of(packed)
     units = minimum(width, hidden - block * width)
     for gate in range(GATES):
-        row = gate * hidden + block * width
+        rows = offset(weight, (gate * hidden + block * width) * inputs)
         done = 0
         if units == width:
             done = inputs - inputs % width
             for k in range(0, done, width):
-                source = offset(address(weight), row * inputs + k)
-                _transpose(source, inputs, offset(packed, (k * GATES + gate) * width), GATES * width)
+                _transpose(offset(rows, k), inputs, offset(packed, (k * GATES + gate) * width), GATES * width)
         for k in range(done, inputs):
             for lane in range(width):
-                poke(offset(packed, (k * GATES + gate) * width + lane), weight[row + lane, k] if lane < units else 0.0)
+                value = peek(offset(rows, lane * inputs + k)) if lane < units else 0.0
+                poke(offset(packed, (k * GATES + gate) * width + lane), value)
 
 
-@routine
-def pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, first, last):
-    """Pack the weights for the forward pass: the columns of a tile are the four gates of one block of units.
+class Packed(NamedTuple):
+    """Packed weights of a layer, from the first block of units on.
 
-    Parameters
-    ----------
-    weight_ih, weight_hh, bias : (4H, I), (4H, H), (4H,) or (0,) array, IN
-    packed : (H/V * (I + H), 4, V) array, OUT
-        The weights of x, block by block, and then those of h: a step that needs one of the two reads it from end to
-        end.
-    packed_bias : (2, H/V, 4, V) array, OUT
-        The bias; and what the recurrent weights make of an h of zeros. That is zero, so that a first step from zeros
-        need not read them, or NaN where one of them is not finite.
-    first, last : int
-        The blocks of units to pack.
+    The weights of x come first, block by block, and then those of h: a step that needs one of the two reads it from end
+    to end. The columns of a block are its four gates.
     """
-    inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
-    blocks, width = packed_bias.shape[1], packed_bias.shape[3]
-    for block in range(first, last):
-        of_x, of_h = packed_weights(packed, inputs, hidden, block)
-        _pack_columns(weight_ih, of_x, block)
-        _pack_columns(weight_hh, of_h, block)
-        for gate in range(GATES):
-            units = minimum(width, hidden - block * width) if bias.size else 0
-            target = offset(address(packed_bias), (block * GATES + gate) * width)
-            store(target, load_first(offset(address(bias), gate * hidden + block * width), units))
-        _zero_times(of_h, hidden, offset(address(packed_bias), (blocks + block) * GATES * width))
+
+    of_x: Any  # (Hp/V, I, 4, V)
+    of_h: Any  # (Hp/V, H, 4, V)
+    bias: Any  # (Hp/V, 4, V)
+    of_zeros: Any  # (Hp/V, 4, V) W_hh times zeros: zero, or NaN where one of the weights is not finite
+    inputs: Any  # I
+    hidden: Any  # H
+    blocks: Any  # Hp/V
 
 
 @routine(inline=True)
-def packed_weights(packed, inputs, hidden, block):
-    """Return pointers to the packed weights of x and to those of h, from one block of units on."""
-    tile_row = GATES * packed.shape[2]
-    of_x, of_h = block * inputs, packed.shape[0] // (inputs + hidden) * inputs + block * hidden
-    return offset(address(packed), of_x * tile_row), offset(address(packed), of_h * tile_row)
+def packed_at(weights, bias, inputs, hidden, blocks):
+    """Return the record of packed weights, given where they start: (Hp/V * (I + H), 4, V) and (2, Hp/V, 4, V)."""
+    tile_row = GATES * lanes_of(weights)
+    of_h, of_zeros = offset(weights, blocks * inputs * tile_row), offset(bias, blocks * tile_row)
+    return Packed(weights, of_h, bias, of_zeros, inputs, hidden, blocks)
+
+
+@routine
+def pack_forward(weights, packed, first, last):
+    """Pack the weights for the forward pass.
+
+    Parameters
+    ----------
+    weights : Unpacked, IN
+    packed : Packed, OUT
+    first, last : int
+        The blocks of units to pack.
+    """
+    inputs, hidden, width = weights.inputs, weights.hidden, lanes_of(weights.ih)
+    tile_row = GATES * width
+    for block in range(first, last):
+        of_h = offset(packed.of_h, block * hidden * tile_row)
+        _pack_columns(weights.ih, hidden, inputs, offset(packed.of_x, block * inputs * tile_row), block)
+        _pack_columns(weights.hh, hidden, hidden, of_h, block)
+        units = minimum(width, hidden - block * width) if weights.biased else 0
+        for gate in range(GATES):
+            value = load_first(offset(weights.bias, gate * hidden + block * width), units)
+            store(offset(packed.bias, block * tile_row + gate * width), value)
+        _zero_times(of_h, hidden, offset(packed.of_zeros, block * tile_row))
 
 
 @routine
@@ -146,16 +158,15 @@ def _zero_times(weights, rows, target):
 
 
 @routine
-def is_at_rest(h0, packed_bias):
-    """Say whether the first step's product with h is zero, and need not be computed."""
-    size = packed_bias.size // 2
-    return _is_zero(address(h0), h0.size) and _is_zero(offset(address(packed_bias), size), size)
+def is_at_rest(h0, size, packed):
+    """Say whether the first step's product with h is zero, and need not be computed; h0 has so many elements."""
+    return _is_zero(h0, size) and _is_zero(packed.of_zeros, packed.blocks * GATES * lanes_of(packed.of_zeros))
 
 
 @routine
 def _is_zero(start, size):
     width = lanes_of(start)
-    together = 4 * width  # for a look at four vectors takes hardly longer than one at a single one
+    together = 4 * width  # testing four vectors takes hardly longer than testing one
     whole = size // together * together
     for n in range(0, whole, together):
         here = offset(start, n)
@@ -178,23 +189,31 @@ def pack_weights(
     packed_bias,  # (2, Hp/V, 4, V), OUT
 ):
     """Pack the weights for the forward pass, once for many calls."""
-    pack_forward(weight_ih, weight_hh, bias, packed, packed_bias, 0, packed_bias.shape[1])
+    inputs, hidden, blocks = weight_ih.shape[1], weight_hh.shape[1], packed_bias.shape[1]
+    weights = Unpacked(address(weight_ih), address(weight_hh), address(bias), inputs, hidden, bias.size > 0)
+    pack_forward(weights, packed_at(address(packed), address(packed_bias), inputs, hidden, blocks), 0, blocks)
 
 
 @routine
-def pack_backward(weight, packed, first, last):
+def pack_backward(weight, hidden, columns, packed, blocks, first, last):
     """Pack a weight for products with the gates' gradients, in panels of as many columns as a tile has.
 
     Parameters
     ----------
-    weight : (4H, N) array, IN
-    packed : (panels, 4 * Hp, 4 * V) array, OUT
+    weight : pointer, IN
+        (4H, N).
+    hidden, columns : int
+        H and N.
+    packed : pointer, OUT
+        (panels, 4 * Hp, 4 * V).
+    blocks : int
+        Hp/V.
     first, last : int
         The blocks of units to pack.
     """
-    hidden, columns = weight.shape[0] // GATES, weight.shape[1]
-    width = packed.shape[2] // NR
-    for panel in range(packed.shape[0]):
+    width = lanes_of(packed)
+    depth = blocks * GATES * width
+    for panel in range((columns + NR * width - 1) // (NR * width)):
         column = panel * NR * width
         for block in range(first, last):
             for gate in range(GATES):
@@ -203,35 +222,12 @@ def pack_backward(weight, packed, first, last):
                     k = (block * GATES + gate) * width + lane
                     for v in range(NR):
                         inside = minimum(width, columns - column - v * width) if unit < hidden else 0
-                        target = offset(address(packed), ((panel * packed.shape[1] + k) * NR + v) * width)
+                        target = offset(packed, ((panel * depth + k) * NR + v) * width)
                         if inside > 0:
                             source = (gate * hidden + unit) * columns + column + v * width
-                            store(target, load_first(offset(address(weight), source), inside))
+                            store(target, load_first(offset(weight, source), inside))
                         else:
                             store(target, fill(target, 0.0))
-
-
-@routine
-def clear_padding(rows, column, columns, order, offsets, first_step, step):
-    """Set some columns of what lies past the lengths to zero, at every `step`-th time step from the first on.
-
-    Parameters
-    ----------
-    rows : (T * B, N) array, OUT
-    column, columns : int
-        The first of the columns, and their number.
-    order, offsets : (B,) and (S + 1,) array, IN
-        As in ``sequence_forward.py``.
-    first_step, step : int
-        The time steps: each thread takes its own.
-    """
-    batch, width = order.size, lanes_of(address(rows))
-    for t in range(first_step, rows.shape[0] // batch, step):
-        inside = offsets[t + 1] - offsets[t] if t + 1 < offsets.size else 0
-        for row in range(inside, batch):
-            target = offset(address(rows), (t * batch + order[row]) * rows.shape[1] + column)
-            for n in range(0, columns, width):
-                store_first(offset(target, n), fill(target, 0.0), columns - n)
 
 
 @routine

@@ -1,0 +1,96 @@
+"""Sequences of different lengths without padding: how their rows are packed, divided among threads, and cleared.
+
+The sequences of a batch stand sorted by length, the longest first, and their steps are packed: the rows of step s are
+``offsets[s]`` to ``offsets[s + 1]``, one for each sequence that is long enough. So padding is never computed, read or
+stored, and the rows of all steps together are one matrix of N = sum of lengths rows. Row n belongs at ``places[n]`` of
+the caller's (T * B). A batch of equal lengths is the special case ``offsets[s] = s * B``, without a copy.
+
+All of this is one int64 array, the `index` of a call: order (B,), lengths (B,), offsets (S + 1,) and places (N,).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.vector import address, fill, lanes_of, minimum, offset, store_first
+
+__all__ = ["Rows", "clear_padding", "rows_of", "share_rows"]
+
+
+class Rows(NamedTuple):
+    """The packed rows of a batch; all but the first two are pointers to int64."""
+
+    batch: Any  # B
+    steps: Any  # S, the longest length
+    order: Any  # (B,) which sequence of the batch stands at each row
+    lengths: Any  # (B,) sorted as `order`, descending
+    offsets: Any  # (S + 1,) first row of each step
+    places: Any  # (N,) where each row belongs in (T * B)
+
+
+@routine(inline=True)
+def rows_of(index, batch, steps):
+    """Read the record off an index."""
+    start = address(index)
+    return Rows(
+        batch, steps, start, offset(start, batch), offset(start, 2 * batch), offset(start, 2 * batch + steps + 1)
+    )
+
+
+@routine
+def clear_padding(target, row_size, columns, rows, total, first_step, step):
+    """Set some columns of what lies past the lengths to zero, at every `step`-th time step from the first on.
+
+    Parameters
+    ----------
+    target : pointer, OUT
+        To the first of the columns, in row 0 of (T * B) rows of `row_size` elements.
+    columns : int
+        How many.
+    rows : Rows
+    total : int
+        T.
+    first_step, step : int
+        The time steps: each thread takes its own.
+    """
+    for t in range(first_step, total, step):
+        inside = rows.offsets[t + 1] - rows.offsets[t] if t < rows.steps else 0
+        for row in range(inside, rows.batch):
+            start = offset(target, (t * rows.batch + rows.order[row]) * row_size)
+            for n in range(0, columns, lanes_of(target)):
+                store_first(offset(start, n), fill(start, 0.0), columns - n)
+
+
+@routine
+def share_rows(rows, first_step, last_step, team, thread):
+    """Divide the rows of some steps, so that each thread has about as many in all.
+
+    A thread's rows stand side by side: dealt out in turn, each thread would have the processor fetch the others' rows.
+
+    Returns
+    -------
+    first, last : int
+        This thread's first row and the next one's. The last of them may end before `last_step`.
+    """
+    total, threads = rows.offsets[last_step] - rows.offsets[first_step], team.shape[0] - 1
+    if total == 0:
+        return 0, 0
+    first = _row_after(rows, first_step, last_step, total * thread // threads)
+    return first, _row_after(rows, first_step, last_step, total * (thread + 1) // threads)
+
+
+@routine
+def _row_after(rows, first_step, last_step, count):
+    """Return before which row the rows have, in some steps and all together, `count` as nearly as can be."""
+    steps = last_step - first_step
+    whole = rows.offsets[last_step] - rows.offsets[last_step - 1]  # rows that have all these steps
+    row = minimum(whole, (count + steps // 2) // steps)
+    before = row * steps
+    while whole <= row < rows.batch and rows.lengths[row] > first_step:
+        here = rows.lengths[row] - first_step
+        if before + here - count > count - before:
+            break
+        before += here
+        row += 1
+    return row
