@@ -17,7 +17,7 @@ from fastlstm import LSTM, use_backend
 from fastlstm.backends import calls, workers
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.workers import release, reserve, run_each, run_team
-from fastlstm.kernels.cpu.compile import compile_for, kernel
+from fastlstm.kernels.cpu.jit import compile_for, kernel
 from fastlstm.kernels.cpu.sequence_backward import layer_backward
 from fastlstm.kernels.cpu.sequence_forward import layer_forward
 from fastlstm.kernels.cpu.team import (

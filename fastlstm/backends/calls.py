@@ -19,7 +19,7 @@ from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_team
 from fastlstm.kernels.cpu.cell_step import GATES
-from fastlstm.kernels.cpu.compile import compile_for
+from fastlstm.kernels.cpu.jit import compile_for
 from fastlstm.kernels.cpu.gemm_microkernel import MR
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights

@@ -29,7 +29,7 @@ from numba import types
 from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
-from fastlstm.kernels.cpu.compile import address_of, by_address, caller, routine
+from fastlstm.kernels.cpu.jit import address_of, by_address, caller, routine
 from fastlstm.kernels.cpu.vector import Vector, address, fma, lanes_of, load, load_first, offset, store, store_first
 
 __all__ = [

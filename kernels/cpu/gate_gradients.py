@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.gemm_microkernel import KC, NR, gate_tile, tiles, zero_row
 from fastlstm.kernels.cpu.vector import lanes_of, minimum, offset
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import address, fill, lanes_of, minimum, offset, store_first
 
 __all__ = ["Rows", "clear_padding", "rows_of", "share_rows"]

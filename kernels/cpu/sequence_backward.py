@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, TAPE, backward, cell_at, cell_of, rebuild
-from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row, strip
 from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, NR, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked

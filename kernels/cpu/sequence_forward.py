@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_at, cell_of, output, update
-from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
 from fastlstm.kernels.cpu.pre_activations import pre_activations

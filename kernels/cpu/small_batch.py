@@ -29,7 +29,7 @@ from fastlstm.kernels.cpu.cell_step import (
     own_gradients,
     update,
 )
-from fastlstm.kernels.cpu.compile import compile_once, kernel, refuse_others, routine
+from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
 from fastlstm.kernels.cpu.pre_activations import pre_activations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import address, fma, lanes_of, load, load_first, offset, splat, store, store_first
 
 __all__ = ["copy_or_clear", "product"]

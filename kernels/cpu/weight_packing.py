@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.cell_step import GATES
-from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.gemm_microkernel import NR
 from fastlstm.kernels.cpu.gemv import Unpacked
 from fastlstm.kernels.cpu.vector import (
