@@ -25,8 +25,8 @@ from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import Workspace, new_array, new_like
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import FEW_ROWS, are_few, choose, is_short, most_threads
+from fastlstm.backends.thread_pool import NO_TEAM
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.backends.workers import NO_TEAM
 from fastlstm.kernels.cpu.gates import TAPE
 from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.small import (

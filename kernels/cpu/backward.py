@@ -24,9 +24,10 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, share_rows, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, share_rows, summon, threads_of
 from fastlstm.kernels.cpu.tile import DEPTH as SLICE
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, VECTORS, are_far, gate_tile, tiles, zero_row
+from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = ["PANEL_ROWS", "layer_backward"]
 
@@ -80,7 +81,7 @@ def layer_backward(
     gradient_bias,  # (4 * Hp,) scratch
     right,  # (threads, PANEL_ROWS, 4 * V) scratch: a panel of x or h; also some rows of dx, or of a block's gates
     divided,  # whether units are divided among the threads
-    team,  # (1 + threads, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see team.py
     thread,
 ):
     """Back-propagate through the recurrence."""
@@ -94,7 +95,7 @@ def layer_backward(
     pack_backward(weight_ih, packed_ih, first, last)
     pack_backward(weight_hh, packed_hh, first, last)
     if clear:
-        clear_padding(dx, 0, dx.shape[1], order, offsets, thread, team.shape[0] - 1)
+        clear_padding(dx, 0, dx.shape[1], order, offsets, thread, threads_of(team, thread))
     _begin(gradient_bias, order, dh_n, dc_n, dh_rows, dc_rows, team, thread)
     barrier(team, thread)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from numba.core.typed_passes import NativeLowering
 
 from fastlstm.kernels.cpu.simd import VECTOR_BYTES
 
-__all__ = ["cache_folder", "compile_for", "compile_once", "kernel", "refuse_others", "routine"]
+__all__ = ["cache_folder", "compile_once", "kernel", "refuse_others", "routine"]
 
 
 def _stamp() -> str:
@@ -168,27 +168,20 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
     return dispatcher
 
 
-def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
-    """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
-    if dispatcher._can_compile:
-        dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
-
-
 def refuse_others(dispatcher: Any) -> None:
     """Have a kernel raise TypeError for arguments that :func:`compile_once` was not given the types of.
 
     So it may be tried on arguments that nobody has looked at: it is not compiled for whatever they are.
     """
     dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
+    # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it for
+    # a while would allow it to other threads' calls, too, and for good if an interrupt came at the wrong moment.
+    dispatcher.__class__ = type("_Refusing", (type(dispatcher),), {"_can_compile": True})
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     """Compile or load a kernel that refuses others for arguments of some types."""
-    dispatcher._can_compile = True
-    try:
-        dispatcher.compile(signature)
-    finally:
-        dispatcher._can_compile = False
+    dispatcher.compile(signature)
 
 
 def cache_folder(dispatcher: Any) -> str | None:

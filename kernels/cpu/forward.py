@@ -32,8 +32,19 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, share_rows, summon, take, this_call
+from fastlstm.kernels.cpu.team import (
+    barrier,
+    dismiss,
+    fetch,
+    record,
+    share,
+    share_rows,
+    summon,
+    take,
+    threads_of,
+)
 from fastlstm.kernels.cpu.tile import DEPTH, GROUP, ROW_BLOCKS, are_far, gate_tiles
+from fastlstm.kernels.cpu.worker import size_of_call, this_call
 
 __all__ = ["layer_forward", "pre_activations"]
 
@@ -65,12 +76,15 @@ def layer_forward(
     pack,  # whether to pack the weights: else they are used as they lie, or packed already
     ahead,  # steps whose input products are computed together, 0 for none
     divided,  # whether units are divided among the threads
-    team,  # (1 + threads, 8), IN and OUT: see team.py
-    thread,
+    team,  # (1 + rows, 8), IN and OUT: see team.py
+    thread,  # number of the thread; or -1 to leave the call in `team`, a record, and do nothing
 ):
     """Run the recurrence; see the module's docstring for the layout."""
-    if thread == 0:
+    if thread <= 0:
         call, arguments = this_call()
+        if thread < 0:
+            record(team, call, arguments, size_of_call())
+            return
         summon(team, call, arguments)
     inputs, hidden = weight_ih.shape[1], weight_hh.shape[1]
     width, stride = packed.shape[2], h_rows.shape[1]
@@ -82,7 +96,7 @@ def layer_forward(
     first, last = share(batch, team, thread)
     _begin(h0, c0, order, lengths, training, h_rows, c_rows, h_n, c_n, first, last)
     if clear:
-        clear_padding(y, column, hidden, order, offsets, thread, team.shape[0] - 1)
+        clear_padding(y, column, hidden, order, offsets, thread, threads_of(team, thread))
     barrier(team, thread)
 
     row_first, row_last, block_first, block_last = 0, batch, 0, blocks
@@ -92,7 +106,8 @@ def layer_forward(
         row_first, row_last = share_rows(offsets, lengths, 0, steps, team, thread)
     at_rest = not as_they_lie and is_at_rest(h0, packed_bias)
     together = block_last - block_first if ahead else 1
-    helped = divided and not ahead  # a step of few rows is over before one could help
+    # A step of few rows is over before one could help.
+    helped = divided and not ahead and threads_of(team, thread) > 1
     x_first, bias_first = address(x), address(packed_bias)
     of_x, of_h = packed_weights(packed, inputs, hidden, 0)
     a_row = a.shape[1] * tile_row

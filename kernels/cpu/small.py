@@ -7,7 +7,6 @@ team, each of whose threads computes some of the hidden units; they meet after e
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,9 @@ from fastlstm.kernels.cpu.simd import (
     store,
     store_first,
 )
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.tile import GROUP, ROW_BLOCKS, are_far
+from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = ["prepare", "small_backward", "small_forward", "small_forward_packed", "small_forward_taped"]
 
@@ -68,7 +68,7 @@ def small_forward(
     inputs,  # I
     hidden,  # H
     biased,  # whether there is a bias
-    team,  # (1 + threads, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see team.py
     thread,
 ):
     """Run one layer over a few rows; return False, with nothing written, if a shape does not fit.
@@ -103,7 +103,7 @@ def small_forward_packed(
     c_n,  # (1, B, H), OUT
     inputs,  # I
     hidden,  # H
-    team,  # (1 + threads, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see team.py
     thread,
 ):
     """Run one layer over a few rows on packed weights, otherwise as :func:`small_forward` does."""
@@ -397,7 +397,6 @@ def _one_row(n, factor, b, c, add):
         store_first(here, product + load_first(here, rest) if add else product, rest)
 
 
-_lock = threading.Lock()
 _prepared: set[tuple[Any, np.dtype[Any]]] = set()
 
 
@@ -418,12 +417,9 @@ def _signatures(dtype: np.dtype[Any]) -> dict[Any, tuple[Any, ...]]:
 
 def prepare(kernel: Any, dtype: np.dtype[Any]) -> None:
     """Compile one of the kernels for arrays of a dtype, C-contiguous and writeable; others then raise TypeError."""
-    if (kernel, dtype) in _prepared:
-        return
-    with _lock:
-        if (kernel, dtype) not in _prepared:
-            compile_once(kernel, _signatures(dtype)[kernel])
-            _prepared.add((kernel, dtype))
+    if (kernel, dtype) not in _prepared:
+        compile_once(kernel, _signatures(dtype)[kernel])
+        _prepared.add((kernel, dtype))
 
 
 for _kernel in (small_forward, small_forward_packed, small_forward_taped, small_backward):
