@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -16,10 +15,9 @@ from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
+from fastlstm.mask_keys import MaskKeys
 
 __all__ = ["LSTM"]
-
-_taking_a_key = threading.Lock()  # one for all models, because a model with a lock could not be pickled or copied
 
 
 class LSTM:
@@ -107,7 +105,7 @@ class LSTM:
         self.cell = cell
         self.params = params
         self.batch_first = bool(batch_first)
-        self._dropout_key = dropout_key  # advances with each forward pass that draws masks
+        self._dropout_key = dropout_key
         return self
 
     @classmethod
@@ -159,32 +157,37 @@ class LSTM:
         ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
             Before any work, if an argument does not fit.
         """
-        dropout = self._next_dropout()
+        dropout = None
         try:
+            if self.cell.dropout and self.cell.num_layers > 1:
+                dropout = Dropout(self.cell.dropout, self._mask_keys.take())
             y, state, tape = functional.run(
                 self.cell, self.params, x, state, lengths,
                 batch_first=self.batch_first, dropout=dropout, keep_tape=True, recompute=recompute,
             )  # fmt: skip
         except BaseException:
-            self._give_back(dropout)
+            if dropout is not None:  # the next call draws the same masks
+                self._mask_keys.give_back(dropout.key)
             raise
         assert tape is not None
         return y, state, tape
 
-    def _next_dropout(self) -> Dropout | None:
-        """Take the key of the next masks; two calls at once must not draw the same."""
-        if not self.cell.dropout or self.cell.num_layers == 1:
-            return None
-        with _taking_a_key:
-            key = self._dropout_key
-            self._dropout_key += 1
-        return Dropout(self.cell.dropout, key)
+    @property
+    def _dropout_key(self) -> int:
+        """The key of the next masks: each forward pass takes another. A copy with it draws the same masks."""
+        return self._mask_keys.next
 
-    def _give_back(self, dropout: Dropout | None) -> None:
-        """After a call that failed, draw the same masks at the next, unless another call has drawn since."""
-        with _taking_a_key:
-            if dropout is not None and self._dropout_key == dropout.key + 1:
-                self._dropout_key = dropout.key
+    @_dropout_key.setter
+    def _dropout_key(self, key: int) -> None:
+        self._mask_keys = MaskKeys(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name != "_mask_keys"}
+        return state | {"_dropout_key": self._dropout_key}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def backward(
         self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None

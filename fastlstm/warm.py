@@ -63,7 +63,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         for dtype in dtypes:
             _run(dtype, train, step)
         # The kernel in which workers wait, needed where there is more than one thread.
-        jit.compile_for(import_module("fastlstm.kernels.cpu.team").serve, (np.zeros(8, np.int64), 0))
+        jit.compile_for(import_module("fastlstm.kernels.cpu.team").serve, (0, 0))
     compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
     problem: str | None = jit.PLAIN or cache.problem
     if problem is None and cache.SOURCES is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -14,24 +15,27 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM, use_backend
-from fastlstm.backends import calls, workers
+from fastlstm.backends import thread_pool
+from fastlstm.backends.calls import Together
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.workers import release, reserve, run_each, run_team
-from fastlstm.kernels.cpu.jit import compile_for, kernel
-from fastlstm.kernels.cpu.sequence_backward import layer_backward
-from fastlstm.kernels.cpu.sequence_forward import layer_forward
+from fastlstm.backends.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
+from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
+from fastlstm.kernels.cpu.jit import kernel
+from fastlstm.kernels.cpu.vector import address, offset
 from fastlstm.kernels.cpu.team import (
     MAILBOX,
-    _fetch_add,
-    _load_atomic,
+    MEMBER,
+    RECORD_ROWS,
+    THREADS,
+    WANTED,
     barrier,
     dismiss,
+    record,
     share_rows,
     summon,
     take,
-    this_call,
 )
-from fastlstm.kernels.cpu.vector import address, offset
+from fastlstm.kernels.cpu.worker import SERVED, STATE, THREAD_ID, size_of_call, this_call
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"
@@ -65,37 +69,37 @@ def train(lstm, x):
         return np.concatenate([y.ravel(), lstm.backward(tape, y).x.ravel()]).tobytes()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_no_worker_waits_while_a_kernel_is_compiled(model, monkeypatch, recompute):
-    (lstm, x), events, kernels = model, [], (layer_forward, layer_backward)
+@kernel
+def note_thread(found, team, thread):
+    """Note which threads are there."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    found[thread] += 1
+    barrier(team, thread)
+    if thread == 0:
+        dismiss(team)
 
-    def note_compile(kernel, arguments):
-        events.append(kernel.__name__)
-        compile_for(kernel, arguments)
 
-    def note_reserve(count):
-        events.append("reserved")
-        return reserve(count)
+def team_of(threads):
+    """Run a kernel on a team; return how many threads it had."""
+    found = np.zeros(threads, np.int64)
+    _, had = run_team(note_thread, (found,), available(threads - 1))
+    assert found.tolist() == [1] * had + [0] * (threads - had)
+    return had
 
-    def train():
-        with use_backend("cpu"):
-            y, _, tape = lstm.forward(x, recompute=recompute)
-            lstm.backward(tape, y)
 
-    monkeypatch.setattr(calls, "_compiled", set())
-    monkeypatch.setattr(calls, "reserve", note_reserve)
-    monkeypatch.setattr(calls, "compile_for", note_compile)
-    monkeypatch.setattr(calls.Trials, "pick", lambda self, kind, ways: 0)
-    fastlstm.set_num_threads(1)
-    train()
-    signatures = [list(kernel.signatures) for kernel in kernels]
-    events.clear()
-    fastlstm.set_num_threads(2)
-    train()
-    assert events == ["layer_forward", "reserved", "layer_backward", "reserved"]
-    assert [kernel.signatures for kernel in kernels] == signatures, "what is compiled is what is called"
-    train()
-    assert events[4:] == ["reserved", "reserved"]
+def served():
+    """How many calls of kernels workers have had, all in all."""
+    return sum(worker.words[SERVED] for worker in thread_pool._workers)
+
+
+def test_a_call_with_a_plan_for_two_threads_has_two(model):
+    lstm, x = model
+    train(lstm, x)
+    before = served()
+    train(lstm, x)
+    assert served() > before
 
 
 @needs_cores
@@ -105,72 +109,119 @@ def test_a_worker_is_kept_off_the_core_from_which_it_is_called():
         time.sleep(0.05)  # the worker falls asleep
         os.sched_setaffinity(0, {core})
         os.sched_setaffinity(0, allowed)  # this thread stays where it is for now, and may run anywhere
-        here, there = run_each(lambda thread: os.sched_getaffinity(0), 2)
-        assert here == allowed, "the caller's own cores are its own affair"
+        assert team_of(2) == 2
+        there = os.sched_getaffinity(thread_pool._workers[0].words[THREAD_ID])
+        assert os.sched_getaffinity(0) == allowed, "the caller's own cores are its own affair"
         assert len(there) == len(allowed) - 1
         assert there < allowed
 
 
 @needs_cores
 @pytest.mark.parametrize("pause", [0.0, 0.05])
-def test_a_worker_keeps_to_the_cores_of_its_caller(pause):
+def test_a_worker_keeps_to_the_cores_of_its_caller(pause, monkeypatch):
     """Also one that is still awake from a call by somebody who had other cores."""
+    monkeypatch.setattr(thread_pool, "_CALLS_BETWEEN_PLACINGS", 0)
     allowed = os.sched_getaffinity(0)
+    team_of(2)
     try:
         for cores in (allowed, {min(allowed)}, {max(allowed)}):
             os.sched_setaffinity(0, cores)
-            here, there = run_each(lambda thread: os.sched_getaffinity(0), 2)
-            assert here == cores and there <= cores
+            thread_pool._workers[0].calls = 0
+            team_of(2)
+            assert os.sched_getaffinity(thread_pool._workers[0].words[THREAD_ID]) <= cores
             time.sleep(pause)
     finally:
         os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_any_thread_is_raised_when_all_are_done(failing):
-    done = []
+@kernel
+def square(number, found, busy, patience, team, thread):
+    """Square a number, once `busy` calls at once are running or patience has ended; leave the call if thread is -1."""
+    if thread < 0:
+        call, arguments = this_call()
+        record(team, call, arguments, size_of_call())
+        return
+    found[number] = number**2
+    fetch_add(address(busy), 1)
+    spins = 0
+    while load_atomic(address(busy)) < busy[1] and spins < patience:
+        spins += 1
+    found[-1] += spins == patience
 
-    def work(thread):
-        if thread == failing:
-            raise ZeroDivisionError
-        time.sleep(0.02)
-        done.append(thread)
 
-    with pytest.raises(ZeroDivisionError):
-        run_each(work, 2)
-    assert done == [1 - failing]
-    assert run_each(lambda thread: threading.get_ident(), 2) != [threading.get_ident()] * 2, "the worker is idle again"
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("calls", [1, 2, 7])
+def test_recorded_calls_are_all_run_though_there_are_not_so_many_threads(threads, calls):
+    fastlstm.set_num_threads(threads)
+    found, busy = np.zeros(calls + 1, np.int64), np.array([0, min(threads, calls)])
+    records = new_records(calls)
+    for number in range(calls):
+        square(number, found, busy, 1_000_000_000, records[number], -1)
+        assert not found.any(), "only recorded"
+    run_at_once(records)
+    assert found[:-1].tolist() == [number**2 for number in range(calls)]
+    assert found[-1] == 0, "so many at once as there are threads"
 
 
-def test_each_is_run_though_there_are_not_so_many_workers():
-    assert run_each(lambda number: number**2, 7) == [number**2 for number in range(7)]
+def test_the_arguments_of_a_record_have_room():
+    assert RECORD_ROWS * 64 >= 17 * 8 + 3000
+
+
+def test_calls_together_give_the_bits_of_calls_one_after_the_other():
+    if missing := BackendUnderTest("cpu").missing:
+        pytest.skip(str(missing))
+    lstm = LSTM(32, 64, bidirectional=True, seed=0)
+    x = np.random.default_rng(0).normal(size=(200, 8, 32)).astype(np.float32)
+    with use_backend("cpu"):
+        assert "both directions at once" in lstm.plan(x)
+        before = served()
+        found = train(lstm, x)
+        assert served() > before
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Together, "run", lambda self: None)
+            assert train(lstm, x) != found, "the directions are run together"
+        fastlstm.set_num_threads(1)
+        assert train(lstm, x) == found
 
 
 def test_calls_at_once_never_have_more_workers_than_are_allowed():
-    inside, most, found = [], [], []
+    team_of(2)
+    found = np.zeros(2, np.int64)
+    barrier = threading.Barrier(4)
 
-    def work(number):
-        inside.append(number)
-        most.append(len(inside))
-        time.sleep(0.005)
-        inside.remove(number)
-        return number
+    def work(had):
+        barrier.wait(timeout=60)
+        had.extend(run_team(meet, (found.copy(), 3_000_000), available(1))[1] for _ in range(50))
 
-    threads = [threading.Thread(target=lambda: found.append(run_each(work, 2))) for _ in range(4)]
+    all_had = [[] for _ in range(4)]
+    threads = [threading.Thread(target=work, args=[had]) for had in all_had]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert found == [[0, 1]] * 4
-    assert max(most) <= 4 + 1, "four callers, and one worker between them"
+    assert {1, 2} >= {had for one in all_had for had in one}
+    assert [len(one) for one in all_had] == [50] * 4
+    assert len(thread_pool._workers[:1]) == 1 and all(w.words[STATE] == 0 for w in thread_pool._workers[2:])
 
 
-def test_a_worker_is_called_awake_and_asleep_and_for_work_of_pythons_between(model):
+@kernel
+def meet(found, spins, team, thread):
+    """Take some time, on all threads."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    for n in range(spins):
+        found[thread] += n & 1
+    if thread == 0:
+        dismiss(team)
+
+
+def test_a_worker_is_called_awake_and_asleep(model):
     lstm, x = model
     expected = train(lstm, x)
     for pause in (0.0, 1e-4, 1e-3, 3e-3, 0.02):
         for _ in range(5):
-            assert run_each(lambda number: number, 2) == [0, 1]
+            assert team_of(2) == 2
             assert train(lstm, x) == expected
             time.sleep(pause)
 
@@ -194,12 +245,8 @@ def test_a_kernel_ends_when_all_threads_have_ended_theirs():
     fastlstm.set_num_threads(3)
     for _ in range(3):
         found = np.zeros(3, np.int64)
-        workers = reserve(2)
-        try:
-            run_team(each_after_the_other, (found,), workers)
-            assert found.tolist() == [0, 1, 2]
-        finally:
-            release(workers)
+        assert run_team(each_after_the_other, (found,), available(2))[1] == 3
+        assert found.tolist() == [0, 1, 2]
 
 
 @kernel
@@ -208,7 +255,7 @@ def take_all(found, done, patience, team, thread):
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    items, threads = found.shape[1], team.shape[0] - 1
+    items, threads = found.shape[1], team[1, THREADS]
     for turn in range(found.shape[0]):
         so_far = offset(address(done), turn)
         while True:
@@ -216,9 +263,9 @@ def take_all(found, done, patience, team, thread):
             if item < 0:
                 break
             found[turn, item] += 1 + 10 * thread
-            _fetch_add(so_far, 1)
+            fetch_add(so_far, 1)
             spins = 0
-            while turn % threads == thread and _load_atomic(so_far) < items and spins < patience:
+            while turn % threads == thread and load_atomic(so_far) < items and spins < patience:
                 spins += 1
         barrier(team, thread)
     if thread == 0:
@@ -240,11 +287,10 @@ def test_two_who_reach_for_the_last_item_at_once_do_not_both_get_it():
 def who_takes(threads, items, rounds, patience):
     """Have threads take items; return who took each, (rounds, items)."""
     found, done = np.zeros((rounds, items), np.int64), np.zeros(rounds, np.int64)
-    workers = reserve(threads - 1)
-    try:
-        run_team(take_all, (found, done, patience), workers)
-    finally:
-        release(workers)
+    if threads == 1:
+        take_all(found, done, patience, NO_TEAM.copy(), 0)  # which `take` writes to: kernels do not call it alone
+    else:
+        assert run_team(take_all, (found, done, patience), available(threads - 1))[1] == threads
     np.testing.assert_array_equal(found % 10, 1)  # each item once
     np.testing.assert_array_equal(done, items)
     return found // 10
@@ -253,7 +299,7 @@ def who_takes(threads, items, rounds, patience):
 @kernel
 def rows_of_each(offsets, lengths, first_step, last_step, team, found):
     """Note which rows of some steps each thread of a team would have."""
-    for thread in range(team.shape[0] - 1):
+    for thread in range(found.shape[0]):
         found[thread] = share_rows(offsets, lengths, first_step, last_step, team, thread)
 
 
@@ -265,6 +311,7 @@ def test_rows_are_divided_so_that_the_threads_have_about_as_many_steps(lengths, 
     packing = Packing.of(np.array(lengths), 30, len(lengths))
     steps = packing.offsets.size - 1
     team, found = np.zeros((1 + threads, 8), np.int64), np.zeros((threads, 2), np.int64)
+    team[1:, THREADS] = threads
     for first, last in [(0, steps), *((step, min(step + 7, steps)) for step in range(0, steps, 7))]:
         rows_of_each(packing.offsets, packing.lengths, first, last, team, found)
         of_each_row = np.clip(packing.lengths - first, 0, last - first)
@@ -292,13 +339,9 @@ def test_a_kernel_that_cannot_be_called_leaves_the_workers_for_the_next(model):
     def broken(*arguments):
         raise KeyboardInterrupt
 
-    workers = reserve(1)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_team(broken, (), workers)
-    finally:
-        release(workers)
-    assert len(workers) == 1
+    with pytest.raises(KeyboardInterrupt):
+        run_team(broken, (), available(1))
+    assert team_of(2) == 2
     assert train(lstm, x) == expected
     time.sleep(0.02)
     assert train(lstm, x) == expected
@@ -358,9 +401,53 @@ def test_a_forked_child_has_threads_of_its_own():
 def test_a_call_leaves_the_team_as_it_found_it(model):
     train(*model)
     train(*model)
-    assert workers._teams
-    for team in workers._teams.values():
+    teams = [team for shelf in thread_pool._shelves.values() for team in shelf]
+    assert teams
+    for team in teams:
         left = team.copy()
-        assert (left[2:, MAILBOX] != 0).all()
-        left[2:, MAILBOX] = 0
+        assert (left[2:, MAILBOX] != 0).all() and left[0, WANTED] > 0 and (left[1:, THREADS] <= len(left) - 1).all()
+        left[:, [MAILBOX, MEMBER, THREADS]] = left[0, WANTED] = 0
         assert not left.any()
+    assert NO_TEAM.tolist() == [[0] * 8, [0] * THREADS + [1] + [0] * (7 - THREADS)]
+
+
+# --- the floating-point mode --------------------------------------------------------------------------------
+
+
+@kernel
+def mode_of_this_thread():
+    return float_mode()
+
+
+@kernel
+def set_mode_of_this_thread(mode):
+    set_float_mode(mode)
+
+
+FLUSH, TOWARDS_ZERO = 0x8040, 0x6000  # bits of MXCSR
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the bits are those of x86-64")
+@pytest.mark.parametrize("bits", [FLUSH, TOWARDS_ZERO], ids=["flush", "round towards zero"])
+def test_workers_take_the_floating_point_mode_of_their_caller(bits):
+    if missing := BackendUnderTest("cpu").missing:
+        pytest.skip(str(missing))
+    lstm = LSTM(16, 64, seed=0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 64, 16)).astype(np.float32)
+    lstm.params["weight_ih_l0"] *= np.float32(2e-39) if bits == FLUSH else np.float32(1)
+    lstm.params["bias_l0"][...] = 0
+    usual, found = mode_of_this_thread(), {}
+    for mode in (usual, usual | bits, usual):
+        for threads in (1, 2, 3):
+            fastlstm.set_num_threads(threads)
+            set_mode_of_this_thread(mode)
+            try:
+                flushes = not np.float32(1e-39) * np.array([1], np.float32)
+                bytes_of_calls = {train(lstm, x) for _ in range(4)}
+            finally:
+                set_mode_of_this_thread(usual)
+            assert flushes == (mode == usual | FLUSH)
+            found.setdefault(mode, set()).update(bytes_of_calls)
+    assert [len(results) for results in found.values()] == [1, 1], "the bits do not depend on the number of threads"
+    assert found[usual] != found[usual | bits], "but on the mode"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import copy
+import pickle
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from harness import Case, problem, results
 from tolerances import assert_identical
 
 from fastlstm import LSTM
+from fastlstm.mask_keys import MaskKeys
 
 THREADS, CALLS = 6, 8
 
@@ -75,23 +77,37 @@ def test_threads_share_a_model(backend, dtype, case, eager_switching):
             assert_identical(found, expected)
 
 
-class SlowToCount(LSTM):
-    """A model that takes its time between reading the key of the next masks and writing the one after it."""
-
-    @property
-    def _dropout_key(self):
-        key = self.__dict__["key"]
-        time.sleep(1e-3)
-        return key
-
-    @_dropout_key.setter
-    def _dropout_key(self, key):
-        self.__dict__["key"] = key
-
-
 def test_threads_never_draw_the_same_mask(backend, eager_switching):
-    lstm = SlowToCount(3, 8, 2, dropout=0.5, seed=0)
+    lstm = LSTM(3, 8, 2, dropout=0.5, seed=0)
     lstm.params.update({name: backend.array(value) for name, value in lstm.params.items()})
     x = backend.array(np.ones((20, 4, 3), np.float32))
     found = at_once(lambda k: [backend.host(lstm.forward(x)[0]).tobytes() for _ in range(CALLS)])
     assert len({y for calls in found for y in calls}) == THREADS * CALLS
+
+
+def test_no_two_threads_take_the_same_key(eager_switching):
+    keys = MaskKeys(2**62)
+
+    def work(k):
+        taken = []
+        for n in range(2000):
+            taken.append(keys.take())
+            if n % 3 == k % 3:  # a call fails
+                keys.give_back(taken.pop())
+        return taken
+
+    found = [key for taken in at_once(work) for key in taken]
+    assert len(set(found)) == len(found)
+    assert keys.next not in found, "nor does a copy go on with one"
+
+
+def copies(lstm):
+    return [copy.copy(lstm), copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm)), lstm.to(np), lstm.freeze()]
+
+
+def test_copies_go_on_with_the_same_masks_and_not_with_each_others():
+    lstm, x = LSTM(3, 8, 2, dropout=0.5, seed=0), np.ones((20, 4, 3), np.float32)
+    lstm.forward(x)
+    several = [lstm, *copies(lstm)]
+    keys = [[one._mask_keys.take() for _ in range(3)] for one in several]
+    assert keys == [keys[0]] * 6

@@ -17,15 +17,14 @@ from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import SCRATCH, Workspace, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
-from fastlstm.backends.workers import NO_TEAM, release, reserve, run_team
+from fastlstm.backends.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
 from fastlstm.kernels.cpu.cell_step import GATES
-from fastlstm.kernels.cpu.jit import compile_for
-from fastlstm.kernels.cpu.gemm_microkernel import MR
-from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights
+from fastlstm.kernels.cpu.vector import lanes
+from fastlstm.kernels.cpu.gemm_microkernel import ROWS
 
 __all__ = [
-    "PACKED", "DirectionTape", "LayerTape", "Size", "Way", "Ways", "as_rows", "bias_of", "kind_of_calls",
+    "PACKED", "DirectionTape", "LayerTape", "Size", "Together", "Way", "Ways", "as_rows", "bias_of", "kind_of_calls",
     "packed_of", "plain", "run_call", "size_of",
 ]  # fmt: skip
 
@@ -134,9 +133,6 @@ def kind_of_calls(*_: Any) -> object:
     return object()
 
 
-_compiled: set[Any] = set()  # kernel, dtype and number of arrays to work with: what makes one of its signatures
-
-
 def run_call(
     kernel: Any,
     arguments: tuple[Any, ...],
@@ -159,25 +155,46 @@ def run_call(
         if kind and result is not False:
             TRIALS.report(kind, number, time.perf_counter() - start, rows)
         return result
-    signature = kernel, way.workspace.dtype, len(way.workspace.shapes)
-    if way.plan.threads > 1 and signature not in _compiled:
-        # Not with workers, who would wait awake all the time, on a core and for the interpreter.
-        like_scratch = (np.empty((0,) * len(shape), way.workspace.dtype) for shape in way.workspace.shapes)
-        compile_for(kernel, (*arguments, *like_scratch, *kept, *way.settings, NO_TEAM, 0))
-        _compiled.add(signature)
     start = time.perf_counter()  # to have workers is a part of what a team takes
-    workers = reserve(way.plan.threads - 1) if way.plan.threads > 1 else []
-    try:
-        as_planned = 1 + len(workers) == way.plan.threads
-        if not as_planned:  # other calls have the workers
-            way = ways_for(1 + len(workers)).ways[0]
-        scratch = SCRATCH.borrow(way.workspace) if way.workspace.shapes else []
-        result = run_team(kernel, (*arguments, *scratch, *kept, *way.settings), workers[: way.plan.threads - 1])
-    finally:
-        if workers:
-            release(workers)
-    if kind and as_planned and result is not False:
+    planned = way.plan.threads
+    if planned > 1 and (found := available(planned - 1)) < planned - 1:  # other calls have the workers
+        way = ways_for(1 + found).ways[0]
+    scratch = SCRATCH.borrow(way.workspace) if way.workspace.shapes else []
+    result, threads = run_team(kernel, (*arguments, *scratch, *kept, *way.settings), way.plan.threads - 1)
+    if kind and threads == planned and result is not False:
         TRIALS.report(kind, number, time.perf_counter() - start, rows)
     if scratch:
         SCRATCH.give_back(way.workspace, scratch)
     return result
+
+
+class Together:
+    """Calls of kernels that are run at once, each on one thread: :meth:`call` is used in place of :func:`run_call`."""
+
+    def __init__(self, calls: int) -> None:
+        self._records = new_records(calls)
+        self._given: list[tuple[Workspace, list[Array], tuple[Any, ...]]] = []  # what the calls work on
+
+    def call(
+        self,
+        kernel: Any,
+        arguments: tuple[Any, ...],
+        ways_for: Callable[[int], Ways],
+        rows: int,
+        most: int,
+        kept: tuple[Array, ...] = (),
+    ) -> None:
+        """Note a call, to be run on one thread whatever `most` says."""
+        way = ways_for(1).ways[0]
+        scratch = SCRATCH.borrow(way.workspace) if way.workspace.shapes else []
+        given = (*arguments, *scratch, *kept, *way.settings)
+        self._given.append((way.workspace, scratch, given))
+        kernel(*given, self._records[len(self._given) - 1], -1)
+
+    def run(self) -> None:
+        """Run the calls that were noted."""
+        run_at_once(self._records)
+        for workspace, scratch, _ in self._given:
+            if scratch:
+                SCRATCH.give_back(workspace, scratch)
+        self._given.clear()

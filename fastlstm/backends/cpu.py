@@ -16,7 +16,7 @@ import numpy as np
 
 from fastlstm.backends import shortcuts
 from fastlstm.backends.base import Array
-from fastlstm.backends.calls import DirectionTape, LayerTape, Size, plain
+from fastlstm.backends.calls import DirectionTape, LayerTape, Size, Together, plain, run_call
 from fastlstm.backends.few import few_backward, few_forward, is_short_call
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.many import direction_backward, direction_forward
@@ -24,7 +24,6 @@ from fastlstm.backends.memory import new_array
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import choose
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.backends.workers import run_each
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.gemm_microkernel import MR
 from fastlstm.kernels.cpu.vector import lanes
@@ -63,9 +62,9 @@ class CpuBackend(LayeredBackend):
             tape = LayerTape(x, packing, [small]) if small else None
             return LayerResult(y.reshape(steps, batch, y.shape[1]), h_n, c_n, tape)
 
-        def run(d: int, threads: int) -> DirectionTape | None:
+        def run(d: int, threads: int, call: Callable[..., Any]) -> DirectionTape | None:
             return direction_forward(
-                weights[d], x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape, recompute, threads
+                weights[d], x, h0[d], c0[d], packing, d, y, h_n[d], c_n[d], keep_tape, recompute, threads, call
             )
 
         tapes = _run_directions(run, Size.of(weights[0].weight_ih), len(weights), packing)
@@ -110,12 +109,18 @@ class CpuBackend(LayeredBackend):
         return LayerGradients(dx.reshape(tape.x.shape), dh0, dc0, dweights)
 
 
-def _run_directions(run: Callable[[int, int], Any], size: Size, directions: int, packing: Packing) -> list[Any]:
-    """Run a layer's directions forward, at once if that is better; `run` is given one, and the most threads for it."""
+def _run_directions(run: Callable[..., Any], size: Size, directions: int, packing: Packing) -> list[Any]:
+    """Run a layer's directions forward, at once if that is better.
+
+    `run` is given a direction, the most threads for it, and what calls its kernel.
+    """
     most = get_num_threads()
     if directions == 1 or size.plans(packing, most, directions=directions)[0].kind != "directions":
-        return [run(direction, most) for direction in range(directions)]
-    return run_each(lambda direction: run(direction, 1), directions)
+        return [run(direction, most, run_call) for direction in range(directions)]
+    together = Together(directions)
+    found = [run(direction, 1, together.call) for direction in range(directions)]
+    together.run()
+    return found
 
 
 BACKEND: Any = CpuBackend()

@@ -25,11 +25,11 @@ from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import Workspace, new_array, new_like
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import FEW_ROWS, are_few, choose, is_short, most_threads
+from fastlstm.backends.thread_pool import NO_TEAM
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.backends.workers import NO_TEAM
 from fastlstm.kernels.cpu.cell_step import TAPE
-from fastlstm.kernels.cpu.gemm_microkernel import MC, MR
-from fastlstm.kernels.cpu.small_batch import (
+from fastlstm.kernels.cpu.vector import lanes
+from fastlstm.kernels.cpu.small import (
     prepare,
     small_backward,
     small_forward,

@@ -52,8 +52,9 @@ def direction_forward(
     keep_tape: bool,
     recompute: bool,
     threads: int,
+    call: Callable[..., Any] = run_call,
 ) -> DirectionTape | None:
-    """Run one direction; writes y, h_n and c_n."""
+    """Run one direction; writes y, h_n and c_n. The kernel is run by `call`, which may be that of a ``Together``."""
     dtype, reverse = x.dtype, direction == 1
     size = Size.of(weights.weight_ih)
     # What was computed on the weights as they lie could not be computed again to the same bits, and is little.
@@ -73,7 +74,7 @@ def direction_forward(
     def ways(most: int) -> Ways:
         return _forward_ways(size, packing, keep_tape, bool(packed), most)
 
-    run_call(layer_forward, arguments, ways, packing.rows, threads, packed)
+    call(layer_forward, arguments, ways, packing.rows, threads, packed)
     return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
 
 

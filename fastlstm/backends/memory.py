@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import sys
-import threading
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,45 +158,53 @@ class Pool:
     MOST = 1 << 28  # bytes of all blocks; the one lent longest ago is forgotten, and freed when it is not used
 
     def __init__(self) -> None:
-        self._blocks: list[_Block] = []
-        # Never waited for: in a forked child it may be held by a thread that is not there.
-        self._lock = threading.Lock()
+        # The block lent longest ago is the first. Each step on it is one operation of the interpreter, so there is no
+        # lock: a signal handler, a finaliser or a forked child may come at any point.
+        self._blocks: deque[_Block] = deque()
 
     def take(self, size: int) -> tuple[Array, int]:
-        """Return bytes that are nobody else's, and the first of them, from which on there are at least `size`."""
-        if not self._lock.acquire(blocking=False):
-            return _bytes_and_line(size)
-        try:
-            fitting = [n for n, block in enumerate(self._blocks) if size <= block.size <= 2 * size and _is_idle(block)]
-            if fitting:
-                block = self._blocks.pop(min(fitting, key=lambda n: self._blocks[n].size))
-                self._blocks.append(block)
-                return block.memory, block.first
-            self._blocks = [block for block in self._blocks if block.size >= size or not _is_idle(block)]
+        """Return bytes that are nobody else's, and the first of them, from which on there are at least `size`.
+
+        The blocks are taken out meanwhile. Another call that comes then makes a new one; and where this one is broken
+        off, the pool forgets those that are out.
+        """
+        blocks = self._take_out()
+        fitting = [block for block in blocks if size <= block.size <= 2 * size and _is_idle(block)]
+        if fitting:
+            block = min(fitting, key=lambda fit: fit.size)
+            blocks = [other for other in blocks if other is not block]
+        else:
+            blocks = [other for other in blocks if other.size >= size or not _is_idle(other)]
             block = _Block(*_bytes_and_line(size), size)
-            if size <= self.MOST:
-                self._blocks.append(block)
-                self._forget()
-            return block.memory, block.first
-        finally:
-            self._lock.release()
+        memory = block.memory  # referred to before other threads see the block again: it is not idle
+        if size <= self.MOST:
+            blocks.append(block)
+            self._forget(blocks)
+        self._blocks.extend(blocks)
+        return memory, block.first
+
+    def _take_out(self) -> list[_Block]:
+        """Take all blocks out, so that they are this caller's alone."""
+        blocks = []
+        with contextlib.suppress(IndexError):
+            while True:
+                blocks.append(self._blocks.popleft())
+        return blocks
 
     def clear(self) -> None:
         """Free what nobody uses."""
-        with self._lock:
-            self._blocks.clear()
+        self._blocks.clear()
 
     @property
     def size(self) -> int:
         """Bytes that are kept, and nobody uses."""
-        with self._lock:
-            return sum(block.size for block in self._blocks if _is_idle(block))
+        return sum(block.size for block in list(self._blocks) if _is_idle(block))
 
-    def _forget(self) -> None:
+    def _forget(self, blocks: list[_Block]) -> None:
         """Let go of the oldest of too many."""
-        surplus = sum(block.size for block in self._blocks) - self.MOST
+        surplus = sum(block.size for block in blocks) - self.MOST
         while surplus > 0:
-            surplus -= self._blocks.pop(0).size
+            surplus -= blocks.pop(0).size
 
 
 def _is_idle(block: _Block) -> bool:

@@ -21,8 +21,8 @@ from fastlstm.backends.many import are_weights, direction_backward, direction_fo
 from fastlstm.backends.memory import new_array
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import FEW_ROWS, LEAST_TO_SHARE, is_short
+from fastlstm.backends.thread_pool import NO_TEAM
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.backends.workers import NO_TEAM
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.small_batch import small_forward, small_forward_packed, small_forward_taped

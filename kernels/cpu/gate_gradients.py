@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.gemm_microkernel import KC, NR, gate_tile, tiles, zero_row
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import lanes_of, minimum, offset
 
 __all__ = ["GateGradients", "long_product", "long_row", "strip"]

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.jit import routine
+from fastlstm.kernels.cpu.jit import cgutils, routine
 from fastlstm.kernels.cpu.vector import (
     REGISTERS,
     VECTOR_BYTES,

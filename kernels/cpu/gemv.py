@@ -16,8 +16,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.cell_step import GATES
-from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, emit_choice, rows_of_tile
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import (
     CACHE_LINE,
     VECTOR_BYTES,

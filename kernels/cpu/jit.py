@@ -279,7 +279,7 @@ def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
     """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
     if PLAIN:
         dispatcher.compile(tuple(map(numba.typeof, arguments)), unless_refused=True)
-    elif dispatcher._can_compile:
+    elif type(dispatcher).__name__ != "_Refusing":
         dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
 
 
@@ -292,18 +292,14 @@ def refuse_others(dispatcher: Any) -> None:
         dispatcher.refuses = True
     else:
         dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
+        # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
+        # for a while would allow it to other threads' calls, too, and for good if an interrupt came at the wrong moment.
+        dispatcher.__class__ = type("_Refusing", (type(dispatcher),), {"_can_compile": True})
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     """Compile or load a kernel that refuses others for arguments of some types."""
-    if PLAIN:
-        dispatcher.compile(signature)
-        return
-    dispatcher._can_compile = True
-    try:
-        dispatcher.compile(signature)
-    finally:
-        dispatcher._can_compile = False
+    dispatcher.compile(signature)
 
 
 # --- kernels on disk ----------------------------------------------------------------------------------------

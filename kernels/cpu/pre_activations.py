@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.cell_step import GATES
-from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.gemm_microkernel import KC, gate_tiles
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import lanes_of, maximum, minimum, offset
 
 __all__ = ["pre_activations"]

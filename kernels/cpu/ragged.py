@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.jit import routine
+from fastlstm.kernels.cpu.team import threads_of
 from fastlstm.kernels.cpu.vector import address, fill, lanes_of, minimum, offset, store_first
 
 __all__ = ["Rows", "clear_padding", "rows_of", "share_rows"]
@@ -73,7 +74,7 @@ def share_rows(rows, first_step, last_step, team, thread):
     first, last : int
         This thread's first row and the next one's. The last of them may end before `last_step`.
     """
-    total, threads = rows.offsets[last_step] - rows.offsets[first_step], team.shape[0] - 1
+    total, threads = rows.offsets[last_step] - rows.offsets[first_step], threads_of(team, thread)
     if total == 0:
         return 0, 0
     first = _row_after(rows, first_step, last_step, total * thread // threads)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, TAPE, backward, cell_at, cell_of, rebuild
-from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row, strip
 from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, NR, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
@@ -42,6 +42,7 @@ from fastlstm.kernels.cpu.weight_gradients import (
     weights_back,
 )
 from fastlstm.kernels.cpu.weight_packing import pack_backward, pack_forward, packed_at
+from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = ["PANEL_ROWS", "SETTINGS", "sequence_backward"]
 
@@ -99,7 +100,7 @@ def sequence_backward(
     scratch,  # one-dimensional
     again,  # one-dimensional scratch if the tape has c alone and the gates are computed again, else None
     settings,  # (SETTINGS,), IN
-    team,  # (1 + threads, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see team.py
     thread,
 ):
     """Back-propagate through the recurrence."""
@@ -120,7 +121,7 @@ def sequence_backward(
     pack_backward(weights.ih, hidden, inputs, of_x, blocks, first, last)
     pack_backward(weights.hh, hidden, hidden, layer.of_h, blocks, first, last)
     if settings[CLEAR]:
-        clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, team.shape[0] - 1)
+        clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, threads_of(team, thread))
     sums_bias, of_own = offset(work, settings[SUMS_BIAS]), address(down)
     _begin(layer, rows, dh_n, dc_n, sums_bias, of_own, down.size, team, thread)
     ih = Product(address(x), inputs, inputs, offset(work, settings[SUMS_IH]), address(dweight_ih), hidden)

@@ -14,14 +14,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_at, cell_of, output, update
-from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, share, summon, take, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, record, share, summon, take, threads_of
 from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import is_at_rest, pack_forward, packed_at
+from fastlstm.kernels.cpu.worker import size_of_call, this_call
 
 __all__ = ["SETTINGS", "sequence_forward"]
 
@@ -89,12 +90,15 @@ def sequence_forward(
     packed_bias,  # (2, Hp/V, 4, V), or (2, 0, 4, V), IN
     scratch,  # one-dimensional: h_rows (2 * B, Hp) for inference, c_rows, a, and weights that are packed here
     settings,  # (SETTINGS,), IN
-    team,  # (1 + threads, 8), IN and OUT: see team.py
-    thread,
+    team,  # (1 + rows, 8), IN and OUT: see team.py
+    thread,  # number of the thread; or -1 to leave the call in `team`, a record, and do nothing
 ):
     """Run the recurrence; see the module's docstring for the layout."""
-    if thread == 0:
+    if thread <= 0:
         call, arguments = this_call()
+        if thread < 0:
+            record(team, call, arguments, size_of_call())
+            return
         summon(team, call, arguments)
     inputs, hidden, blocks = weight_ih.shape[1], weight_hh.shape[1], tape.shape[1]
     rows = rows_of(index, settings[BATCH], settings[STEPS])
@@ -122,7 +126,7 @@ def sequence_forward(
     )
     _begin(layer, rows, h0, c0, team, thread)
     if settings[CLEAR]:
-        clear_padding(layer.y, layer.y_row, hidden, rows, settings[TOTAL], thread, team.shape[0] - 1)
+        clear_padding(layer.y, layer.y_row, hidden, rows, settings[TOTAL], thread, threads_of(team, thread))
     barrier(team, thread)
 
     mine = _share_of(rows, blocks, settings[DIVIDED], team, thread)
@@ -174,7 +178,8 @@ def _step(layer, rows, mine, step, depth, team, thread):
         _project(layer, rows, mine, step, far)
     together = mine.block_last - mine.block_first if layer.ahead else 1
     left = mine.block_last - mine.block_first
-    helped = mine.divided and not layer.ahead  # a step of few rows is over before one could help
+    # A step of few rows is over before one could help.
+    helped = mine.divided and not layer.ahead and threads_of(team, thread) > 1
     while True:
         if helped:
             first = take(layer.blocks, team, thread, step)

@@ -10,7 +10,6 @@ returns False, with nothing written, if one does not fit.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +28,12 @@ from fastlstm.kernels.cpu.cell_step import (
     own_gradients,
     update,
 )
-from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
+from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.small_products import copy_or_clear, product
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, this_call
+from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.vector import (
     address,
     lanes_of,
@@ -47,6 +46,7 @@ from fastlstm.kernels.cpu.vector import (
     store_first,
 )
 from fastlstm.kernels.cpu.weight_packing import is_at_rest, packed_at
+from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = [
     "SETTINGS", "prepare", "small_backward", "small_forward", "small_forward_packed", "small_forward_taped",
@@ -106,7 +106,7 @@ def small_forward(
     h_n,  # (1, B, H), OUT
     c_n,  # (1, B, H), OUT
     settings,  # (SETTINGS,), IN
-    team,  # (1 + threads, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see team.py
     thread,
 ):
     """Run one layer over a few rows, on unpacked weights."""
@@ -134,7 +134,7 @@ def small_forward_packed(
     h_n,  # (L, B, H), OUT
     c_n,  # (L, B, H), OUT
     settings,  # (SETTINGS,), IN
-    team,  # (1 + threads, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see team.py
     thread,
 ):
     """Run one layer over a few rows, or several layers over one step, on packed weights."""
@@ -359,7 +359,6 @@ def _cells_back(cell, tape, c0, dy, dh0, dc0, down, da, low, sequence):
         own_gradients(here, gate_gradients, units, c_prev, c, offset(address(down), unit))
 
 
-_lock = threading.Lock()
 _prepared: set[tuple[Any, np.dtype[Any]]] = set()
 
 
@@ -380,12 +379,9 @@ def _signatures(dtype: np.dtype[Any]) -> dict[Any, tuple[Any, ...]]:
 
 def prepare(kernel: Any, dtype: np.dtype[Any]) -> None:
     """Compile one of the kernels for arrays of a dtype, C-contiguous and writeable; others then raise TypeError."""
-    if (kernel, dtype) in _prepared:
-        return
-    with _lock:
-        if (kernel, dtype) not in _prepared:
-            compile_once(kernel, _signatures(dtype)[kernel])
-            _prepared.add((kernel, dtype))
+    if (kernel, dtype) not in _prepared:
+        compile_once(kernel, _signatures(dtype)[kernel])
+        _prepared.add((kernel, dtype))
 
 
 for _kernel in (small_forward, small_forward_packed, small_forward_taped, small_backward):

@@ -1,216 +1,195 @@
-"""The threads that run one kernel together: how they are called, and the barrier at which they meet.
+"""The threads that run one kernel together: how a call gets workers, and the barrier at which they meet.
 
-Nothing of a hand-over is Python's. The caller's thread enters a kernel, and there it has every other thread call the
-same kernel with the same arguments, but for the number of the thread (:func:`this_call`, :func:`summon`). The others
-have been waiting inside compiled code (:func:`serve`) since they finished the call before, without the interpreter's
-lock; so a call that soon follows another finds them awake.
+The caller's thread enters a kernel, claims workers there (:func:`summon`), and these call the same kernel with the same
+arguments, but for the number of the thread. Before the kernel returns they have finished (:func:`dismiss`). What a
+worker is, and who may change what in its mailbox, says ``worker.py``.
 
-What they meet in is the `team`, a (1 + threads, 8) int64 array, a cache line for each row, so that waiting on one
-does not disturb the others:
+What the threads of a call meet in is the `team`, a (1 + rows, 8) int64 array, a cache line for each row, so that
+waiting on one does not disturb the others. One call at a time has it.
 
-=====================  ==========================================================================================
-``team[0, ARRIVALS]``  how often threads have arrived at barriers
-``team[0, FINISHED]``  how many threads, of those that were summoned, have finished the call
-``team[1 + t, 0]``     how many barriers thread t has passed
-``team[1 + t, 1]``     address of the mailbox of thread t's worker
-``team[1 + t, 2..3]``  how many of thread t's items were taken, in even rounds and in odd ones
-=====================  ==========================================================================================
+=======================  ========================================================================================
+``team[0, ARRIVALS]``    how often threads have arrived at barriers
+``team[0, FINISHED]``    how many workers have finished the call
+``team[0, WANTED]``      how many workers the call may have at most
+``team[1 + t, PASSED]``  how many barriers thread t has passed
+``team[1 + t, MAILBOX]`` address of the mailbox of a worker that may be claimed; t from 1 on
+``team[1 + t, TAKEN]``   how many of thread t's items were taken, in even rounds; in odd ones in the word after it
+``team[1 + t, THREADS]`` how many threads the call has
+``team[1 + t, MEMBER]``  address of the mailbox of thread t's worker, which this call has claimed
+=======================  ========================================================================================
 
-A mailbox is an (8,) int64 array of its worker: a command, then what belongs to it.
+Waits, and why each ends
+------------------------
+- For a worker that is to wake: after a tenth of a second the caller takes its call back and goes on without.
+- At a barrier, and in :func:`dismiss`: only for threads that have answered, so they are awake and in compiled code. It
+  has no locks, allocates nothing and calls nothing that blocks, so that only the system's scheduler can hold them up. A
+  thread that waits for long sleeps between its looks, so that the other proceeds even if it needs the same core and has
+  a lower priority. A forked child, where the threads are gone, finds all mailboxes ``ABSENT``.
+- Of a worker at its lock: may last forever; no thread waits for it then.
 """
 
 from __future__ import annotations
 
-import sys
-
-import llvmlite.binding as llvm
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
+from fastlstm.kernels.cpu.atomics import (
+    address_as_number,
+    compare_and_swap,
+    fetch_add,
+    load_atomic,
+    pointer_at,
+    release_lock,
+    wait_a_little,
+)
 from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.vector import CACHE_LINE, VECTOR_BYTES, address, lanes_of, minimum, offset, prefetch
+from fastlstm.kernels.cpu.worker import (
+    ABSENT,
+    ASLEEP,
+    CALLED,
+    CLAIMED,
+    IDLE,
+    LOCK,
+    MOST_ARGUMENTS,
+    STATE,
+    hand_over,
+    look_while,
+    run,
+)
 
 __all__ = [
-    "COMMAND", "LEAVE", "MAILBOX", "barrier", "dismiss", "fetch", "serve", "share", "share_rows", "summon", "take",
-    "this_call",
+    "RECORD_ROWS", "barrier", "dismiss", "fetch", "record", "run_records", "share", "summon", "take",
+    "threads_of",
 ]  # fmt: skip
 
-ARRIVALS, FINISHED = 0, 1
-MAILBOX, TAKEN = 1, 2  # in a thread's row of the team
+ARRIVALS, FINISHED, WANTED = range(3)  # of a team's first row
+PASSED, MAILBOX, TAKEN, _, THREADS, MEMBER = range(6)  # of a thread's row
+_CALL, _ARGUMENTS = 16, 17  # of a record: after the two rows of a team of one thread
+RECORD_ROWS = 2 + -(-(8 + MOST_ARGUMENTS) // 64)
+
+_LOOKS = 11_000  # at workers that are to wake: a tenth of a second
 _HELPED = 2  # how many other threads one looks to for work: each look costs as much as waiting for another core
-COMMAND, CALL, ARGUMENTS, THREAD, DONE = range(5)  # of a mailbox
-NOTHING, RUN, LEAVE = range(3)  # commands
-
-_SPINS = 1000  # about 20 microseconds: longer than a phase's imbalance, far below a scheduler's quantum
-
-
-@intrinsic
-def _fetch_add(typingctx, pointer, value):
-    """Add to an integer in memory, atomically; return what it was."""
-
-    def codegen(context, builder, signature, args):
-        value = context.cast(builder, args[1], signature.args[1], pointer.dtype)
-        return builder.atomic_rmw("add", args[0], value, "seq_cst")
-
-    return pointer.dtype(pointer, value), codegen
-
-
-@intrinsic
-def _load_atomic(typingctx, pointer):
-    """Read an integer that other threads write; what they wrote before it is seen after."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(args[0], "acquire", 8)
-
-    return pointer.dtype(pointer), codegen
-
-
-@intrinsic
-def _store_atomic(typingctx, pointer, value):
-    """Write an integer that other threads read; who sees it sees what was written before it."""
-
-    def codegen(context, builder, signature, args):
-        value = context.cast(builder, args[1], signature.args[1], pointer.dtype)
-        builder.store_atomic(value, args[0], "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(pointer, value), codegen
-
-
-@intrinsic
-def _pointer_at(typingctx, number):
-    """Take an integer for the address of int64 numbers."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), codegen
-
-
-@intrinsic
-def _address_as_number(typingctx, pointer):
-    """Return a pointer as an integer."""
-
-    def codegen(context, builder, signature, args):
-        return builder.ptrtoint(args[0], ir.IntType(64))
-
-    return types.int64(pointer), codegen
-
-
-@intrinsic
-def _wait_a_little(typingctx, spins):
-    """Wait, who has done so `spins` times: at first in a spin loop; later, the one waited for may need this core."""
-
-    def codegen(context, builder, signature, args):
-        def call(name, result):
-            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name), [])
-
-        with builder.if_else(builder.icmp_signed("<", args[0], ir.Constant(args[0].type, _SPINS))) as (early, late):
-            with early:
-                if "x86_64" in llvm.get_process_triple():
-                    call("llvm.x86.sse2.pause", ir.VoidType())
-            with late:
-                call("SwitchToThread" if sys.platform == "win32" else "sched_yield", ir.IntType(32))
-        return context.get_dummy_value()
-
-    return types.void(spins), codegen
-
 
 # --- calling a kernel together ------------------------------------------------------------------------------
 
 
-@intrinsic
-def this_call(typingctx):
-    """Give what another thread needs to call the kernel in which this stands, with the same arguments.
-
-    The kernel has an argument called `thread`, which alone will be another. To be used by the kernel itself: in a
-    routine it would mean that routine.
-
-    Returns
-    -------
-    call : int
-        Address of a function of the arguments and a thread's number.
-    arguments : int
-        Address of the arguments, which are there until this call ends.
-    """
-
-    def codegen(context, builder, signature, args):
-        i64 = ir.IntType(64)
-        call, place = emit_call_of_thread(builder)
-        return context.make_tuple(
-            builder, signature.return_type, [builder.ptrtoint(call, i64), builder.ptrtoint(place, i64)]
-        )
-
-    return types.UniTuple(types.int64, 2)(), codegen
-
-
-@intrinsic
-def _run(typingctx, call, arguments, thread):
-    """Make the call for a thread."""
-
-    def codegen(context, builder, signature, args):
-        there = builder.inttoptr(args[1], CALL_TYPE.args[0])
-        builder.call(builder.inttoptr(args[0], CALL_TYPE.as_pointer()), [there, args[2]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+@routine
+def threads_of(team, thread):
+    """Return the number of threads that this call has."""
+    return team[1 + thread, THREADS]
 
 
 @routine
 def summon(team, call, arguments):
-    """Have the team's other threads make a call, too."""
-    for thread in range(1, team.shape[0] - 1):
-        mailbox = _pointer_at(team[1 + thread, MAILBOX])
-        mailbox[CALL], mailbox[ARGUMENTS], mailbox[THREAD] = call, arguments, thread
-        mailbox[DONE] = _address_as_number(offset(address(team), FINISHED))
-        _store_atomic(offset(mailbox, COMMAND), RUN)
+    """Claim workers for the team, and have them make a call, too."""
+    if team[0, WANTED] == 0:
+        return
+    members = _claim(team)
+    for thread in range(1 + members):
+        team[1 + thread, THREADS] = 1 + members
+    for thread in range(1, 1 + members):
+        _hand_over(team, thread, call, arguments, thread)
 
 
 @routine
 def dismiss(team):
-    """Wait until the team's other threads have finished the call; then the team is as it was before."""
-    others, spins = team.shape[0] - 2, 0
-    while _load_atomic(offset(address(team), FINISHED)) < others:
-        _wait_a_little(spins)
+    """Wait until the workers of the team have finished the call; then the team is as it was before."""
+    if team[0, WANTED] == 0:
+        return
+    others = team[1, THREADS] - 1
+    _wait_for(team, others)
+    team[0, ARRIVALS] = 0
+    for row in range(1, 2 + others):
+        team[row, PASSED] = team[row, TAKEN] = team[row, TAKEN + 1] = 0
+
+
+@routine
+def _wait_for(team, members):
+    spins = 0
+    while load_atomic(offset(address(team), FINISHED)) < members:
+        wait_a_little(spins)
         spins += 1
-    if others:
-        team[0, ARRIVALS] = team[0, FINISHED] = 0
-        for row in range(1, team.shape[0]):
-            team[row, 0] = team[row, TAKEN] = team[row, TAKEN + 1] = 0
+    team[0, FINISHED] = 0
+
+
+@routine
+def _claim(team):
+    """Claim as many workers as the team wants, if there are so many; return their number.
+
+    Workers that are awake come first; then others are woken.
+    """
+    members = 0
+    for row in range(2, team.shape[0]):
+        if members < team[0, WANTED]:
+            state = offset(pointer_at(team[row, MAILBOX]), STATE)
+            if load_atomic(state) == IDLE and compare_and_swap(state, IDLE, CLAIMED):
+                members += 1
+                team[1 + members, MEMBER] = team[row, MAILBOX]
+    return members if members == team[0, WANTED] else _wake(team, members)
+
+
+@routine
+def _wake(team, members):
+    """Claim workers that are asleep, too; return how many there are in all, without those that did not answer."""
+    called = members
+    for row in range(2, team.shape[0]):
+        if called < team[0, WANTED]:
+            mailbox = pointer_at(team[row, MAILBOX])
+            state = offset(mailbox, STATE)
+            if load_atomic(state) == ASLEEP and compare_and_swap(state, ASLEEP, CALLED):
+                release_lock(mailbox[LOCK])
+                called += 1
+                team[1 + called, MEMBER] = team[row, MAILBOX]
+    looks = 0
+    for member in range(1 + members, 1 + called):
+        state = offset(pointer_at(team[1 + member, MEMBER]), STATE)
+        looks += look_while(state, CALLED, _LOOKS - looks)
+        if not compare_and_swap(state, CALLED, ABSENT):  # it has answered
+            members += 1
+            team[1 + members, MEMBER] = team[1 + member, MEMBER]
+    return members
+
+
+@routine
+def _hand_over(team, member, call, arguments, thread):
+    done = address_as_number(offset(address(team), FINISHED))
+    hand_over(pointer_at(team[1 + member, MEMBER]), call, arguments, thread, done)
+
+
+# --- calls that are recorded, and run at once ---------------------------------------------------------------
+
+
+@routine
+def record(team, call, arguments, size):
+    """Note the call of the kernel in which this stands, to be made later; `team` is a record."""
+    here, source = address(team), pointer_at(arguments)
+    here[_CALL], target = call, offset(here, _ARGUMENTS)
+    for n in range(size // 8):
+        target[n] = source[n]
 
 
 @kernel
-def serve(mailbox, patience):
-    """Do what the mailbox says, as long as there is something to do.
+def run_records(records, team, thread):
+    """Make recorded calls, each on one thread: as many at once as there are threads, the others afterwards.
 
     Parameters
     ----------
-    mailbox : (8,) int64 array
-    patience : int
-        How often to look for another command; those after the first thousand or so let other threads run first.
-
-    Returns
-    -------
-    bool
-        Whether the command was to leave; else there was nothing to do any more.
+    records : (n, RECORD_ROWS, 8) int64 array
+        Zeros, but for ``records[:, 1, THREADS]``, which is 1; then each was the team of a kernel called with thread -1,
+        whose arguments are still there.
+    team : (1 + rows, 8) int64 array
+    thread : int
+        0.
     """
-    command = address(mailbox)
-    spins = 0
-    while spins <= patience:
-        found = _load_atomic(command)
-        if found == NOTHING:
-            _wait_a_little(spins)
-            spins += 1
-            continue
-        # The next one may be given as soon as this one is done.
-        mailbox[COMMAND] = NOTHING
-        if found == LEAVE:
-            return True
-        _run(mailbox[CALL], mailbox[ARGUMENTS], mailbox[THREAD])
-        _fetch_add(_pointer_at(mailbox[DONE]), 1)
-        spins = 0
-    return False
+    members = _claim(team) if team[0, WANTED] else 0
+    for member in range(1, 1 + members):
+        first = offset(address(records), member * RECORD_ROWS * 8)
+        _hand_over(team, member, first[_CALL], address_as_number(offset(first, _ARGUMENTS)), thread)
+    for number in range(records.shape[0]):
+        if number == 0 or number > members:
+            first = offset(address(records), number * RECORD_ROWS * 8)
+            run(first[_CALL], address_as_number(offset(first, _ARGUMENTS)), thread)
+    if team[0, WANTED]:
+        team[1, THREADS] = 1 + members
+        _wait_for(team, members)
 
 
 # --- within a call ------------------------------------------------------------------------------------------
@@ -219,16 +198,16 @@ def serve(mailbox, patience):
 @routine
 def barrier(team, thread):
     """Wait until every thread of the team is here; what they wrote before is visible after."""
-    threads = team.shape[0] - 1
+    threads = team[1 + thread, THREADS]
     if threads == 1:
         return
-    passed = team[1 + thread, 0] + 1
-    team[1 + thread, 0] = passed
+    passed = team[1 + thread, PASSED] + 1
+    team[1 + thread, PASSED] = passed
     arrivals = address(team)
-    _fetch_add(arrivals, 1)
+    fetch_add(arrivals, 1)
     spins = 0
-    while _load_atomic(arrivals) < passed * threads:
-        _wait_a_little(spins)
+    while load_atomic(arrivals) < passed * threads:
+        wait_a_little(spins)
         spins += 1
 
 
@@ -242,42 +221,12 @@ def fetch(pointer, count):
 @routine
 def share(count, team, thread):
     """Divide `count` items evenly; return the first item of this thread and the first of the next."""
-    threads = team.shape[0] - 1
+    return _share_of(count, team[1 + thread, THREADS], thread)
+
+
+@routine
+def _share_of(count, threads, thread):
     return count * thread // threads, count * (thread + 1) // threads
-
-
-@routine
-def share_rows(offsets, lengths, first_step, last_step, team, thread):
-    """Divide the rows of some steps, so that each thread has about as many in all; rows and steps as in ``sequence_forward.py``.
-
-    A thread's rows stand side by side: dealt out in turn, each thread would have the processor fetch the others' rows.
-
-    Returns
-    -------
-    first, last : int
-        This thread's first row and the next one's. The last of them may end before `last_step`.
-    """
-    total, threads = offsets[last_step] - offsets[first_step], team.shape[0] - 1
-    if total == 0:
-        return 0, 0
-    first = _row_after(offsets, lengths, first_step, last_step, total * thread // threads)
-    return first, _row_after(offsets, lengths, first_step, last_step, total * (thread + 1) // threads)
-
-
-@routine
-def _row_after(offsets, lengths, first_step, last_step, count):
-    """Return before which row the rows have, in some steps and all together, `count` as nearly as can be."""
-    steps = last_step - first_step
-    whole = offsets[last_step] - offsets[last_step - 1]  # rows that have all these steps
-    row = minimum(whole, (count + steps // 2) // steps)
-    before = row * steps
-    while whole <= row < lengths.size and lengths[row] > first_step:
-        here = lengths[row] - first_step
-        if before + here - count > count - before:
-            break
-        before += here
-        row += 1
-    return row
 
 
 @routine
@@ -301,13 +250,13 @@ def take(count, team, thread, turn):
     int
         The item; -1 if none is left.
     """
-    threads = team.shape[0] - 1
+    threads = team[1 + thread, THREADS]
     for n in range(minimum(threads, 1 + _HELPED)):
         other = (thread + n) % threads
-        first, last = share(count, team, other)
+        first, last = _share_of(count, threads, other)
         taken = offset(address(team), (1 + other) * team.shape[1] + TAKEN + (turn & 1))
-        if _load_atomic(taken) < last - first:
-            item = _fetch_add(taken, 1)
+        if load_atomic(taken) < last - first:
+            item = fetch_add(taken, 1)
             if item < last - first:
                 return last - 1 - item if turn & 1 else first + item
     # Nobody looks at the next round's before the barrier, or at the last one's any more.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.cell_step import GATES, cell_at, own_gradients
-from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.gate_gradients import long_product, strip
 from fastlstm.kernels.cpu.gemm_microkernel import KC, NR, are_far, tiles, zero_row
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import pack_rows
 

@@ -14,9 +14,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.cell_step import GATES
-from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.gemm_microkernel import NR
 from fastlstm.kernels.cpu.gemv import Unpacked
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
@@ -32,7 +32,6 @@ from fastlstm.kernels.cpu.vector import (
     peek,
     poke,
     store,
-    store_first,
     vector_pointer,
 )
 

@@ -1,0 +1,53 @@
+"""The keys of dropout masks: no two calls draw with the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+
+__all__ = ["MaskKeys"]
+
+
+class MaskKeys:
+    """Successive keys, each taken once; one that is given back is the next to be taken.
+
+    Taking and giving back are one operation of the interpreter each, so there is no lock: calls in other threads, in a
+    signal handler or in a finaliser may come at any point. A call that is broken off between two of these operations
+    leaves a key unused.
+
+    Parameters
+    ----------
+    first : int
+        The first key.
+
+    Examples
+    --------
+    >>> keys = MaskKeys(7)
+    >>> keys.take(), keys.take(), keys.next
+    (7, 8, 9)
+    >>> keys.give_back(8)
+    >>> keys.next, keys.take(), keys.take()
+    (8, 8, 9)
+    """
+
+    def __init__(self, first: int) -> None:
+        self._fresh = itertools.count(first)
+        self._returned: deque[int] = deque()
+
+    def take(self) -> int:
+        """Take a key."""
+        try:
+            return self._returned.popleft()
+        except IndexError:
+            return next(self._fresh)
+
+    def give_back(self, key: int) -> None:
+        """Give back a key that no mask was drawn with."""
+        self._returned.appendleft(key)
+
+    @property
+    def next(self) -> int:
+        """The key that is taken next, if no other call comes first."""
+        key = self.take()
+        self.give_back(key)
+        return key
