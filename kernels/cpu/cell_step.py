@@ -1,8 +1,8 @@
 r"""The cell: one time step of one sequence and one vector of hidden units, forward and backward.
 
 This file alone knows the gates, their activations and what a variant changes. The equations are those of
-:mod:`fastlstm.backends.reference`, in the same symbols. Every driver (large batch, small batch, gates that are computed
-again) calls the five routines below with a `cell`, the record :class:`Cell`, which says where the variant's routines are:
+:mod:`fastlstm.backends.reference`, in the same symbols. Every driver (large batch, small batch, gates computed again)
+calls the five routines below with a `cell`, the record :class:`Cell`, which says where a variant's routines are:
 
 =====================  ==========================================================================================
 :func:`update`         pre-activations to the new cell state; writes the tape

@@ -293,7 +293,7 @@ def refuse_others(dispatcher: Any) -> None:
     else:
         dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
         # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
-        # for a while would allow it to other threads' calls, too, and for good if an interrupt came at the wrong moment.
+        # for a while would allow it to other threads' calls, too, and for good if an interrupt came meanwhile.
         dispatcher.__class__ = type("_Refusing", (type(dispatcher),), {"_can_compile": True})
 
 

@@ -5,18 +5,19 @@ The sequences of a batch stand sorted by length, the longest first, and their st
 stored, and the rows of all steps together are one matrix of N = sum of lengths rows. Row n belongs at ``places[n]`` of
 the caller's (T * B). A batch of equal lengths is the special case ``offsets[s] = s * B``, without a copy.
 
-All of this is one int64 array, the `index` of a call: order (B,), lengths (B,), offsets (S + 1,) and places (N,).
+All of this is one int64 array, the `index` of a call: order (B,), lengths (B,), offsets (S + 1,) and places (N,), with S
+the longest length.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.cpu.jit import routine
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.team import threads_of
-from fastlstm.kernels.cpu.vector import address, fill, lanes_of, minimum, offset, store_first
+from fastlstm.kernels.cpu.vector import address, fill, lanes_of, maximum, minimum, offset, store_first
 
-__all__ = ["Rows", "clear_padding", "rows_of", "share_rows"]
+__all__ = ["Rows", "clear_padding", "fill_index", "measure", "rows_of", "share_rows"]
 
 
 class Rows(NamedTuple):
@@ -95,3 +96,49 @@ def _row_after(rows, first_step, last_step, count):
         before += here
         row += 1
     return row
+
+
+@kernel
+def measure(lengths):
+    """Return the shortest and the longest of some lengths, and their sum; zeros for none."""
+    shortest = longest = total = 0
+    for n in range(lengths.size):
+        length = lengths[n]
+        shortest = length if n == 0 else minimum(shortest, length)
+        longest = maximum(longest, length)
+        total += length
+    return shortest, longest, total
+
+
+@kernel
+def fill_index(
+    lengths,  # (B,) in any order, IN
+    longest,  # S
+    reverse,  # whether the steps of each sequence are taken from its end
+    index,  # OUT
+):
+    """Sort sequences by length, the longest first and equal ones in their order, and pack their steps."""
+    batch = lengths.size
+    sorted_lengths, offsets = batch, 2 * batch  # where these start
+    places = offsets + longest + 1
+    for length in range(longest + 1):
+        index[offsets + length] = 0
+    for sequence in range(batch):
+        index[offsets + lengths[sequence]] += 1
+    before = 0  # of each length, how many sequences are longer
+    for n in range(longest + 1):
+        count = index[offsets + longest - n]
+        index[offsets + longest - n] = before
+        before += count
+    for sequence in range(batch):
+        row = index[offsets + lengths[sequence]]
+        index[offsets + lengths[sequence]] = row + 1
+        index[row], index[sorted_lengths + row] = sequence, lengths[sequence]
+    # Now each length's number says how many sequences are as long or longer: the rows of the step before it.
+    index[offsets] = 0
+    for step in range(longest):
+        low, active = index[offsets + step], index[offsets + step + 1]
+        index[offsets + step + 1] = low + active
+        for row in range(active):
+            time = index[sorted_lengths + row] - 1 - step if reverse else step
+            index[places + low + row] = time * batch + index[row]

@@ -46,10 +46,10 @@ from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = ["PANEL_ROWS", "SETTINGS", "sequence_backward"]
 
-# The numbers in a call's `settings`, one int64 array. ACCUMULATE says whether to add to dx in place of setting it, CLEAR
-# whether to set dx past the lengths to zero, CHUNK for how many steps gate gradients are kept at a time, CHUNK_ROWS how
-# many rows these have at most, DIVIDED whether units are divided among the threads. Then come the places in `scratch` of
-# what the kernel works with, those in `again`, and the addresses of a variant's routines.
+# The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of dy to read;
+# whether to add to dx in place of setting it, and to set it past the lengths to zero; for how many steps gate gradients
+# are kept at a time, and how many rows these have at most; whether units are divided among the threads. Then come the
+# places in `scratch` of what the kernel works with, those in `again`, and the addresses of a variant's routines.
 (BATCH, STEPS, TOTAL, COLUMN, ACCUMULATE, CLEAR, CHUNK, CHUNK_ROWS, DIVIDED, DA, DH_ROWS, DC_ROWS, OF_X, OF_H, SUMS_IH,
  SUMS_HH, SUMS_BIAS, PANEL, GATE_ROWS, WEIGHTS, BIAS, ADDRESSES) = range(22)  # fmt: skip
 SETTINGS = ADDRESSES + CELL

@@ -161,7 +161,8 @@ def _finish_block(product, vectors, depth, a, a_k, b, before, before_row, column
         target = offset(product.gradient, (gate * hidden + block * width) * product.columns + column)
         tiles(
             minimum(width, hidden - block * width), vectors, depth, offset(a, row), 1, a_k, b, columns,
-            offset(before, row * before_row), before_row, target, product.columns, offset(soon, row * size), width * size,
+            offset(before, row * before_row), before_row, target, product.columns, offset(soon, row * size),
+            width * size,
         )  # fmt: skip
 
 
