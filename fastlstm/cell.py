@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -72,6 +73,14 @@ class Cell:
         object.__setattr__(self, "dropout", _probability("dropout", self.dropout))
         object.__setattr__(self, "dtype", _float_dtype(self.dtype))
 
+    def __hash__(self) -> int:
+        """Hash all fields, once: a cell is a part of the key under which each call finds its preparations."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.describe().items()))
+
     @property
     def num_directions(self) -> int:
         """Number of directions D of each layer, 1 or 2."""
@@ -128,4 +137,4 @@ def _float_dtype(value: Any) -> np.dtype[Any]:
         raise DTypeError(f"dtype must be float32 or float64, got {value!r}") from error
     if dtype not in FLOAT_DTYPES:
         raise DTypeError(f"dtype must be float32 or float64, got {dtype.name}")
-    return dtype
+    return FLOAT_DTYPES[FLOAT_DTYPES.index(dtype)]  # NumPy's own object, as most arrays have it: found by identity

@@ -143,8 +143,7 @@ def _pair(
         if value is None and optional:
             checked.append(None)
             continue
-        found = array(part, value, like, shape, axes)
-        checked.append(found if batch is not None else found[:, None])
+        checked.append(array(part, value, like, shape, axes))
     return checked[0], checked[1]
 
 

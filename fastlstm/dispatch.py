@@ -22,7 +22,7 @@ from fastlstm.errors import ArrayTypeError, BackendError
 if TYPE_CHECKING:
     from fastlstm.backends.base import Backend
 
-__all__ = ["array_namespace", "backend_at_hand", "backend_for", "backend_named", "kind_of", "use_backend"]
+__all__ = ["array_namespace", "backend_for", "backend_named", "forced", "kind_of", "use_backend"]
 
 
 class Kind(NamedTuple):
@@ -47,6 +47,7 @@ REFUSED = {
 BACKENDS = ("cpu", "cuda", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("fastlstm_backend", default=os.environ.get("FASTLSTM_BACKEND") or None)
+forced = _forced.get  # the name of the backend that is forced here, or None
 _kinds: dict[type, Kind] = {}
 _loaded: dict[str, Backend] = {}
 
@@ -84,15 +85,6 @@ def backend_for(value: Any) -> Backend:
             f"backend {name!r} was forced, but {kind.library} arrays run on {' or '.join(kind.backends)}"
         )
     return _loaded.get(name) or backend_named(name)
-
-
-def backend_at_hand(value: Any) -> Backend | None:
-    """Return the backend for arrays such as `value` if it has run before, else None; never raises."""
-    kind = _kinds.get(type(value))
-    if kind is None:
-        return None
-    name = _forced.get() or kind.backends[0]
-    return _loaded.get(name) if name in kind.backends else None
 
 
 def backend_named(name: str) -> Backend:

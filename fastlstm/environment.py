@@ -75,9 +75,10 @@ def _version(package: str) -> str | None:
 def _compiled() -> dict[str, str]:
     threads = import_module("fastlstm.backends.threads")
     size = import_module("fastlstm.kernels.cpu.vector").VECTOR_BYTES
-    cache = import_module("fastlstm.kernels.cpu.jit").cache_folder(
-        import_module("fastlstm.kernels.cpu.sequence_forward").layer_forward
-    )
+    plain = import_module("fastlstm.kernels.cpu.jit").PLAIN
+    cache = "none: plain kernels are compiled in every process"
+    if not plain:
+        cache = import_module("fastlstm.kernels.cpu.kernel_cache").describe()
     return {
         "threads": f"at most {threads.get_num_threads()} per call",
         "vectors": f"{8 * size} bits: {size // 4} float32 or {size // 8} float64",

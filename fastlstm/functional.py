@@ -1,17 +1,19 @@
 """The LSTM as functions, for pipelines that hold their own arrays; :class:`fastlstm.LSTM` is a thin holder over them.
 
-Here the arguments are checked, brought to the layout of the backends (time first, always a batch), sent
-to the backend that the array's type selects, and brought back.
+Every call takes one path: the prepared call of its signature is found (``calls.py``) or made, the arguments are checked
+by it or, if they are not as it knows them, by ``checks.py``, and brought to the layout of the backends (time first,
+always a batch).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastlstm import checks, dispatch, parameters
+from fastlstm import calls, checks, dispatch
 from fastlstm.backends.base import Array, Dropout, Params, State
+from fastlstm.calls import Call
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
@@ -23,13 +25,17 @@ __all__ = ["Gradients", "Tape", "lstm_backward", "lstm_forward"]
 class Tape:
     """What a forward pass leaves for its backward pass; opaque, and unchanged by it."""
 
-    cell: Cell
-    backend: str
-    layout: Layout
+    call: Call
     record: Any
 
+    @property
+    def cell(self) -> Cell:
+        """The model's description."""
+        return self.call.cell
+
     def __repr__(self) -> str:
-        return f"<Tape of T={self.layout.steps}, B={self.layout.batch} on the {self.backend} backend>"
+        layout = self.call.layout
+        return f"<Tape of T={layout.steps}, B={layout.batch} on the {self.call.backend} backend>"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -52,55 +58,6 @@ class Gradients:
 
     def __repr__(self) -> str:
         return f"<Gradients by x {tuple(self.x.shape)}, the initial state and {len(self.params)} parameters>"
-
-
-class Layout(NamedTuple):
-    """How the caller's arrays lie: `batched` with a batch axis, `batch_first` with it before time."""
-
-    batched: bool
-    batch_first: bool
-    steps: int  # T
-    batch: int  # B, 1 for unbatched input
-
-    @classmethod
-    def of(cls, x: Array, batch_first: bool) -> Layout:
-        """Read the layout off an input that has been checked."""
-        if x.ndim == 2:
-            return cls(False, False, x.shape[0], 1)
-        first, second, _ = x.shape
-        return cls(True, batch_first, *((second, first) if batch_first else (first, second)))
-
-    @property
-    def state_batch(self) -> int | None:
-        """B, or None if the states have no batch axis."""
-        return self.batch if self.batched else None
-
-    def sequence_shape(self, features: int) -> tuple[int, ...]:
-        """Shape of a sequence in the caller's layout."""
-        if not self.batched:
-            return (self.steps, features)
-        return (self.batch, self.steps, features) if self.batch_first else (self.steps, self.batch, features)
-
-    def to_backend(self, sequence: Array) -> Array:
-        """View a sequence in the caller's layout as (T, B, features)."""
-        if not self.batched:
-            return sequence[:, None]
-        return sequence.swapaxes(0, 1) if self.batch_first else sequence
-
-    def to_caller(self, sequence: Array) -> Array:
-        """View a sequence (T, B, features) in the caller's layout."""
-        if not self.batched:
-            return sequence[:, 0]
-        return sequence.swapaxes(0, 1) if self.batch_first else sequence
-
-    def state_to_caller(self, h: Array, c: Array) -> State:
-        """View states (L*D, B, H) in the caller's layout."""
-        return (h, c) if self.batched else (h[:, 0], c[:, 0])
-
-    @property
-    def axes(self) -> str:
-        """The axes of a sequence, for messages."""
-        return "(T, features)" if not self.batched else "(B, T, features)" if self.batch_first else "(T, B, features)"
 
 
 def lstm_forward(
@@ -165,7 +122,7 @@ def lstm_forward(
     >>> grads.x.shape, sorted(grads.params)
     ((5, 4, 3), ['bias_l0', 'weight_hh_l0', 'weight_ih_l0'])
     """
-    cell = parameters.cell_of(params, dropout)
+    cell = calls.cell_of(params, dropout)
     source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.dropout else None
     y, state, tape = run(
         cell, params, x, state, lengths, batch_first=batch_first, dropout=source, keep_tape=True, recompute=recompute
@@ -205,19 +162,18 @@ def lstm_backward(
     """
     if not isinstance(tape, Tape):
         raise ArgumentError(f"tape must come from a forward pass, got {type(tape).__qualname__}")
-    cell, layout, backend = tape.cell, tape.layout, dispatch.backend_named(tape.backend)
-    if dstate is None and layout.batched and not layout.batch_first:
-        done = backend.shortcut_backward(cell, params, tape.record, dy)
-        if done:
-            return Gradients(done.x, (done.h0, done.c0), done.params)
-    params = checks.params(cell, params)
-    like = params["weight_hh_l0"]
-    if dy is None and dstate is None:
-        raise ArgumentError("backward needs dy or dstate: without either, every gradient is zero")
-    if dy is not None:
-        dy = layout.to_backend(checks.array("dy", dy, like, layout.sequence_shape(cell.output_size), layout.axes))
-    dh_n, dc_n = checks.state_gradient(cell, dstate, layout.state_batch, like)
-    result = backend.backward(cell, params, tape.record, dy, dh_n, dc_n)
+    call = tape.call
+    layout, dh_n, dc_n = call.layout, None, None
+    if not (dstate is None and call.takes_params(params) and call.takes(dy, call.y_shape)):
+        params = checks.params(call.cell, params)
+        like = params["weight_hh_l0"]
+        if dy is None and dstate is None:
+            raise ArgumentError("backward needs dy or dstate: without either, every gradient is zero")
+        if dy is not None:
+            dy = checks.array("dy", dy, like, call.y_shape, layout.axes)
+        dh_n, dc_n = map(layout.state_to_backend, checks.state_gradient(call.cell, dstate, layout.state_batch, like))
+    dy = None if dy is None else layout.to_backend(dy)
+    result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n)
     return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params)
 
 
@@ -233,32 +189,29 @@ def run(
     keep_tape: bool,
     recompute: bool = False,
 ) -> tuple[Array, State, Tape | None]:
-    """Check the arguments, run the backend's forward pass, and bring the result to the caller's layout."""
-    if not (batch_first or lengths is not None) and (backend := dispatch.backend_at_hand(x)) and x.ndim == 3:
-        if not keep_tape:
-            if quick := backend.shortcut(cell, params, x, state):
-                return quick[0], quick[1], None
-        elif recompute is False and (done := backend.shortcut_forward(cell, params, x, state)):
-            layout = Layout(True, False, x.shape[0], x.shape[1])
-            return done.y, (done.h_n, done.c_n), Tape(cell, backend.name, layout, done.tape)
-    params = checks.params(cell, params)
-    like = params["weight_hh_l0"]
-    x, layout = _layout(cell, x, like, batch_first)
-    h0, c0 = checks.state(cell, state, layout.state_batch, like)
-    lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
-    backend = dispatch.backend_for(x)
-    result = backend.forward(
-        cell, params, layout.to_backend(x), h0, c0, lengths, dropout, keep_tape, checks.flag("recompute", recompute)
-    )
-    tape = Tape(cell, backend.name, layout, result.tape) if keep_tape else None
-    return layout.to_caller(result.y), layout.state_to_caller(result.h_n, result.c_n), tape
+    """Run a forward pass: find the prepared call, check what it does not know, and bring the result to the caller."""
+    call = calls.find(cell, params, x, batch_first, keep_tape)
+    if call is None or not call.takes_all(params, x, state):
+        call, params, x, state = calls.checked(cell, params, x, state, batch_first, keep_tape)
+    layout = call.layout
+    if lengths is not None:
+        lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
+    if recompute is not False:
+        recompute = checks.flag("recompute", recompute)
+    h0, c0 = (None, None) if state is None else state
+    if layout.is_direct:
+        y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute)
+        return y, (h_n, c_n), Tape(call, record) if keep_tape else None
+    h0, c0 = layout.state_to_backend(h0), layout.state_to_backend(c0)
+    y, h_n, c_n, record = call.prepared.forward(params, layout.to_backend(x), h0, c0, lengths, dropout, recompute)
+    tape = Tape(call, record) if keep_tape else None
+    return layout.to_caller(y), layout.state_to_caller(h_n, c_n), tape
 
 
 def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, batch_first: bool) -> str:
     """Say in words how a call would be run; see ``LSTM.plan``."""
-    params = checks.params(cell, params)
-    like = params["weight_hh_l0"]
-    layout = _layout(cell, x, like, batch_first)[1]
+    call, params, x, _ = calls.checked(cell, params, x, None, batch_first, keep_tape=False)
+    layout = call.layout
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     rows = layout.steps * layout.batch if lengths is None else int(lengths.sum())
     backend = dispatch.backend_for(x)
@@ -266,29 +219,15 @@ def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, bat
     return "\n".join([f"{backend.name} backend", *(f"layer {number}: {words}" for number, words in layers)])
 
 
-def _layout(cell: Cell, x: Array, like: Array, batch_first: bool) -> tuple[Array, Layout]:
-    """Check an input, and read its layout off it."""
-    unbatched = getattr(x, "ndim", 3) == 2
-    axes = "(T, I)" if unbatched else "(B, T, I)" if batch_first else "(T, B, I)"
-    x = checks.array("x", x, like, (None, cell.input_size) if unbatched else (None, None, cell.input_size), axes)
-    return x, Layout.of(x, batch_first)
-
-
-def step(cell: Cell, params: Mapping[str, Array], x: Array, state: State | None) -> tuple[Array, State]:
-    """Check the arguments and advance the model by one time step; see ``LSTM.step``."""
-    backend = dispatch.backend_at_hand(x)
-    if backend and x.ndim == 2 and (quick := backend.shortcut(cell, params, x, state)):
-        return quick
-    if cell.bidirectional:
-        raise ArgumentError("a bidirectional LSTM cannot step: its reverse direction starts at the sequence's end")
-    params = checks.params(cell, params)
-    like = params["weight_hh_l0"]
-    unbatched = getattr(x, "ndim", 2) == 1
-    shape, axes = ((cell.input_size,), "(I,)") if unbatched else ((None, cell.input_size), "(B, I)")
-    x = checks.array("x_t", x, like, shape, axes)
-    layout = Layout(not unbatched, False, 1, 1 if unbatched else x.shape[0])
-    h, c = checks.state(cell, state, layout.state_batch, like)
-    h, c = dispatch.backend_for(x).step(cell, params, x[None] if unbatched else x, h, c)
-    h, c = layout.state_to_caller(h, c)
-    # A copy: a caller who works on the output in place must not change the state with it.
-    return h[-1].copy(), (h, c)
+def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | None) -> tuple[Array, State]:
+    """Advance by one time step; see ``LSTM.step``."""
+    call = calls.find(cell, params, x_t, False, False, is_step=True)
+    if call is None or not call.takes_all(params, x_t, state):
+        call, params, x_t, state = calls.checked(cell, params, x_t, state, False, keep_tape=False, is_step=True)
+    h0, c0 = (None, None) if state is None else state
+    if call.layout.batched:
+        y, h_n, c_n, _ = call.prepared.forward(params, x_t, h0, c0, None, None, False)
+        return y, (h_n, c_n)
+    h0, c0 = call.layout.state_to_backend(h0), call.layout.state_to_backend(c0)
+    y, h_n, c_n, _ = call.prepared.forward(params, x_t[None], h0, c0, None, None, False)
+    return y[0], (h_n[:, 0], c_n[:, 0])

@@ -108,7 +108,7 @@ def shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for layer, direction in directions(cell):
         names = direction_names(cell, layer, direction)
         found |= {names[row.role]: row.shape(cell, layer) for row in TABLE if row.role in names}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.plan import FEW_ROWS
+from fastlstm.backends.cpu.schedule import FEW_ROWS
 from fastlstm.dispatch import backend_named, use_backend
 from fastlstm.errors import KernelCacheWarning
 from fastlstm.lstm import LSTM

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, State
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.parameters import direction_names
@@ -165,17 +165,9 @@ class LayeredBackend(ABC):
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         return ["step after step"] * cell.num_layers
 
-    def shortcut(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> tuple[Array, State] | None:
-        """Take no shortcut (see ``base.Backend.shortcut``)."""
-        return None
-
-    def shortcut_forward(self, cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> ForwardResult | None:
-        """Take no shortcut (see ``base.Backend.shortcut_forward``)."""
-        return None
-
-    def shortcut_backward(self, cell: Cell, params: Mapping[str, Any], tape: Any, dy: Any) -> BackwardResult | None:
-        """Take no shortcut (see ``base.Backend.shortcut_backward``)."""
-        return None
+    def prepare(self, cell: Cell, signature: Signature) -> Prepared:
+        """Prepare calls of a signature (see ``base.Backend.prepare``): here, nothing is decided ahead."""
+        return _LayeredCall(self, cell, signature)
 
     def _states(self, cell: Cell, batch: int, dtype: Any, h: Array | None, c: Array | None) -> tuple[Array, Array]:
         shape = (cell.num_layers * cell.num_directions, batch, cell.hidden_size)
@@ -184,6 +176,37 @@ class LayeredBackend(ABC):
     def _joined(self, layers: list[Array]) -> Array:
         """Join what belongs to the states of each layer, (D, B, H), to one array."""
         return layers[0] if len(layers) == 1 else self.xp.concatenate(layers)
+
+
+class _LayeredCall:
+    """A prepared call of a backend that decides nothing ahead."""
+
+    def __init__(self, backend: LayeredBackend, cell: Cell, signature: Signature) -> None:
+        self._backend, self._cell, self._signature = backend, cell, signature
+
+    def forward(
+        self,
+        params: Params,
+        x: Array,
+        h0: Array | None,
+        c0: Array | None,
+        lengths: Array | None,
+        dropout: Dropout | None,
+        recompute: bool,
+    ) -> ForwardResult:
+        """Run the whole sequence (see ``base.Prepared.forward``)."""
+        if self._signature.is_step:
+            h_n, c_n = self._backend.step(self._cell, params, x, h0, c0)
+            # A copy: a caller who works on the output in place must not change the state with it.
+            return ForwardResult(h_n[-1].copy(), h_n, c_n, None)
+        keep_tape = self._signature.keep_tape
+        return self._backend.forward(self._cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute)
+
+    def backward(
+        self, params: Params, tape: Any, dy: Array | None, dh_n: Array | None, dc_n: Array | None
+    ) -> BackwardResult:
+        """Back-propagate (see ``base.Prepared.backward``)."""
+        return self._backend.backward(self._cell, params, tape, dy, dh_n, dc_n)
 
 
 def _layer_rows(cell: Cell, layer: int) -> slice:

@@ -1,8 +1,9 @@
 """Products with unpacked weights: for a few rows, for which packing the weights would cost more than the products.
 
-Where the microkernel of ``gemm_microkernel.py`` has a column of the weights in each lane, here a vector is a part of one
-row of the weights, times the same part of a row of x; so nothing has to be rearranged, and the sum over the lanes comes
-at the end. A few rows of x meet a few of the weights at a time, so that each vector loaded serves several multiply-adds.
+Where the microkernel of ``gemm_microkernel.py`` has a column of the weights in each lane, here a vector is a part of
+one row of the weights, times the same part of a row of x; so nothing has to be rearranged, and the sum over the lanes
+comes at the end. A few rows of x meet a few of the weights at a time, so that each loaded vector serves several
+multiply-adds.
 
 The order of a sum depends on the lengths of the rows alone, not on which rows share a tile.
 """

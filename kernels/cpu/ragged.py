@@ -5,8 +5,8 @@ The sequences of a batch stand sorted by length, the longest first, and their st
 stored, and the rows of all steps together are one matrix of N = sum of lengths rows. Row n belongs at ``places[n]`` of
 the caller's (T * B). A batch of equal lengths is the special case ``offsets[s] = s * B``, without a copy.
 
-All of this is one int64 array, the `index` of a call: order (B,), lengths (B,), offsets (S + 1,) and places (N,), with S
-the longest length.
+All of this is one int64 array, the `index` of a call: order (B,), lengths (B,), offsets (S + 1,) and places (N,),
+with S the longest length.
 """
 
 from __future__ import annotations

@@ -26,10 +26,11 @@ from fastlstm.kernels.cpu.worker import size_of_call, this_call
 
 __all__ = ["SETTINGS", "sequence_forward"]
 
-# The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of y to write; whether
-# to set y past the lengths to zero, to write the tape, to pack the weights, to use packed ones; for how many steps input
-# products are computed together, 0 for none; whether units are divided among the threads. Then come the places in
-# `scratch` of what the kernel works with, the length of a row of `a`, and the addresses of a variant's routines.
+# The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of y to write;
+# whether to set y past the lengths to zero, to write the tape, to pack the weights, to use packed ones; for how many
+# steps input products are computed together, 0 for none; whether units are divided among the threads. Then come the
+# places in `scratch` of what the kernel works with, the length of a row of `a`, and the addresses of a variant's
+# routines.
 (BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, IS_PACKED, AHEAD, DIVIDED, H_ROWS, C_ROWS, A, A_ROW, WEIGHTS, BIAS,
  ADDRESSES) = range(17)  # fmt: skip
 SETTINGS = ADDRESSES + CELL

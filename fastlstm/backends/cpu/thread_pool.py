@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from fastlstm.backends.base import Array
-from fastlstm.backends.memory import one_block
+from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.kernels.cpu.vector import CACHE_LINE
 from fastlstm.kernels.cpu.team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
+from fastlstm.kernels.cpu.vector import CACHE_LINE
 from fastlstm.kernels.cpu.worker import (
     ABSENT,
     ASLEEP,

@@ -88,44 +88,52 @@ def _bytes_and_line(size: int) -> tuple[Array, int]:
 
 
 class Workspace:
-    """What arrays one kind of call works with; made once for the kind, so that they are found without a look at them.
+    """The scratch memory of one kind of call: arrays side by side; made once, so that it is found by identity.
 
     Parameters
     ----------
     dtype : numpy.dtype
         Of all arrays.
-    shapes : tuple of tuple of int
+    *shapes : tuple of int
         One for each array.
+
+    Attributes
+    ----------
+    starts : list of int
+        Where each array starts in the memory, in elements; each from the start of a cache line on.
+    size : int
+        Elements in all.
     """
 
-    __slots__ = ("dtype", "is_large", "shapes")
+    __slots__ = ("dtype", "is_large", "size", "starts")
 
-    def __init__(self, dtype: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
-        self.dtype, self.shapes = dtype, shapes
-        self.is_large = _layout(dtype.itemsize, shapes)[1] >= Pool.LEAST
+    def __init__(self, dtype: Any, *shapes: tuple[int, ...]) -> None:
+        starts, size = _layout(dtype.itemsize, shapes)
+        self.dtype, self.is_large = dtype, size >= Pool.LEAST
+        self.starts, self.size = [start // dtype.itemsize for start in starts], size // dtype.itemsize
 
 
 class Scratch:
-    """Sets of arrays that calls work with, each lent to one at a time and then to the next that needs the same.
+    """Scratch memory, each piece lent to one call at a time and then to the next that needs the same.
 
-    To make them anew would take a short call longer than to use them. A set in a large block is not kept: other
-    calls find that block in the pool.
+    To allocate it anew would take a short call longer than to use it. A large piece is not kept: other calls find its
+    block in the pool.
     """
 
-    KINDS = 16  # of calls whose sets are kept
+    KINDS = 16  # of calls whose memory is kept
 
     def __init__(self) -> None:
-        self._idle: dict[Workspace, list[list[Array]]] = {}
+        self._idle: dict[Workspace, list[Array]] = {}
 
-    def borrow(self, workspace: Workspace) -> list[Array]:
-        """Return uninitialised arrays, as :func:`one_block` makes them, for this caller alone."""
+    def borrow(self, workspace: Workspace) -> Array:
+        """Return uninitialised memory, one-dimensional, for this caller alone."""
         try:
             return self._idle[workspace].pop()
-        except (KeyError, IndexError):  # none yet, or all are in use
-            return one_block(workspace.dtype, *workspace.shapes)
+        except (KeyError, IndexError):  # none yet, or all is in use
+            return one_block(workspace.dtype, (workspace.size,))[0]
 
-    def give_back(self, workspace: Workspace, arrays: list[Array]) -> None:
-        """Keep borrowed arrays for the next call; only once nobody works with them any more."""
+    def give_back(self, workspace: Workspace, memory: Array) -> None:
+        """Keep borrowed memory for the next call; only once nothing works with it any more."""
         if workspace.is_large:
             return
         idle = self._idle.get(workspace)
@@ -133,7 +141,7 @@ class Scratch:
             if len(self._idle) >= self.KINDS:
                 self._idle.clear()
             idle = self._idle.setdefault(workspace, [])
-        idle.append(arrays)
+        idle.append(memory)
 
 
 class _Block(NamedTuple):

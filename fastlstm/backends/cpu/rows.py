@@ -1,0 +1,79 @@
+"""The rows of a batch, as the kernels take them (``kernels/cpu/ragged.py`` says how)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.kernels.cpu.ragged import fill_index, measure
+
+__all__ = ["Rows"]
+
+_KEPT_ROWS = 8192  # of a batch of equal lengths whose index is kept: 64 KiB
+
+
+class Rows:
+    """How the steps of a batch are packed.
+
+    Attributes
+    ----------
+    steps, batch : int
+        T and B.
+    longest : int
+        S, the longest length.
+    count : int
+        N, the number of steps of all sequences.
+    ragged : bool
+        Whether the lengths differ from T.
+    """
+
+    __slots__ = ("_indices", "_lengths", "batch", "count", "longest", "ragged", "steps")
+
+    def __init__(self, lengths: Array | None, steps: int, batch: int) -> None:
+        self.steps, self.batch, self.longest, self.count, self.ragged = steps, batch, steps, steps * batch, False
+        if lengths is not None:
+            shortest, longest, count = measure(lengths)
+            if shortest < steps:
+                self.longest, self.count, self.ragged = longest, count, True
+        self._lengths = lengths
+        self._indices: dict[bool, Array] = {}
+
+    def index(self, reverse: bool) -> Array:
+        """Return order, lengths, offsets and places of the rows, in the order of computation.
+
+        With equal lengths, the rows lie in the order of time in both directions.
+        """
+        found = self._indices.get(reverse)
+        if found is None:
+            if self.ragged:
+                found = np.empty(2 * self.batch + self.longest + 1 + self.count, np.int64)
+                fill_index(self._lengths, self.longest, reverse, found)
+            else:
+                found = (_kept_index if self.count <= _KEPT_ROWS else _index)(self.steps, self.batch, reverse)
+            self._indices[reverse] = found
+        return found
+
+    def pack(self, x: Array, reverse: bool) -> Array:
+        """Return the rows of a sequence (T, B, I) in the order of computation: a view, if they lie in it."""
+        flat = x.reshape(-1, x.shape[2])
+        if not (self.ragged or reverse):
+            return flat
+        packed: Array = flat.take(self.index(reverse)[2 * self.batch + self.longest + 1 :], axis=0)
+        return packed
+
+
+def _index(steps: int, batch: int, reverse: bool) -> Array:
+    """Return the index of a batch of equal lengths."""
+    index: Any = np.empty(2 * batch + steps + 1 + steps * batch, np.int64)
+    index[:batch], index[batch : 2 * batch] = np.arange(batch), steps
+    index[2 * batch : 2 * batch + steps + 1] = np.arange(steps + 1) * batch
+    places = np.arange(steps * batch).reshape(steps, batch)
+    index[2 * batch + steps + 1 :] = (places[::-1] if reverse else places).reshape(-1)
+    return index
+
+
+# Nobody writes to it, so short calls need not make it anew. At most 16 of 64 KiB each and a little.
+_kept_index = functools.lru_cache(maxsize=16)(_index)

@@ -1,0 +1,147 @@
+"""The arguments of the kernels for small batches: short calls, streaming, and training on a few rows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.cpu.launch import Candidate, Candidates, launch, settings_of
+from fastlstm.backends.cpu.schedule import FEW_ROWS, LEAST_TO_SHARE, Schedule, are_few, is_short, most_threads
+from fastlstm.backends.cpu.sequence import DirectionTape, schedules
+from fastlstm.backends.cpu.thread_pool import NO_TEAM
+from fastlstm.backends.cpu.weights import Size, arguments_of
+from fastlstm.backends.cpu.workspace import new_array, new_like
+from fastlstm.backends.layers import Weights
+from fastlstm.backends.threads import get_num_threads
+from fastlstm.kernels.cpu import small_batch as small
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE
+from fastlstm.kernels.cpu.gemm_microkernel import MC, MR
+
+__all__ = ["infer", "is_small", "small_backward", "small_forward"]
+
+
+def is_small(size: Size, steps: int, batch: int, *, packed: bool = False, backward: bool = False) -> bool:
+    """Say whether a layer of one direction and without padding is run by these kernels.
+
+    On packed weights, a single step may have as many rows as the packed weights serve at a time.
+    """
+    most = MC if packed and steps == 1 else FEW_ROWS
+    return is_short(steps * batch, size.inputs, size.hidden, backward, most)
+
+
+@functools.lru_cache(maxsize=256)
+def _settings(size: Size, layers: int) -> Array:
+    """Return the kernels' numbers."""
+    numbers = {
+        small.INPUTS: size.inputs, small.HIDDEN: size.hidden, small.BIASED: size.biased, small.LAYERS: layers,
+        small.OWN: size.own,
+    }  # fmt: skip
+    return settings_of(small.SETTINGS, numbers, size.addresses)
+
+
+def infer(kernel: Any, size: Size, layers: int, weights: tuple[Array, ...], steps: int, batch: int) -> Any:
+    """Return the function that runs a kernel for inference on x (T * B, I), h0, c0, y, h_n and c_n.
+
+    Parameters
+    ----------
+    kernel : callable
+        ``small_forward``, or ``small_forward_packed`` of as many `layers`.
+    size : Size
+        Of the first layer.
+    layers : int
+    weights : tuple of array
+        The kernel's first arguments; () if they are to be given with each call.
+    steps, batch : int
+        T and B.
+    """
+    small.prepare(kernel, size.dtype)
+    settings, rows = _settings(size, layers), steps * batch
+    if rows <= FEW_ROWS and size.hidden * (size.inputs + size.hidden) < LEAST_TO_SHARE:
+        return functools.partial(_alone, kernel, settings)
+    candidates = _candidates(kernel, size, layers, rows, batch)
+    if candidates is None:
+        return functools.partial(_alone, kernel, settings)
+    return functools.partial(_shared, kernel, settings, candidates, rows)
+
+
+def _alone(kernel: Any, settings: Array, *arguments: Array) -> Any:
+    return kernel(*arguments, settings, NO_TEAM, 0)
+
+
+def _shared(kernel: Any, settings: Array, candidates: Any, rows: int, *arguments: Array) -> Any:
+    threads = get_num_threads()
+    if threads == 1:
+        return kernel(*arguments, settings, NO_TEAM, 0)
+    return launch(kernel, arguments, candidates, rows, threads)
+
+
+def _candidates(kernel: Any, size: Size, layers: int, rows: int, batch: int) -> Any:
+    """Return what returns the ways to run a short call for a number of threads; None if it is too small for a team."""
+    few = are_few(rows, size.inputs, size.hidden, MR)
+    if most_threads(rows, size.inputs, size.hidden, few) == 1:
+        return None
+
+    @functools.cache
+    def candidates(threads: int) -> Candidates:
+        chosen = schedules(size, rows, batch, threads, packed=kernel is small.small_forward_packed)
+        chosen = tuple({each.threads: each for each in chosen[::-1]}.values())[::-1]  # a team always divides the units
+        return Candidates(
+            tuple(Candidate(schedule, (), _settings(size, layers)) for schedule in chosen),
+            _kind(kernel, size, layers, rows, batch, chosen) if len(chosen) > 1 else None,
+        )
+
+    return candidates
+
+
+@functools.lru_cache(maxsize=256)
+def _kind(kernel: Any, size: Size, layers: int, rows: int, batch: int, chosen: tuple[Schedule, ...]) -> object:
+    """Return an object for each kind of call, under which the trials note its times."""
+    return object()
+
+
+def small_forward(
+    size: Size, weights: Weights, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array
+) -> DirectionTape:
+    """Run one layer over x (T * B, I) for training; writes y (T * B, H), h_n and c_n (1, B, H).
+
+    The tape keeps the gates even with `recompute`. Its arrays are allocated one by one: for so few rows, alignment
+    would take longer than it saves.
+    """
+    small.prepare(small.small_forward_taped, size.dtype)
+    tape = np.empty((len(x), size.blocks, TAPE, size.width), size.dtype)
+    h_rows = np.empty((len(x), size.stride), size.dtype)
+    fits = small.small_forward_taped(
+        *arguments_of(weights, size), x, h0, c0, y, h_n, c_n, tape, h_rows, _settings(size, 1), NO_TEAM
+    )
+    assert fits
+    return DirectionTape(tape, h_rows, c0[0].copy())
+
+
+def small_backward(
+    size: Size,
+    weights: Weights,
+    x: Array,  # (T * B, I)
+    tape: DirectionTape,
+    dy: Array,  # (T * B, H), or (0, H) for zero
+    dh_n: Array,  # (1, B, H), or (0, B, H) for zero
+    dc_n: Array,
+    dx: Array,  # (T * B, I), OUT
+    dh0: Array,  # (1, B, H), OUT
+    dc0: Array,  # (1, B, H), OUT
+) -> Weights:
+    """Back-propagate through one layer over a few rows; return the gradients by its parameters."""
+    small.prepare(small.small_backward, size.dtype)
+    weight_ih, weight_hh, bias, own = arguments_of(weights, size)
+    grads = [new_like(array) for array in (weight_ih, weight_hh, bias, own)]
+    da = new_array((len(dx), GATES * size.hidden), size.dtype)
+    fits = small.small_backward(
+        weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, _settings(size, 1)
+    )
+    assert fits
+    return Weights(
+        grads[0], grads[1], None if weights.bias is None else grads[2],
+        None if weights.weight_peephole is None else grads[3],
+    )  # fmt: skip

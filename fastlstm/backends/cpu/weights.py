@@ -1,0 +1,111 @@
+"""Weights as the kernels take them: unpacked, or packed and kept if they never change."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.cpu.workspace import one_block
+from fastlstm.backends.layers import Weights
+from fastlstm.backends.plain_arrays import as_plain
+from fastlstm.cell import Cell
+from fastlstm.frozen import FrozenParams
+from fastlstm.kernels.cpu.cell_step import GATES, PEEPHOLE, PLAIN, cell_addresses
+from fastlstm.kernels.cpu.vector import lanes
+from fastlstm.kernels.cpu.weight_packing import pack_weights
+
+__all__ = ["Packed", "Size", "arguments_of", "packed_model", "size_of"]
+
+_PACKED = "packed for the CPU backend"  # under this key they are kept with weights that never change
+
+
+class Size(NamedTuple):
+    """One layer in one direction: its sizes, and its variant of the cell."""
+
+    inputs: int  # I
+    hidden: int  # H
+    width: int  # V, lanes of a vector
+    blocks: int  # vectors that H takes
+    own: int  # rows of a variant's own parameters, E
+    biased: bool
+    dtype: Any
+    addresses: tuple[int, ...]  # of the variant's routines
+
+    @property
+    def stride(self) -> int:
+        """H padded to whole vectors."""
+        return self.blocks * self.width
+
+    @property
+    def packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the packed weights and the packed bias."""
+        return (self.blocks * (self.inputs + self.hidden), GATES, self.width), (2, self.blocks, GATES, self.width)
+
+
+@functools.lru_cache(maxsize=256)
+def size_of(cell: Cell, layer: int) -> Size:
+    """Return the size of one layer of a model; compiles the routines of its variant, if it has any."""
+    width = lanes(cell.dtype)
+    variant, own = (PEEPHOLE, 3) if cell.peephole else (PLAIN, 0)
+    return Size(
+        cell.layer_input_size(layer), cell.hidden_size, width, -(-cell.hidden_size // width), own, cell.bias,
+        cell.dtype, cell_addresses(variant, cell.dtype),
+    )  # fmt: skip
+
+
+def arguments_of(weights: Weights, size: Size) -> tuple[Array, Array, Array, Array]:
+    """Return weights, bias and a variant's own parameters as the kernels take them; empty for none."""
+    bias, own = weights.bias, weights.weight_peephole
+    return (
+        as_plain(weights.weight_ih),
+        as_plain(weights.weight_hh),
+        np.empty(0, size.dtype) if bias is None else as_plain(bias),
+        np.empty((0, size.hidden), size.dtype) if own is None else as_plain(own),
+    )
+
+
+class Packed(NamedTuple):
+    """The packed weights of a frozen model."""
+
+    weights: list[Array]  # for each direction, those of all layers one after the other
+    bias: list[Array]
+    own: list[Array]  # (L * E, H)
+    layers: list[list[tuple[Array, Array]]]  # for each layer and direction, views of its part
+
+
+def packed_model(cell: Cell, params: FrozenParams) -> Packed:
+    """Return the packed weights of a frozen model, packed at its first call."""
+    found: Packed | None = params.kept.get(_PACKED)
+    if found is None:
+        found = params.kept.setdefault(_PACKED, _pack(cell, params))  # another thread may have been faster
+    return found
+
+
+def _pack(cell: Cell, params: FrozenParams) -> Packed:
+    from fastlstm.backends.layers import layer_weights
+
+    sizes = [size_of(cell, layer) for layer in range(cell.num_layers)]
+    found = Packed([], [], [], [[] for _ in sizes])
+    by_layer = [layer_weights(cell, params, layer) for layer in range(cell.num_layers)]
+    for direction in range(cell.num_directions):
+        shapes = [shape for number in (0, 1) for size in sizes for shape in size.packed_shapes[number : number + 1]]
+        counts = [int(np.prod(shape)) for shape in shapes]
+        half = sum(counts[: len(sizes)])
+        (memory,) = one_block(cell.dtype, (sum(counts),), lasting=True)
+        parts = [
+            part.reshape(shape) for part, shape in zip(np.split(memory, np.cumsum(counts)[:-1]), shapes, strict=True)
+        ]
+        own = []
+        for layer, size in enumerate(sizes):
+            weight_ih, weight_hh, bias, of_layer = arguments_of(by_layer[layer][direction], size)
+            packed, packed_bias = parts[layer], parts[len(sizes) + layer]
+            pack_weights(weight_ih, weight_hh, bias, packed, packed_bias)
+            found.layers[layer].append((packed, packed_bias))
+            own.append(of_layer)
+        found.weights.append(memory[:half])
+        found.bias.append(memory[half:])
+        found.own.append(np.concatenate(own))
+    return found

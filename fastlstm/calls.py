@@ -1,0 +1,206 @@
+"""Prepared calls: what can be decided once for all calls of one signature, at the level of the API.
+
+The signature of a call is the model, the kind and shape of x, its layout, whether a tape is kept, and whether the model
+is frozen. What a caller can change between two calls of one signature is checked in each of them (:meth:`Call.takes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fastlstm import checks, dispatch, parameters
+from fastlstm.backends.base import Array, Prepared, Signature, State
+from fastlstm.cell import Cell
+from fastlstm.errors import ArgumentError
+from fastlstm.frozen import FrozenParams
+
+__all__ = ["Call", "Layout", "cell_of", "checked", "find"]
+
+_MOST_CALLS, _MOST_CELLS = 512, 64  # that are kept
+
+
+class Layout(NamedTuple):
+    """How the caller's arrays lie: `batched` with a batch axis, `batch_first` with it before time."""
+
+    batched: bool
+    batch_first: bool
+    steps: int  # T
+    batch: int  # B, 1 for unbatched input
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], batch_first: bool) -> Layout:
+        """Read the layout off the shape of an input that has been checked."""
+        if len(shape) == 2:
+            return cls(False, False, shape[0], 1)
+        first, second, _ = shape
+        return cls(True, batch_first, *((second, first) if batch_first else (first, second)))
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the caller's layout is that of the backends."""
+        return self.batched and not self.batch_first
+
+    @property
+    def state_batch(self) -> int | None:
+        """B, or None if the states have no batch axis."""
+        return self.batch if self.batched else None
+
+    def sequence_shape(self, features: int) -> tuple[int, ...]:
+        """Shape of a sequence in the caller's layout."""
+        if not self.batched:
+            return (self.steps, features)
+        return (self.batch, self.steps, features) if self.batch_first else (self.steps, self.batch, features)
+
+    def to_backend(self, sequence: Array) -> Array:
+        """View a sequence in the caller's layout as (T, B, features)."""
+        if not self.batched:
+            return sequence[:, None]
+        return sequence.swapaxes(0, 1) if self.batch_first else sequence
+
+    def to_caller(self, sequence: Array) -> Array:
+        """View a sequence (T, B, features) in the caller's layout."""
+        if not self.batched:
+            return sequence[:, 0]
+        return sequence.swapaxes(0, 1) if self.batch_first else sequence
+
+    def state_to_backend(self, state: Array | None) -> Array | None:
+        """View a state in the caller's layout as (L*D, B, H)."""
+        return state if self.batched or state is None else state[:, None]
+
+    def state_to_caller(self, h: Array, c: Array) -> State:
+        """View states (L*D, B, H) in the caller's layout."""
+        return (h, c) if self.batched else (h[:, 0], c[:, 0])
+
+    @property
+    def axes(self) -> str:
+        """The axes of a sequence, for messages."""
+        return "(T, features)" if not self.batched else "(B, T, features)" if self.batch_first else "(T, B, features)"
+
+
+class Call:
+    """A prepared call; made by :func:`checked`, found again by :func:`find`."""
+
+    __slots__ = (
+        "backend", "cell", "dtype", "frozen", "kind", "layout", "on_host", "params", "prepared", "state_shape",
+        "x_shape", "y_shape",
+    )  # fmt: skip
+
+    def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature) -> None:
+        backend = dispatch.backend_for(x)
+        states = cell.num_layers * cell.num_directions
+        self.cell, self.layout, self.backend = cell, layout, backend.name
+        self.prepared: Prepared = backend.prepare(cell, signature)
+        self.kind, self.dtype, self.frozen = type(x), cell.dtype, signature.frozen
+        self.on_host = dispatch.kind_of("x", x).library == "numpy"
+        self.params = tuple(parameters.shapes(cell).items())
+        self.x_shape, self.y_shape = x.shape, layout.sequence_shape(cell.output_size)
+        self.state_shape = (states, layout.batch, cell.hidden_size) if layout.batched else (states, cell.hidden_size)
+
+    def takes(self, array: Any, shape: tuple[int, ...]) -> bool:
+        """Say whether an argument is an array of this shape, and of the call's type, dtype and byte order."""
+        return type(array) is self.kind and array.shape == shape and self._is_native(array.dtype)
+
+    def _is_native(self, dtype: Any) -> bool:
+        # Identity first: NumPy has one object for each native dtype, except in arrays and models that were unpickled.
+        return dtype is self.dtype or dtype == self.dtype
+
+    def takes_params(self, params: Mapping[str, Any]) -> bool:
+        """Say whether the parameters are as this call needs them."""
+        if self.frozen:
+            return type(params) is FrozenParams and (params.cell is self.cell or params.cell == self.cell)
+        if type(params) is FrozenParams or len(params) != len(self.params):
+            return False
+        for name, shape in self.params:
+            array: Any = params.get(name)
+            if not (type(array) is self.kind and array.shape == shape and self._is_native(array.dtype)):
+                return False
+        return self.on_host or len({array.device for array in params.values()}) == 1
+
+    def takes_all(self, params: Mapping[str, Any], x: Any, state: Any) -> bool:
+        """Say whether parameters, input and state are as this call needs them."""
+        if not (self.takes(x, self.x_shape) and self.takes_params(params)):
+            return False
+        if state is not None:
+            if type(state) is not tuple or len(state) != 2:
+                return False
+            if not (self.takes(state[0], self.state_shape) and self.takes(state[1], self.state_shape)):
+                return False
+        return self.on_host or all(array.device == params["weight_hh_l0"].device for array in (x, *(state or ())))
+
+
+_calls: dict[Any, Call] = {}
+_cells: dict[Any, Cell] = {}
+
+
+def _key(cell: Cell, params: Any, x: Any, batch_first: bool, keep_tape: bool, is_step: bool) -> Any:
+    """Return the key of a signature."""
+    return cell, type(x), x.shape, batch_first, keep_tape, is_step, type(params) is FrozenParams, dispatch.forced()
+
+
+def find(cell: Cell, params: Any, x: Any, batch_first: bool, keep_tape: bool, *, is_step: bool = False) -> Call | None:
+    """Return the prepared call for arguments that have not been checked; None if there is none yet."""
+    try:
+        return _calls.get(_key(cell, params, x, batch_first, keep_tape, is_step))
+    except (AttributeError, TypeError):  # x is no array, or an argument has no hash: the checks say so
+        return None
+
+
+def checked(
+    cell: Cell,
+    params: Mapping[str, Any],
+    x: Any,
+    state: Any,
+    batch_first: Any,
+    keep_tape: bool,
+    *,
+    is_step: bool = False,
+) -> tuple[Call, dict[str, Array], Array, State | None]:
+    """Check the arguments of a call, and return its prepared call and what it takes in their place.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
+        If an argument does not fit.
+    """
+    if is_step and cell.bidirectional:
+        raise ArgumentError("a bidirectional LSTM cannot step: its reverse direction starts at the sequence's end")
+    params = checks.params(cell, params)
+    like = params["weight_hh_l0"]
+    unbatched = getattr(x, "ndim", 3) == (1 if is_step else 2)
+    shape: tuple[int | None, ...] = (cell.input_size,) if unbatched else (None, cell.input_size)
+    axes = "(I,)" if unbatched else "(B, I)"
+    if not is_step:
+        shape = (None, *shape)
+        axes = "(T, I)" if unbatched else "(B, T, I)" if batch_first else "(T, B, I)"
+    x = checks.array("x" if not is_step else "x_t", x, like, shape, axes)
+    if is_step:
+        layout = Layout(not unbatched, False, 1, 1 if unbatched else x.shape[0])
+    else:
+        layout = Layout.of(x.shape, batch_first)
+    state = None if state is None else checks.state(cell, state, layout.state_batch, like)
+    key = _key(cell, params, x, batch_first, keep_tape, is_step)
+    call = _calls.get(key)
+    if call is None:
+        signature = Signature(layout.steps, layout.batch, keep_tape, is_step, isinstance(params, FrozenParams))
+        call = Call(cell, x, layout, signature)
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    return call, params, x, state
+
+
+def cell_of(params: Any, dropout: Any) -> Cell:
+    """Work out the description of the model whose parameters these are: see :func:`fastlstm.parameters.cell_of`."""
+    try:
+        first, second = params["weight_ih_l0"], params["weight_hh_l0"]
+        key = (tuple(params), first.shape, second.shape, first.dtype, dropout, type(dropout))
+        found = _cells.get(key)
+    except (AttributeError, KeyError, TypeError):  # which the checks say better
+        return parameters.cell_of(params, dropout)
+    if found is None:
+        found = parameters.cell_of(params, dropout)
+        if len(_cells) >= _MOST_CELLS:
+            _cells.clear()
+        _cells[key] = found
+    return found
