@@ -17,7 +17,7 @@ from fastlstm.frozen import FrozenParams
 
 __all__ = ["Call", "Layout", "cell_of", "checked", "find"]
 
-_MOST_CALLS, _MOST_CELLS = 512, 64  # that are kept
+_MOST_CALLS, _MOST_CELLS = 64, 64  # that are kept: calls of a cell, and cells of the functions
 
 
 class Layout(NamedTuple):
@@ -82,12 +82,12 @@ class Call:
     """A prepared call; made by :func:`checked`, found again by :func:`find`."""
 
     __slots__ = (
-        "backend", "cell", "dtype", "frozen", "kind", "layout", "on_host", "params", "prepared", "state_shape",
-        "x_shape", "y_shape",
+        "backend", "cell", "dtype", "forced", "frozen", "kind", "layout", "on_host", "params", "prepared",
+        "state_shape", "x_shape", "y_shape",
     )  # fmt: skip
 
     def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature) -> None:
-        backend = dispatch.backend_for(x)
+        self.forced, backend = dispatch.forced(), dispatch.backend_for(x)
         states = cell.num_layers * cell.num_directions
         self.cell, self.layout, self.backend = cell, layout, backend.name
         self.prepared: Prepared = backend.prepare(cell, signature)
@@ -99,51 +99,65 @@ class Call:
 
     def takes(self, array: Any, shape: tuple[int, ...]) -> bool:
         """Say whether an argument is an array of this shape, and of the call's type, dtype and byte order."""
-        return type(array) is self.kind and array.shape == shape and self._is_native(array.dtype)
-
-    def _is_native(self, dtype: Any) -> bool:
         # Identity first: NumPy has one object for each native dtype, except in arrays and models that were unpickled.
-        return dtype is self.dtype or dtype == self.dtype
+        return (
+            type(array) is self.kind
+            and array.shape == shape
+            and (array.dtype is self.dtype or array.dtype == self.dtype)
+        )
 
     def takes_params(self, params: Mapping[str, Any]) -> bool:
         """Say whether the parameters are as this call needs them."""
         if self.frozen:
             return type(params) is FrozenParams and (params.cell is self.cell or params.cell == self.cell)
-        if type(params) is FrozenParams or len(params) != len(self.params):
+        kind, dtype = self.kind, self.dtype
+        if len(params) != len(self.params):
             return False
         for name, shape in self.params:
             array: Any = params.get(name)
-            if not (type(array) is self.kind and array.shape == shape and self._is_native(array.dtype)):
+            if type(array) is not kind or array.shape != shape:
+                return False
+            if array.dtype is not dtype and array.dtype != dtype:
                 return False
         return self.on_host or len({array.device for array in params.values()}) == 1
 
-    def takes_all(self, params: Mapping[str, Any], x: Any, state: Any) -> bool:
-        """Say whether parameters, input and state are as this call needs them."""
-        if not (self.takes(x, self.x_shape) and self.takes_params(params)):
+    def takes_all(self, params: Mapping[str, Any], x: Any, state: Any) -> bool:  # noqa: PLR0911  # the fastest way
+        """Say whether parameters, input and state are as this call needs them: what :meth:`takes` says of each."""
+        kind, dtype, shape = self.kind, self.dtype, self.state_shape
+        if self.forced != dispatch.forced() or type(x) is not kind or x.shape != self.x_shape:
+            return False
+        if x.dtype is not dtype and x.dtype != dtype:
             return False
         if state is not None:
             if type(state) is not tuple or len(state) != 2:
                 return False
-            if not (self.takes(state[0], self.state_shape) and self.takes(state[1], self.state_shape)):
+            h, c = state
+            if not (type(h) is type(c) is kind and h.shape == shape == c.shape):
                 return False
+            if not (h.dtype is dtype is c.dtype or h.dtype == dtype == c.dtype):
+                return False
+        if not self.takes_params(params):
+            return False
         return self.on_host or all(array.device == params["weight_hh_l0"].device for array in (x, *(state or ())))
 
 
-_calls: dict[Any, Call] = {}
 _cells: dict[Any, Cell] = {}
 
 
-def _key(cell: Cell, params: Any, x: Any, batch_first: bool, keep_tape: bool, is_step: bool) -> Any:
-    """Return the key of a signature."""
-    return cell, type(x), x.shape, batch_first, keep_tape, is_step, type(params) is FrozenParams, dispatch.forced()
+def _key(params: Any, x: Any, batch_first: bool, keep_tape: bool, is_step: bool) -> Any:
+    """Return the key of a signature among the calls of a cell."""
+    return x.shape, type(x), batch_first, keep_tape, is_step, type(params) is FrozenParams
 
 
-def find(cell: Cell, params: Any, x: Any, batch_first: bool, keep_tape: bool, *, is_step: bool = False) -> Call | None:
+def find(cell: Cell, params: Any, x: Any, batch_first: bool, keep_tape: bool, is_step: bool = False) -> Call | None:
     """Return the prepared call for arguments that have not been checked; None if there is none yet."""
     try:
-        return _calls.get(_key(cell, params, x, batch_first, keep_tape, is_step))
+        found: Call | None = cell.calls.get(
+            (x.shape, type(x), batch_first, keep_tape, is_step, type(params) is FrozenParams)  # as _key, but faster
+        )
     except (AttributeError, TypeError):  # x is no array, or an argument has no hash: the checks say so
         return None
+    return found
 
 
 def checked(
@@ -179,14 +193,14 @@ def checked(
     else:
         layout = Layout.of(x.shape, batch_first)
     state = None if state is None else checks.state(cell, state, layout.state_batch, like)
-    key = _key(cell, params, x, batch_first, keep_tape, is_step)
-    call = _calls.get(key)
-    if call is None:
+    key = _key(params, x, batch_first, keep_tape, is_step)
+    call = cell.calls.get(key)
+    if call is None or not call.takes_all(params, x, state):  # for another backend that was forced, say
         signature = Signature(layout.steps, layout.batch, keep_tape, is_step, isinstance(params, FrozenParams))
         call = Call(cell, x, layout, signature)
-        if len(_calls) >= _MOST_CALLS:
-            _calls.clear()
-        _calls[key] = call
+        if len(cell.calls) >= _MOST_CALLS:
+            cell.calls.clear()
+        cell.calls[key] = call
     return call, params, x, state
 
 

@@ -73,13 +73,16 @@ class Cell:
         object.__setattr__(self, "dropout", _probability("dropout", self.dropout))
         object.__setattr__(self, "dtype", _float_dtype(self.dtype))
 
-    def __hash__(self) -> int:
-        """Hash all fields, once: a cell is a part of the key under which each call finds its preparations."""
-        return self._hash
-
     @functools.cached_property
-    def _hash(self) -> int:
-        return hash(tuple(self.describe().items()))
+    def calls(self) -> dict[Any, Any]:
+        """The calls that were prepared for this cell, by their signatures: see ``calls.py``. No part of its value."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "calls"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     @property
     def num_directions(self) -> int:

@@ -221,7 +221,7 @@ def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, bat
 
 def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | None) -> tuple[Array, State]:
     """Advance by one time step; see ``LSTM.step``."""
-    call = calls.find(cell, params, x_t, False, False, is_step=True)
+    call = calls.find(cell, params, x_t, False, False, True)
     if call is None or not call.takes_all(params, x_t, state):
         call, params, x_t, state = calls.checked(cell, params, x_t, state, False, keep_tape=False, is_step=True)
     h0, c0 = (None, None) if state is None else state

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastlstm import checks, dispatch, functional, interchange, parameters, storage
-from fastlstm.backends.base import Array, Dropout, Params, State
+from fastlstm.backends.base import Array, Dropout, State
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError
 from fastlstm.frozen import FrozenParams
@@ -99,17 +99,17 @@ class LSTM:
             raise ArgumentError(f"seed must suit numpy.random.default_rng, got {seed!r}") from error
         self._assemble(cell, parameters.initialise(cell, rng), batch_first, int(rng.integers(2**63)))
 
-    def _assemble(self, cell: Cell, params: Params, batch_first: bool, dropout_key: int) -> LSTM:
+    def _assemble(self, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int) -> LSTM:
         if not isinstance(batch_first, bool | np.bool_):
             raise ArgumentError(f"batch_first must be True or False, got {batch_first!r}")
         self.cell = cell
-        self.params = params
+        self.params: dict[str, Array] = params
         self.batch_first = bool(batch_first)
         self._dropout_key = dropout_key
         return self
 
     @classmethod
-    def _from(cls, cell: Cell, params: Params, batch_first: bool, dropout_key: int = 0) -> LSTM:
+    def _from(cls, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int = 0) -> LSTM:
         return cls.__new__(cls)._assemble(cell, params, batch_first, dropout_key)
 
     def __call__(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State]:

@@ -15,7 +15,7 @@ import os, sys, time
 import numpy as np
 import fastlstm
 from fastlstm import LSTM, use_backend
-from fastlstm.backends.plan import Trials
+from fastlstm.backends.cpu.autotune import Trials
 
 Trials.pick = lambda self, kind, ways: 0
 
@@ -39,13 +39,13 @@ def train():
     return b"".join(array.tobytes() for array in found)
 
 def served():
-    from fastlstm.backends.thread_pool import _workers
+    from fastlstm.backends.cpu.thread_pool import _workers
     from fastlstm.kernels.cpu.worker import SERVED
     return sum(worker.words[SERVED] for worker in _workers)
 
 def has_team():
     "Say whether calls have all their workers."
-    from fastlstm.backends.thread_pool import _workers, available
+    from fastlstm.backends.cpu.thread_pool import _workers, available
     from fastlstm.kernels.cpu.worker import ASLEEP, IDLE, STATE
     before = served()
     same = infer() == EXPECTED

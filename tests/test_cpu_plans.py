@@ -15,7 +15,7 @@ from tolerances import assert_close, assert_identical
 import fastlstm
 from fastlstm import LSTM
 from fastlstm.backends import few, shortcuts
-from fastlstm.backends.plan import Trials
+from fastlstm.backends.cpu.autotune import Trials
 
 CPU = BackendUnderTest("cpu")
 pytestmark = pytest.mark.skipif(bool(CPU.missing), reason=str(CPU.missing))
@@ -281,7 +281,7 @@ def test_teams_end_when_the_cores_get_busy_and_come_back():
 def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
     # A few rows more, and one thread is out of the question: its number must not be taken for another plan's.
     trials = Trials()
-    monkeypatch.setattr("fastlstm.backends.calls.TRIALS", trials)
+    monkeypatch.setattr("fastlstm.backends.cpu.launch.TRIALS", trials)
     lstm = LSTM(34, 128, seed=0)
     fastlstm.set_num_threads(2)
     try:

@@ -14,7 +14,7 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends import calls
+from fastlstm.backends.cpu import launch as calls
 from fastlstm.frozen import FrozenParams
 
 CASES = [

@@ -13,7 +13,7 @@ EXAMPLES = int(os.environ.get("FASTLSTM_TEST_EXAMPLES", "0"))
 
 EVERYWHERE = """
 event, fresh = sys.argv[1], sys.argv[2] == "fresh"
-from fastlstm.backends import thread_pool
+from fastlstm.backends.cpu import thread_pool
 
 class Interrupt(BaseException):
     pass
@@ -119,7 +119,7 @@ def test_no_two_calls_draw_the_same_masks_though_others_are_broken_off():
 
 RANDOM = """
 import signal
-from fastlstm.backends.thread_pool import _workers
+from fastlstm.backends.cpu.thread_pool import _workers
 
 class Interrupt(BaseException):
     pass

@@ -28,7 +28,7 @@ with event.install_recorder("numba:compile") as recorder:
         h, state = model.step(x[0])
         model(x)
 from fastlstm.kernels.cpu import sequence_backward, sequence_forward, small_batch
-kernels = sequence_forward.layer_forward, sequence_backward.layer_backward, small_batch.small_forward
+kernels = sequence_forward.sequence_forward, sequence_backward.sequence_backward, small_batch.small_forward
 print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum(sum(k.stats.cache_hits.values()) for k in kernels))
 print(float(h.sum()))
 print("numba.np.arraymath" in sys.modules)
@@ -72,7 +72,7 @@ def test_the_second_process_compiles_nothing_and_a_changed_source_is_compiled_ag
     assert (misses, hits, loaded) == (0, 3, False)
     assert second == first
     # One of them is gone: what compiling needs is loaded after the others.
-    for file in cache.rglob("*layer_backward*"):
+    for file in cache.rglob("*sequence_backward*"):
         file.unlink()
     misses, hits, third, loaded = run(folder, cache)
     assert (misses, hits, loaded) == (1, 2, True)

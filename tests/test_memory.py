@@ -19,8 +19,8 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.memory import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
-from fastlstm.backends.plan import Trials
+from fastlstm.backends.cpu.workspace import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
+from fastlstm.backends.cpu.autotune import Trials
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 
@@ -106,7 +106,7 @@ def guarded(monkeypatch):
             monkeypatch.setattr(
                 module, "one_block", lambda dtype, *shapes, lasting=False: [guard.empty(s, dtype) for s in shapes]
             )
-    monkeypatch.setattr(sys.modules["fastlstm.backends.calls"], "SCRATCH", scratch)
+    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu.launch"], "SCRATCH", scratch)
     yield guard
     guard.check()
 
@@ -175,7 +175,7 @@ def test_the_arrays_of_a_block_are_apart_and_each_starts_a_cache_line(dtype):
 def pool(monkeypatch):
     """An empty pool in the place of the library's."""
     pool = Pool()
-    monkeypatch.setattr(sys.modules["fastlstm.backends.memory"], "POOL", pool)
+    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu.workspace"], "POOL", pool)
     return pool
 
 
@@ -325,7 +325,7 @@ def most_bytes(model, steps, batch, lengths):
     train()  # compiles
     scratch = Scratch()
     with pytest.MonkeyPatch.context() as kept:  # from earlier calls, it would not be counted
-        kept.setattr(sys.modules["fastlstm.backends.calls"], "SCRATCH", scratch)
+        kept.setattr(sys.modules["fastlstm.backends.cpu.launch"], "SCRATCH", scratch)
         POOL.clear()
         return traced(train)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastlstm import LSTM, ArgumentError, use_backend
-from fastlstm.backends.memory import POOL
+from fastlstm.backends.cpu.workspace import POOL
 
 # Of a training call beyond inputs, outputs and parameters, in numbers per hidden unit, step, sequence, layer and
 # direction: what the docstring of LSTM.forward promises; tests/test_memory.py has the bound without `recompute`.

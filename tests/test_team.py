@@ -15,10 +15,10 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM, use_backend
-from fastlstm.backends import thread_pool
-from fastlstm.backends.calls import Together
+from fastlstm.backends.cpu import thread_pool
+from fastlstm.backends.cpu.launch import Together
 from fastlstm.backends.packing import Packing
-from fastlstm.backends.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
+from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
 from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
 from fastlstm.kernels.cpu.jit import kernel
 from fastlstm.kernels.cpu.vector import address, offset

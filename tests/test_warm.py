@@ -86,7 +86,7 @@ def test_after_it_a_process_compiles_nothing(package, tmp_path, dtype, what):
     assert "0 loaded" in done.stdout and str(tmp_path / "cache") in done.stdout
     used, stderr = start(package, tmp_path / "cache", USE, dtype, *what, FASTLSTM_QUIET="")
     assert set(used["misses"].values()) == {0} and stderr == ""
-    assert used["hits"]["layer_forward"] == used["hits"]["small_forward_packed"] == used["hits"]["serve"] == 1
+    assert used["hits"]["sequence_forward"] == used["hits"]["small_forward_packed"] == used["hits"]["serve"] == 1
     assert used["hits"]["layer_backward"] == (2 if "train" in what else 0)
     again = warm(package, tmp_path / "cache", "--dtype", dtype, *(f"--{option}" for option in what))
     assert again.returncode == 0 and "\n0 compiled" in again.stdout
@@ -96,7 +96,7 @@ def test_another_dtype_is_not_ready(package, tmp_path):
     """So that the test above can fail."""
     assert warm(package, tmp_path / "cache", "--dtype", "float64").returncode == 0
     used, stderr = start(package, tmp_path / "cache", USE, "float32", FASTLSTM_QUIET="")
-    assert used["misses"]["layer_forward"] == 1 and stderr.startswith("fastlstm compiles")
+    assert used["misses"]["sequence_forward"] == 1 and stderr.startswith("fastlstm compiles")
 
 
 def test_a_warmed_folder_serves_where_nothing_can_be_written(package, tmp_path):
@@ -131,4 +131,4 @@ def test_it_fails_if_nothing_can_be_kept(package, tmp_path, why):
         assert str(tmp_path / "cache") in done.stderr
     assert done.returncode == 1
     assert done.stderr.startswith("fastlstm warm: ") and done.stderr.count("\n") == 1
-    assert "layer_forward" in done.stdout
+    assert "sequence_forward" in done.stdout

@@ -15,7 +15,7 @@ import numpy as np
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends.memory import POOL
+from fastlstm.backends.cpu.workspace import POOL
 
 from .record import OURS, Case
 

@@ -81,6 +81,8 @@ def launch(
     candidates, kind = candidates_for(threads)
     number = TRIALS.pick(kind, len(candidates)) if kind else 0
     chosen = candidates[number]
+    if not kind and chosen.schedule.threads == 1:
+        return _launch_alone(kernel, arguments, chosen, numbers)
     start = time.perf_counter()  # waking workers is a part of what a team costs
     planned = chosen.schedule.threads
     if planned > 1 and (found := available(planned - 1)) < planned - 1:  # other calls have the workers
@@ -93,6 +95,16 @@ def launch(
         result, had = kernel(*given, NO_TEAM, 0), 1
     if kind and had == planned and result is not False:
         TRIALS.report(kind, number, time.perf_counter() - start, rows)
+    for workspace, memory in zip(chosen.workspaces, scratch, strict=True):
+        if workspace:
+            SCRATCH.give_back(workspace, memory)
+    return result
+
+
+def _launch_alone(kernel: Any, arguments: tuple[Any, ...], chosen: Candidate, numbers: dict[int, int] | None) -> Any:
+    """Run a kernel on one thread, where that is the only way."""
+    scratch = [workspace and SCRATCH.borrow(workspace) for workspace in chosen.workspaces]
+    result = kernel(*arguments, *scratch, _with_numbers(chosen.settings, numbers), NO_TEAM, 0)
     for workspace, memory in zip(chosen.workspaces, scratch, strict=True):
         if workspace:
             SCRATCH.give_back(workspace, memory)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy import ndarray  # by a name of its own, which is found faster
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Params, Signature
 from fastlstm.backends.cpu.autotune import Trials
 from fastlstm.backends.cpu.launch import Candidate, Candidates, launch, settings_of
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.schedule import Schedule, are_few, choose
-from fastlstm.backends.cpu.weights import Size, arguments_of
+from fastlstm.backends.cpu.weights import Size
 from fastlstm.backends.cpu.workspace import Workspace, is_to_be_cleared, new_array, one_block
-from fastlstm.backends.layers import Weights
+from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu import sequence_backward as back
 from fastlstm.kernels.cpu import sequence_forward as forth
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 
-__all__ = ["DirectionTape", "direction_backward", "direction_forward", "schedules"]
+__all__ = ["DirectionCall", "DirectionTape", "schedules"]
 
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
@@ -38,53 +40,162 @@ class DirectionTape(NamedTuple):
     c0: Array  # (B, H)
 
 
-def direction_forward(
-    size: Size,
-    weights: Weights,
-    packed: tuple[Array, Array] | None,
-    x: Array,
-    h0: Array,
-    c0: Array,
-    rows: Rows,
-    direction: int,
-    y: Array,
-    h_n: Array,
-    c_n: Array,
-    keep_tape: bool,
-    recompute: bool,
-    threads: int,
-    launch: Any = launch,
-) -> DirectionTape | None:
-    """Run one direction; writes y, h_n and c_n. The kernel is launched by `launch`, which may be that of ``AtOnce``."""
-    few, dtype = are_few(rows.count, size.inputs, size.hidden, MR), size.dtype
-    # What the unpacked weights gave could not be computed again to the same bits, and is little.
-    recompute = recompute and not few
-    kept = 1 if recompute else TAPE
-    if keep_tape:
-        tape, h_rows = one_block(dtype, (rows.count, size.blocks, kept, size.width), (rows.count, size.stride))
-    else:
-        tape, h_rows = _nothing(size)[:2]
-    arguments = (
-        *arguments_of(weights, size), rows.pack(x, direction == 1), h0, c0, rows.index(direction == 1), y, h_n, c_n,
-        tape, h_rows, *(packed or _nothing(size)[2:]),
-    )  # fmt: skip
-    steps = 0 if rows.ragged else rows.steps
-    numbers = None
-    if rows.ragged:
-        numbers = {forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.CLEAR: int(is_to_be_cleared(y))}
-    candidates = functools.partial(
-        _forward_candidates, size, steps, rows.batch, _rounded(rows.count), few, keep_tape, packed is not None,
-        direction * size.hidden,
-    )  # fmt: skip
-    launch(forth.sequence_forward, arguments, candidates, rows.count, threads, numbers)
-    return DirectionTape(tape, h_rows, c0.copy()) if keep_tape else None
+class DirectionCall:
+    """One direction of one layer of a prepared call.
+
+    Parameters
+    ----------
+    size : Size
+        Of the layer.
+    names : dict of str to str
+        The parameters' names, by their roles.
+    direction : int
+        0 forward, 1 reverse.
+    signature : Signature
+        What the calls have in common.
+    """
+
+    def __init__(self, size: Size, names: dict[str, str], direction: int, signature: Signature) -> None:
+        self.size, self.direction, self.keep_tape = size, direction, signature.keep_tape
+        self.names = tuple(names.get(role) for role in ("weight_ih", "weight_hh", "bias", "weight_peephole"))
+        self.steps, self.batch, self.packed = signature.steps, signature.batch, signature.frozen
+        self._nothing = _nothing(size)
+        self._found: dict[Any, Candidates] = {}
+
+    def arguments(self, arrays: Params) -> tuple[Array, Array, Array, Array]:
+        """Return weights, bias and a variant's own parameters as the kernels take them; empty for none."""
+        ih, hh, bias, own = self.names
+        w, u = arrays[ih], arrays[hh]  # type: ignore[index]
+        b = self._nothing.bias if bias is None else arrays[bias]
+        p = self._nothing.own if own is None else arrays[own]
+        return (
+            w if type(w) is ndarray and w.flags.carray else as_plain(w),
+            u if type(u) is ndarray and u.flags.carray else as_plain(u),
+            b if type(b) is ndarray and b.flags.carray else as_plain(b),
+            p if type(p) is ndarray and p.flags.carray else as_plain(p),
+        )
+
+    def named(self, grads: Sequence[Array]) -> dict[str, Array]:
+        """Return gradients, in the order of :meth:`arguments`, under the parameters' names."""
+        return {name: array for name, array in zip(self.names, grads, strict=True) if name is not None}
+
+    def forward(
+        self,
+        arrays: Params,
+        packed: tuple[Array, Array] | None,
+        x: Array,
+        h0: Array,
+        c0: Array,
+        rows: Rows,
+        y: Array,
+        h_n: Array,
+        c_n: Array,
+        recompute: bool,
+        threads: int,
+        launch: Any = launch,
+    ) -> DirectionTape | None:
+        """Run the direction; writes y, h_n and c_n. `launch` launches the kernel; it may be that of ``AtOnce``."""
+        size, reverse = self.size, self.direction == 1
+        few = are_few(rows.count, size.inputs, size.hidden, MR)
+        tape, h_rows = self._nothing.tape, self._nothing.h_rows
+        if self.keep_tape:
+            # What the unpacked weights gave could not be computed again to the same bits, and is little.
+            kept = 1 if recompute and not few else TAPE
+            shapes = (rows.count, size.blocks, kept, size.width), (rows.count, size.stride)
+            tape, h_rows = one_block(size.dtype, *shapes)
+        arguments = (
+            *self.arguments(arrays), rows.pack(x, reverse), h0, c0, rows.index(reverse), y, h_n, c_n, tape, h_rows,
+            *(packed or self._nothing.packed),
+        )  # fmt: skip
+        numbers, kind = None, None
+        if rows.ragged:
+            clear = int(is_to_be_cleared(y))
+            numbers = {forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.CLEAR: clear}
+            kind = _rounded(rows.count), few
+        launch(forth.sequence_forward, arguments, _Finder(self._forward_candidates, kind), rows.count, threads, numbers)
+        return DirectionTape(tape, h_rows, c0.copy()) if self.keep_tape else None
+
+    def _forward_candidates(self, kind: Any, threads: int) -> Candidates:
+        """Return the ways to launch the forward kernel; `kind` is None, or rows and ``few`` of a ragged batch."""
+        found = self._found.get((kind, threads))
+        if found is None:
+            count, few = kind or (self.steps * self.batch, None)
+            few = are_few(count, self.size.inputs, self.size.hidden, MR) if few is None else few
+            found = self._found[kind, threads] = _forward_candidates(
+                self.size, 0 if kind else self.steps, self.batch, count, few, self.keep_tape, self.packed,
+                self.direction * self.size.hidden, threads,
+            )  # fmt: skip
+        return found
+
+    def backward(
+        self,
+        arrays: Params,
+        x: Array,
+        tape: DirectionTape,
+        rows: Rows,
+        dy: Array,
+        dh_n: Array,
+        dc_n: Array,
+        dx: Array,
+        dh0: Array,
+        dc0: Array,
+    ) -> list[Array]:
+        """Back-propagate; writes dx, dh0 and dc0, and returns the gradients in the order of :meth:`arguments`."""
+        reverse, recompute = self.direction == 1, tape.gates.shape[2] < TAPE
+        given = self.arguments(arrays)
+        grads = [new_array(array.shape, self.size.dtype) for array in given]
+        arguments = (
+            *given, rows.pack(x, reverse), *tape, rows.index(reverse), dy, dh_n, dc_n, dx, dh0, dc0, *grads,
+        )  # fmt: skip
+        numbers, count = None, 0
+        if rows.ragged:
+            clear, chunk = int(not reverse and is_to_be_cleared(dx)), _chunk(rows.longest, rows.batch)
+            numbers = {back.STEPS: rows.longest, back.CLEAR: clear, back.CHUNK: chunk}
+            count = _rounded(rows.count)
+        finder = _Finder(self._backward_candidates, ("back", count, recompute))
+        launch(back.sequence_backward, arguments, finder, rows.count, get_num_threads(), numbers)
+        return grads
+
+    def _backward_candidates(self, kind: Any, threads: int) -> Candidates:
+        """Return the ways to launch the backward kernel; `kind` has the rows of a ragged batch, and `recompute`."""
+        found = self._found.get((kind, threads))
+        if found is None:
+            _, count, recompute = kind
+            found = self._found[kind, threads] = _backward_candidates(
+                self.size, self.steps, self.batch, count or self.steps * self.batch, recompute, self.direction, threads
+            )
+        return found
+
+
+class _Finder(NamedTuple):
+    """What returns the candidates for a number of threads."""
+
+    find: Callable[[Any, int], Candidates]
+    kind: Any
+
+    def __call__(self, threads: int) -> Candidates:
+        return self.find(self.kind, threads)
+
+
+class _Nothing(NamedTuple):
+    """Arrays that stand for what a layer does not have."""
+
+    tape: Array
+    h_rows: Array
+    packed: tuple[Array, Array]
+    bias: Array
+    own: Array
 
 
 @functools.lru_cache(maxsize=64)
-def _nothing(size: Size) -> tuple[Array, ...]:
-    """Return what stands for no tape, no rows of h, and no packed weights."""
-    shapes = (0, size.blocks, 0, size.width), (0, size.stride), (0, GATES, size.width), (2, 0, GATES, size.width)
-    return tuple(np.empty(shape, size.dtype) for shape in shapes)
+def _nothing(size: Size) -> _Nothing:
+    def empty(*shape: int) -> Array:
+        return np.empty(shape, size.dtype)
+
+    packed = empty(0, GATES, size.width), empty(2, 0, GATES, size.width)
+    return _Nothing(
+        empty(0, size.blocks, 0, size.width), empty(0, size.stride), packed, empty(0), empty(0, size.hidden)
+    )
 
 
 def _rounded(rows: int) -> int:
@@ -111,7 +222,6 @@ def _kind(*_: Any) -> object:
     return object()
 
 
-@functools.lru_cache(maxsize=256)
 def _forward_candidates(
     size: Size, steps: int, batch: int, rows: int, few: bool, training: bool, packed: bool, column: int, threads: int
 ) -> Candidates:
@@ -145,43 +255,6 @@ def _chunk(steps: int, batch: int) -> int:
     return max(1, -(-steps // 8), min(-(-steps // 4), -(-_CHUNK_ROWS // batch)))
 
 
-def direction_backward(
-    size: Size,
-    weights: Weights,
-    x: Array,
-    tape: DirectionTape,
-    rows: Rows,
-    direction: int,
-    dy: Array,
-    dh_n: Array,
-    dc_n: Array,
-    dx: Array,
-    dh0: Array,
-    dc0: Array,
-) -> Weights:
-    """Back-propagate through one direction; writes dx, dh0 and dc0."""
-    reverse, recompute = direction == 1, tape.gates.shape[2] < TAPE
-    given = arguments_of(weights, size)
-    grads = [new_array(array.shape, size.dtype) for array in given]
-    arguments = (
-        *given, rows.pack(x, reverse), *tape, rows.index(reverse), dy, dh_n, dc_n, dx, dh0, dc0, *grads,
-    )  # fmt: skip
-    numbers = None
-    if rows.ragged:
-        clear = int(not reverse and is_to_be_cleared(dx))
-        chunk = _chunk(rows.longest, rows.batch)
-        numbers = {back.STEPS: rows.longest, back.CLEAR: clear, back.CHUNK: chunk}
-    candidates = functools.partial(
-        _backward_candidates, size, rows.steps, rows.batch, _rounded(rows.count), recompute, direction,
-    )  # fmt: skip
-    launch(back.sequence_backward, arguments, candidates, rows.count, get_num_threads(), numbers)
-    return Weights(
-        grads[0], grads[1], None if weights.bias is None else grads[2],
-        None if weights.weight_peephole is None else grads[3],
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
 def _backward_candidates(
     size: Size, steps: int, batch: int, rows: int, recompute: bool, direction: int, threads: int
 ) -> Candidates:

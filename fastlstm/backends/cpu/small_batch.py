@@ -12,15 +12,14 @@ from fastlstm.backends.cpu.launch import Candidate, Candidates, launch, settings
 from fastlstm.backends.cpu.schedule import FEW_ROWS, LEAST_TO_SHARE, Schedule, are_few, is_short, most_threads
 from fastlstm.backends.cpu.sequence import DirectionTape, schedules
 from fastlstm.backends.cpu.thread_pool import NO_TEAM
-from fastlstm.backends.cpu.weights import Size, arguments_of
+from fastlstm.backends.cpu.weights import Size
 from fastlstm.backends.cpu.workspace import new_array, new_like
-from fastlstm.backends.layers import Weights
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu import small_batch as small
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR
 
-__all__ = ["infer", "is_small", "small_backward", "small_forward"]
+__all__ = ["inference", "is_small", "small_backward", "small_forward"]
 
 
 def is_small(size: Size, steps: int, batch: int, *, packed: bool = False, backward: bool = False) -> bool:
@@ -42,8 +41,8 @@ def _settings(size: Size, layers: int) -> Array:
     return settings_of(small.SETTINGS, numbers, size.addresses)
 
 
-def infer(kernel: Any, size: Size, layers: int, weights: tuple[Array, ...], steps: int, batch: int) -> Any:
-    """Return the function that runs a kernel for inference on x (T * B, I), h0, c0, y, h_n and c_n.
+def inference(kernel: Any, size: Size, layers: int, steps: int, batch: int) -> Any:
+    """Return the function that launches a kernel for inference, given its arguments up to c_n; compiles it.
 
     Parameters
     ----------
@@ -51,17 +50,14 @@ def infer(kernel: Any, size: Size, layers: int, weights: tuple[Array, ...], step
         ``small_forward``, or ``small_forward_packed`` of as many `layers`.
     size : Size
         Of the first layer.
-    layers : int
-    weights : tuple of array
-        The kernel's first arguments; () if they are to be given with each call.
-    steps, batch : int
-        T and B.
+    layers, steps, batch : int
+        L, T and B.
     """
     small.prepare(kernel, size.dtype)
     settings, rows = _settings(size, layers), steps * batch
-    if rows <= FEW_ROWS and size.hidden * (size.inputs + size.hidden) < LEAST_TO_SHARE:
-        return functools.partial(_alone, kernel, settings)
-    candidates = _candidates(kernel, size, layers, rows, batch)
+    candidates = None
+    if rows > FEW_ROWS or size.hidden * (size.inputs + size.hidden) >= LEAST_TO_SHARE:
+        candidates = _candidates(kernel, size, layers, rows, batch)
     if candidates is None:
         return functools.partial(_alone, kernel, settings)
     return functools.partial(_shared, kernel, settings, candidates, rows)
@@ -103,7 +99,7 @@ def _kind(kernel: Any, size: Size, layers: int, rows: int, batch: int, chosen: t
 
 
 def small_forward(
-    size: Size, weights: Weights, x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array
+    size: Size, weights: tuple[Array, ...], x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array
 ) -> DirectionTape:
     """Run one layer over x (T * B, I) for training; writes y (T * B, H), h_n and c_n (1, B, H).
 
@@ -113,35 +109,30 @@ def small_forward(
     small.prepare(small.small_forward_taped, size.dtype)
     tape = np.empty((len(x), size.blocks, TAPE, size.width), size.dtype)
     h_rows = np.empty((len(x), size.stride), size.dtype)
-    fits = small.small_forward_taped(
-        *arguments_of(weights, size), x, h0, c0, y, h_n, c_n, tape, h_rows, _settings(size, 1), NO_TEAM
-    )
+    fits = small.small_forward_taped(*weights, x, h0, c0, y, h_n, c_n, tape, h_rows, _settings(size, 1), NO_TEAM)
     assert fits
     return DirectionTape(tape, h_rows, c0[0].copy())
 
 
 def small_backward(
     size: Size,
-    weights: Weights,
+    weights: tuple[Array, Array, Array, Array],
     x: Array,  # (T * B, I)
     tape: DirectionTape,
     dy: Array,  # (T * B, H), or (0, H) for zero
-    dh_n: Array,  # (1, B, H), or (0, B, H) for zero
+    dh_n: Array,  # (1, B, H)
     dc_n: Array,
     dx: Array,  # (T * B, I), OUT
     dh0: Array,  # (1, B, H), OUT
     dc0: Array,  # (1, B, H), OUT
-) -> Weights:
+) -> list[Array]:
     """Back-propagate through one layer over a few rows; return the gradients by its parameters."""
     small.prepare(small.small_backward, size.dtype)
-    weight_ih, weight_hh, bias, own = arguments_of(weights, size)
-    grads = [new_like(array) for array in (weight_ih, weight_hh, bias, own)]
+    weight_ih, weight_hh, _, own = weights
+    grads = [new_like(array) for array in weights]
     da = new_array((len(dx), GATES * size.hidden), size.dtype)
     fits = small.small_backward(
         weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, _settings(size, 1)
     )
     assert fits
-    return Weights(
-        grads[0], grads[1], None if weights.bias is None else grads[2],
-        None if weights.weight_peephole is None else grads[3],
-    )  # fmt: skip
+    return grads

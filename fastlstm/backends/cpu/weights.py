@@ -9,15 +9,14 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.backends.cpu.workspace import one_block
-from fastlstm.backends.layers import Weights
-from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.cell_step import GATES, PEEPHOLE, PLAIN, cell_addresses
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights
+from fastlstm.parameters import direction_names
 
-__all__ = ["Packed", "Size", "arguments_of", "packed_model", "size_of"]
+__all__ = ["Packed", "Size", "packed_model", "size_of"]
 
 _PACKED = "packed for the CPU backend"  # under this key they are kept with weights that never change
 
@@ -56,17 +55,6 @@ def size_of(cell: Cell, layer: int) -> Size:
     )  # fmt: skip
 
 
-def arguments_of(weights: Weights, size: Size) -> tuple[Array, Array, Array, Array]:
-    """Return weights, bias and a variant's own parameters as the kernels take them; empty for none."""
-    bias, own = weights.bias, weights.weight_peephole
-    return (
-        as_plain(weights.weight_ih),
-        as_plain(weights.weight_hh),
-        np.empty(0, size.dtype) if bias is None else as_plain(bias),
-        np.empty((0, size.hidden), size.dtype) if own is None else as_plain(own),
-    )
-
-
 class Packed(NamedTuple):
     """The packed weights of a frozen model."""
 
@@ -85,26 +73,24 @@ def packed_model(cell: Cell, params: FrozenParams) -> Packed:
 
 
 def _pack(cell: Cell, params: FrozenParams) -> Packed:
-    from fastlstm.backends.layers import layer_weights
-
     sizes = [size_of(cell, layer) for layer in range(cell.num_layers)]
     found = Packed([], [], [], [[] for _ in sizes])
-    by_layer = [layer_weights(cell, params, layer) for layer in range(cell.num_layers)]
     for direction in range(cell.num_directions):
         shapes = [shape for number in (0, 1) for size in sizes for shape in size.packed_shapes[number : number + 1]]
         counts = [int(np.prod(shape)) for shape in shapes]
         half = sum(counts[: len(sizes)])
         (memory,) = one_block(cell.dtype, (sum(counts),), lasting=True)
-        parts = [
-            part.reshape(shape) for part, shape in zip(np.split(memory, np.cumsum(counts)[:-1]), shapes, strict=True)
-        ]
+        flat = np.split(memory, np.cumsum(counts)[:-1])
+        parts = [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
         own = []
         for layer, size in enumerate(sizes):
-            weight_ih, weight_hh, bias, of_layer = arguments_of(by_layer[layer][direction], size)
+            names = direction_names(cell, layer, direction)
+            given = {role: params.arrays[name] for role, name in names.items()}
+            bias = given.get("bias", np.empty(0, cell.dtype))
             packed, packed_bias = parts[layer], parts[len(sizes) + layer]
-            pack_weights(weight_ih, weight_hh, bias, packed, packed_bias)
+            pack_weights(given["weight_ih"], given["weight_hh"], bias, packed, packed_bias)
             found.layers[layer].append((packed, packed_bias))
-            own.append(of_layer)
+            own.append(given.get("weight_peephole", np.empty((0, size.hidden), cell.dtype)))
         found.weights.append(memory[:half])
         found.bias.append(memory[half:])
         found.own.append(np.concatenate(own))
