@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 from fastlstm import checks, dispatch, parameters
 from fastlstm.backends.base import Array, Prepared, Signature, State
 from fastlstm.cell import Cell
+from fastlstm.dispatch import forced
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["Call", "Layout", "cell_of", "checked", "find"]
+__all__ = ["STEP", "Call", "Layout", "cell_of", "checked", "find", "mode"]
 
+# What a call is for: a step, or a sum of flags.
+STEP, _BATCH_FIRST, _KEEP_TAPE = -8, 1, 2
 _MOST_CALLS, _MOST_CELLS = 64, 64  # that are kept: calls of a cell, and cells of the functions
 
 
@@ -87,7 +90,7 @@ class Call:
     )  # fmt: skip
 
     def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature) -> None:
-        self.forced, backend = dispatch.forced(), dispatch.backend_for(x)
+        self.forced, backend = forced(), dispatch.backend_for(x)
         states = cell.num_layers * cell.num_directions
         self.cell, self.layout, self.backend = cell, layout, backend.name
         self.prepared: Prepared = backend.prepare(cell, signature)
@@ -124,7 +127,7 @@ class Call:
     def takes_all(self, params: Mapping[str, Any], x: Any, state: Any) -> bool:  # noqa: PLR0911  # the fastest way
         """Say whether parameters, input and state are as this call needs them: what :meth:`takes` says of each."""
         kind, dtype, shape = self.kind, self.dtype, self.state_shape
-        if self.forced != dispatch.forced() or type(x) is not kind or x.shape != self.x_shape:
+        if self.forced != forced() or type(x) is not kind or x.shape != self.x_shape:
             return False
         if x.dtype is not dtype and x.dtype != dtype:
             return False
@@ -144,18 +147,16 @@ class Call:
 _cells: dict[Any, Cell] = {}
 
 
-def _key(params: Any, x: Any, batch_first: bool, keep_tape: bool, is_step: bool) -> Any:
-    """Return the key of a signature among the calls of a cell."""
-    return x.shape, type(x), batch_first, keep_tape, is_step, type(params) is FrozenParams
+def mode(batch_first: Any, keep_tape: bool) -> int:
+    """Return what a call on whole sequences is for."""
+    return (_BATCH_FIRST if batch_first else 0) + (_KEEP_TAPE if keep_tape else 0)
 
 
-def find(cell: Cell, params: Any, x: Any, batch_first: bool, keep_tape: bool, is_step: bool = False) -> Call | None:
+def find(cell: Cell, params: Any, x: Any, mode: int) -> Call | None:
     """Return the prepared call for arguments that have not been checked; None if there is none yet."""
     try:
-        found: Call | None = cell.calls.get(
-            (x.shape, type(x), batch_first, keep_tape, is_step, type(params) is FrozenParams)  # as _key, but faster
-        )
-    except (AttributeError, TypeError):  # x is no array, or an argument has no hash: the checks say so
+        found: Call | None = cell.calls.get((x.shape, mode, type(params) is FrozenParams))
+    except (AttributeError, TypeError):  # x is no array, or has an odd shape: the checks say so
         return None
     return found
 
@@ -165,10 +166,7 @@ def checked(
     params: Mapping[str, Any],
     x: Any,
     state: Any,
-    batch_first: Any,
-    keep_tape: bool,
-    *,
-    is_step: bool = False,
+    mode: int,
 ) -> tuple[Call, dict[str, Array], Array, State | None]:
     """Check the arguments of a call, and return its prepared call and what it takes in their place.
 
@@ -177,6 +175,7 @@ def checked(
     ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
         If an argument does not fit.
     """
+    is_step, batch_first = mode == STEP, bool(mode & _BATCH_FIRST)
     if is_step and cell.bidirectional:
         raise ArgumentError("a bidirectional LSTM cannot step: its reverse direction starts at the sequence's end")
     params = checks.params(cell, params)
@@ -193,10 +192,10 @@ def checked(
     else:
         layout = Layout.of(x.shape, batch_first)
     state = None if state is None else checks.state(cell, state, layout.state_batch, like)
-    key = _key(params, x, batch_first, keep_tape, is_step)
+    key = x.shape, mode, isinstance(params, FrozenParams)
     call = cell.calls.get(key)
     if call is None or not call.takes_all(params, x, state):  # for another backend that was forced, say
-        signature = Signature(layout.steps, layout.batch, keep_tape, is_step, isinstance(params, FrozenParams))
+        signature = Signature(layout.steps, layout.batch, bool(mode & _KEEP_TAPE), key[-1])
         call = Call(cell, x, layout, signature)
         if len(cell.calls) >= _MOST_CALLS:
             cell.calls.clear()

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastlstm import calls, checks, dispatch
 from fastlstm.backends.base import Array, Dropout, Params, State
-from fastlstm.calls import Call
+from fastlstm.calls import STEP, Call
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
@@ -190,9 +190,10 @@ def run(
     recompute: bool = False,
 ) -> tuple[Array, State, Tape | None]:
     """Run a forward pass: find the prepared call, check what it does not know, and bring the result to the caller."""
-    call = calls.find(cell, params, x, batch_first, keep_tape)
+    mode = calls.mode(batch_first, keep_tape)
+    call = calls.find(cell, params, x, mode)
     if call is None or not call.takes_all(params, x, state):
-        call, params, x, state = calls.checked(cell, params, x, state, batch_first, keep_tape)
+        call, params, x, state = calls.checked(cell, params, x, state, mode)
     layout = call.layout
     if lengths is not None:
         lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
@@ -210,7 +211,7 @@ def run(
 
 def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, batch_first: bool) -> str:
     """Say in words how a call would be run; see ``LSTM.plan``."""
-    call, params, x, _ = calls.checked(cell, params, x, None, batch_first, keep_tape=False)
+    call, params, x, _ = calls.checked(cell, params, x, None, calls.mode(batch_first, False))
     layout = call.layout
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     rows = layout.steps * layout.batch if lengths is None else int(lengths.sum())
@@ -221,13 +222,16 @@ def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, bat
 
 def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | None) -> tuple[Array, State]:
     """Advance by one time step; see ``LSTM.step``."""
-    call = calls.find(cell, params, x_t, False, False, True)
+    try:
+        call = cell.calls.get((x_t.shape, STEP, type(params) is FrozenParams))  # as `find`, but faster
+    except (AttributeError, TypeError):
+        call = None
     if call is None or not call.takes_all(params, x_t, state):
-        call, params, x_t, state = calls.checked(cell, params, x_t, state, False, keep_tape=False, is_step=True)
+        call, params, x_t, state = calls.checked(cell, params, x_t, state, STEP)
     h0, c0 = (None, None) if state is None else state
     if call.layout.batched:
-        y, h_n, c_n, _ = call.prepared.forward(params, x_t, h0, c0, None, None, False)
+        y, h_n, c_n = call.prepared.step(params, x_t, h0, c0)
         return y, (h_n, c_n)
     h0, c0 = call.layout.state_to_backend(h0), call.layout.state_to_backend(c0)
-    y, h_n, c_n, _ = call.prepared.forward(params, x_t[None], h0, c0, None, None, False)
+    y, h_n, c_n = call.prepared.step(params, x_t[None], h0, c0)
     return y[0], (h_n[:, 0], c_n[:, 0])

@@ -26,7 +26,7 @@ State: TypeAlias = tuple[Array, Array]
 class ForwardResult(NamedTuple):
     """What a forward pass gives back."""
 
-    y: Array  # (T, B, D*H), zero past each sequence's length; (B, H) after one step
+    y: Array  # (T, B, D*H), zero past each sequence's length
     h_n: Array  # (L*D, B, H), each sequence's state at its own end
     c_n: Array  # (L*D, B, H)
     tape: Any  # what `backward` needs, opaque to everyone else; None without keep_tape
@@ -55,7 +55,6 @@ class Signature(NamedTuple):
     steps: int  # T
     batch: int  # B
     keep_tape: bool
-    is_step: bool  # one time step of a streaming model: T is 1, and y is the output of that step
     frozen: bool  # whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`)
 
 
@@ -65,7 +64,7 @@ class Prepared(Protocol):
     def forward(
         self,
         params: Params,
-        x: Array,  # (T, B, I), or (B, I) for one step
+        x: Array,  # (T, B, I)
         h0: Array | None,  # (L*D, B, H), zeros if None
         c0: Array | None,  # (L*D, B, H), zeros if None; None if h0 is
         lengths: Array | None,  # (B,) int64 on the host, in 0..T, unsorted; all T if None
@@ -73,6 +72,19 @@ class Prepared(Protocol):
         recompute: bool,  # keep h and c alone, and compute the gates again in `backward`; more may be kept
     ) -> ForwardResult:
         """Run the whole sequence through all layers."""
+        ...
+
+    def step(
+        self,
+        params: Params,
+        x: Array,  # (B, I)
+        h0: Array | None,  # (L, B, H), zeros if None
+        c0: Array | None,  # (L, B, H), zeros if None; None if h0 is
+    ) -> tuple[Array, Array, Array]:
+        """Advance one time step through all layers of a one-directional model: y (B, H), h_n and c_n.
+
+        The three share no memory: a caller may work on the output in place.
+        """
         ...
 
     def backward(

@@ -139,7 +139,7 @@ class LayeredBackend(ABC):
             zeros = {name: self.xp.zeros(value.shape, cell.dtype) for name, value in params.items()}
             return BackwardResult(dx, self.xp.array(dh_n), self.xp.array(dc_n), zeros)
         dh0, dc0 = [], []
-        found: Params = {}
+        found: dict[str, Array] = {}
         for layer in reversed(range(cell.num_layers)):
             rows = _layer_rows(cell, layer)
             grads = self.layer_backward(
@@ -195,12 +195,13 @@ class _LayeredCall:
         recompute: bool,
     ) -> ForwardResult:
         """Run the whole sequence (see ``base.Prepared.forward``)."""
-        if self._signature.is_step:
-            h_n, c_n = self._backend.step(self._cell, params, x, h0, c0)
-            # A copy: a caller who works on the output in place must not change the state with it.
-            return ForwardResult(h_n[-1].copy(), h_n, c_n, None)
         keep_tape = self._signature.keep_tape
         return self._backend.forward(self._cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute)
+
+    def step(self, params: Params, x: Array, h0: Array | None, c0: Array | None) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``)."""
+        h_n, c_n = self._backend.step(self._cell, params, x, h0, c0)
+        return h_n[-1].copy(), h_n, c_n
 
     def backward(
         self, params: Params, tape: Any, dy: Array | None, dh_n: Array | None, dc_n: Array | None

@@ -6,7 +6,7 @@ Where several schedules may be the fastest, calls are run in all of them, and th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ def _with_numbers(settings: Array, numbers: dict[int, int] | None) -> Array:
 def launch(
     kernel: Any,
     arguments: tuple[Any, ...],
-    candidates_for: Callable[[int], Candidates],
+    candidates_for: Any,  # of a number of threads
     rows: int,
     threads: int,
     numbers: dict[int, int] | None = None,
@@ -122,7 +122,7 @@ class AtOnce:
         self,
         kernel: Any,
         arguments: tuple[Any, ...],
-        candidates_for: Callable[[int], Candidates],
+        candidates_for: Any,  # of a number of threads
         rows: int,
         threads: int,
         numbers: dict[int, int] | None = None,

@@ -10,7 +10,7 @@ from fastlstm.backends.base import Array, Params, Signature
 from fastlstm.backends.cpu import small_batch
 from fastlstm.backends.cpu.launch import AtOnce, launch
 from fastlstm.backends.cpu.rows import Rows
-from fastlstm.backends.cpu.sequence import DirectionCall, DirectionTape, schedules
+from fastlstm.backends.cpu.sequence import DirectionCall, schedules
 from fastlstm.backends.cpu.weights import Packed, size_of
 from fastlstm.backends.cpu.workspace import new_array
 from fastlstm.backends.plain_arrays import as_plain
@@ -27,7 +27,7 @@ class LayerTape(NamedTuple):
 
     x: Array  # (T, B, I), the input itself
     rows: Rows
-    directions: list[DirectionTape]
+    directions: list[Any]  # of DirectionTape
 
 
 class LayerCall:
@@ -42,7 +42,7 @@ class LayerCall:
     """
 
     def __init__(self, cell: Cell, number: int, signature: Signature) -> None:
-        steps, batch, self.keep_tape, _, frozen = signature
+        steps, batch, self.keep_tape, frozen = signature
         directions = cell.num_directions
         self.number, self.size = number, size_of(cell, number)
         self.state_rows = slice(number * directions, (number + 1) * directions)
@@ -75,6 +75,7 @@ class LayerCall:
         if (self.is_small or self._trains_small) and not rows.ragged:
             return self._forward_small(arrays, packed, x, h0, c0, h_n, c_n, rows)
         size, directions, threads = self.size, self.directions, get_num_threads()
+        h0, c0 = as_plain(h0), as_plain(c0)
         y = new_array((rows.steps * rows.batch, len(directions) * size.hidden), size.dtype, padded=rows.ragged)
         at_once = None
         if len(directions) == 2 and threads > 1:
@@ -104,17 +105,17 @@ class LayerCall:
         y = y.reshape(rows.steps, rows.batch, size.hidden)
         direction = self.directions[0]
         if self._trains_small:
-            tape = small_batch.small_forward(size, direction.arguments(arrays), *given)
+            tape = small_batch.small_forward(size, direction.given(arrays), *given)
             return y, LayerTape(x, rows, [tape])
         if self._launch is None:
             kernel = small_forward_packed if packed else small_forward
-            self._launch = small_batch.inference(kernel, size, 1, rows.steps, rows.batch)
+            self._launch = small_batch.Inference(kernel, size, 1, rows.steps, rows.batch)
         if packed:
             weights, bias = packed.layers[self.number][0]
             own = packed.own[0][self.number * size.own : (self.number + 1) * size.own]
             self._launch(weights.reshape(-1), bias.reshape(-1), own, *given)
         else:
-            self._launch(*direction.arguments(arrays), *given)
+            self._launch(*direction.given(arrays), *given)
         return y, None
 
     def backward(
@@ -129,12 +130,13 @@ class LayerCall:
     ) -> tuple[Array, dict[str, Array]]:
         """Back-propagate through the layer: dx (T, B, I), and the gradients by its parameters."""
         size, rows, columns = self.size, tape.rows, len(self.directions) * self.size.hidden
-        dy = np.empty((0, columns), size.dtype) if dy is None else as_plain(dy).reshape(-1, columns)
+        dy = np.empty((0, columns), size.dtype) if dy is None else dy if dy.flags.carray else as_plain(dy)
+        dy = dy.reshape(-1, columns)
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
         found: dict[str, Array] = {}
         if self._small_back and not rows.ragged:
             grads = small_batch.small_backward(
-                size, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
+                size, self.directions[0].given(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
                 dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
             found |= self.directions[0].named(grads)

@@ -13,13 +13,13 @@ import numpy as np
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Signature
 from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
-from fastlstm.backends.cpu.small_batch import inference
-from fastlstm.backends.cpu.weights import Packed, packed_model
+from fastlstm.backends.cpu.small_batch import Inference
+from fastlstm.backends.cpu.weights import PACKED, Packed, packed_model
 from fastlstm.backends.layers import StackTape, dropout_mask
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
-from fastlstm.kernels.cpu.small_batch import small_forward_packed
+from fastlstm.kernels.cpu.small_batch import small_forward, small_forward_packed
 
 __all__ = ["PreparedCall"]
 
@@ -36,18 +36,20 @@ class PreparedCall:
     """
 
     def __init__(self, cell: Cell, signature: Signature) -> None:
-        self.cell, self.dtype, self.signature = cell, cell.dtype, signature
+        self.cell, self.dtype, self.signature, self.frozen = cell, cell.dtype, signature, signature.frozen
         self.state_shape = (cell.num_layers * cell.num_directions, signature.batch, cell.hidden_size)
         self.layers = [LayerCall(cell, layer, signature) for layer in range(cell.num_layers)]
         self.rows = Rows(None, signature.steps, signature.batch)
         self.is_empty = self.rows.count == 0
-        # One launch for all layers, if they are few rows on packed weights.
+        # One launch for one layer of few rows, or for several on packed weights at one step.
+        one_layer = cell.num_layers == 1
         self.is_one_launch = (
-            signature.frozen
+            not self.is_empty
             and all(layer.is_small for layer in self.layers)
-            and (signature.steps == 1 or cell.num_layers == 1)
+            and (one_layer or (signature.frozen and signature.steps == 1))
         )
         self._launch: Any = None  # prepared at the first call: it compiles
+        self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
 
     def forward(
         self,
@@ -64,36 +66,51 @@ class PreparedCall:
         x = x if x.flags.carray else as_plain(x)
         if h0 is None or c0 is None:
             h0 = c0 = np.zeros(shape, dtype)
-        else:
-            h0 = h0 if h0.flags.carray else as_plain(h0)
-            c0 = c0 if c0.flags.carray else as_plain(c0)
         if self.is_empty:
             return self._empty(x, h0, c0)
         h_n, c_n = np.empty(shape, dtype), np.empty(shape, dtype)
         rows = self.rows if lengths is None else Rows(lengths, self.rows.steps, self.rows.batch)
         if self.is_one_launch and not rows.ragged:
-            return ForwardResult(self._forward_at_once(params, x, h0, c0, h_n, c_n), h_n, c_n, None)
-        is_step = self.signature.is_step
-        y, tape = self._forward_layers(params, x[None] if is_step else x, h0, c0, h_n, c_n, rows, dropout, recompute)
-        return ForwardResult(y[0] if is_step else y, h_n, c_n, tape)
+            y = self._at_once(params, x.reshape(self._x_shape), h0, c0, h_n, c_n)
+            return ForwardResult(y.reshape(rows.steps, rows.batch, y.shape[1]), h_n, c_n, None)
+        y, tape = self._forward_layers(params, x, h0, c0, h_n, c_n, rows, dropout, recompute)
+        return ForwardResult(y, h_n, c_n, tape)
+
+    def step(self, params: Params, x: Array, h0: Array | None, c0: Array | None) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``)."""
+        shape, dtype = self.state_shape, self.dtype
+        if h0 is None or c0 is None:
+            h0 = c0 = np.zeros(shape, dtype)
+        h_n, c_n = np.empty(shape, dtype), np.empty(shape, dtype)
+        if self.is_one_launch:
+            return self._at_once(params, x, h0, c0, h_n, c_n), h_n, c_n
+        result = self.forward(params, x[None], h0, c0, None, None, False)
+        return result.y[0], result.h_n, result.c_n
 
     def _empty(self, x: Array, h0: Array, c0: Array) -> ForwardResult:
         """Return the result of a call without time steps, or without sequences."""
-        y = np.zeros((*x.shape[:-1], self.cell.output_size), self.dtype)
+        y = np.zeros((*x.shape[:2], self.cell.output_size), self.dtype)
         tape = StackTape((self.rows.steps, self.rows.batch), [], []) if self.signature.keep_tape else None
         return ForwardResult(y, h0.copy(), c0.copy(), tape)
 
-    def _forward_at_once(self, params: Any, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array) -> Array:
-        """Run all layers by one launch."""
-        packed, first = packed_model(self.cell, params), self.layers[0]
+    def _at_once(self, params: Any, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array) -> Array:
+        """Run all layers by one launch, from x (T * B, I) to the output (T * B, H)."""
         if self._launch is None:
-            self._launch = inference(
-                small_forward_packed, first.size, len(self.layers), self.rows.steps, self.rows.batch
-            )
-        y = np.empty((self.rows.count, self.cell.hidden_size), self.dtype)
-        flat = x if x.ndim == 2 else x.reshape(self.rows.count, x.shape[2])
-        self._launch(packed.weights[0], packed.bias[0], packed.own[0], flat, h0, c0, y, h_n, c_n)
-        return y if x.ndim == 2 else y.reshape(self.rows.steps, self.rows.batch, self.cell.hidden_size)
+            self._launch = self._inference()
+        y = np.empty(self._y_shape, self.dtype)
+        if self.frozen:
+            packed = params.kept.get(PACKED) or packed_model(self.cell, params)
+            self._launch(*packed.at_once, x, h0, c0, y, h_n, c_n)
+        else:
+            self._launch(*self.layers[0].directions[0].given(params), x, h0, c0, y, h_n, c_n)
+        return y
+
+    def _inference(self) -> Inference:
+        """Prepare the one launch."""
+        size, steps, batch = self.layers[0].size, self.rows.steps, self.rows.batch
+        if self.frozen:
+            return Inference(small_forward_packed, size, len(self.layers), steps, batch)
+        return Inference(small_forward, size, 1, steps, batch)
 
     def _forward_layers(
         self,

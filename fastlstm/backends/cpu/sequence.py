@@ -75,6 +75,16 @@ class DirectionCall:
             p if type(p) is ndarray and p.flags.carray else as_plain(p),
         )
 
+    def given(self, arrays: Params) -> tuple[Array, Array, Array, Array]:
+        """Return the same as they are, for kernels that refuse what they do not take."""
+        ih, hh, bias, own = self.names
+        return (
+            arrays[ih],  # type: ignore[index]
+            arrays[hh],  # type: ignore[index]
+            self._nothing.bias if bias is None else arrays[bias],
+            self._nothing.own if own is None else arrays[own],
+        )
+
     def named(self, grads: Sequence[Array]) -> dict[str, Array]:
         """Return gradients, in the order of :meth:`arguments`, under the parameters' names."""
         return {name: array for name, array in zip(self.names, grads, strict=True) if name is not None}

@@ -14,12 +14,13 @@ from fastlstm.backends.cpu.sequence import DirectionTape, schedules
 from fastlstm.backends.cpu.thread_pool import NO_TEAM
 from fastlstm.backends.cpu.weights import Size
 from fastlstm.backends.cpu.workspace import new_array, new_like
+from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.kernels.cpu import small_batch as small
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR
 
-__all__ = ["inference", "is_small", "small_backward", "small_forward"]
+__all__ = ["Inference", "is_small", "small_backward", "small_forward"]
 
 
 def is_small(size: Size, steps: int, batch: int, *, packed: bool = False, backward: bool = False) -> bool:
@@ -41,8 +42,8 @@ def _settings(size: Size, layers: int) -> Array:
     return settings_of(small.SETTINGS, numbers, size.addresses)
 
 
-def inference(kernel: Any, size: Size, layers: int, steps: int, batch: int) -> Any:
-    """Return the function that launches a kernel for inference, given its arguments up to c_n; compiles it.
+class Inference:
+    """Launches a kernel for inference, given its arguments up to c_n; made before the first call, since it compiles.
 
     Parameters
     ----------
@@ -53,25 +54,28 @@ def inference(kernel: Any, size: Size, layers: int, steps: int, batch: int) -> A
     layers, steps, batch : int
         L, T and B.
     """
-    small.prepare(kernel, size.dtype)
-    settings, rows = _settings(size, layers), steps * batch
-    candidates = None
-    if rows > FEW_ROWS or size.hidden * (size.inputs + size.hidden) >= LEAST_TO_SHARE:
-        candidates = _candidates(kernel, size, layers, rows, batch)
-    if candidates is None:
-        return functools.partial(_alone, kernel, settings)
-    return functools.partial(_shared, kernel, settings, candidates, rows)
 
+    __slots__ = ("candidates", "kernel", "rows", "settings")
 
-def _alone(kernel: Any, settings: Array, *arguments: Array) -> Any:
-    return kernel(*arguments, settings, NO_TEAM, 0)
+    def __init__(self, kernel: Any, size: Size, layers: int, steps: int, batch: int) -> None:
+        small.prepare(kernel, size.dtype)
+        self.kernel, self.settings, self.rows = kernel, _settings(size, layers), steps * batch
+        self.candidates: Any = None
+        if self.rows > FEW_ROWS or size.hidden * (size.inputs + size.hidden) >= LEAST_TO_SHARE:
+            self.candidates = _candidates(kernel, size, layers, self.rows, batch)
 
-
-def _shared(kernel: Any, settings: Array, candidates: Any, rows: int, *arguments: Array) -> Any:
-    threads = get_num_threads()
-    if threads == 1:
-        return kernel(*arguments, settings, NO_TEAM, 0)
-    return launch(kernel, arguments, candidates, rows, threads)
+    def __call__(self, *arguments: Array) -> None:
+        """Launch. Arrays that the kernel does not take as they are, it refuses, and gets in another layout."""
+        if self.candidates is None or get_num_threads() == 1:
+            try:
+                if self.kernel(*arguments, self.settings, NO_TEAM, 0):
+                    return
+            except TypeError:  # Numba's: an array is not contiguous, or read-only
+                pass
+            done = self.kernel(*map(as_plain, arguments), self.settings, NO_TEAM, 0)
+        else:
+            done = launch(self.kernel, tuple(map(as_plain, arguments)), self.candidates, self.rows, get_num_threads())
+        assert done
 
 
 def _candidates(kernel: Any, size: Size, layers: int, rows: int, batch: int) -> Any:
@@ -103,14 +107,15 @@ def small_forward(
 ) -> DirectionTape:
     """Run one layer over x (T * B, I) for training; writes y (T * B, H), h_n and c_n (1, B, H).
 
+    The arrays may have any layout.
+
     The tape keeps the gates even with `recompute`. Its arrays are allocated one by one: for so few rows, alignment
     would take longer than it saves.
     """
     small.prepare(small.small_forward_taped, size.dtype)
     tape = np.empty((len(x), size.blocks, TAPE, size.width), size.dtype)
     h_rows = np.empty((len(x), size.stride), size.dtype)
-    fits = small.small_forward_taped(*weights, x, h0, c0, y, h_n, c_n, tape, h_rows, _settings(size, 1), NO_TEAM)
-    assert fits
+    _call(small.small_forward_taped, (*weights, x, h0, c0, y, h_n, c_n, tape, h_rows, _settings(size, 1), NO_TEAM))
     return DirectionTape(tape, h_rows, c0[0].copy())
 
 
@@ -131,8 +136,20 @@ def small_backward(
     weight_ih, weight_hh, _, own = weights
     grads = [new_like(array) for array in weights]
     da = new_array((len(dx), GATES * size.hidden), size.dtype)
-    fits = small.small_backward(
-        weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, _settings(size, 1)
+    settings = _settings(size, 1)
+    _call(
+        small.small_backward,
+        (weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, settings),
     )
-    assert fits
     return grads
+
+
+def _call(kernel: Any, arguments: tuple[Any, ...]) -> None:
+    """Call a kernel. What it does not take as it is, it refuses, and gets in another layout."""
+    try:
+        if kernel(*arguments):
+            return
+    except TypeError:  # Numba's: an array is not contiguous, or read-only
+        pass
+    done = kernel(*(as_plain(value) if isinstance(value, np.ndarray) else value for value in arguments))
+    assert done

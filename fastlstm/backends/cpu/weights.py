@@ -16,9 +16,9 @@ from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights
 from fastlstm.parameters import direction_names
 
-__all__ = ["Packed", "Size", "packed_model", "size_of"]
+__all__ = ["PACKED", "Packed", "Size", "packed_model", "size_of"]
 
-_PACKED = "packed for the CPU backend"  # under this key they are kept with weights that never change
+PACKED = "packed for the CPU backend"  # under this key they are kept with weights that never change
 
 
 class Size(NamedTuple):
@@ -62,19 +62,20 @@ class Packed(NamedTuple):
     bias: list[Array]
     own: list[Array]  # (L * E, H)
     layers: list[list[tuple[Array, Array]]]  # for each layer and direction, views of its part
+    at_once: list[Array]  # the first arguments of a kernel that runs all layers of one direction
 
 
 def packed_model(cell: Cell, params: FrozenParams) -> Packed:
     """Return the packed weights of a frozen model, packed at its first call."""
-    found: Packed | None = params.kept.get(_PACKED)
+    found: Packed | None = params.kept.get(PACKED)
     if found is None:
-        found = params.kept.setdefault(_PACKED, _pack(cell, params))  # another thread may have been faster
+        found = params.kept.setdefault(PACKED, _pack(cell, params))  # another thread may have been faster
     return found
 
 
 def _pack(cell: Cell, params: FrozenParams) -> Packed:
     sizes = [size_of(cell, layer) for layer in range(cell.num_layers)]
-    found = Packed([], [], [], [[] for _ in sizes])
+    found = Packed([], [], [], [[] for _ in sizes], [])
     for direction in range(cell.num_directions):
         shapes = [shape for number in (0, 1) for size in sizes for shape in size.packed_shapes[number : number + 1]]
         counts = [int(np.prod(shape)) for shape in shapes]
@@ -94,4 +95,5 @@ def _pack(cell: Cell, params: FrozenParams) -> Packed:
         found.weights.append(memory[:half])
         found.bias.append(memory[half:])
         found.own.append(np.concatenate(own))
+    found.at_once.extend((found.weights[0], found.bias[0], found.own[0]))
     return found
