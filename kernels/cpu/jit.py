@@ -41,7 +41,7 @@ from fastlstm.kernels.cpu.plain_njit import PlainKernel
 
 __all__ = [
     "KERNELS", "PLAIN", "VECTOR_BYTES", "address_of", "by_address", "caller", "cgutils", "compile_for", "compile_once",
-    "emit_call_of_thread", "kernel", "refuse_others", "routine",
+    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined",
 ]  # fmt: skip
 
 if numba.config.DISABLE_JIT:
@@ -273,6 +273,21 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
 
     dispatcher.get_call_template = resolve_plain
     return dispatcher
+
+
+@intrinsic
+def stay_outlined(typingctx):  # type: ignore[no-untyped-def]
+    """Keep the routine in which this stands a function of its own.
+
+    LLVM would inline it. Where it is called once for a chunk or a call, that gains nothing, and twice as much code is
+    compiled.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:

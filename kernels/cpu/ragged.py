@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.cpu.jit import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.team import threads_of
 from fastlstm.kernels.cpu.vector import address, fill, lanes_of, maximum, minimum, offset, store_first
 
@@ -56,6 +56,7 @@ def clear_padding(target, row_size, columns, rows, total, first_step, step):
     first_step, step : int
         The time steps: each thread takes its own.
     """
+    stay_outlined()
     for t in range(first_step, total, step):
         inside = rows.offsets[t + 1] - rows.offsets[t] if t < rows.steps else 0
         for row in range(inside, rows.batch):
@@ -75,6 +76,7 @@ def share_rows(rows, first_step, last_step, team, thread):
     first, last : int
         This thread's first row and the next one's. The last of them may end before `last_step`.
     """
+    stay_outlined()
     total, threads = rows.offsets[last_step] - rows.offsets[first_step], threads_of(team, thread)
     if total == 0:
         return 0, 0

@@ -13,7 +13,7 @@ from fastlstm.kernels.cpu.cell_step import CELL, GATES, TAPE, backward, cell_at,
 from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row, strip
 from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, NR, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked
-from fastlstm.kernels.cpu.jit import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, threads_of
@@ -189,6 +189,7 @@ def _with_gates(layer, gates):
 @routine
 def _begin(layer, rows, dh_n, dc_n, sums_bias, of_own, own_size, team, thread):
     """Zero this thread's share of sums over rows, and put the final states' gradients in place."""
+    stay_outlined()
     hidden, width = layer.hidden, layer.width
     _clear(sums_bias, layer.da.depth, team, thread)
     _clear(of_own, own_size, team, thread)
@@ -204,6 +205,7 @@ def _begin(layer, rows, dh_n, dc_n, sums_bias, of_own, own_size, team, thread):
 @routine
 def _clear(start, size, team, thread):
     """Set this thread's share of some numbers to zero."""
+    stay_outlined()
     first, last = share(size, team, thread)
     for n in range(first, last, lanes_of(start)):
         store_first(offset(start, n), fill(start, 0.0), last - n)
@@ -212,6 +214,7 @@ def _clear(start, size, team, thread):
 @routine
 def _finish(layer, rows, sums_bias, dbias, dh0, dc0, first, last, team, thread):
     """Write this thread's share of the gradients by the bias and the initial states."""
+    stay_outlined()
     hidden, width = layer.hidden, layer.width
     if dbias.size:
         for block in range(first, last):
@@ -234,6 +237,7 @@ def _rebuild(layer, rows, x, hh, packed, chunk_first, chunk_last, first, last):
 
     The sums are those of the forward pass, in the same order, so the gates are bit-identical.
     """
+    stay_outlined()
     inputs, hidden, width = packed.inputs, layer.hidden, layer.width
     tile_row, low = GATES * width, rows.offsets[chunk_first]
     far = are_far(x, (last - first) * (inputs + hidden) * tile_row)
@@ -299,6 +303,7 @@ def _chunk_back(layer, rows, chunk_first, chunk_last, divided, team, thread):
 @routine
 def _gates_back(layer, rows, step, low, row_first, row_last, block_first, block_last):
     """Take one step's gradients through the cell step: dc in place, the gate gradients to da."""
+    stay_outlined()
     width, here = layer.width, rows.offsets[step]
     gates_low = low if layer.is_rebuilt else 0
     end = rows.offsets[rows.steps] - 1
@@ -330,6 +335,7 @@ def _state_back(layer, step, first_row, row_first, row_last, block_first, block_
 
     Meanwhile the weights are prefetched or, if they fit the second-level cache, the `size` elements at `soon`.
     """
+    stay_outlined()
     width, depth, stride = layer.width, layer.da.depth, layer.blocks * layer.width
     columns = NR * width
     far = are_far(layer.of_h, (block_last - block_first) * depth * width)

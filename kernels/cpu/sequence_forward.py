@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_at, cell_of, output, update
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
-from fastlstm.kernels.cpu.jit import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
 from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, record, share, summon, take, threads_of
@@ -156,6 +156,7 @@ def _layer(cell, weights, packed, x, y, h_n, c_n, tape, h_rows, scratch, setting
 @routine
 def _share_of(rows, blocks, divided, team, thread):
     """Return what this thread computes: some units of all rows, or all units of some rows."""
+    stay_outlined()
     if divided:
         first, last = share(blocks, team, thread)
         return _Share(0, rows.batch, first, last, divided)
@@ -222,6 +223,7 @@ def _is_far(layer, mine):
 @routine
 def _project(layer, rows, mine, step, far):
     """Compute the input products of all rows of the next `ahead` steps."""
+    stay_outlined()
     low = rows.offsets[step]
     count = rows.offsets[minimum(step + layer.ahead, rows.steps)] - low
     x = offset(layer.x, low * layer.packed.inputs)
@@ -256,6 +258,7 @@ def _products(layer, count, x, inputs, h, depth, start, start_row, a, first, las
     Either product may be left out: `inputs` or `depth`, the numbers of x and h, is 0 then. Where the product with x is
     in `start` already, this has a row for each row. Otherwise it is the bias, one for all rows (`start_row` 0).
     """
+    stay_outlined()
     packed, tile_row = layer.packed, GATES * lanes_of(a)
     start_block = layer.a_block if start_row else tile_row
     together = ROW_BLOCKS if count == 1 else 1
@@ -319,6 +322,7 @@ def _hand_on(layer, rows, step, low, row, block, h, c, following):
 @routine
 def _begin(layer, rows, h0, c0, team, thread):
     """Put this thread's share of the initial states in place; a sequence of length 0 ends with them."""
+    stay_outlined()
     hidden, width = layer.hidden, layer.width
     first, last = share(rows.batch, team, thread)
     for row in range(first, last):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastlstm.kernels.cpu.cell_step import GATES, cell_at, own_gradients
 from fastlstm.kernels.cpu.gate_gradients import long_product, strip
 from fastlstm.kernels.cpu.gemm_microkernel import KC, NR, are_far, tiles, zero_row
-from fastlstm.kernels.cpu.jit import routine
+from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import pack_rows
 
@@ -38,6 +38,7 @@ class Product(NamedTuple):
 @routine
 def add_bias(da, first_row, rows, sums, first, last):
     """Add some rows of da to the bias's gradient, (4 * Hp,), for this thread's blocks."""
+    stay_outlined()
     width = lanes_of(sums)
     for block in range(first, last):
         part, part_row = strip(da, block * GATES * width)
@@ -59,6 +60,7 @@ def add_own(cell, da, rows, tape, c0, chunk_first, chunk_last, sums, first, last
 
     `sums` is (E, H), `c0` (B, H), and `tape` the record of the cell states.
     """
+    stay_outlined()
     width, low = tape.width, rows.offsets[chunk_first]
     for block in range(first, last):
         unit = block * width
@@ -100,6 +102,7 @@ def weights_back(product, da, first_row, rows, operand_row, panel, add, finish, 
     panel that ends with a part of a vector, which would reach into the gradient's next row. The rows are taken in
     pieces as equal as can be; where they are cut depends on their number alone, as the sums then do.
     """
+    stay_outlined()
     width = lanes_of(panel)
     columns = NR * width
     for number in range((product.columns + columns - 1) // columns):
@@ -114,6 +117,7 @@ def weights_back(product, da, first_row, rows, operand_row, panel, add, finish, 
 @routine
 def _block_back(product, da, first_row, rows, panel, add, finish, number, vectors, block, first, last):
     """Do so for one panel and one block of units, piece by piece of the rows."""
+    stay_outlined()
     width = lanes_of(panel)
     columns, pieces, depth = NR * width, (rows + _DEPTH - 1) // _DEPTH, da.depth
     sums = product.sums
@@ -169,6 +173,7 @@ def _finish_block(product, vectors, depth, a, a_k, b, before, before_row, column
 @routine
 def finish_edge(product, depth, first, last):
     """Bring the sums of a last panel that ends with a part of a vector to the gradient."""
+    stay_outlined()
     width, inputs = lanes_of(product.sums), product.columns
     columns = NR * width
     number = (inputs + columns - 1) // columns - 1
@@ -188,6 +193,7 @@ def finish_edge(product, depth, first, last):
 @routine
 def inputs_back(da, first_row, last_row, places, weights, inputs, accumulate, dx, block):
     """Compute dx = da @ W_ih for some rows of the chunk, whose first row has its place at ``places[0]``."""
+    stay_outlined()
     width, depth = lanes_of(dx), da.depth
     columns = NR * width
     panels = (inputs + columns - 1) // columns

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from fastlstm.kernels.cpu.cell_step import GATES
 from fastlstm.kernels.cpu.gemm_microkernel import NR
 from fastlstm.kernels.cpu.gemv import Unpacked
-from fastlstm.kernels.cpu.jit import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
@@ -128,6 +128,7 @@ def pack_forward(weights, packed, first, last):
     first, last : int
         The blocks of units to pack.
     """
+    stay_outlined()
     inputs, hidden, width = weights.inputs, weights.hidden, lanes_of(weights.ih)
     tile_row = GATES * width
     for block in range(first, last):
@@ -144,6 +145,7 @@ def pack_forward(weights, packed, first, last):
 @routine
 def _zero_times(weights, rows, target):
     """Write the sum of zero times the rows of four vectors: what a product with zeros is."""
+    stay_outlined()
     width = lanes_of(weights)
     i = f = g = o = fill(weights, 0.0)
     for _ in range(rows):
@@ -159,6 +161,7 @@ def _zero_times(weights, rows, target):
 @routine
 def is_at_rest(h0, size, packed):
     """Say whether the first step's product with h is zero, and need not be computed; h0 has so many elements."""
+    stay_outlined()
     return _is_zero(h0, size) and _is_zero(packed.of_zeros, packed.blocks * GATES * lanes_of(packed.of_zeros))
 
 
@@ -210,6 +213,7 @@ def pack_backward(weight, hidden, columns, packed, blocks, first, last):
     first, last : int
         The blocks of units to pack.
     """
+    stay_outlined()
     width = lanes_of(packed)
     depth = blocks * GATES * width
     for panel in range((columns + NR * width - 1) // (NR * width)):
