@@ -254,13 +254,20 @@ class FakeCupy(types.ModuleType):
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
         self.change = change or (lambda code: code)  # what a test does to the kernels' source
-        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 0, "totalGlobalMem": 0}
+        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 4, "totalGlobalMem": 0}
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices),
             getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
         )  # fmt: skip
+        pointer_modes: dict[int, int] = {}  # of each cuBLAS handle; 0 is the default
+        math_modes: dict[int, int] = {}
+        self.modes = pointer_modes, math_modes
         cublas = types.SimpleNamespace(
             CUBLAS_OP_N=0, CUBLAS_OP_T=1, getVersion=lambda handle: 130000,
+            CUBLAS_POINTER_MODE_HOST=0, CUBLAS_POINTER_MODE_DEVICE=1,
+            CUBLAS_DEFAULT_MATH=0, CUBLAS_PEDANTIC_MATH=2, CUBLAS_TF32_TENSOR_OP_MATH=3,
+            getPointerMode=lambda handle: pointer_modes.get(handle, 0), setPointerMode=pointer_modes.__setitem__,
+            getMathMode=lambda handle: math_modes.get(handle, 0), setMathMode=math_modes.__setitem__,
             sgemm=self._gemm(np.float32), dgemm=self._gemm(np.float64),
         )  # fmt: skip
         self.cuda = types.SimpleNamespace(
@@ -390,6 +397,13 @@ class FakeCupy(types.ModuleType):
             left = by_columns(a, k, m, lda).T if transa else by_columns(a, m, k, lda)
             right = by_columns(b, n, k, ldb).T if transb else by_columns(b, k, n, ldb)
             out = by_columns(c, m, n, ldc)
+            if self.modes[0].get(handle):
+                raise CUDARuntimeError("cudaErrorIllegalAddress: the factors were expected in the device's memory")
+            if self.modes[1].get(handle) == 3 and dtype is np.float32:  # TF32: 10 bits of fraction
+                left, right = (
+                    (np.ascontiguousarray(side).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+                    for side in (left, right)
+                )
             scale, keep = by_columns(alpha, 1, 1, 1)[0, 0], by_columns(beta, 1, 1, 1)[0, 0]
             with np.errstate(all="ignore"):
                 # Summed in float64: what is measured here is what the kernels add, not how NumPy's BLAS sums.
