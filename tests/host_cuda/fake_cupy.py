@@ -265,7 +265,7 @@ class FakeCupy(types.ModuleType):
         cublas = types.SimpleNamespace(
             CUBLAS_OP_N=0, CUBLAS_OP_T=1, getVersion=lambda handle: 130000,
             CUBLAS_POINTER_MODE_HOST=0, CUBLAS_POINTER_MODE_DEVICE=1,
-            CUBLAS_DEFAULT_MATH=0, CUBLAS_PEDANTIC_MATH=2, CUBLAS_TF32_TENSOR_OP_MATH=3,
+            CUBLAS_DEFAULT_MATH=0,
             getPointerMode=lambda handle: pointer_modes.get(handle, 0), setPointerMode=pointer_modes.__setitem__,
             getMathMode=lambda handle: math_modes.get(handle, 0), setMathMode=math_modes.__setitem__,
             sgemm=self._gemm(np.float32), dgemm=self._gemm(np.float64),
@@ -399,7 +399,9 @@ class FakeCupy(types.ModuleType):
             out = by_columns(c, m, n, ldc)
             if self.modes[0].get(handle):
                 raise CUDARuntimeError("cudaErrorIllegalAddress: the factors were expected in the device's memory")
-            if self.modes[1].get(handle) == 3 and dtype is np.float32:  # TF32: 10 bits of fraction
+            if (
+                self.modes[1].get(handle) == 3 and dtype is np.float32
+            ):  # CUBLAS_TF32_TENSOR_OP_MATH: 10 bits of fraction
                 left, right = (
                     (np.ascontiguousarray(side).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
                     for side in (left, right)
