@@ -261,7 +261,8 @@ class FakeCupy(types.ModuleType):
             getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
         )  # fmt: skip
         self.cuda = types.SimpleNamespace(
-            Device=Device, runtime=runtime, cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError), nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
+            Device=Device, runtime=runtime, cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError),
+            nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
             device=types.SimpleNamespace(get_cublas_handle=lambda: Device.now() + 1000),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), is_available=lambda: devices > 0,
             Event=Event, get_current_stream=Event, set_allocator=lambda allocator: None,
