@@ -16,6 +16,8 @@ __all__ = [
     "ModelFileError",
     "ResultsFileError",
     "ShapeError",
+    "refused",
+    "shown",
 ]
 
 
@@ -53,3 +55,28 @@ class ModelFileError(FastLSTMError, ValueError):
 
 class ResultsFileError(FastLSTMError, ValueError):
     """A file of the benchmark's results is broken, or was not written by ``fastlstm bench``."""
+
+
+LONGEST = 200  # characters of a value in a message
+# What the conversion of a value raises where the value is at fault.
+_REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, SyntaxError)
+
+
+def refused(value: object, error: Exception) -> bool:
+    """Whether `error`, caught while `value` was converted, is about the value.
+
+    A foreign object's own code may raise anything. From the conversion of a value of Python or NumPy, any other error
+    is that of a signal handler that ran meanwhile, such as a TimeoutError, and must not be taken for bad input.
+    """
+    return isinstance(error, _REFUSALS) or type(value).__module__.partition(".")[0] not in ("builtins", "numpy")
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value for a message: cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception as error:  # such as that of an integer of 5,000 digits
+        if not refused(value, error):
+            raise
+        return f"an object of type {type(value).__qualname__}"
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
