@@ -285,11 +285,12 @@ KILLER = """
     storage.save(path, cell, models[0], False)
     rng, found, left = random.Random(0), {1: 0, 2: 0}, 0
     for _ in range(rounds):
+        models.reverse()  # so that each is found in turn, also where a child has time to save but one
         child = os.fork()
         if child == 0:
             try:
                 while True:
-                    for model in reversed(models):
+                    for model in models:
                         storage.save(path, cell, model, False)
             finally:
                 os._exit(1)  # an error in the child must not run on as a second parent
