@@ -60,15 +60,20 @@ class ResultsFileError(FastLSTMError, ValueError):
 LONGEST = 200  # characters of a value in a message
 # What the conversion of a value raises where the value is at fault.
 _REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, SyntaxError)
+_SCALARS = (type(None), bool, int, float, complex, str, bytes)
 
 
 def refused(value: object, error: Exception) -> bool:
     """Whether `error`, caught while `value` was converted, is about the value.
 
-    A foreign object's own code may raise anything. From the conversion of a value of Python or NumPy, any other error
-    is that of a signal handler that ran meanwhile, such as a TimeoutError, and must not be taken for bad input.
+    A foreign object's own code may raise anything, also inside a list. From the conversion of a scalar of Python or
+    NumPy, any other error is that of a signal handler that ran meanwhile, such as a TimeoutError, and must not be taken
+    for bad input.
     """
-    return isinstance(error, _REFUSALS) or type(value).__module__.partition(".")[0] not in ("builtins", "numpy")
+    kind = type(value)
+    of_numpy = kind.__module__.partition(".")[0] == "numpy"
+    scalar = kind in _SCALARS or (of_numpy and not kind.__name__.lower().endswith("array"))
+    return isinstance(error, _REFUSALS) or not scalar
 
 
 def shown(value: object) -> str:

@@ -326,7 +326,7 @@ class LSTM:
         """
         name = getattr(library, "__name__", None)
         if name not in ("numpy", "cupy"):
-            raise ArrayTypeError(f"to() takes the module numpy or cupy, got {library!r}")
+            raise ArrayTypeError(f"to() takes the module numpy or cupy, got {shown(library)}")
         if name == "cupy":
             dispatch.backend_named("cuda")  # says what is missing, if there is no device
         params = {key: library.array(_on_host(key, value) if name == "numpy" else value)
