@@ -1,4 +1,4 @@
-"""The command line: ``fastlstm info``, ``check``, ``bench`` and ``demo``."""
+"""The command line: ``fastlstm info``, ``check``, ``warm``, ``bench`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare every backend with the float64 reference; status 1 if one fails")
     check.add_argument("--backend", action="append", help="check only this one; may be repeated")
     check.set_defaults(run=_check)
+
+    warm = commands.add_parser("warm", help="compile the CPU kernels ahead; status 1 if they cannot be kept on disk")
+    warm.add_argument("--dtype", choices=("float32", "float64", "both"), default="both", help="default: %(default)s")
+    warm.add_argument("--train", action="store_true", help="also the kernels for training")
+    warm.add_argument(
+        "--step", action="store_true", help="also those for single time steps; inference shares them in short calls"
+    )
+    warm.set_defaults(run=_warm)
 
     bench = commands.add_parser("bench", help="measure how fast it is here, against the peers that are installed")
     command.add_arguments(bench)
@@ -108,6 +116,23 @@ def _check(options: argparse.Namespace) -> int:
             failed += not row.within_bound
     print(f"{failed} out of bound." if failed else "All within bounds.")
     return 1 if failed else 0
+
+
+def _warm(options: argparse.Namespace) -> int:
+    from fastlstm.warm import warm
+
+    dtypes = ("float32", "float64") if options.dtype == "both" else (options.dtype,)
+    report = warm(dtypes, train=options.train, step=options.step)
+    print(f"{'kernel':<22} {'compiled':>8} {'loaded':>6}")
+    for name in report.compiled | report.loaded:
+        print(f"{name:<22} {report.compiled.get(name, 0):8} {report.loaded.get(name, 0):6}")
+    compiled, loaded = sum(report.compiled.values()), sum(report.loaded.values())
+    print(f"{compiled} compiled, {loaded} loaded for {' and '.join(dtypes)} in {report.seconds:.1f} s")
+    print(f"kernel cache: {report.cache}")
+    if report.problem:
+        print(f"fastlstm warm: kernels could not be kept: {report.problem}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

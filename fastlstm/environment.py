@@ -75,14 +75,15 @@ def _version(package: str) -> str | None:
 def _compiled() -> dict[str, str]:
     threads = import_module("fastlstm.backends.threads")
     size = import_module("fastlstm.kernels.cpu.simd").VECTOR_BYTES
-    cache = import_module("fastlstm.kernels.cpu.compile").cache_folder(
-        import_module("fastlstm.kernels.cpu.forward").layer_forward
-    )
+    plain = import_module("fastlstm.kernels.cpu.jit").PLAIN
+    cache = "none: plain kernels are compiled in every process"
+    if not plain:
+        cache = import_module("fastlstm.kernels.cpu.kernel_cache").describe()
     return {
         "threads": f"at most {threads.get_num_threads()} per call",
         "vectors": f"{8 * size} bits: {size // 4} float32 or {size // 8} float64",
-        "kernel cache": cache or "none: no folder can be written, so kernels are compiled in every process",
-    }
+        "kernel cache": cache,
+    } | ({"compiler": f"plain njit: {plain}"} if plain else {})
 
 
 def _gpu() -> str:

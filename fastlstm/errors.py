@@ -13,6 +13,7 @@ __all__ = [
     "DTypeError",
     "FastLSTMError",
     "FrozenError",
+    "KernelCacheWarning",
     "ModelFileError",
     "ResultsFileError",
     "ShapeError",
@@ -55,6 +56,10 @@ class ModelFileError(FastLSTMError, ValueError):
 
 class ResultsFileError(FastLSTMError, ValueError):
     """A file of the benchmark's results is broken, or was not written by ``fastlstm bench``."""
+
+
+class KernelCacheWarning(UserWarning):
+    """Compiled CPU kernels cannot be kept on disk; results are right, but every process compiles its kernels anew."""
 
 
 LONGEST = 200  # characters of a value in a message

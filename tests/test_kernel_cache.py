@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import compileall
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+import zipfile
 
 import pytest
 
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
 
-import fastlstm
+from kernel_process import STEP, copy_package, files, start, variables
 
 RUN = """
 import sys
@@ -37,11 +37,9 @@ print("numba.np.arraymath" in sys.modules)
 
 def run(folder, cache, dtype="float32"):
     """Run every kernel in a new process; misses, hits, a result, and whether what only compiling needs was loaded."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "FASTLSTM_"))}
-    environment |= {"PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [sys.executable, "-c", RUN, dtype],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        env=variables(folder, cache), cwd=folder, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     counts, result, loaded = done.stdout.splitlines()
@@ -53,11 +51,17 @@ def run(folder, cache, dtype="float32"):
 def copied(tmp_path_factory):
     """A copy of the package, whose sources a test may change, and a fresh cache."""
     folder = tmp_path_factory.mktemp("copy")
-    package, kernels = Path(fastlstm.__file__).parent, Path(fastlstm.kernels.__file__).parent
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, folder / "fastlstm", ignore=ignore)
-    shutil.copytree(kernels, folder / "fastlstm" / "kernels", ignore=ignore, dirs_exist_ok=True)
+    copy_package(folder)
     return folder, folder / "cache"
+
+
+DOUBLED = "return i, f, g, o, ", "return i, f, g, 2.0 * o, "
+
+
+def replace_in(path, old, new):
+    before = path.read_text()
+    assert before.count(old) == 1
+    path.write_text(before.replace(old, new))
 
 
 def test_the_second_process_compiles_nothing_and_a_changed_source_is_compiled_again(copied):
@@ -74,10 +78,7 @@ def test_the_second_process_compiles_nothing_and_a_changed_source_is_compiled_ag
     assert (misses, hits, loaded) == (1, 2, True)
     assert third == first
     # Not the file of a cached kernel, but one that the kernels call into: Numba alone would not notice.
-    gates = folder / "fastlstm" / "kernels" / "cpu" / "gates.py"
-    before = gates.read_text()
-    gates.write_text(before.replace("return i, f, g, o, ", "return i, f, g, 2.0 * o, "))
-    assert gates.read_text() != before
+    replace_in(folder / "fastlstm" / "kernels" / "cpu" / "gates.py", *DOUBLED)
     misses, hits, changed, _ = run(folder, cache)
     assert (misses, hits) == (3, 0)
     assert changed == pytest.approx(2 * first)
@@ -92,3 +93,107 @@ def test_without_a_folder_to_write_kernels_are_compiled_all_the_same(copied, tmp
         unwritable.mkdir(mode=0o500)
     _, hits, result, _ = run(copied[0], unwritable / "cache")
     assert hits == 0 and result != 0
+
+
+def pack_into(archive, folder, pattern):
+    """Make a zip file of the package in a folder, of the files that match a pattern."""
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for path in sorted((folder / "fastlstm").rglob(pattern)):
+            if "__pycache__" not in path.parts:
+                zipped.write(path, path.relative_to(folder))
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".pyz"])
+def test_a_source_that_is_changed_within_a_zip_is_compiled_again(tmp_path, suffix):
+    folder, archive, cache = tmp_path / "source", tmp_path / f"package{suffix}", tmp_path / "cache"
+    cpu = copy_package(folder)
+    pack_into(archive, folder, "*.py")
+    first, _ = start(archive, cache)
+    second, _ = start(archive, cache)
+    assert str(archive) in first["file"]
+    assert (first["misses"], second["misses"], second["hits"]) == (1, 0, 1)
+    assert second["bits"] == first["bits"]
+    replace_in(cpu / "gates.py", *DOUBLED)
+    pack_into(archive, folder, "*.py")
+    changed, _ = start(archive, cache)
+    assert changed["misses"] == 1
+    assert changed["first"] == pytest.approx(2 * first["first"], rel=1e-6)
+
+
+def test_without_sources_nothing_is_cached(tmp_path):
+    """A zip of compiled modules: whether a kernel on disk is still theirs, nothing would tell."""
+    folder, archive, cache = tmp_path / "source", tmp_path / "package.zip", tmp_path / "cache"
+    cpu = copy_package(folder)
+    firsts = []
+    for turn in range(2):
+        if turn:
+            replace_in(cpu / "gates.py", *DOUBLED)
+        assert compileall.compile_dir(folder, legacy=True, quiet=1, force=True)
+        pack_into(archive, folder, "*.pyc")
+        found, _ = start(archive, cache)
+        assert (found["misses"], found["warnings"], files(cache)) == (1, [], [])
+        firsts.append(found["first"])
+    assert firsts[1] == pytest.approx(2 * firsts[0], rel=1e-6)
+
+
+def test_one_source_that_cannot_be_read_is_enough_not_to_cache(tmp_path):
+    """Such as a module of which only the compiled file was shipped."""
+    folder, cache = tmp_path / "source", tmp_path / "cache"
+    cpu = copy_package(folder)
+    assert compileall.compile_file(cpu / "gates.py", legacy=True, quiet=1)
+    (cpu / "gates.py").unlink()
+    found, _ = start(folder, cache)
+    assert (found["misses"], files(cache)) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"_nrt": False, "no_cfunc', '"no_cfunc'), ("if needs_runtime:", "if True:")],
+    ids=["counting references", "initialising all of Numba"],
+)
+def test_not_counting_references_and_loading_little_do_not_depend_on_each_other(tmp_path, old, new):
+    """Code that counts references crashes in a process that has not initialised Numba's runtime."""
+    folder, cache = tmp_path / "source", tmp_path / "cache"
+    cpu = copy_package(folder)
+    right, _ = start(folder, cache)
+    replace_in(cpu / "jit.py", old, new)
+    first, _ = start(folder, cache)
+    second, _ = start(folder, cache)
+    assert (first["misses"], second["misses"], second["hits"]) == (1, 0, 1)
+    assert right["bits"] == first["bits"] == second["bits"]
+
+
+def test_processes_may_fill_the_cache_at_once(tmp_path):
+    folder, cache = tmp_path / "source", tmp_path / "cache"
+    copy_package(folder)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", STEP], env=variables(folder, cache), stdout=-1, stderr=-1, text=True)
+        for _ in range(8)
+    ]
+    try:
+        found = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * 8, found
+    assert {stderr for _, stderr in found} == {""}
+    last, _ = start(folder, cache)
+    assert last["hits"] == 1
+    assert all(last["bits"][0] in stdout for stdout, _ in found)
+    assert len(files(cache)) == 1
+
+
+def test_the_first_process_says_once_that_it_compiles(tmp_path):
+    folder, cache = tmp_path / "source", tmp_path / "cache"
+    copy_package(folder)
+    both = "float32", "float64"
+    _, quiet = start(folder, tmp_path / "another", STEP)
+    _, cold = start(folder, cache, STEP, *both, FASTLSTM_QUIET="")
+    _, warm = start(folder, cache, STEP, *both, FASTLSTM_QUIET="")
+    assert quiet == warm == ""
+    assert cold.startswith("fastlstm compiles its kernels") and cold.count("\n") == 1
+    assert str(cache) in cold and "fastlstm warm" in cold and "FASTLSTM_QUIET=1" in cold
+    # Where nothing can be said, nothing is.
+    closed = "import sys; sys.stderr = None\n" + STEP
+    found, _ = start(folder, tmp_path / "third", closed, FASTLSTM_QUIET="")
+    assert found["misses"] == 1

@@ -18,8 +18,8 @@ from fastlstm.backends import calls, workers
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.workers import release, reserve, run_each, run_team
 from fastlstm.kernels.cpu.backward import layer_backward
-from fastlstm.kernels.cpu.compile import compile_for, kernel
 from fastlstm.kernels.cpu.forward import layer_forward
+from fastlstm.kernels.cpu.jit import compile_for, kernel
 from fastlstm.kernels.cpu.simd import address, offset
 from fastlstm.kernels.cpu.team import (
     MAILBOX,

@@ -18,8 +18,8 @@ from fastlstm.backends.memory import SCRATCH, Workspace, one_block
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_team
-from fastlstm.kernels.cpu.compile import compile_for
 from fastlstm.kernels.cpu.gates import GATES
+from fastlstm.kernels.cpu.jit import compile_for
 from fastlstm.kernels.cpu.pack import pack_weights
 from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.tile import ROWS

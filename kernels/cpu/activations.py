@@ -30,7 +30,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.simd import (
     address,
     call_llvm,

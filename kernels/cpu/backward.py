@@ -7,9 +7,9 @@ the chunk before. So the gate gradients never take more memory than one chunk's.
 
 from __future__ import annotations
 
-from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_again, gates_backward
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.pack import clear_padding, pack_backward, pack_forward, pack_rows, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,

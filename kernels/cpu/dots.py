@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import routine
 from fastlstm.kernels.cpu.gates import GATES
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.simd import (
     CACHE_LINE,
     VECTOR_BYTES,

@@ -17,9 +17,9 @@ Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H padded to
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.activations import tanh
-from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_forward
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.pack import clear_padding, is_at_rest, pack_forward, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,

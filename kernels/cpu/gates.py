@@ -7,7 +7,7 @@ of units keeps its five values side by side, :data:`TAPE` vectors: i, f, g, o an
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.simd import fma, load, load_first, offset, store
 
 __all__ = ["GATES", "TAPE", "gates_again", "gates_backward", "gates_forward"]

@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import kernel, routine
 from fastlstm.kernels.cpu.gates import GATES
+from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.simd import (
     address,
     fill,

@@ -31,13 +31,13 @@ Vectors have :data:`VECTOR_BYTES` bytes: the widest the host has, or ``FASTLSTM_
 from __future__ import annotations
 
 import operator
-import os
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+from fastlstm.kernels.cpu.jit import VECTOR_BYTES, cgutils
 
 __all__ = [
     "CACHE_LINE",
@@ -64,14 +64,6 @@ __all__ = [
 ]
 
 
-def _host_vector_bytes() -> int:
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f") and features.get("avx512vl"):
-        return 64
-    return 32 if features.get("avx2") and features.get("fma") else 16
-
-
-VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes())
 # AVX2 and SSE have 16 vector registers; AVX-512 and NEON have 32.
 REGISTERS = 32 if VECTOR_BYTES == 64 or "aarch64" in llvm.get_process_triple() else 16
 CACHE_LINE = 64  # bytes

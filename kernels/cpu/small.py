@@ -11,15 +11,14 @@ import threading
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import from_dtype, types
 from numba.extending import intrinsic
-from numba.np.numpy_support import from_dtype
 
 from fastlstm.kernels.cpu.activations import tanh
-from fastlstm.kernels.cpu.compile import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.dots import gate_dots
 from fastlstm.kernels.cpu.forward import pre_activations
 from fastlstm.kernels.cpu.gates import GATES, TAPE, gates_backward, gates_forward
+from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.pack import is_at_rest, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,

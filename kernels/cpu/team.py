@@ -26,10 +26,9 @@ import sys
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import kernel, routine
+from fastlstm.kernels.cpu.jit import CALL_TYPE, cgutils, emit_call_of_thread, kernel, routine
 from fastlstm.kernels.cpu.simd import CACHE_LINE, VECTOR_BYTES, address, lanes_of, minimum, offset, prefetch
 
 __all__ = [
@@ -120,8 +119,6 @@ def _wait_a_little(typingctx, spins):
 
 # --- calling a kernel together ------------------------------------------------------------------------------
 
-_CALL = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), ir.IntType(64)])
-
 
 @intrinsic
 def this_call(typingctx):
@@ -139,25 +136,8 @@ def this_call(typingctx):
     """
 
     def codegen(context, builder, signature, args):
-        function, module, i64 = builder.function, builder.module, ir.IntType(64)
-        kept = ir.LiteralStructType([arg.type for arg in function.args])
-        with builder.goto_entry_block():
-            place = builder.alloca(kept)  # Numba's own way to ask for it would set it to zero first
-        for n, arg in enumerate(function.args):
-            builder.store(arg, cgutils.gep_inbounds(builder, place, 0, n))
-
-        call = ir.Function(module, _CALL, f"{function.name}.of_thread")
-        call.linkage = "internal"
-        inner = ir.IRBuilder(call.append_basic_block())
-        there = inner.bitcast(call.args[0], kept.as_pointer())
-        values = [inner.load(cgutils.gep_inbounds(inner, there, 0, n)) for n in range(len(function.args))]
-        # Numba's functions first take the places of their result and of an exception: each thread has its own.
-        for n in range(2):
-            values[n] = inner.alloca(function.args[n].type.pointee)
-        (number,) = (n for n, arg in enumerate(function.args) if arg.name == "arg.thread")
-        values[number] = call.args[1]
-        inner.call(function, values)
-        inner.ret_void()
+        i64 = ir.IntType(64)
+        call, place = emit_call_of_thread(builder)
         return context.make_tuple(
             builder, signature.return_type, [builder.ptrtoint(call, i64), builder.ptrtoint(place, i64)]
         )
@@ -170,7 +150,8 @@ def _run(typingctx, call, arguments, thread):
     """Make the call for a thread."""
 
     def codegen(context, builder, signature, args):
-        builder.call(builder.inttoptr(args[0], _CALL.as_pointer()), [builder.inttoptr(args[1], _CALL.args[0]), args[2]])
+        there = builder.inttoptr(args[1], CALL_TYPE.args[0])
+        builder.call(builder.inttoptr(args[0], CALL_TYPE.as_pointer()), [there, args[2]])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.compile import routine
+from fastlstm.kernels.cpu.jit import cgutils, routine
 from fastlstm.kernels.cpu.simd import (
     REGISTERS,
     VECTOR_BYTES,

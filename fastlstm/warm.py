@@ -1,0 +1,96 @@
+"""Compile the CPU kernels ahead of time: for images, for read-only installations, and for a fast first call."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlstm.backends.plan import FEW_ROWS
+from fastlstm.dispatch import backend_named, use_backend
+from fastlstm.errors import KernelCacheWarning
+from fastlstm.lstm import LSTM
+
+__all__ = ["Report", "warm"]
+
+
+class Report(NamedTuple):
+    """What :func:`warm` did."""
+
+    compiled: dict[str, int]  # by kernel, how often: once for each dtype and kind of arguments
+    loaded: dict[str, int]  # those that were on disk already
+    seconds: float
+    cache: str  # the folders that were used, or why there is none
+    problem: str | None  # why the next process will not find all of these kernels
+
+
+def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> Report:
+    """Compile every kernel that later processes need, or find it on disk.
+
+    Each kind of call is made once on a small model. Which kernel runs depends on the sizes, but a kernel serves all of
+    them: one for long calls and one for short ones.
+
+    Parameters
+    ----------
+    dtypes : sequence of {"float32", "float64"}
+        The dtypes of the models.
+    train : bool
+        Whether for training, too.
+    step : bool
+        Whether for single time steps, too. They share the kernels of short calls.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    BackendError
+        If the CPU backend cannot run here.
+    """
+    backend_named("cpu")
+    cache = import_module("fastlstm.kernels.cpu.kernel_cache")
+    jit = import_module("fastlstm.kernels.cpu.jit")
+    cache.announce(silently=True)
+    problem: str | None = jit.PLAIN or (cache.describe() if cache.SOURCES is None else None)
+    if problem is not None:  # nothing would be kept
+        return Report({}, {}, 0.0, "none", problem)
+    start, before = time.perf_counter(), _counts(jit.KERNELS)
+    with warnings.catch_warnings(), use_backend("cpu"):
+        warnings.simplefilter("ignore", KernelCacheWarning)  # the report says it
+        for dtype in dtypes:
+            _run(dtype, train, step)
+        # The kernel in which workers wait, needed where there is more than one thread.
+        jit.compile_for(import_module("fastlstm.kernels.cpu.team").serve, (np.zeros(8, np.int64), 0))
+    compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
+    where = ", ".join(map(str, cache.used)) or cache.describe()
+    return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem)
+
+
+def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:
+    """Count how often each kernel has been compiled, and how often loaded."""
+    compiled, loaded = Counter[str](), Counter[str]()
+    for kernel in kernels:
+        compiled[kernel.__name__] += sum(kernel.stats.cache_misses.values())
+        loaded[kernel.__name__] += sum(kernel.stats.cache_hits.values())
+    return compiled, loaded
+
+
+def _run(dtype: str, train: bool, step: bool) -> None:
+    """Make each kind of call once, with few rows and with many."""
+    model = LSTM(3, 4, dtype=np.dtype(dtype), seed=0)
+    frozen = model.freeze()
+    inputs = [np.ones((steps, FEW_ROWS, 3), dtype)[:, :batch] for steps, batch in ((32, FEW_ROWS), (1, 1))]
+    for x in inputs:
+        for each in (model, frozen):
+            each(x)
+            if step:
+                each.step(x[0])
+        for recompute in (False, True) if train else ():
+            y, _, tape = model.forward(x, recompute=recompute)
+            model.backward(tape, y)

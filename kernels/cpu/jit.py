@@ -1,0 +1,399 @@
+"""How a kernel is compiled: all that stands on private parts of Numba.
+
+A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
+and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
+routine stops at LLVM's intermediate form, and only the whole kernel is optimised, which spares much of the first
+call's time. Numba's own way to extend its compiler serves for that: a pipeline with one pass exchanged.
+
+Nor are references counted: a kernel makes no arrays, and its caller keeps those that it is given. Numba would make an
+object for each of them at every call, a sixth of a short one's time, and count users even in innermost loops.
+
+Every private part is checked when this is imported. If one is missing or has other arguments, or FASTLSTM_PLAIN_NJIT=1
+is set, kernels and routines are compiled by plain ``numba.njit``: the same bits, but a slower first call in each
+process, since a plain kernel is not cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba import njit, types
+
+from fastlstm.errors import BackendError
+from fastlstm.kernels.cpu import kernel_cache
+from fastlstm.kernels.cpu.plain_njit import PlainKernel
+
+__all__ = [
+    "KERNELS", "PLAIN", "VECTOR_BYTES", "cgutils", "compile_for", "compile_once", "emit_call_of_thread",
+    "kernel", "refuse_others", "routine",
+]  # fmt: skip
+
+if numba.config.DISABLE_JIT:
+    raise BackendError("NUMBA_DISABLE_JIT is set, and the CPU kernels run only compiled; unset it")
+
+
+def _host_vector_bytes() -> int:
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f") and features.get("avx512vl"):
+        return 64
+    return 32 if features.get("avx2") and features.get("fma") else 16
+
+
+VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes())
+
+# --- the private parts --------------------------------------------------------------------------------------
+
+_problems: list[str] = []
+
+
+class _Missing:
+    """Stands for a private part that is not there, so that what is built of it can be defined, though not used."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, decorated: Any) -> Any:
+        return decorated
+
+
+def _private(module: str, name: str, *attributes: str) -> Any:
+    """Return a private part of Numba; note in `_problems` if it or an attribute of it is missing.
+
+    An attribute that is written with parameters, ``"run_pass(self, state)"``, has to be a function with these.
+    """
+    try:
+        part = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        _problems.append(f"{module}.{name} is missing")
+        return _Missing
+    for attribute in attributes:
+        method, _, parameters = attribute.rstrip(")").partition("(")
+        if not hasattr(part, method):
+            _problems.append(f"{module}.{name}.{method} is missing")
+        elif parameters and list(inspect.signature(getattr(part, method)).parameters) != parameters.split(", "):
+            _problems.append(f"{module}.{name}.{method} takes other arguments than ({parameters})")
+    return part
+
+
+make_function = _private("numba._dynfunc", "make_function")
+NullCache = _private(
+    "numba.core.caching", "NullCache", "load_overload(self, sig, target_context)", "save_overload(self, sig, cres)",
+    "cache_path",
+)  # fmt: skip
+JITCodeLibrary = _private(
+    "numba.core.codegen", "JITCodeLibrary", "_optimize_functions(self, ll_module)", "_optimize_final_module(self)",
+    "_finalize_final_module(self)", "enable_object_caching(self)", "has_dynamic_globals",
+)  # fmt: skip
+JITCPUCodegen = _private("numba.core.codegen", "JITCPUCodegen", "magic_tuple(self)")
+CompilerBase = _private("numba.core.compiler", "CompilerBase", "define_pipelines(self)")
+CompileResult = _private("numba.core.compiler", "CompileResult", "_reduce(self)", "_rebuild", "lifted", "library")
+DefaultPassBuilder = _private("numba.core.compiler", "DefaultPassBuilder", "define_nopython_pipeline(state, name)")
+Flags = _private("numba.core.compiler", "Flags", "copy(self)", "no_compile", "nrt", "forceinline")
+_LowerResult = _private("numba.core.compiler", "_LowerResult", "fndesc", "cfunc", "env", "_replace")
+register_pass = _private("numba.core.compiler_machinery", "register_pass")
+CPUContext = _private(
+    "numba.core.cpu", "CPUContext", "refresh(self)", "codegen(self)", "insert_user_function(self, func, fndesc, libs)"
+)
+CPUTargetOptions = _private(
+    "numba.core.cpu", "CPUTargetOptions", "_nrt", "nogil", "error_model", "forceinline", "no_cpython_wrapper",
+    "no_cfunc_wrapper",
+)  # fmt: skip
+CPUDispatcher = _private(
+    "numba.core.registry", "CPUDispatcher", "_can_compile", "get_call_template(self, args, kws)",
+    "typeof_pyval(self, val)", "compile(self, sig)",
+)  # fmt: skip
+dumps = _private("numba.core.serialize", "dumps")
+NativeLowering = _private("numba.core.typed_passes", "NativeLowering", "run_pass(self, state)")
+
+# Documented for extensions, so nothing stands in for it: without it there are no vectors.
+from numba.core import cgutils  # noqa: E402  # after the checks, which import what it needs
+
+
+def _check_pipeline() -> None:
+    """Note it if the standard pipeline does not lower by the pass that is exchanged here."""
+    with contextlib.suppress(AttributeError):
+        state = type("State", (), {"flags": Flags(), "func_ir": None})()
+        if [step for step, _ in DefaultPassBuilder.define_nopython_pipeline(state).passes].count(NativeLowering) == 1:
+            return
+    _problems.append("numba's pipeline for nopython mode has not exactly one pass NativeLowering")
+
+
+if not _problems:
+    _check_pipeline()
+
+# Why kernels are compiled by plain njit; None if they are not.
+PLAIN: str | None = None
+if os.environ.get("FASTLSTM_PLAIN_NJIT", "0") not in {"", "0"}:
+    PLAIN = "FASTLSTM_PLAIN_NJIT is set"
+elif _problems:
+    PLAIN = f"numba {numba.__version__} is not as this release of fastlstm knows it ({'; '.join(_problems)})"
+    warnings.warn(
+        f"{PLAIN}: kernels are compiled without private parts of it, which takes longer, in every process. Upgrade"
+        " fastlstm, or install an older numba.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+
+class _Code(JITCodeLibrary):
+    """A module of LLVM's, optimised when all parts of the kernel are together and not function by function before."""
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout
+
+
+class _Part(_Code):
+    """One to be linked into others: not optimised on its own at all, never loaded."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerKernel(NativeLowering):
+    _name = "lower_kernel"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _Code(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return bool(super().run_pass(state))
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LowerPart(NativeLowering):
+    _name = "lower_part"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.flags = state.flags.copy()
+        state.flags.no_compile = True  # no address is asked for
+        super().run_pass(state)
+        lowered, name = state.cr, state.func_id.func_name
+        # Callers find the routine by this object, which has no code to run (0).
+        handle = make_function(lowered.fndesc.lookup_module(), name, "", 0, lowered.env, (state.library,))
+        state.targetctx.insert_user_function(handle, lowered.fndesc, [state.library])
+        state.cr = lowered._replace(cfunc=handle)
+        return True
+
+
+# Closures, array expressions, loops to unroll by types, `with`: looking for them takes a tenth of the time.
+_NOT_IN_KERNELS = {
+    "annotate_types", "dump_parfor_diagnostics", "find_literally", "inline_closure_likes", "inline_inlinables",
+    "inline_overloads", "literal_unroll", "LiteralPropagation", "make_function_op_code_to_jit_function",
+    "nopython_rewrites", "with_lifting",
+}  # fmt: skip
+
+
+class _Compiler(CompilerBase):
+    """Numba's for functions without Python objects, with a lowering of our own and without what kernels never need."""
+
+    def define_pipelines(self) -> list[Any]:
+        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        pipeline.passes = [
+            (self.lowering if step is NativeLowering else step, why)
+            for step, why in pipeline.passes
+            if step.name() not in _NOT_IN_KERNELS
+        ]
+        pipeline.finalize()
+        return [pipeline]
+
+
+class _KernelCompiler(_Compiler):
+    lowering = _LowerKernel
+
+
+class _PartCompiler(_Compiler):
+    lowering = _LowerPart
+
+
+KERNELS: list[Any] = []  # all that have been declared, in this order
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel at its first call, without the GIL, and keep it on disk for the next process.
+
+    Where no folder can be written, it is compiled in every process.
+    """
+    if PLAIN:
+        made: Any = PlainKernel(function)
+    else:
+        options = {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
+        made = njit(**options, pipeline_class=_KernelCompiler)(function)
+        made._cache = _Cache(function)
+    KERNELS.append(made)
+    return made
+
+
+def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
+    """Compile a function that only kernels call, once for each dtype; with `inline`, into each of its callers.
+
+    Left to itself, Numba compiles a function anew for every constant that it is called with.
+    """
+    if function is None:
+        return functools.partial(routine, inline=inline)
+    if PLAIN:
+        return njit(error_model="numpy")(function)
+    dispatcher = njit(
+        pipeline_class=_PartCompiler, _nrt=False, forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True,
+        error_model="numpy",
+    )(function)  # fmt: skip
+    resolve = dispatcher.get_call_template
+
+    def resolve_plain(args: Any, kws: Any) -> Any:
+        return resolve(tuple(map(types.unliteral, args)), {name: types.unliteral(t) for name, t in dict(kws).items()})
+
+    dispatcher.get_call_template = resolve_plain
+    return dispatcher
+
+
+def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
+    """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
+    if PLAIN:
+        dispatcher.compile(tuple(map(numba.typeof, arguments)), unless_refused=True)
+    elif dispatcher._can_compile:
+        dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
+
+
+def refuse_others(dispatcher: Any) -> None:
+    """Have a kernel raise TypeError for arguments that :func:`compile_once` was not given the types of.
+
+    So it may be tried on arguments that nobody has looked at: it is not compiled for whatever they are.
+    """
+    if PLAIN:
+        dispatcher.refuses = True
+    else:
+        dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
+
+
+def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
+    """Compile or load a kernel that refuses others for arguments of some types."""
+    if PLAIN:
+        dispatcher.compile(signature)
+        return
+    dispatcher._can_compile = True
+    try:
+        dispatcher.compile(signature)
+    finally:
+        dispatcher._can_compile = False
+
+
+# --- kernels on disk ----------------------------------------------------------------------------------------
+
+
+class _Cache(NullCache):
+    """What a dispatcher asks for compiled code, and tells of it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        module = function.__module__
+        qualname = function.__qualname__.replace("<", "").replace(">", "")
+        self._name = f"{module.rpartition('.')[2]}.{qualname}-{sys.implementation.cache_tag}"
+        sources = kernel_cache.SOURCES
+        if sources and not module.startswith(f"{__package__}."):  # SOURCES says nothing about this one
+            try:
+                sources += Path(inspect.getfile(function)).read_bytes()
+            except (OSError, TypeError):
+                sources = None
+        versions = sys.implementation.cache_tag, getattr(sys, "abiflags", ""), numba.__version__, llvmlite.__version__
+        self._identity = sources and (sources, versions, module, qualname)
+
+    @property
+    def cache_path(self) -> str | None:
+        """The first folder of those in which the kernel may be, None if it is not kept."""
+        return str(kernel_cache.folders[0]) if self._identity and kernel_cache.folders else None
+
+    def _place(self, sig: Any, codegen: Any) -> tuple[str, bytes]:
+        """Return the name of the kernel's file and the key to it: another key makes the file obsolete."""
+        target = repr((tuple(map(str, sig)), codegen.magic_tuple(), VECTOR_BYTES))
+        key = hashlib.sha256(repr((self._identity, target)).encode()).digest()
+        return f"{self._name}-{hashlib.sha256(target.encode()).hexdigest()[:16]}.nbc", key
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
+        found = None
+        if self._identity:
+            content = kernel_cache.read(*self._place(sig, target_context.codegen()))
+            if content is not None:
+                found = self._rebuild(content, target_context)
+        if found is None:
+            kernel_cache.announce()
+        return found
+
+    @staticmethod
+    def _rebuild(content: bytes, target_context: Any) -> Any:
+        try:
+            needs_runtime, reduced = pickle.loads(content)
+            if needs_runtime:
+                target_context.refresh()
+            return CompileResult._rebuild(target_context, *reduced)
+        except Exception:  # it is what was written, but does not fit: whatever it is, a kernel can be compiled anew
+            return None
+
+    def save_overload(self, sig: Any, cres: Any) -> None:
+        """Keep a kernel. If that fails it is compiled anew in the next process, and a warning has said so."""
+        if not self._identity or kernel_cache.problem or cres.lifted or cres.library.has_dynamic_globals:
+            return
+        name, key = self._place(sig, cres.target_context.codegen())
+        reduced = cres._reduce()
+        # Code that counts references calls Numba's runtime, whose addresses are known only after a refresh. Without it
+        # the process that loads such code crashes. Kernels do not count any, so that the refresh can be spared.
+        needs_runtime = b"NRT_" in reduced[0][2][0]
+        kernel_cache.write(name, key, dumps((needs_runtime, reduced)))
+
+
+# --- calling a kernel from another thread -------------------------------------------------------------------
+
+CALL_TYPE = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), ir.IntType(64)])
+
+
+def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
+    """Emit what calls the function that is being built with its own arguments, but for the one called `thread`.
+
+    Returns
+    -------
+    call : LLVM value
+        A function of type `CALL_TYPE`: of the arguments' place, and a thread's number.
+    place : LLVM value
+        Where the arguments are, until the function that is being built returns.
+    """
+    function, module = builder.function, builder.module
+    numbers = [n for n, arg in enumerate(function.args) if arg.name == "arg.thread"]
+    # Numba's functions first take the places of their result and of an exception.
+    if len(numbers) != 1 or numbers[0] < 2 or not all(isinstance(a.type, ir.PointerType) for a in function.args[:2]):
+        raise BackendError(f"numba {numba.__version__} passes arguments in another way; install another release of it")
+    kept = ir.LiteralStructType([arg.type for arg in function.args])
+    with builder.goto_entry_block():
+        place = builder.alloca(kept)  # Numba's own way to ask for it would set it to zero first
+    for n, arg in enumerate(function.args):
+        builder.store(arg, cgutils.gep_inbounds(builder, place, 0, n))
+
+    call = ir.Function(module, CALL_TYPE, f"{function.name}.of_thread")
+    call.linkage = "internal"
+    inner = ir.IRBuilder(call.append_basic_block())
+    there = inner.bitcast(call.args[0], kept.as_pointer())
+    values = [inner.load(cgutils.gep_inbounds(inner, there, 0, n)) for n in range(len(function.args))]
+    for n in range(2):  # each thread has its own
+        values[n] = inner.alloca(function.args[n].type.pointee)
+    values[numbers[0]] = call.args[1]
+    inner.call(function, values)
+    inner.ret_void()
+    return call, place
