@@ -4,10 +4,11 @@
     python benchmarks/figures.py --check  # only say whether they are what the results say; status 1 if not
 
 ``benchmarks/results`` has a folder for each machine: ``bench.json`` is of ``fastlstm bench``, a study's file of
-``benchmarks/study.py --out``, and any other of ``benchmarks/cpu.py``. Of the first two is made everything between
-the two marks in ``README.md``; of the others ``benchmarks/RESULTS.md``, with the roofs of the machine beside each
-row. A row in which a peer wins is always shown, and ``benchmarks/reasons.toml`` has to say why it does, and why a goal
-is missed: without, this fails.
+``benchmarks/study.py --out``, ``A.json``, ``B.json`` and ``C.json`` of ``.ci/gpu``, and any other of
+``benchmarks/cpu.py``. Of the first two is made everything between the two marks in ``README.md``; of the others
+``benchmarks/RESULTS.md``, with the roofs of the machine beside each row, and of those of a GPU one sentence between two
+marks of its own in ``README.md``. A row in which a peer wins is always shown, and ``benchmarks/reasons.toml`` has to
+say why it does on a CPU, and why a goal is missed: without, this fails.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from readme import beyond, goals, kernels, limits, reasons
+from readme import beyond, goals, gpu, kernels, limits, reasons
 from studies import record
 from studies.record import Study
 
@@ -36,6 +37,7 @@ BEGIN = (
     "<!-- figures: `python benchmarks/figures.py` makes them from benchmarks/results; what is typed here is lost -->"
 )
 END = "<!-- end of the figures -->"
+BEGIN_GPU, END_GPU = "<!-- GPU: made by benchmarks/figures.py -->", "<!-- end of GPU -->"
 NOTHING = (
     "No results are committed yet. On a quiet machine, the commands in `benchmarks/README.md` measure, and"
     " `python benchmarks/figures.py` writes what they found here."
@@ -48,6 +50,7 @@ class Machine(NamedTuple):
     folder: Path
     kernels: dict[str, Results]  # by file name
     studies: dict[str, Study]  # by name of the study
+    gpu: dict[str, Any]  # by stage of .ci/gpu
 
 
 def machines(folder: Path) -> list[Machine]:
@@ -60,16 +63,19 @@ def machines(folder: Path) -> list[Machine]:
     """
     found = []
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        machine = Machine(place, {}, {})
+        machine = Machine(place, {}, {}, {})
         for path in sorted(place.glob("*.json")):
             if _kind(path) == bench.FORMAT:
                 machine.kernels[path.stem] = bench.load(path)
+                continue
+            if _kind(path) == gpu.FORMAT:
+                machine.gpu[path.stem] = gpu.load(path)
                 continue
             study = record.load(path)
             if study.study != path.stem:
                 raise ResultsFileError(f"{path} holds the study {study.study!r}")
             machine.studies[study.study] = study
-        if machine.kernels or machine.studies:
+        if machine.kernels or machine.studies or machine.gpu:
             found.append(machine)
     return found
 
@@ -93,7 +99,7 @@ def section(folder: Path = RESULTS, root: Path = README.parent, why: Path = reas
     MissingReasonError
         If a peer wins somewhere and no reason is given.
     """
-    found = machines(folder)
+    found = [machine for machine in machines(folder) if machine.kernels or machine.studies]
     if not found:
         return NOTHING
     given = reasons.load(why)
@@ -130,7 +136,15 @@ def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
             parts.append(f"### {name.replace('-', ' ')}")
             parts += kernels.paragraphs(results, given, every=True)
             parts += limits.paragraphs(results, machine.studies.get("roofs"))
+        if machine.gpu:
+            parts += [] if others else [f"## {machine.folder.name}"]
+            parts += [part for stage in machine.gpu.values() for part in gpu.stage(stage)]
     return "\n\n".join(parts) + "\n"
+
+
+def gpu_sentence(folder: Path = RESULTS) -> str:
+    """Return what the README has to say of measurements on GPUs."""
+    return gpu.sentence([machine.gpu for machine in machines(folder)])
 
 
 def _pictures(folder: Path, root: Path, prefix: str) -> Iterator[str]:
@@ -155,19 +169,24 @@ def draw(machine: Machine) -> Iterator[Path]:
         yield path
 
 
-def replaced(text: str, inside: str) -> str:
-    """Return a text with what stands between the marks replaced.
+def replaced(text: str, inside: str, first: str = BEGIN, last: str = END, gap: str = "\n\n") -> str:
+    """Return a text with what stands between two marks replaced.
 
     Raises
     ------
     ValueError
         If it does not have each mark once, in this order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in before + after:
-        raise ValueError("README.md needs the two marks of the figures, each once")
-    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{after}"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in after or last in before + after:
+        raise ValueError(f"README.md needs the two marks {first} and {last}, each once")
+    return f"{before}{first}{gap}{inside}{gap}{last}{after}"
+
+
+def readme(text: str, figures: str, sentence: str) -> str:
+    """Return the README with all that is generated."""
+    return replaced(replaced(text, figures), sentence, BEGIN_GPU, END_GPU, "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -179,8 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
             for machine in machines(RESULTS):
                 for path in draw(machine):
                     print(f"wrote {path}")
-        readme = README.read_text(encoding="utf-8")
-        wanted = {README: replaced(readme, section()), TABLES: tables()}
+        text = README.read_text(encoding="utf-8")
+        wanted = {README: readme(text, section(), gpu_sentence(RESULTS)), TABLES: tables()}
     except (reasons.MissingReasonError, ResultsFileError) as error:
         print(error, file=sys.stderr)
         return 1

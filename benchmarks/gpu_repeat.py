@@ -1,6 +1,6 @@
 """Forward and backward on a GPU, again and again: every result must be the first one, bit for bit.
 
-    python benchmarks/gpu_repeat.py --times 1000 --out repeat.json
+    python benchmarks/gpu_repeat.py --times 1000 --out OUTDIR/C.json
 
 With ``--times 0 --no-pool`` it is the small set for ``compute-sanitizer``: each array is an allocation of its own then,
 so that an access outside it is seen. The results are compared with the float64 reference, too.
@@ -9,13 +9,13 @@ so that an access outside it is seen. The results are compared with the float64 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import gpu_common
 import numpy as np
 
 import fastlstm
@@ -31,13 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all cases in both dtypes; 1 if a result differs from the first one, or from the reference."""
     parser = argparse.ArgumentParser(description="repeat forward and backward on the GPU and compare every bit")
     parser.add_argument("--times", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=Path, help="the stage's file")
     parser.add_argument("--no-pool", action="store_true", help="allocate each array by itself")
     options = parser.parse_args(arguments)
     cupy = import_module("cupy")
     if options.no_pool:
         cupy.cuda.set_allocator(None)
-    found = []
+    if options.out:
+        gpu_common.update(options.out, machine=gpu_common.machine(cupy))
+    found: list[dict[str, Any]] = []
     todo = [(case, dtype) for case in CASES for dtype in BOUNDS]
     for case, dtype in todo:
         begin = time.perf_counter()
@@ -45,10 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         found.append({"case": case, "dtype": dtype, "repetitions": options.times, "different": differences,
                       "error": error, "seconds": time.perf_counter() - begin})  # fmt: skip
         print(f"{case} {dtype}: {differences} of {options.times} differ, error {error:.2e}", flush=True)
-        passed = not any(f["different"] or not f["error"] <= BOUNDS[f["dtype"]] for f in found)
-        if options.out:  # after each case, in case that the time runs out
-            result = {"passed": passed and len(found) == len(todo), "missing": len(todo) - len(found), "cases": found}
-            options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        if options.out:
+            gpu_common.update(options.out, repeat=found)
+    passed = not any(f["different"] or not f["error"] <= BOUNDS[f["dtype"]] for f in found)
     print("every result is the first one, bit for bit" if passed else "NOT every result is as it should be")
     return 0 if passed else 1
 

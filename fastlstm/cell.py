@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastlstm.errors import ArgumentError, DTypeError
+from fastlstm.errors import ArgumentError, DTypeError, refused, shown
 
-__all__ = ["Cell"]
+__all__ = ["Cell", "integer", "real"]
 
+MAX_LAYERS = 2**20  # more are a mistake, and their names alone would fill the memory
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 # The fields that make another cell of the LSTM, with the values of the plain one.
 VARIANTS: dict[str, Any] = {"peephole": False}
@@ -48,7 +51,8 @@ class Cell:
     Raises
     ------
     ArgumentError
-        If a size is not a positive integer or `dropout` is outside [0, 1).
+        If a size is not a positive integer, or so large that the parameters cannot be addressed, or `dropout` is
+        outside [0, 1).
     DTypeError
         If `dtype` is neither float32 nor float64.
     """
@@ -68,10 +72,11 @@ class Cell:
         for name in ("bias", "bidirectional", "peephole"):
             value = getattr(self, name)
             if not isinstance(value, bool | np.bool_):
-                raise ArgumentError(f"{name} must be True or False, got {value!r}")
+                raise ArgumentError(f"{name} must be True or False, got {shown(value)}")
             object.__setattr__(self, name, bool(value))
         object.__setattr__(self, "dropout", _probability("dropout", self.dropout))
         object.__setattr__(self, "dtype", _float_dtype(self.dtype))
+        _check_addressable(self)
 
     @functools.cached_property
     def calls(self) -> dict[Any, Any]:
@@ -111,23 +116,54 @@ class Cell:
         return {name: value for name, value in described.items() if name not in VARIANTS or value != VARIANTS[name]}
 
 
-def _positive_integer(name: str, value: Any) -> int:
+def integer(value: Any) -> int | None:
+    """Return a single integer as Python's, or None if `value` is none: a bool, a float or an array of some axes."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except Exception as error:
+        if not refused(value, error):
+            raise
+        return None
+
+
+def real(value: Any) -> float:
+    """Return a single real number as a float, or NaN if `value` is none, or too large for a float."""
+    # float() would take a string, a complex scalar of NumPy with a warning, and an array of one entry.
+    if isinstance(value, bool | str | bytes | bytearray | memoryview):
+        return math.nan
+    try:
+        if getattr(value, "ndim", 0) != 0 or getattr(getattr(value, "dtype", None), "kind", "f") not in "iuf":
+            return math.nan
+        return float(value)
+    except Exception as error:
+        if not refused(value, error):
+            raise
+        return math.nan
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    number = integer(value)
     if number is None or number < 1:
-        raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+        raise ArgumentError(f"{name} must be an integer of at least 1, got {shown(value)}")
     return number
 
 
+def _check_addressable(cell: Cell) -> None:
+    """Refuse sizes whose parameters no machine can address, before anything is made for each of the layers."""
+    columns = max(cell.input_size, cell.output_size)
+    if cell.num_layers > MAX_LAYERS:
+        raise ArgumentError(f"num_layers must be at most {MAX_LAYERS}, got {shown(cell.num_layers)}")
+    if 4 * cell.hidden_size * columns * cell.dtype.itemsize > sys.maxsize:
+        raise ArgumentError(
+            f"input_size and hidden_size are too large: the weights of input_size {shown(cell.input_size)} and"
+            f" hidden_size {shown(cell.hidden_size)} cannot be addressed"
+        )
+
+
 def _probability(name: str, value: Any) -> float:
-    try:
-        number = -1.0 if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = -1.0
+    number = real(value)
     if not 0.0 <= number < 1.0:
-        raise ArgumentError(f"{name} must be a number in [0, 1), got {value!r}")
+        raise ArgumentError(f"{name} must be a number in [0, 1), got {shown(value)}")
     return number
 
 
@@ -136,8 +172,10 @@ def _float_dtype(value: Any) -> np.dtype[Any]:
         if value is None:
             raise TypeError("NumPy takes None for float64")
         dtype: np.dtype[Any] = np.dtype(value).newbyteorder("=")
-    except TypeError as error:
-        raise DTypeError(f"dtype must be float32 or float64, got {value!r}") from error
+    except Exception as error:
+        if not refused(value, error):
+            raise
+        raise DTypeError(f"dtype must be float32 or float64, got {shown(value)}") from error
     if dtype not in FLOAT_DTYPES:
         raise DTypeError(f"dtype must be float32 or float64, got {dtype.name}")
     return FLOAT_DTYPES[FLOAT_DTYPES.index(dtype)]  # NumPy's own object, as most arrays have it: found by identity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import numpy as np
 
 from fastlstm import parameters
 from fastlstm.backends.base import Array
-from fastlstm.cell import Cell
+from fastlstm.cell import Cell, integer
 from fastlstm.dispatch import kind_of
-from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
+from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 
 __all__ = ["array", "dropout_seed", "flag", "lengths", "params", "state", "state_gradient"]
@@ -41,7 +40,7 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
 
     Raises
     ------
-    ArrayTypeError, DTypeError, ShapeError
+    ArrayTypeError, DTypeError, ShapeError, shown
         With the argument's name, what was expected and what came.
     """
     if type(value) is not type(like):
@@ -178,16 +177,13 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
 def flag(name: str, given: Any) -> bool:
     """Check a choice between two ways: true or false, and no other value that would count as either."""
     if not isinstance(given, (bool, np.bool_)):
-        raise ArgumentError(f"{name} must be True or False, got {given!r}")
+        raise ArgumentError(f"{name} must be True or False, got {shown(given)}")
     return bool(given)
 
 
 def dropout_seed(given: Any) -> int:
     """Check what determines the dropout masks: an integer of at least 0."""
-    try:
-        seed = operator.index(given)
-    except TypeError:
-        seed = -1
-    if seed < 0:
-        raise ArgumentError(f"dropout_seed must be an integer of at least 0, got {given!r}")
+    seed = integer(given)
+    if seed is None or seed < 0:
+        raise ArgumentError(f"dropout_seed must be an integer of at least 0, got {shown(given)}")
     return seed

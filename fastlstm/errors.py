@@ -17,6 +17,8 @@ __all__ = [
     "ModelFileError",
     "ResultsFileError",
     "ShapeError",
+    "refused",
+    "shown",
 ]
 
 
@@ -58,3 +60,33 @@ class ResultsFileError(FastLSTMError, ValueError):
 
 class KernelCacheWarning(UserWarning):
     """Compiled CPU kernels cannot be kept on disk; results are right, but every process compiles its kernels anew."""
+
+
+LONGEST = 200  # characters of a value in a message
+# What the conversion of a value raises where the value is at fault.
+_REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, SyntaxError)
+_SCALARS = (type(None), bool, int, float, complex, str, bytes)
+
+
+def refused(value: object, error: Exception) -> bool:
+    """Whether `error`, caught while `value` was converted, is about the value.
+
+    A foreign object's own code may raise anything, also inside a list. From the conversion of a scalar of Python or
+    NumPy, any other error is that of a signal handler that ran meanwhile, such as a TimeoutError, and must not be taken
+    for bad input.
+    """
+    kind = type(value)
+    of_numpy = kind.__module__.partition(".")[0] == "numpy"
+    scalar = kind in _SCALARS or (of_numpy and not kind.__name__.lower().endswith("array"))
+    return isinstance(error, _REFUSALS) or not scalar
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value for a message: cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception as error:  # such as that of an integer of 5,000 digits
+        if not refused(value, error):
+            raise
+        return f"an object of type {type(value).__qualname__}"
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastlstm import checks, dispatch, functional, interchange, parameters, storage
 from fastlstm.backends.base import Array, Dropout, State
-from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, ArrayTypeError
+from fastlstm.cell import Cell, integer
+from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
 from fastlstm.mask_keys import MaskKeys
@@ -90,21 +90,17 @@ class LSTM:
         dtype: Any = np.float32,
         seed: Any = None,
     ) -> None:
-        if proj_size != 0:
-            raise ArgumentError(f"proj_size must be 0, got {proj_size!r}: projections are not supported yet")
+        if integer(proj_size) != 0:
+            raise ArgumentError(f"proj_size must be 0, got {shown(proj_size)}: projections are not supported yet")
         cell = Cell(input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, peephole)
-        try:
-            rng = np.random.default_rng(seed)
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(f"seed must suit numpy.random.default_rng, got {seed!r}") from error
-        self._assemble(cell, parameters.initialise(cell, rng), batch_first, int(rng.integers(2**63)))
+        checks.flag("batch_first", batch_first)  # before the parameters are drawn
+        rng = parameters.generator(seed)
+        self._assemble(cell, parameters.initialise(cell, rng), batch_first, _new_key(rng))
 
     def _assemble(self, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int) -> LSTM:
-        if not isinstance(batch_first, bool | np.bool_):
-            raise ArgumentError(f"batch_first must be True or False, got {batch_first!r}")
+        self.batch_first = checks.flag("batch_first", batch_first)
         self.cell = cell
         self.params: dict[str, Array] = params
-        self.batch_first = bool(batch_first)
         self._dropout_key = dropout_key
         return self
 
@@ -337,44 +333,84 @@ class LSTM:
         """
         name = getattr(library, "__name__", None)
         if name not in ("numpy", "cupy"):
-            raise ArrayTypeError(f"to() takes the module numpy or cupy, got {library!r}")
+            raise ArrayTypeError(f"to() takes the module numpy or cupy, got {shown(library)}")
         if name == "cupy":
             dispatch.backend_named("cuda")  # says what is missing, if there is no device
         params = {key: library.array(_on_host(key, value) if name == "numpy" else value)
                   for key, value in self.params.items()}  # fmt: skip
         return self._from(self.cell, params, self.batch_first, self._dropout_key)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
         """Write the model to a file in the safetensors format.
 
-        The file appears whole or not at all: it is written beside `path`, synced, and renamed over it.
+        A file at a path appears whole or not at all: it is written beside `path`, synced, and renamed over it. A file
+        object is written to from its current position on, and is neither flushed, synced nor closed; an error may
+        leave a part of the model in it, which :meth:`load` refuses.
+
+        With dropout between layers, the file also has what determines the next masks: the model that is loaded draws
+        the masks that this one would draw next.
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, path-like or binary file object
             Where to write; an existing file is replaced.
-        """
-        given = checks.params(self.cell, self.params)
-        params = {name: _on_host(name, value) for name, value in given.items()}
-        storage.save(path, self.cell, params, self.batch_first)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LSTM:
-        """Read a model that :meth:`save` wrote; its parameters are NumPy arrays.
 
         Raises
         ------
+        ArgumentError
+            If `path` is neither a path nor a binary file object that can be written to.
+        OSError
+            If the file cannot be written.
+
+        Examples
+        --------
+        >>> import io
+        >>> lstm, file = LSTM(input_size=3, hidden_size=8, seed=0), io.BytesIO()
+        >>> lstm.save(file)
+        >>> position = file.seek(0)
+        >>> LSTM.load(file)
+        LSTM(3, 8, dtype=float32)  # 384 parameters
+        """
+        given = checks.params(self.cell, self.params)
+        params = {name: _on_host(name, value) for name, value in given.items()}
+        draws_masks = self.cell.dropout and self.cell.num_layers > 1
+        storage.save(path, self.cell, params, self.batch_first, self._dropout_key if draws_masks else None)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | BinaryIO) -> LSTM:
+        """Read a model that :meth:`save` wrote; its parameters are NumPy arrays.
+
+        Parameters
+        ----------
+        path : str, path-like or binary file object
+            The file. A file object is read from its current position to its end.
+
+        Raises
+        ------
+        ArgumentError
+            If `path` is neither a path nor a binary file object that can be read from.
         ModelFileError
             If the file is broken, truncated or foreign; nothing large is allocated.
         OSError
             If the file cannot be opened.
+
+        Notes
+        -----
+        Dropout masks go on where they were when the model was saved. Files of format 1 do not say where that was:
+        all models from such files draw the same masks, from the first on.
         """
-        cell, params, batch_first = storage.load(path)
-        return cls._from(cell, params, batch_first)
+        saved = storage.load(path)
+        return cls._from(saved.cell, saved.params, saved.batch_first, saved.dropout_key or 0)
 
     @classmethod
     def from_torch_state_dict(
-        cls, state_dict: Mapping[str, Array], *, prefix: str = "", batch_first: bool = False, dropout: float = 0.0
+        cls,
+        state_dict: Mapping[str, Array],
+        *,
+        prefix: str = "",
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        seed: Any = None,
     ) -> LSTM:
         """Build a model from the weights of a ``torch.nn.LSTM``.
 
@@ -387,6 +423,8 @@ class LSTM:
             What stands before each name, for an LSTM inside a larger module; names without it are left out.
         batch_first, dropout
             As in the constructor: a state dict does not hold them.
+        seed : None, int, SeedSequence, BitGenerator or Generator
+            Determines the dropout masks, as for :func:`numpy.random.default_rng`; without it, each model draws others.
 
         Raises
         ------
@@ -394,7 +432,7 @@ class LSTM:
             If the mapping is not that of a ``torch.nn.LSTM`` without projections.
         """
         cell, params = interchange.from_torch_state_dict(state_dict, prefix=prefix, dropout=dropout)
-        return cls._from(cell, params, batch_first)
+        return cls._from(cell, params, batch_first, _new_key(parameters.generator(seed)))
 
     def to_torch_state_dict(self, *, prefix: str = "") -> dict[str, np.ndarray[Any, Any]]:
         """Return the weights under PyTorch's names: the inverse of :meth:`from_torch_state_dict`.
@@ -422,6 +460,11 @@ class LSTM:
         arguments = ", ".join([str(cell.input_size), str(cell.hidden_size), *options, f"dtype={cell.dtype.name}"])
         frozen = ".freeze()" if isinstance(self.params, FrozenParams) else ""
         return f"LSTM({arguments}){frozen}  # {self.num_parameters:,} parameters"
+
+
+def _new_key(rng: np.random.Generator) -> int:
+    """Draw where the dropout masks of a new model start."""
+    return int(rng.integers(2**63))
 
 
 def _on_host(name: str, value: Array) -> np.ndarray[Any, Any]:

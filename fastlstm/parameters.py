@@ -27,9 +27,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, ShapeError
+from fastlstm.errors import ArgumentError, ShapeError, refused, shown
 
-__all__ = ["GATES", "PEEPHOLES", "TABLE", "Parameter", "axes", "cell_of", "direction_names", "initialise", "shapes"]
+__all__ = [
+    "GATES", "PEEPHOLES", "TABLE", "Parameter", "axes", "cell_of", "direction_names", "generator", "initialise",
+    "shapes",
+]  # fmt: skip
 
 GATES = ("i", "f", "g", "o")
 PEEPHOLES = ("i", "f", "o")  # rows of weight_peephole
@@ -124,6 +127,22 @@ def gate_rows(cell: Cell, gate: str) -> slice:
     """Rows of a weight or bias that belong to `gate`, one of :data:`GATES`."""
     start = GATES.index(gate) * cell.hidden_size
     return slice(start, start + cell.hidden_size)
+
+
+def generator(seed: Any) -> np.random.Generator:
+    """Return the random generator that a `seed` of a model stands for.
+
+    Raises
+    ------
+    ArgumentError
+        If it does not suit :func:`numpy.random.default_rng`.
+    """
+    try:
+        return np.random.default_rng(seed)
+    except Exception as error:
+        if not refused(seed, error):
+            raise
+        raise ArgumentError(f"seed must suit numpy.random.default_rng, got {shown(seed)}") from error
 
 
 def initialise(cell: Cell, seed: Any = None) -> dict[str, np.ndarray[Any, Any]]:

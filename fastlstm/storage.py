@@ -3,11 +3,17 @@
 The parameters are the file's tensors, under their names in :mod:`fastlstm.parameters`, so every tool that reads
 safetensors reads them. What the tensors do not show stands in the metadata under ``fastlstm``, as JSON::
 
-    {"format": 1, "cell": {...}, "batch_first": false, "sha256": "..."}
+    {"format": 2, "cell": {...}, "batch_first": false, "dropout_key": 123, "sha256": "..."}
 
-``cell`` is :meth:`fastlstm.cell.Cell.describe`. ``sha256`` is the digest of the rest of this description (as JSON with
-sorted keys and no blanks) followed by the bytes of all tensors, ordered by name; it finds a flipped bit in the weights,
-which the format itself would not. The same model always gives the same bytes.
+``cell`` is :meth:`fastlstm.cell.Cell.describe`. ``dropout_key`` determines the masks of the next forward pass in
+training; each pass adds one to it. ``sha256`` is the digest of the rest of this description (as JSON with sorted keys
+and no blanks) followed by the bytes of all tensors, ordered by name; it finds a flipped bit in the weights, which the
+format itself would not. The same model always gives the same bytes.
+
+Format 1 has no ``dropout_key``. A model that draws no masks is written in format 1, which every release reads; one that
+does is written in format 2. The number is higher, though one field more is all the difference, because a reader of
+format 1 refuses fields that it does not know, and says of a higher number that the file is of a newer release. A reader
+that ignored the field would repeat masks in silence.
 
 Nothing in a file is trusted: the header is capped, parsed and held against the sizes that the description gives
 and against the file's own size, and only then is the rest read. Nothing in it is ever executed.
@@ -15,13 +21,10 @@ and against the file's own size, and only then is the rest read. Nothing in it i
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -30,13 +33,16 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from fastlstm import parameters
+from fastlstm import files, parameters
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, DTypeError, ModelFileError
 
-__all__ = ["load", "save"]
+__all__ = ["SavedModel", "load", "save"]
 
-FORMAT = 1
+FIELDS = {  # of the description, by format
+    1: {"format", "cell", "batch_first", "sha256"},
+    2: {"format", "cell", "batch_first", "dropout_key", "sha256"},
+}
 KEY = "fastlstm"
 CODES = {"float32": "F32", "float64": "F64"}  # dtypes, and what safetensors calls them
 PREFIX = 8  # bytes before the header: its length, little-endian
@@ -44,27 +50,45 @@ MAX_HEADER = 2**20  # bytes: about 10,000 tensors, and parsing it cannot take mu
 MAX_DIGITS = 19  # of an integer in the header: 64 bits; Python's would have no end
 
 
+class SavedModel(NamedTuple):
+    """What a model file holds."""
+
+    cell: Cell
+    params: dict[str, np.ndarray[Any, Any]]  # writeable arrays in native byte order that own their memory
+    batch_first: bool
+    dropout_key: int | None  # None in format 1
+
+
 class _Header(NamedTuple):
     """What the header of a valid file says."""
 
     cell: Cell
     batch_first: bool
+    dropout_key: int | None
     description: dict[str, Any]  # all that stands in the metadata, but for the digest
     sha256: str
+    length: int  # bytes of all tensors
 
 
 def save(
-    path: str | os.PathLike[str], cell: Cell, params: Mapping[str, np.ndarray[Any, Any]], batch_first: bool
+    path: str | os.PathLike[str] | BinaryIO,
+    cell: Cell,
+    params: Mapping[str, np.ndarray[Any, Any]],
+    batch_first: bool,
+    dropout_key: int | None = None,
 ) -> None:
-    """Write a model to a file, all of it or nothing.
+    """Write a model to a file, all of it or nothing, or to a file object.
 
-    The file is written beside its destination, synced, and renamed over it; then the folder is synced. Whatever goes
-    wrong before the renaming, an earlier file stays as it was, and the temporary file is removed (a killed
-    process leaves it behind, as ``.fastlstm-*.tmp``).
+    At a path, the file is written beside its destination, synced, and renamed over it; then the folder is synced.
+    Whatever goes wrong before the renaming, an earlier file stays as it was, and the temporary file is removed,
+    whatever line of code is interrupted (a killed process leaves it behind, as ``.fastlstm-*.tmp``).
+
+    A file object is written to from its current position on, and is neither flushed, synced nor closed. What an error
+    leaves in it is a part of the model, which :func:`load` refuses.
 
     Parameters
     ----------
-    path : str or path-like
+    path : str, path-like or binary file object
         Where to write. An existing file is replaced, and its permissions are kept; a symbolic link stays one,
         and the file that it names is replaced.
     cell : Cell
@@ -73,100 +97,123 @@ def save(
         The parameters, of the names, shapes and dtype that `cell` asks for.
     batch_first : bool
         Whether the model's input and output are (B, T, features).
+    dropout_key : int, optional
+        What determines the next dropout masks, at least 0 and below 10**19; None for a model that draws none.
 
     Raises
     ------
+    ArgumentError
+        If `path` is neither a path nor a binary file object that can be written to.
     OSError
         If the file cannot be written, or `path` is there and is no regular file.
     ModelFileError
         If there are too many parameters for the header of a model file.
     """
+    file = files.file_object(path, "write")
+    target = files.path_name(path) if file is None else None
     # Copies, so that a thread which trains on meanwhile cannot come between the digest and the bytes.
     little = cell.dtype.newbyteorder("<")
     tensors = {name: np.array(params[name], dtype=little, order="C") for name in parameters.shapes(cell)}
-    description: dict[str, Any] = {"format": FORMAT, "cell": cell.describe(), "batch_first": batch_first}
+    description: dict[str, Any] = {"format": 1, "cell": cell.describe(), "batch_first": batch_first}
+    if dropout_key is not None:
+        description |= {"format": 2, "dropout_key": dropout_key}
     description["sha256"] = _digest(description, tensors)
     data = safetensors.numpy.save(tensors, metadata={KEY: json.dumps(description)})
     length = _header_length(data[:PREFIX], len(data))
     _check_header(data[PREFIX : PREFIX + length], len(data))  # what load would refuse is never written
-    _replace(os.path.realpath(os.fsdecode(path)), data)
+    if target is None:
+        files.write(file, data)
+    else:
+        files.replace(target, data)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Cell, dict[str, np.ndarray[Any, Any]], bool]:
+def load(path: str | os.PathLike[str] | BinaryIO) -> SavedModel:
     """Read a model from a file that :func:`save` wrote.
 
     Parameters
     ----------
-    path : str or path-like
-        The file.
+    path : str, path-like or binary file object
+        The file. A file object is read from its current position to its end, and need not be seekable.
 
     Returns
     -------
-    cell : Cell
-        The model's description.
-    params : dict of str to numpy.ndarray
-        The parameters: writeable arrays in native byte order that own their memory.
-    batch_first : bool
-        As it was saved.
+    SavedModel
+        The model's description, its parameters, and what else determines its results.
 
     Raises
     ------
+    ArgumentError
+        If `path` is neither a path nor a binary file object that can be read from.
     ModelFileError
         If the file is broken, truncated or foreign. Before the header was found to describe a model of just the
         file's size, that header alone has been read (at most 1 MB; a malicious one takes 30 MB while it is parsed);
-        after that, at most twice the file's size is allocated.
+        after that, at most twice the file's size is allocated. The size of a file object is not known before its end:
+        it is read in pieces, so that no more is allocated than twice of what is there.
     OSError
         If the file cannot be read; a missing one is a FileNotFoundError.
     """
-    name = os.fsdecode(path)
+    file = files.file_object(path, "read")
+    if file is not None:
+        return _read(file, None, "the content of the file object")
+    name = files.path_name(path)
     if not stat.S_ISREG(os.stat(name).st_mode):
         raise ModelFileError(f"{name!r} is not a model file: it is not a regular file")
-    with open(name, "rb", opener=_open_at_once) as file:
-        try:
-            return _read(file)
-        except ModelFileError as error:
-            raise ModelFileError(f"{name!r} is not a model file, or it is damaged: {error}") from error
+
+    def read(descriptor: int) -> SavedModel:
+        return _read(open(descriptor, "rb", closefd=False), os.fstat(descriptor).st_size, repr(name))
+
+    # Should it have become a named pipe since it was looked at, this does not wait for a writer.
+    return files.with_descriptor(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), read)
 
 
-def _open_at_once(name: str, flags: int) -> int:
-    """Open a file; should it have become a named pipe since it was looked at, do not wait for a writer."""
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+def _read(file: Any, size: int | None, name: str) -> SavedModel:
+    """Read a file of `size` bytes, or, if that is None, to its end."""
+    try:
+        return _read_checked(file, size)
+    except ModelFileError as error:
+        raise ModelFileError(f"{name} is not a model file, or it is damaged: {error}") from error
 
 
-def _read(file: BinaryIO) -> tuple[Cell, dict[str, np.ndarray[Any, Any]], bool]:
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(PREFIX)
-    header = file.read(_header_length(prefix, size))
-    cell, batch_first, description, sha256 = _check_header(header, size)
-
-    data = b"".join([prefix, header, file.read(size - PREFIX - len(header))])
-    if len(data) != size:
-        raise ModelFileError("it was cut off while it was read")
+def _read_checked(file: Any, size: int | None) -> SavedModel:
+    prefix = files.read(file, PREFIX)
+    length = _header_length(prefix, size)
+    header = files.read(file, length)
+    if len(header) != length:
+        raise ModelFileError("it ends within the header")
+    found = _check_header(header, size)
+    rest = files.read(file, found.length + 1)  # and nothing may come after it
+    if len(rest) != found.length:
+        there = "more" if len(rest) > found.length else len(rest)
+        changed = "it was cut off or changed while it was read: " if size is not None else ""
+        raise ModelFileError(f"{changed}its tensors take {found.length} bytes, and {there} are there")
+    data = b"".join([prefix, header, rest])
+    del rest
     try:
         stored = safetensors.numpy.load(data)
     except SafetensorError as error:
         raise ModelFileError("safetensors cannot read it") from error
     del data  # the peak is here: the file and one copy of its tensors
     # The library takes the bytes for native ones, which they are on a little-endian machine only.
+    cell = found.cell
     little = cell.dtype.newbyteorder("<")
     params = {name: stored.pop(name).view(little).astype(cell.dtype) for name in parameters.shapes(cell)}
-    if _digest(description, params) != sha256:
+    if _digest(found.description, params) != found.sha256:
         raise ModelFileError("the checksum does not fit its contents")
-    return cell, params, batch_first
+    return SavedModel(cell, params, found.batch_first, found.dropout_key)
 
 
-def _header_length(prefix: bytes, size: int) -> int:
-    """Length of the header, given the first bytes of a file and its size, both of them plausible."""
+def _header_length(prefix: bytes, size: int | None) -> int:
+    """Length of the header, given the first bytes of a file and its size if it is known, both of them plausible."""
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < PREFIX or not 2 <= length <= size - PREFIX:
+    if len(prefix) < PREFIX or length < 2 or (size is not None and length > size - PREFIX):
         raise ModelFileError("it does not start with a safetensors header, or ends within it")
     if length > MAX_HEADER:
         raise ModelFileError(f"its header is longer than {MAX_HEADER} bytes")
     return length
 
 
-def _check_header(header: bytes, size: int) -> _Header:
-    """Hold the header of a file of `size` bytes against all that it has to be."""
+def _check_header(header: bytes, size: int | None) -> _Header:
+    """Hold the header of a file of `size` bytes, if that is known, against all that it has to be."""
     entries = _parse(header, "header")
     metadata = entries.pop("__metadata__", None)
     if not isinstance(metadata, dict) or KEY not in metadata:
@@ -175,16 +222,22 @@ def _check_header(header: bytes, size: int) -> _Header:
             " LSTM.from_torch_state_dict"
         )
     description = _parse(metadata[KEY], "metadata")
-    if type(description.get("format")) is int and description["format"] > FORMAT:
+    number = description.get("format")
+    if type(number) is int and number > max(FIELDS):
         raise ModelFileError("it was written by a newer version of fastlstm")
-    if description.keys() != {"format", "cell", "batch_first", "sha256"} or description["format"] != FORMAT:
+    if type(number) is not int or description.keys() != FIELDS.get(number):
         raise ModelFileError("its metadata is not that of fastlstm")
     cell, batch_first = _cell(description["cell"]), description["batch_first"]
     if not isinstance(batch_first, bool) or not isinstance(description["sha256"], str):
         raise ModelFileError("its metadata is not that of fastlstm")
-    _check_tensors(entries, cell, size - PREFIX - len(header))
+    dropout_key = description.get("dropout_key")
+    if number > 1 and (type(dropout_key) is not int or dropout_key < 0):
+        raise ModelFileError("its metadata is not that of fastlstm")
+    length = _check_tensors(entries, cell)
+    if size is not None and length != size - PREFIX - len(header):
+        raise ModelFileError(f"its tensors take {length} bytes, and {size - PREFIX - len(header)} are there")
     sha256 = description.pop("sha256")
-    return _Header(cell, batch_first, description, sha256)
+    return _Header(cell, batch_first, dropout_key, description, sha256, length)
 
 
 def _cell(fields: Any) -> Cell:
@@ -197,8 +250,8 @@ def _cell(fields: Any) -> Cell:
         raise ModelFileError("its description of the model is broken, or of a newer version") from error
 
 
-def _check_tensors(entries: dict[str, Any], cell: Cell, size: int) -> None:
-    """Check that `entries` are the parameters of `cell`, no more and no less, side by side in `size` bytes."""
+def _check_tensors(entries: dict[str, Any], cell: Cell) -> int:
+    """Check that `entries` are the parameters of `cell`, no more and no less, side by side; return how many bytes."""
     # Counted first: the description might claim a billion layers, whose names alone would fill the memory.
     if len(entries) != cell.num_layers * cell.num_directions * len(parameters.direction_names(cell, 0, 0)):
         raise ModelFileError("its tensors are not those of the model that it describes")
@@ -217,8 +270,7 @@ def _check_tensors(entries: dict[str, Any], cell: Cell, size: int) -> None:
         if begin != position or end != begin + length:
             raise ModelFileError("its tensors overlap, leave gaps, or have other lengths than their shapes")
         position = end
-    if position != size:
-        raise ModelFileError(f"its tensors take {position} bytes, and {size} are there")
+    return position
 
 
 def _parse(text: Any, what: str) -> dict[str, Any]:
@@ -253,61 +305,3 @@ def _digest(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any
         array = tensors[name]
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
     return digest.hexdigest()
-
-
-def _replace(target: str, data: bytes) -> None:
-    """Put `data` in the place of the file `target`, whole, and see to it that it stays there when the power fails."""
-    mode = _mode(target)
-    folder = os.path.dirname(target)
-    # The name owes nothing to the target's, which may be as long as the file system allows.
-    temporary = os.path.join(folder, f".fastlstm-{secrets.token_hex(8)}.tmp")
-    # Opened by hand: the system then applies umask and default ACLs as to any new file; tempfile would not.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    try:
-        descriptor = os.open(temporary, flags, 0o666)
-    except OSError as error:
-        error.filename = target  # the name that the caller knows
-        raise
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if mode is not None:
-            os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(folder)
-
-
-def _mode(target: str) -> int | None:
-    """Permissions of the file that is to be replaced, None if there is none."""
-    try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        return None
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
-    if not stat.S_ISREG(mode):  # a rename would put a file in the place of a pipe, or of /dev/null
-        raise OSError(errno.EINVAL, "is not a regular file", target)
-    return stat.S_IMODE(mode)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the renaming last, where the system can: Windows opens no folders, some file systems sync none."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # a folder that one may write to but not list
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ class Report(NamedTuple):
     loaded: dict[str, int]  # those that were on disk already
     seconds: float
     cache: str  # the folders that were used, or why there is none
-    problem: str | None  # why kernels that were compiled will not be found by the next process
+    problem: str | None  # why the next process will not find all of these kernels
 
 
 def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> Report:
@@ -57,6 +57,9 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
     cache = import_module("fastlstm.kernels.cpu.kernel_cache")
     jit = import_module("fastlstm.kernels.cpu.jit")
     cache.announce(silently=True)
+    problem: str | None = jit.PLAIN or (cache.describe() if cache.SOURCES is None else None)
+    if problem is not None:  # nothing would be kept
+        return Report({}, {}, 0.0, "none", problem)
     start, before = time.perf_counter(), _counts(jit.KERNELS)
     with warnings.catch_warnings(), use_backend("cpu"):
         warnings.simplefilter("ignore", KernelCacheWarning)  # the report says it
@@ -65,11 +68,8 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         # The kernel in which workers wait, needed where there is more than one thread.
         jit.compile_for(import_module("fastlstm.kernels.cpu.team").serve, (0, 0))
     compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
-    problem: str | None = jit.PLAIN or cache.problem
-    if problem is None and cache.SOURCES is None:
-        problem = cache.describe()
     where = ", ".join(map(str, cache.used)) or cache.describe()
-    return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, problem if compiled else None)
+    return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem)
 
 
 def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:

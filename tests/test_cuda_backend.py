@@ -120,6 +120,24 @@ def test_a_prepared_product_holds_its_arrays(xp):
     assert len(others) == 50
 
 
+def test_a_product_that_fails_leaves_the_cublas_handle_as_it_was(xp):
+    device = dispatch.backend_named("cuda").device
+    handle, cublas = xp.cuda.device.get_cublas_handle(), xp.cuda.cublas
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
+    seen = []
+
+    def fails(*arguments):
+        seen.append((cublas.getPointerMode(handle), cublas.getMathMode(handle)))
+        raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+
+    device._gemm["float32"] = fails
+    square = xp.array(np.ones((2, 2), np.float32))
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+        device.product(square, square, square)()
+    assert seen == [(cublas.CUBLAS_POINTER_MODE_HOST, cublas.CUBLAS_DEFAULT_MATH)]
+    assert cublas.getPointerMode(handle) == cublas.CUBLAS_POINTER_MODE_DEVICE
+
+
 @pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)
 def test_nothing_stays_allocated(xp, case):
     run = Run(xp, case)

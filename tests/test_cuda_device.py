@@ -18,6 +18,7 @@ GIB = 2**30
 
 pytestmark = pytest.mark.skipif(bool(cuda_row.missing()), reason=str(cuda_row.missing()))
 needs_gpu = pytest.mark.skipif(not cuda_row.on_gpu(), reason="there is no GPU")
+one_process = pytest.mark.xdist_group("most of the GPU's memory")  # with pytest-xdist, one after the other
 
 
 @pytest.fixture
@@ -56,6 +57,28 @@ def test_no_argument_has_to_be_aligned(xp, dtype, hidden, lengths):
     assert_close("alone", solve_with(p, shifted), solve_with(p, xp.array), backend="cuda", dtype=dtype)
 
 
+# CUBLAS_POINTER_MODE_DEVICE, and CUBLAS_TF32_TENSOR_OP_MATH, for which CuPy has no name.
+MODES = {"pointers on the device": ("PointerMode", 1), "TF32": ("MathMode", 3)}
+
+
+@pytest.mark.parametrize("changed", MODES)
+def test_modes_that_the_caller_set_on_the_cublas_handle_change_no_result_and_stay(xp, dtype, changed):
+    p = problem(Case(6, 5, 3, 8, 2, True, lengths="zeros")).astype(dtype)
+    expected = solve_with(p, xp.array)
+    kind, value = MODES[changed]
+    cublas, handle = xp.cuda.cublas, xp.cuda.device.get_cublas_handle()
+    get, change = getattr(cublas, f"get{kind}"), getattr(cublas, f"set{kind}")
+    before = get(handle)
+    assert before != value
+    change(handle, value)
+    try:
+        found = solve_with(p, xp.array)
+        assert get(handle) == value
+    finally:
+        change(handle, before)
+    assert_identical(found, expected)
+
+
 def rows_of_a_large_batch(xp, steps, batch, hidden, ragged):
     """Solve a batch made on the device, and its last sequences alone; y, c_n and dx of these, both ways."""
     few = 40
@@ -80,6 +103,7 @@ def test_the_last_sequences_of_a_batch_are_what_they_are_alone(xp, ragged):
 
 
 @needs_gpu
+@one_process
 @pytest.mark.parametrize("ragged", [False, True])
 def test_more_rows_than_a_grid_has_blocks(xp, ragged):
     free(xp, 6)
@@ -88,6 +112,7 @@ def test_more_rows_than_a_grid_has_blocks(xp, ragged):
 
 
 @needs_gpu
+@one_process
 @pytest.mark.parametrize("ragged", [False, True])
 def test_indices_beyond_32_bits(xp, ragged):
     steps, batch, hidden = (66 if ragged else 33), 65_536, 256  # half of the steps are padding in a ragged batch

@@ -29,9 +29,12 @@ def installed(tmp_path_factory):
     return folder, folder / "cache", found
 
 
-def flip_a_bit(path):
+def flip_bits(path):
+    """Flip bits of the machine code alone, which follows an object file's head."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # of machine code
+    start = content.find(b"\x7fELF") + 100  # as Linux calls it; elsewhere it begins near the file's start, too
+    for n in range(start, start + 6000, 10):
+        content[n] ^= 1
     path.write_bytes(content)
 
 
@@ -55,7 +58,7 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "random bytes": lambda path: path.write_bytes(hashlib.shake_256(b"").digest(5000)),
-    "a flipped bit": flip_a_bit,
+    "flipped bits": flip_bits,
     "a pickle of something else": lambda path: path.write_bytes(pickle.dumps(("0.0", {"a": 1}))),
     "a folder with files": make_a_folder,
     "a pipe": make_a_pipe,

@@ -148,7 +148,7 @@ def test_one_source_that_cannot_be_read_is_enough_not_to_cache(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("nogil=True, _nrt=False,", "nogil=True,"), ("if needs_runtime:", "if True:")],
+    [('"_nrt": False, "no_cfunc', '"no_cfunc'), ("if needs_runtime:", "if True:")],
     ids=["counting references", "initialising all of Numba"],
 )
 def test_not_counting_references_and_loading_little_do_not_depend_on_each_other(tmp_path, old, new):

@@ -19,8 +19,8 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
 from fastlstm import LSTM, dispatch, use_backend
-from fastlstm.backends.cpu.workspace import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.cpu.autotune import Trials
+from fastlstm.backends.cpu.workspace import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 

@@ -30,7 +30,7 @@ WHY += '[[reason]]\nstudy = "goals"\nwhy = "It takes what it takes."\n'
 
 def test_the_readme_is_what_the_committed_results_say():
     text = figures.README.read_text(encoding="utf-8")
-    assert text == figures.replaced(text, figures.section()), "run `python benchmarks/figures.py`"
+    assert text == figures.readme(text, figures.section(), figures.gpu_sentence()), "run `python benchmarks/figures.py`"
 
 
 def test_the_tables_are_what_the_committed_results_say():
@@ -253,7 +253,8 @@ def test_another_result_makes_another_readme(committed):
 def test_the_command_writes_and_then_finds_nothing_to_do(committed, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     readme = committed / "README.md"
-    readme.write_text(f"before\n{figures.BEGIN}\n{figures.END}\nafter\n")
+    sentence = f"{figures.BEGIN_GPU}\n{figures.END_GPU}"
+    readme.write_text(f"before\n{sentence}\n{figures.BEGIN}\n{figures.END}\nafter\n")
     monkeypatch.setattr(figures, "README", readme)
     monkeypatch.setattr(pictures, "draw", lambda results: {"scaling": b"a picture", "crossover": "there is no GPU"})
     monkeypatch.setattr(figures, "TABLES", committed / "RESULTS.md")

@@ -17,11 +17,10 @@ import fastlstm
 from fastlstm import LSTM, use_backend
 from fastlstm.backends.cpu import thread_pool
 from fastlstm.backends.cpu.launch import Together
-from fastlstm.backends.packing import Packing
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
+from fastlstm.backends.packing import Packing
 from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
 from fastlstm.kernels.cpu.jit import kernel
-from fastlstm.kernels.cpu.vector import address, offset
 from fastlstm.kernels.cpu.team import (
     MAILBOX,
     MEMBER,
@@ -35,6 +34,7 @@ from fastlstm.kernels.cpu.team import (
     summon,
     take,
 )
+from fastlstm.kernels.cpu.vector import address, offset
 from fastlstm.kernels.cpu.worker import SERVED, STATE, THREAD_ID, size_of_call, this_call
 
 needs_cores = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from fastlstm.bench import clock
 from fastlstm.bench.work import Array
 from fastlstm.demo import vowels
 from fastlstm.demo.vowels import Utterances, load_utterances
-from fastlstm.training import Adam
+from fastlstm.training import Adam, join
 
 from . import rows
 from .record import OURS, Case
@@ -53,7 +53,7 @@ class Ours:
 
     def __init__(self, rng: np.random.Generator, features: int) -> None:
         self.lstm, self.head = vowels.new_model(rng, features)
-        self.optimiser = Adam(self.lstm.params | self.head.params, weight_decay=vowels.DECAY)
+        self.optimiser = Adam(join(lstm=self.lstm, head=self.head), weight_decay=vowels.DECAY)
 
     def learn(self, rate: float, batch: Utterances) -> None:
         """Make one step of the optimiser."""

@@ -66,6 +66,8 @@ class Device(Protocol):
     ) -> Product:
         """Prepare the product of two C-contiguous matrices, neither of them empty, that `out` is to hold or to gain.
 
+        It is computed in the dtype's full precision, whatever the caller has set for products of their own.
+
         It is for the thread and device that prepare it. Rows are chosen by number at the call: slices of
         arrays would cost more than the product's launch.
         """
@@ -73,7 +75,14 @@ class Device(Protocol):
 
 
 class CupyDevice:
-    """CuPy: its memory pool, its cache of compiled kernels, and the cuBLAS handle it keeps for each device."""
+    """CuPy: its memory pool, its cache of compiled kernels, and the cuBLAS handle it keeps for each device.
+
+    The handle is CuPy's, and user code can change its modes (``cupy.cuda.cublas.setPointerMode``, ``setMathMode``).
+    With the pointer mode DEVICE, cuBLAS would read our factors 0 and 1 from the GPU's memory; with the math mode TF32,
+    products would keep 10 of 23 bits. So each product runs with the modes HOST and DEFAULT, and leaves the handle as it
+    was. A call reads both modes, and sets and restores them only if they differ: two reads of a field are cheap beside
+    the product's launch.
+    """
 
     def __init__(self) -> None:
         self.xp = _cupy()
@@ -81,6 +90,9 @@ class CupyDevice:
         self._handle = self.xp.cuda.device.get_cublas_handle
         self._operation = {False: cublas.CUBLAS_OP_N, True: cublas.CUBLAS_OP_T}
         self._gemm = {"float32": cublas.sgemm, "float64": cublas.dgemm}
+        self._modes = cublas.getPointerMode, cublas.getMathMode
+        self._set_modes = cublas.setPointerMode, cublas.setMathMode
+        self._wanted = cublas.CUBLAS_POINTER_MODE_HOST, cublas.CUBLAS_DEFAULT_MATH
         # 0 and 1 of each dtype, which cuBLAS reads on the host, and where they lie.
         self._numbers = {name: np.array([0, 1], name) for name in self._gemm}
         self._factors = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
@@ -132,16 +144,28 @@ class CupyDevice:
         beta = one if accumulate else zero
         a_start, b_start, out_start = a.data.ptr, b.data.ptr, out.data.ptr
         a_stride, out_stride = a_columns * size, columns * size
+        (pointer_mode, math_mode), wanted = self._modes, self._wanted
 
         # The arrays are held as long as their addresses may be used: one of them may be the caller's only for a moment.
         def multiply(rows: int | None = None, a_row: int = 0, out_row: int = 0, _held: Any = (a, b, out)) -> None:
-            gemm(
-                handle, b_operation, a_operation, columns, all_rows if rows is None else rows, inner,
-                one, b_start, b_columns, a_start + a_row * a_stride, a_columns, beta, out_start + out_row * out_stride,
-                columns,
-            )  # fmt: skip
+            found = pointer_mode(handle), math_mode(handle)
+            try:
+                if found != wanted:
+                    self._change_modes(handle, wanted)
+                gemm(
+                    handle, b_operation, a_operation, columns, all_rows if rows is None else rows, inner,
+                    one, b_start, b_columns, a_start + a_row * a_stride, a_columns, beta,
+                    out_start + out_row * out_stride, columns,
+                )  # fmt: skip
+            finally:
+                if found != wanted:
+                    self._change_modes(handle, found)
 
         return multiply
+
+    def _change_modes(self, handle: int, modes: tuple[int, int]) -> None:
+        for change, mode in zip(self._set_modes, modes, strict=True):
+            change(handle, mode)
 
 
 def _cupy() -> Any:

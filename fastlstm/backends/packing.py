@@ -84,4 +84,7 @@ def _equal(steps: int, batch: int) -> Packing:
 @functools.lru_cache(maxsize=16)
 def _equal_places(steps: int, batch: int, reverse: bool) -> Array:
     places = np.arange(steps * batch)
-    return places.reshape(steps, batch)[::-1].reshape(-1) if reverse else places
+    if not reverse:
+        return places
+    # Of a single sequence this would be a view with steps of -1, for which kernels would be compiled once more.
+    return np.ascontiguousarray(places.reshape(steps, batch)[::-1].reshape(-1))

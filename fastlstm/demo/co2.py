@@ -19,7 +19,7 @@ import numpy as np
 
 from fastlstm import LSTM
 from fastlstm.demo.tools import DemoResult
-from fastlstm.training import Adam, Linear, clip_by_global_norm, mean_squared_error
+from fastlstm.training import Adam, Linear, clip_by_global_norm, join, mean_squared_error
 
 PACKAGES = ("statsmodels", "matplotlib", "tqdm")
 
@@ -86,7 +86,7 @@ def train(xp: ModuleType, rng: np.random.Generator, features: Array, change: Arr
 
     lstm = LSTM(features.shape[1], HIDDEN, seed=rng).to(xp)
     head = Linear(HIDDEN, YEAR, seed=rng).to(xp)
-    optimiser = Adam(lstm.params | head.params, lr=RATE, weight_decay=DECAY)
+    optimiser = Adam(join(lstm=lstm, head=head), lr=RATE, weight_decay=DECAY)
     counts = xp.asarray(np.arange(WINDOW) >= WARM_UP)
     progress = tqdm(range(STEPS), desc="training", unit="step")
     for _ in progress:
@@ -99,7 +99,7 @@ def train(xp: ModuleType, rng: np.random.Generator, features: Array, change: Arr
         loss, dprediction = mean_squared_error(head(y), target, counts)
         head_grads = head.backward(y, dprediction)
         lstm_grads = lstm.backward(tape, head_grads.x)
-        grads, _ = clip_by_global_norm(lstm_grads.params | head_grads.params, 1.0)
+        grads, _ = clip_by_global_norm(join(lstm=lstm_grads, head=head_grads), 1.0)
         optimiser.step(grads)
         progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
     return lstm, head

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastlstm import LSTM
 from fastlstm.demo.tools import DemoResult
-from fastlstm.training import Adam, Linear, clip_by_global_norm, softmax_cross_entropy
+from fastlstm.training import Adam, Linear, clip_by_global_norm, join, softmax_cross_entropy
 
 PACKAGES = ("sktime", "tqdm")
 
@@ -89,7 +89,7 @@ def train(xp: ModuleType, rng: np.random.Generator, utterances: Utterances) -> t
 
     lstm, head = new_model(rng, utterances.frames.shape[-1])
     lstm, head = lstm.to(xp), head.to(xp)
-    optimiser = Adam(lstm.params | head.params, lr=RATE, weight_decay=DECAY)
+    optimiser = Adam(join(lstm=lstm, head=head), lr=RATE, weight_decay=DECAY)
     progress = tqdm(range(EPOCHS), desc="training", unit="epoch")
     for epoch in progress:
         optimiser.lr = rate(epoch)
@@ -127,7 +127,7 @@ def learn(xp: ModuleType, lstm: LSTM, head: Linear, optimiser: Adam, batch: Utte
     head_grads = head.backward(mean, dlogits)
     dy = xp.broadcast_to(head_grads.x * share, y.shape)  # what it says past each length is ignored
     lstm_grads = lstm.backward(tape, dy)
-    grads, _ = clip_by_global_norm(lstm_grads.params | head_grads.params, 1.0)
+    grads, _ = clip_by_global_norm(join(lstm=lstm_grads, head=head_grads), 1.0)
     optimiser.step(grads)
     return loss
 

@@ -7,6 +7,7 @@ with probabilities as targets, nothing waits.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from fastlstm import checks
 from fastlstm.backends.base import Array
 from fastlstm.dispatch import array_namespace
-from fastlstm.errors import ArgumentError, DTypeError, ShapeError
+from fastlstm.errors import ArgumentError, DTypeError, ShapeError, refused
 from fastlstm.training import arguments
 
 __all__ = ["length_mask", "mean_squared_error", "softmax_cross_entropy"]
@@ -136,7 +137,9 @@ def mean_squared_error(prediction: Array, target: Array, mask: Array | None = No
         raise DTypeError(f"target has dtype {target.dtype}, but prediction is {prediction.dtype}: convert one of them")
     if target.shape != prediction.shape:
         raise ShapeError(f"target must be shaped as prediction, {tuple(prediction.shape)}, got {tuple(target.shape)}")
-    covered = prediction.ndim if mask is None else getattr(mask, "ndim", 0)
+    covered = prediction.ndim
+    if mask is not None:
+        covered = arguments.same_library("mask", mask, "prediction", prediction).ndim
     scale, active = _position_weights(mask, prediction, prediction.shape[:covered])
     scale = scale.reshape(scale.shape + (1,) * (prediction.ndim - scale.ndim))
     # The mean also runs over the axes that the mask does not have.
@@ -169,7 +172,7 @@ def length_mask(lengths: Any, steps: int, batch_first: bool = False) -> np.ndarr
     Raises
     ------
     ArgumentError, ShapeError, DTypeError, ArrayTypeError
-        If `lengths` are not integers in 0..T.
+        If `lengths` are not integers in 0..T, `steps` is no integer of at least 0, or `batch_first` is no bool.
 
     Examples
     --------
@@ -178,10 +181,18 @@ def length_mask(lengths: Any, steps: int, batch_first: bool = False) -> np.ndarr
            [1, 0, 1],
            [0, 0, 1]])
     """
-    steps = arguments.count("steps", steps)
-    checked = checks.lengths(lengths, steps, len(lengths) if hasattr(lengths, "__len__") else 0)
-    if checked is None:
+    batch_first = checks.flag("batch_first", batch_first)
+    if lengths is None:
         raise ArgumentError("lengths must be given")
+    try:
+        batch = len(lengths)
+    except Exception as error:  # such as that of a 0-d array: what it is shows below
+        if not refused(lengths, error):
+            raise
+        batch = 0
+    steps = arguments.count("steps", steps, most=sys.maxsize // max(8, batch))  # what can be addressed
+    checked = checks.lengths(lengths, steps, batch)
+    assert checked is not None
     mask: np.ndarray[Any, Any] = np.arange(steps)[:, None] < checked
     return mask.T if batch_first else mask
 

@@ -1,7 +1,11 @@
-"""Optimisers over a dict of parameters, which they change in place.
+"""Optimisers over a mapping of parameters, which they change in place.
 
-They hold no more than the dict and their own state, so a model of several parts takes one optimiser over the
-union, ``Adam(lstm.params | head.params)``: the union refers to the same arrays.
+They hold the mapping, or the model that has it, and their own state; the arrays are looked up by name at each step. So
+a model of several parts takes one optimiser over ``join(lstm=lstm, head=head)``, see :func:`join`, and an array that is
+replaced in a model is trained on, with the state of its name.
+
+Tied parameters, which are one array under two names, have one gradient, the sum of those of its names, and are changed
+once a step, as in PyTorch. Arrays that share a part of their memory are refused.
 """
 
 from __future__ import annotations
@@ -12,12 +16,16 @@ from typing import Any
 import numpy as np
 
 from fastlstm import checks
-from fastlstm.backends.base import Array, Params
+from fastlstm.backends.base import Array
 from fastlstm.dispatch import array_namespace
-from fastlstm.errors import ArgumentError, ArrayTypeError
-from fastlstm.training import arguments
+from fastlstm.errors import ArgumentError, ArrayTypeError, shown
+from fastlstm.training import arguments, tied
+from fastlstm.training.arguments import Number
 
 __all__ = ["SGD", "Adam"]
+
+Parameters = Mapping[str, Array] | Any  # or a model, which has the mapping as its `params`
+MOST_STEPS = 2**53  # as a float, the number is exact
 
 
 class Optimiser:
@@ -25,46 +33,74 @@ class Optimiser:
 
     Parameters
     ----------
-    params : dict of str to array
-        The parameters, changed in place by :meth:`step`.
+    params : model, or mapping of str to array
+        The parameters, changed in place by :meth:`step`: a model such as :class:`fastlstm.LSTM` or :class:`Linear`,
+        several that :func:`join` joins, or a mapping.
+
+        They are looked up at each step. Of a model, what its `params` is by then, also after ``lstm.params = {...}``.
+        Of a mapping such as ``lstm.params``, what stands in it; that the model has another mapping since is not seen.
+        Of a dict made for the optimiser, ``{**a.params, **b.params}`` or ``a.params | b.params``, neither what is
+        replaced in the models nor that two of them had the same name: use :func:`join`.
     lr : float
         The learning rate; it may be set anew between steps, as ``optimiser.lr``.
     slots : tuple of str
         Names of the state arrays that stand beside each parameter, zero at first.
     """
 
-    def __init__(self, params: Params, lr: float, slots: tuple[str, ...]) -> None:
-        self.params = params
-        self.lr = arguments.number("lr", lr, least=0.0)
-        self.steps = 0
-        checked = arguments.gradients(params)
-        self._slots = {slot: {name: array_namespace(p).zeros_like(p) for name, p in checked.items()} for slot in slots}
+    lr = Number(least=0.0)
 
-    def step(self, grads: Mapping[str, Array]) -> None:
+    def __init__(self, params: Parameters, lr: float, slots: tuple[str, ...]) -> None:
+        self.lr = lr
+        self.steps = 0
+        self._source = params
+        found = arguments.arrays("params", "parameter", params)
+        self._seen = dict(self.params)  # the arrays that were last looked at
+        self._first = tied.first_names(self._seen)  # of each name, the first of the same array: they have one state
+        self._slots = {
+            slot: {name: array_namespace(p).zeros_like(p) for name, p in found.items() if self._first[name] == name}
+            for slot in slots
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out which arrays were seen: copies of tied ones may be tied no more, and are looked at anew."""
+        return self.__dict__ | {"_seen": {}}
+
+    @property
+    def params(self) -> Mapping[str, Array]:
+        """The parameters, as they are now."""
+        return arguments.mapping("params", self._source)
+
+    def step(self, grads: Mapping[str, Array] | Any) -> None:
         """Take one step, changing the parameters in place.
 
         Parameters
         ----------
-        grads : mapping of str to array
+        grads : mapping of str to array, or what has one as its `params`
             The gradient of each parameter, under its name, of its shape, dtype and library; not changed.
             Values are not checked: NaN goes into the parameters, as in PyTorch.
 
         Raises
         ------
         ArgumentError, ShapeError, DTypeError, ArrayTypeError
-            Before any parameter or state has changed, if a gradient is missing, unknown or does not fit.
+            Before any parameter or state has changed, if a gradient is missing, unknown or does not fit, or the
+            parameters are others than the optimiser has a state for.
         """
-        checked = self._fitting("gradient", grads)
+        params = self._current_params()
+        checked = _fitting("gradient", arguments.mapping("grads", grads), params)
+        sums = tied.add(self._first, checked)
         self.steps += 1
-        for name, param in self.params.items():
-            self._update(name, param, checked[name])
+        for name, grad in sums.items():
+            self._update(name, params[name], grad)
 
     def _update(self, name: str, param: Array, grad: Array) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state: ``steps``, and per kind of state a dict of arrays by parameter name."""
-        slots = {slot: {name: value.copy() for name, value in arrays.items()} for slot, arrays in self._slots.items()}
+        slots = {
+            slot: {name: arrays[first].copy() for name, first in self._first.items()}
+            for slot, arrays in self._slots.items()
+        }
         return {"steps": self.steps} | slots
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -77,27 +113,55 @@ class Optimiser:
         """
         if not isinstance(state, Mapping) or state.keys() != {"steps", *self._slots}:
             raise ArgumentError(f"state must have the keys {', '.join(['steps', *self._slots])}")
-        steps = arguments.count("steps", state["steps"])
-        slots = {slot: self._fitting(slot, state[slot]) for slot in self._slots}
+        params = self._current_params()
+        steps = arguments.count("steps", state["steps"], most=MOST_STEPS)
+        slots = {slot: self._one_each(slot, _fitting(slot, state[slot], params)) for slot in self._slots}
         self._slots = {slot: {name: value.copy() for name, value in arrays.items()} for slot, arrays in slots.items()}
         self.steps = steps
 
-    def _fitting(self, kind: str, arrays: Any) -> dict[str, Array]:
-        """Check that `arrays` fit the parameters one by one, and that these can be changed in place."""
-        if not isinstance(arrays, Mapping) or arrays.keys() != self.params.keys():
-            given = arrays.keys() if isinstance(arrays, Mapping) else ()
-            missing, unknown = sorted(self.params.keys() - given), sorted(given - self.params.keys())
-            raise ArgumentError(
-                f"each parameter needs one {kind}, under its name;"
-                f" missing: {', '.join(missing) or 'none'}; unknown: {', '.join(map(str, unknown)) or 'none'}"
-            )
-        checked = {}
-        for name, param in self.params.items():
+    def _one_each(self, slot: str, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Check that tied parameters have the same state; return one for each array, under its first name."""
+        for name, first in self._first.items():
+            one, other = arrays[first], arrays[name]
+            if name != first and not bool(array_namespace(one).array_equal(one, other, equal_nan=True)):
+                raise ArgumentError(f"{slot} differs between {first} and {name}, which are the same array here")
+        return {name: value for name, value in arrays.items() if self._first[name] == name}
+
+    def _current_params(self) -> dict[str, Array]:
+        """Look the parameters up, and check that they can be changed in place and are those of the state."""
+        params = dict(self.params)
+        if params.keys() != self._first.keys():
+            changed = ", ".join(sorted(params.keys() ^ self._first.keys()))
+            raise ArgumentError(f"parameters came or went since the optimiser was made: {changed}; make a new one")
+        for name, param in params.items():
             arguments.floating(f"parameter {name}", param)
             if not getattr(param.flags, "writeable", True):  # CuPy has no read-only arrays
                 raise ArrayTypeError(f"parameter {name} is read-only: replace it with a copy")
-            checked[name] = checks.array(f"{kind} {name}", arrays[name], param, param.shape, "of its parameter")
-        return checked
+            for slot, arrays in self._slots.items():
+                state = arrays[self._first[name]]
+                checks.array(f"parameter {name}", param, state, state.shape, f"of its {slot} in the optimiser")
+        if any(param is not self._seen.get(name) for name, param in params.items()):
+            self._look_at_ties(params)
+        return params
+
+    def _look_at_ties(self, params: dict[str, Array]) -> None:
+        first = tied.first_names(params)
+        for name, other in first.items():
+            if other != self._first[name]:
+                raise ArgumentError(
+                    f"parameter {name} is the same array as {other} now, and was as {self._first[name]} when the"
+                    " optimiser was made: make a new one"
+                )
+        self._seen = params
+
+
+def _fitting(kind: str, arrays: Any, params: Mapping[str, Array]) -> dict[str, Array]:
+    """Check that `arrays` fit the parameters one by one."""
+    arguments.same_names(kind, arrays, params)
+    return {
+        name: checks.array(f"{kind} {name}", arrays[name], param, param.shape, "of its parameter")
+        for name, param in params.items()
+    }
 
 
 class SGD(Optimiser):
@@ -110,10 +174,14 @@ class SGD(Optimiser):
 
     Parameters
     ----------
-    params : dict of str to array
-        The parameters, float32 or float64; changed in place by :meth:`step`.
+    params : model, or mapping of str to array
+        The parameters, float32 or float64; changed in place by :meth:`step`. A model such as :class:`fastlstm.LSTM`,
+        several models that :func:`join` joins, or a mapping. They are looked up at each step, so an array that is
+        replaced in a model is trained on; one that is replaced in a model after ``a.params | b.params`` was made is
+        not, nor is it seen that both had a parameter of the same name, which such a union drops in silence.
+        Of tied parameters (one array under two names) the gradients are added, and one step is made.
     lr : float
-        The learning rate, at least zero; it may be set anew between steps.
+        The learning rate, at least zero; it may be set anew between steps, as the other options.
     momentum : float
         How much of the last step is repeated, in [0, 1).
 
@@ -130,12 +198,25 @@ class SGD(Optimiser):
     array([0.5, 2.5])
     """
 
-    def __init__(self, params: Params, lr: float, momentum: float = 0.0) -> None:
-        self.momentum = arguments.number("momentum", momentum, least=0.0, below=1.0)
-        super().__init__(params, lr, ("velocity",) if self.momentum else ())
+    def __init__(self, params: Parameters, lr: float, momentum: float = 0.0) -> None:
+        momentum = arguments.number("momentum", momentum, least=0.0, below=1.0)
+        super().__init__(params, lr, ("velocity",) if momentum else ())
+        self.momentum = momentum
+
+    @property
+    def momentum(self) -> float:
+        """How much of the last step is repeated."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        value = arguments.number("momentum", value, least=0.0, below=1.0)
+        if value and not self._slots:
+            raise ArgumentError("momentum was zero when the optimiser was made: make a new one")
+        self._momentum = value
 
     def _update(self, name: str, param: Array, grad: Array) -> None:
-        if self.momentum:
+        if self._slots:
             velocity = self._slots["velocity"][name]
             velocity *= self.momentum
             velocity += grad
@@ -155,10 +236,14 @@ class Adam(Optimiser):
 
     Parameters
     ----------
-    params : dict of str to array
-        The parameters, float32 or float64; changed in place by :meth:`step`.
+    params : model, or mapping of str to array
+        The parameters, float32 or float64; changed in place by :meth:`step`. A model such as :class:`fastlstm.LSTM`,
+        several models that :func:`join` joins, or a mapping. They are looked up at each step, so an array that is
+        replaced in a model is trained on; one that is replaced in a model after ``a.params | b.params`` was made is
+        not, nor is it seen that both had a parameter of the same name, which such a union drops in silence.
+        Of tied parameters (one array under two names) the gradients are added, and one step is made.
     lr : float
-        The learning rate, at least zero; it may be set anew between steps.
+        The learning rate, at least zero; it may be set anew between steps, as the other options.
     betas : tuple of float
         Decay rates of the two running means, each in [0, 1).
     eps : float
@@ -180,20 +265,33 @@ class Adam(Optimiser):
     array([0.9, 2.1])
     """
 
+    eps = Number(above=0.0)
+    weight_decay = Number(least=0.0)
+
     def __init__(
         self,
-        params: Params,
+        params: Parameters,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ArgumentError(f"betas must be a pair of numbers, got {betas!r}")
-        self.betas = tuple(arguments.number("betas", beta, least=0.0, below=1.0) for beta in betas)
-        self.eps = arguments.number("eps", eps, above=0.0)
-        self.weight_decay = arguments.number("weight_decay", weight_decay, least=0.0)
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
         super().__init__(params, lr, ("mean", "square"))
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay rates of the two running means."""
+        return self._betas
+
+    @betas.setter
+    def betas(self, value: tuple[float, float]) -> None:
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise ArgumentError(f"betas must be a pair of numbers, got {shown(value)}")
+        one, other = (arguments.number("betas", beta, least=0.0, below=1.0) for beta in value)
+        self._betas = one, other
 
     def _update(self, name: str, param: Array, grad: Array) -> None:
         beta1, beta2 = self.betas

@@ -73,10 +73,9 @@ class _Missing:
 
 
 def _private(module: str, name: str, *attributes: str) -> Any:
-    """Return a private part of Numba.
+    """Return a private part of Numba; note in `_problems` if it or an attribute of it is missing.
 
-    Noted in `_problems` if it, or one of its attributes, is missing. An attribute that is written with parameters,
-    ``"run_pass(self, state)"``, has to be a function with these.
+    An attribute that is written with parameters, ``"run_pass(self, state)"``, has to be a function with these.
     """
     try:
         part = getattr(import_module(module), name)
@@ -109,9 +108,8 @@ Flags = _private("numba.core.compiler", "Flags", "copy(self)", "no_compile", "nr
 _LowerResult = _private("numba.core.compiler", "_LowerResult", "fndesc", "cfunc", "env", "_replace")
 register_pass = _private("numba.core.compiler_machinery", "register_pass")
 CPUContext = _private(
-    "numba.core.cpu", "CPUContext", "refresh(self)", "codegen(self)",
-    "insert_user_function(self, func, fndesc, libs)",
-)  # fmt: skip
+    "numba.core.cpu", "CPUContext", "refresh(self)", "codegen(self)", "insert_user_function(self, func, fndesc, libs)"
+)
 CPUTargetOptions = _private(
     "numba.core.cpu", "CPUTargetOptions", "_nrt", "nogil", "error_model", "forceinline", "no_cpython_wrapper",
     "no_cfunc_wrapper",
@@ -122,7 +120,6 @@ CPUDispatcher = _private(
 )  # fmt: skip
 dumps = _private("numba.core.serialize", "dumps")
 NativeLowering = _private("numba.core.typed_passes", "NativeLowering", "run_pass(self, state)")
-
 
 # Documented for extensions, so nothing stands in for it: without it there are no vectors.
 from numba.core import cgutils  # noqa: E402  # after the checks, which import what it needs
@@ -192,11 +189,9 @@ class _LowerPart(NativeLowering):
         state.flags = state.flags.copy()
         state.flags.no_compile = True  # no address is asked for
         super().run_pass(state)
-        lowered = state.cr
+        lowered, name = state.cr, state.func_id.func_name
         # Callers find the routine by this object, which has no code to run (0).
-        handle = make_function(
-            lowered.fndesc.lookup_module(), state.func_id.func_name, "", 0, lowered.env, (state.library,)
-        )
+        handle = make_function(lowered.fndesc.lookup_module(), name, "", 0, lowered.env, (state.library,))
         state.targetctx.insert_user_function(handle, lowered.fndesc, [state.library])
         state.cr = lowered._replace(cfunc=handle)
         return True
@@ -212,8 +207,6 @@ _NOT_IN_KERNELS = {
 
 class _Compiler(CompilerBase):
     """Numba's for functions without Python objects, with a lowering of our own and without what kernels never need."""
-
-    lowering: type[Any]
 
     def define_pipelines(self) -> list[Any]:
         pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
@@ -243,14 +236,13 @@ def kernel(function: Callable[..., Any]) -> Any:
     Where no folder can be written, it is compiled in every process.
     """
     if PLAIN:
-        KERNELS.append(PlainKernel(function))
-        return KERNELS[-1]
-    dispatcher = njit(
-        nogil=True, _nrt=False, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_KernelCompiler
-    )(function)
-    dispatcher._cache = _Cache(function)
-    KERNELS.append(dispatcher)
-    return dispatcher
+        made: Any = PlainKernel(function)
+    else:
+        options = {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
+        made = njit(**options, pipeline_class=_KernelCompiler)(function)
+        made._cache = _Cache(function)
+    KERNELS.append(made)
+    return made
 
 
 def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:

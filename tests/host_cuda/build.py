@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HEADER = Path(__file__).with_name("cuda_host.h")
 KERNEL = re.compile(r'^extern "C" __global__ void (\w+)\(', re.MULTILINE)
 BARRIER = re.compile(r"__(syncthreads|syncwarp|shfl_\w+)\(")
@@ -89,10 +91,15 @@ class HostKernel:
             raise TypeError(f"{self.name} takes {self.arguments} arguments, got {len(args)}")
         if not all(shape) or shape[0] > 2**31 - 1 or max(shape[1:3]) > 65535 or shape[3] * shape[4] * shape[5] > 1024:
             raise ValueError(f"{self.name}: CUDA has no such grid {tuple(shape)}")
-        # An array arrives as its address, an integer as 64 bits: what CuPy makes of them.
-        words = (ctypes.c_uint64 * len(args))(*(self.module.word(a) for a in args))
+        # What CuPy makes of them: an array arrives as its address, an integer as 64 bits, and a NumPy array of one
+        # element, which may be a record, by value.
+        records = {k: a for k, a in enumerate(args) if isinstance(a, np.ndarray)}
+        if any(record.size != 1 for record in records.values()):
+            raise TypeError("Only numpy.ndarrays of size one can be passed by value")
+        words = (ctypes.c_uint64 * len(args))(*(0 if k in records else self.module.word(a) for k, a in enumerate(args)))
         start = ctypes.addressof(words)
-        pointers = (ctypes.c_void_p * len(args))(*range(start, start + 8 * len(args), 8))
+        addresses = (records[k].ctypes.data if k in records else start + 8 * k for k in range(len(args)))
+        pointers = (ctypes.c_void_p * len(args))(*addresses)
         fibers = int(self.has_barriers or self.module.always_fibers)
         message = self.function(shape, pointers, ctypes.c_uint64(next(self.module.seeds)), fibers)
         if message is not None:

@@ -113,6 +113,7 @@ inline void Block::run(std::mt19937_64 &random) {
 inline bool Block::release() {
     const auto is = [](State state) { return [state](const Fiber &fiber) { return fiber.state == state; }; };
     if (std::all_of(fibers.begin(), fibers.end(), is(State::done))) return false;
+    if (std::any_of(fibers.begin(), fibers.end(), is(State::runnable))) return true;  // it spins
     if (std::all_of(fibers.begin(), fibers.end(), is(State::at_block_barrier))) {
         for (Fiber &fiber : fibers) fiber.state = State::runnable;
         return true;
@@ -154,6 +155,11 @@ template <class T> T exchange(unsigned mask, T value, int source) {
         std::memcpy(&value, mine.fibers[warp + source].slot, sizeof value);
     mine.wait(State::at_warp_barrier, mask);
     return value;
+}
+// What a thread does that waits for another block: let the other threads of its block run, and the other blocks.
+inline void spin() {
+    std::this_thread::yield();
+    here().wait(State::runnable);
 }
 inline int lane() { return int(here().current % warpSize); }
 

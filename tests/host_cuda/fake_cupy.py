@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from host_cuda.build import HostModule, folder
+from host_cuda.fake_cublas import cublas
 
 FENCE = 64  # bytes before and after each allocation; also its alignment
 POISON, POST = 0xFF, 0xA5
@@ -254,17 +255,14 @@ class FakeCupy(types.ModuleType):
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
         self.change = change or (lambda code: code)  # what a test does to the kernels' source
-        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 0, "totalGlobalMem": 0}
+        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 4, "totalGlobalMem": 0}
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices),
             getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
         )  # fmt: skip
-        cublas = types.SimpleNamespace(
-            CUBLAS_OP_N=0, CUBLAS_OP_T=1, getVersion=lambda handle: 130000,
-            sgemm=self._gemm(np.float32), dgemm=self._gemm(np.float64),
-        )  # fmt: skip
         self.cuda = types.SimpleNamespace(
-            Device=Device, runtime=runtime, cublas=cublas, nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
+            Device=Device, runtime=runtime, cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError),
+            nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
             device=types.SimpleNamespace(get_cublas_handle=lambda: Device.now() + 1000),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), is_available=lambda: devices > 0,
             Event=Event, get_current_stream=Event, set_allocator=lambda allocator: None,
@@ -372,28 +370,3 @@ class FakeCupy(types.ModuleType):
         """View flat memory with any strides."""
         view = np.lib.stride_tricks.as_strided(flat._view[start:], shape, strides)
         return ndarray(self, view, flat._allocation, flat._device)
-
-    def _gemm(self, dtype: Any) -> Callable[..., None]:
-        """Make cuBLAS's product: matrices stored by columns, at addresses, with leading dimensions."""
-        size = np.dtype(dtype).itemsize
-
-        def by_columns(address: int, rows: int, columns: int, leading: int) -> np.ndarray:
-            assert leading >= rows > 0 and columns > 0
-            interface = {"shape": (rows, columns), "typestr": np.dtype(dtype).str, "data": (address, False),
-                         "strides": (size, leading * size), "version": 3}  # fmt: skip
-            return np.asarray(types.SimpleNamespace(__array_interface__=interface))
-
-        def gemm(handle, transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-            if handle != Device.now() + 1000:
-                raise ValueError("a cuBLAS handle of another device")
-            self.pool.launched.append("product")
-            left = by_columns(a, k, m, lda).T if transa else by_columns(a, m, k, lda)
-            right = by_columns(b, n, k, ldb).T if transb else by_columns(b, k, n, ldb)
-            out = by_columns(c, m, n, ldc)
-            scale, keep = by_columns(alpha, 1, 1, 1)[0, 0], by_columns(beta, 1, 1, 1)[0, 0]
-            with np.errstate(all="ignore"):
-                # Summed in float64: what is measured here is what the kernels add, not how NumPy's BLAS sums.
-                product = scale * (left.astype(np.float64) @ right.astype(np.float64))
-                out[...] = product + keep * out if keep else product
-
-        return gemm
