@@ -194,18 +194,20 @@ def elapsed(cupy: Any, call: Callable[[], Any]) -> float:
 
 
 def launch_cost(cupy: Any, repeats: int = 2000) -> dict[str, float]:
-    """Microseconds that a launch takes, on the host and in a row on the device: a kernel, a gate kernel, a product."""
+    """Microseconds that a launch takes, on the host and in a row on the device: a kernel, a step kernel, a product."""
     device = import_module("fastlstm.backends.cuda").BACKEND.device
-    one, index = cupy.zeros((1, 1), np.float32), cupy.zeros(1, np.int64)
+    launch, packing = (import_module(f"fastlstm.backends.{name}") for name in ("cuda.launch", "packing"))
+    one = cupy.zeros((1, 1), np.float32)
     square, out = cupy.ones((8, 8), np.float32), cupy.empty((8, 8), np.float32)
-    small, gates = (device.kernel(name, np.dtype(np.float32), 1) for name in ("gather_rows", "gates_forward"))
-    wide, bias, lengths = cupy.zeros((1, 4), np.float32), cupy.zeros(4, np.float32), cupy.ones(1, np.int64)
-    arguments = (wide, bias, index, lengths, one, one, one, one, one, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 0)
+    small, step = (device.kernel(name, np.dtype(np.float32), 1) for name in ("gather_rows", "step_forward"))
+    wide, bias = cupy.zeros((1, 4), np.float32), cupy.zeros(4, np.float32)
+    (record,) = launch.step_records(packing.Packing.of(None, 1, 1), [(0, 1)], 1, 1, 0, keep_tape=False)
+    arguments = (wide, bias, None, None, None, one, one, one, one, one, one, record)
     product = device.product(square, square, out)
     found = {}
     for name, call in (
-        ("RawKernel of 5 arguments", lambda: small((1,), (32,), (one, index, one, 1, 1))),
-        (f"RawKernel of {len(arguments)} arguments", lambda: gates((1,), (32,), arguments)),
+        ("RawKernel of 5 arguments", lambda: small((1,), (32,), (one, None, one, 1, 1))),
+        (f"RawKernel of {len(arguments)} arguments", lambda: step((1,), (32,), arguments)),
         ("product", product),
     ):
         call()
@@ -228,7 +230,7 @@ def compilation(cupy: Any) -> dict[str, float]:
             cupy.clear_memo()  # else CuPy remembers within the process
         begin = time.perf_counter()
         module = cupy.RawModule(code=source, options=loader.options(dtype, loader.wide(dtype)))
-        module.get_function("gates_forward")
+        module.get_function("step_forward")
         found[name] = time.perf_counter() - begin
     return found
 

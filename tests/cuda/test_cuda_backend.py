@@ -18,7 +18,8 @@ from tolerances import assert_identical
 import fastlstm
 from fastlstm import LSTM, dispatch
 from fastlstm.backends import cuda
-from fastlstm.backends.device import CupyDevice
+from fastlstm.backends.cuda import CupyDevice, launch
+from fastlstm.kernels.cuda import loader
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -85,8 +86,8 @@ def test_a_step_in_time_is_one_kernel_and_one_product(xp, case):
         )
     cells = 2 * case.layers
     (short, short_training, few), (long, long_training, more) = counts[6], counts[7]
-    assert long - short == {"gates_forward": cells, "product": cells}
-    assert long_training - short_training == {"gates_forward": 2 * cells, "gates_backward": cells, "product": 3 * cells}
+    assert long - short == {"step_forward": cells, "product": cells}
+    assert long_training - short_training == {"step_forward": 2 * cells, "step_backward": cells, "product": 3 * cells}
     assert few == more  # nothing is allocated for a step
 
 
@@ -97,15 +98,49 @@ def test_a_call_of_step_is_two_products_and_one_kernel_a_layer(xp, dtype):
     xp.pool.launched.clear()
     allocations = xp.pool.allocations
     h, state = run.lstm.step(run.x[0], run.state)
-    assert xp.pool.launched == ["product", "product", "gates_forward"] * case.layers
-    # The new states, the pre-activations of each layer, two arrays of indices, and the output's own copy.
-    assert xp.pool.allocations - allocations == 2 + case.layers + 2 + 1
+    assert xp.pool.launched == ["product", "product", "step_forward"] * case.layers
+    # The new states, the pre-activations of each layer, and the output's own copy.
+    assert xp.pool.allocations - allocations == 2 + case.layers + 1
     assert xp.pool.waits == []
     assert_identical(on_host(state), on_host(expected))
     np.testing.assert_array_equal(h.get(), expected[0][-1].get())
     kept = on_host(run.state)
     run.lstm.step(run.x[0], run.state)
     assert_identical(on_host(run.state), kept)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["state", "no state"])
+def test_cupy_itself_launches_little(xp, given):
+    """Besides kernels and products: a fill for a state that is missing, and the copy of the output of `step`."""
+    run = Run(xp, Case(1, 3, 4, 8, 3))
+    state, fills = (run.state, []) if given else (None, ["zeros"])
+    for call, own in (
+        (lambda: run.lstm.step(run.x[0], state), [*fills, "copy"]),
+        (lambda: run.lstm(run.x, state), [*fills, "concatenate", "concatenate"]),  # the states of three layers
+        (lambda: run.lstm.forward(run.x, state), [*fills, "concatenate", "concatenate"]),
+    ):
+        xp.pool.own.clear()
+        call()
+        assert xp.pool.own == own
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 1, 0)], ids=["equal lengths", "ragged"])
+def test_states_are_sorted_only_in_a_ragged_batch(xp, lengths):
+    run = Run(xp, Case(4, 3, 4, 8, 1, True, lengths=lengths))
+    counts = {}
+    for name, call in (
+        ("inference", lambda: run.lstm(run.x, run.state, run.lengths)),
+        ("forward", lambda: run.lstm.forward(run.x, run.state, run.lengths)),
+        ("backward", lambda: run.lstm.backward(tape, run.dy, run.dstate)),
+    ):
+        _, _, tape = run.lstm.forward(run.x, run.state, run.lengths)
+        xp.pool.launched.clear(), xp.pool.copies.clear()
+        call()
+        counts[name] = sum(launched in ("gather_rows", "scatter_rows") for launched in xp.pool.launched)
+        assert len(xp.pool.copies) == (lengths is not None and name != "backward")  # of the packing
+    # For h and c of both directions: into sorted rows, or onto the tape, and gradients back from sorted rows.
+    ragged = {"inference": 4, "forward": 4, "backward": 8}
+    assert counts == (ragged if lengths else {"inference": 0, "forward": 4, "backward": 0})
 
 
 def test_a_prepared_product_holds_its_arrays(xp):
@@ -225,13 +260,13 @@ def test_any_schedule_gives_the_same_bits(dtype, seed):
 @pytest.mark.parametrize("most", [1, 3])
 def test_more_rows_than_a_grid_holds(xp, monkeypatch, most):
     expected = on_host(Run(xp, Case(9, 70, 5, 33, lengths="zeros"))())
-    cuda._geometry.cache_clear()
-    monkeypatch.setattr(cuda, "_MOST_BLOCKS", most)
+    launch.geometry.cache_clear()
+    monkeypatch.setattr(launch, "_MOST_BLOCKS", most)
     try:
-        assert cuda._geometry(70, 33)[0][1] == most
+        assert launch.geometry(70, 33)[0][1] == most
         found = on_host(Run(xp, Case(9, 70, 5, 33, lengths="zeros"))())
     finally:
-        cuda._geometry.cache_clear()
+        launch.geometry.cache_clear()
     assert_identical(found, expected)
 
 
@@ -239,7 +274,7 @@ def test_column_sum_over_many_slabs(xp, dtype):
     rng = np.random.default_rng(0)
     for rows, columns in [(0, 4), (1, 1), (256, 32), (257, 33), (256 * 256 + 1, 3), (1000, 100)]:
         values = rng.normal(size=(rows, columns)).astype(dtype)
-        found = dispatch.backend_named("cuda")._column_sum(xp.array(values))
+        found = launch.column_sum(dispatch.backend_named("cuda").device, xp.array(values))
         exact = values.sum(axis=0, dtype=np.float64)
         # Each sum is rounded about 32 + 3 times a slab and stage, however many rows there are.
         assert np.abs(found.get() - exact).max() <= 64 * np.finfo(dtype).eps * max(1, np.abs(values).sum(axis=0).max())
@@ -335,7 +370,6 @@ def test_a_cubin_of_cupys_own_compiler(cupy):
     # What CuPy makes of our source and options, without a device: its NVRTC takes them as they are.
     from cupy.cuda import compiler as of_cupy
 
-    loader = cuda.loader
     program = of_cupy._NVRTCProgram(loader.source(), method="cubin")
     options = (*loader.options(np.dtype("float32"), 4), "-ftz=true", "-arch=sm_90")
     assert program.compile(options)[0].startswith(b"\x7fELF")

@@ -21,7 +21,8 @@ from fastlstm.kernels.cuda import loader
 
 __all__ = ["CupyDevice", "Device", "Kernel", "Product"]
 
-# Called with grid, block and arguments: arrays, which arrive as pointers, and integers, which arrive as 64 bits.
+# Called with grid, block and arguments: arrays, passed as pointers; None, as a null pointer; integers, as 64 bits; and
+# NumPy arrays of one element, by value.
 Kernel: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 
 
@@ -50,7 +51,7 @@ class Device(Protocol):
         """Whether the array's first element lies at a multiple of 16 bytes."""
         ...
 
-    def kernel(self, name: str, dtype: np.dtype[Any], width: int) -> Kernel:
+    def kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
         """Return a kernel, compiled at its first use (see ``kernels/cuda/loader.py``)."""
         ...
 
@@ -99,13 +100,13 @@ class CupyDevice:
         """See :class:`Device`."""
         return bool(array.data.ptr % 16 == 0)
 
-    def _kernel(self, name: str, dtype: np.dtype[Any], width: int) -> Kernel:
-        kernel: Kernel = self._module(dtype, width).get_function(name)
+    def _kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
+        kernel: Kernel = self._module(dtype, width, variant).get_function(name)
         return kernel
 
     @cache  # noqa: B019, there is one such object, and it lives as long as the process
-    def _module(self, dtype: np.dtype[Any], width: int) -> Any:
-        return self.xp.RawModule(code=loader.source(), options=loader.options(dtype, width))
+    def _module(self, dtype: np.dtype[Any], width: int, variant: tuple[str, ...]) -> Any:
+        return self.xp.RawModule(code=loader.source(), options=loader.options(dtype, width, variant))
 
     def product(
         self,
