@@ -56,7 +56,7 @@ def test_peepholes_of_zero_are_no_peepholes(dtype, lengths):
 
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("hidden", [5, 8])
-def test_steps_are_the_whole_sequence(dtype, hidden, state):
+def test_steps_give_the_whole_sequence(dtype, hidden, state):
     case = Case(6, 4, 3, hidden, 2, state=state, peephole=True)
     p = problem(case).astype(dtype)
     with CUDA.active():

@@ -60,7 +60,10 @@ def direction_forward(
     )
     recurrent = device.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
     records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape)
-    for (first, active), record in zip(starts, records, strict=True):
+    for step, ((first, active), record) in enumerate(zip(starts, records, strict=True)):
+        if step and c_before is not c:
+            c_before = c
+            recurrent = device.product(h_rows, weights.weight_hh, gates, transpose_b=True, accumulate=True)
         recurrent(active, first if keep_tape else 0, first)
         kernel(
             *geometry(active, units),
@@ -69,9 +72,6 @@ def direction_forward(
                 c, h_rows, y, h_n, c_n, record,
             ),
         )  # fmt: skip
-        if c_before is not c:
-            c_before = c
-            recurrent = device.product(h_rows, weights.weight_hh, gates, transpose_b=True, accumulate=True)
     return DirectionTape(gates, c, h_rows) if keep_tape else None
 
 
