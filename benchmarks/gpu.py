@@ -201,8 +201,8 @@ def launch_cost(cupy: Any, repeats: int = 2000) -> dict[str, float]:
     square, out = cupy.ones((8, 8), np.float32), cupy.empty((8, 8), np.float32)
     small, step = (device.kernel(name, np.dtype(np.float32), 1) for name in ("gather_rows", "step_forward"))
     wide, bias = cupy.zeros((1, 4), np.float32), cupy.zeros(4, np.float32)
-    (record,) = launch.step_records(packing.Packing.of(None, 1, 1), [(0, 1)], 1, 1, 0, keep_tape=False)
-    arguments = (wide, bias, None, None, None, one, one, one, one, one, one, record)
+    records = launch.step_records(packing.Packing.of(None, 1, 1), [(0, 1)], 1, 1, 0, keep_tape=False)
+    arguments = (wide, bias, None, None, None, one, one, one, one, one, one, *device.by_value(records))
     product = device.product(square, square, out)
     found = {}
     for name, call in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import types
 
 import numpy as np
 import pytest
@@ -69,21 +70,35 @@ def test_the_stand_in_is_like_cupy(cupy, real_array):
     assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
 
 
-def test_the_record_of_a_step_is_passed_by_value(cupy):
-    from cupy.cuda.function import CNumpyArray  # what a launch makes of a NumPy array of one element
+@pytest.mark.parametrize("private", [True, False], ids=["CPointer", "array of one element"])
+def test_the_record_of_a_step_is_passed_by_value(cupy, private):
+    from cupy.cuda import function
 
     packing = Packing.of(np.array([3, 0, 2]), 3, 3)
     records = step_records(packing, packing.step_rows(True), 8, 2, 1, keep_tape=True)
-    assert records.shape == (3, 1)  # iterating gives arrays of one element, as CuPy asks for
-    for record, numbers in zip(records, records.view(np.int64).tolist(), strict=True):
-        address = CNumpyArray(record).ptr
+    library = cupy if private else types.SimpleNamespace(cuda=None)
+    arguments = CupyDevice.by_value(types.SimpleNamespace(xp=library), records)
+    assert len(arguments) == len(records) == 3
+    for argument, numbers in zip(arguments, records.view(np.int64).tolist(), strict=True):
+        # A launch takes the address of a CPointer as it is, and makes a CNumpyArray of an array of one element.
+        assert isinstance(argument, function.CPointer) is private
+        address = (argument if private else function.CNumpyArray(argument)).ptr
         assert list((ctypes.c_int64 * len(FIELDS)).from_address(address)) == numbers
-    found = dict(zip(FIELDS, records.view(np.int64).T.tolist(), strict=True))
-    assert found == {
+    assert dict(zip(FIELDS, records.view(np.int64).T.tolist(), strict=True)) == {
         "first": [0, 2, 4], "c_from": [0, 3, 5], "c_to": [3, 5, 7], "h_to": [2, 4, 0], "rows": [2, 2, 1],
         "step": [0, 1, 2], "steps": [3] * 3, "batch": [3] * 3, "hidden": [8] * 3, "directions": [2] * 3,
         "direction": [1] * 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", [lambda address: types.SimpleNamespace(ptr=address + 1), lambda address: object()])
+def test_a_cpointer_that_is_not_as_known_is_not_used(broken):
+    records = np.zeros((2, 11), np.int64).view("V88")
+    library = types.SimpleNamespace(cuda=types.SimpleNamespace(function=types.SimpleNamespace(CPointer=broken)))
+    arguments = CupyDevice.by_value(types.SimpleNamespace(xp=library), records)
+    assert [(type(a), a.shape, a.ctypes.data - records.ctypes.data) for a in arguments] == [
+        (np.ndarray, (1,), 0), (np.ndarray, (1,), 88),
+    ]  # fmt: skip
 
 
 def test_a_cubin_of_cupys_own_compiler(cupy):

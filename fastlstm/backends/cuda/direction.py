@@ -60,7 +60,7 @@ def direction_forward(
     )
     recurrent = device.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
     records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape)
-    for step, ((first, active), record) in enumerate(zip(starts, records, strict=True)):
+    for step, ((first, active), record) in enumerate(zip(starts, device.by_value(records), strict=True)):
         if step and c_before is not c:
             c_before = c
             recurrent = device.product(h_rows, weights.weight_hh, gates, transpose_b=True, accumulate=True)
@@ -102,7 +102,7 @@ def direction_backward(
     to_h = device.product(da, weights.weight_hh, dh)
     starts = packing.step_rows(direction == 1)
     records = step_records(packing, starts, hidden, directions, direction, keep_tape=True)
-    for (first, active), record in zip(reversed(starts), reversed(records), strict=True):
+    for (first, active), record in zip(reversed(starts), reversed(device.by_value(records)), strict=True):
         kernel(
             *geometry(active, units),
             (
