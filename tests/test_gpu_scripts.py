@@ -123,7 +123,7 @@ def test_a_shape_that_fails_does_not_stop_the_next(xp, tmp_path, monkeypatch, ca
 @needs_compiler
 def test_repetitions_are_compared_bit_by_bit(xp, tmp_path, monkeypatch, capsys):
     repeat, out = script("gpu_repeat"), tmp_path / "repeat.json"
-    repeat.CASES = ((4, 3, 2, 8, 1, True, True), (1, 1, 1, 1, 1, False, False))
+    repeat.CASES = ((4, 3, 2, 8, 1, True, True, True), (1, 1, 1, 1, 1, False, False, False))
     assert repeat.main(["--times", "2", "--out", str(out), "--no-pool"]) == 0
     assert json.loads(out.read_text())["passed"]
     assert "0 of 2 differ" in capsys.readouterr().out
