@@ -146,7 +146,7 @@ def compilations(cupy: Any) -> Iterator[tuple[str, Measure]]:
         if hasattr(cupy, "clear_memo"):
             cupy.clear_memo()  # else CuPy remembers within the process
         begin = time.perf_counter()
-        cupy.RawModule(code=source, options=loader.options(dtype, loader.wide(dtype))).get_function("gates_forward")
+        cupy.RawModule(code=source, options=loader.options(dtype, loader.wide(dtype))).get_function("step_forward")
         return {"host": 3 * (1e6 * (time.perf_counter() - begin),)}
 
     yield "kernels of one dtype, compiled", load

@@ -20,9 +20,10 @@ import numpy as np
 
 import fastlstm
 
-# steps, batch, inputs, hidden, layers, bidirectional, ragged: wide and narrow loads, one and several slabs of a sum
-CASES = ((12, 16, 8, 64, 2, True, True), (20, 16, 8, 33, 1, False, False), (30, 5, 3, 8, 1, True, True),
-         (1, 1, 1, 1, 1, False, False))  # fmt: skip
+# steps, batch, inputs, hidden, layers, bidirectional, ragged, peephole: wide and narrow loads, one and several slabs of
+# a sum
+CASES = ((12, 16, 8, 64, 2, True, True, False), (20, 16, 8, 33, 1, False, False, False),
+         (30, 5, 3, 8, 1, True, True, True), (1, 1, 1, 1, 1, False, False, False))  # fmt: skip
 BOUNDS = {"float32": 1e-4, "float64": 1e-12}  # sums over at most 320 rows, through at most 30 steps
 AT_ONCE = 10  # repetitions that nothing waits between
 
@@ -56,14 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def repeat(cupy: Any, case: tuple[Any, ...], dtype: str, times: int) -> tuple[int, float]:
     """Return how many repetitions differ from the first in any bit, and the first one's error."""
-    steps, batch, inputs, hidden, layers, bidirectional, ragged = case
+    steps, batch, inputs, hidden, layers, bidirectional, ragged, peephole = case
     rng = np.random.default_rng(0)
-    host = fastlstm.LSTM(inputs, hidden, layers, bidirectional=bidirectional, dtype=np.float64, seed=0)
+    options = {"bidirectional": bidirectional, "peephole": peephole, "seed": 0}
+    host = fastlstm.LSTM(inputs, hidden, layers, dtype=np.float64, **options)
     x, dy = (rng.uniform(-1, 1, (steps, batch, n)) for n in (inputs, host.cell.output_size))
     lengths = rng.integers(0, steps + 1, batch) if ragged else None
     with fastlstm.use_backend("reference"):
         truth = results(host, x, dy, lengths)
-    model = fastlstm.LSTM(inputs, hidden, layers, bidirectional=bidirectional, dtype=dtype, seed=0)
+    model = fastlstm.LSTM(inputs, hidden, layers, dtype=dtype, **options)
     model.params.update({name: value.astype(dtype) for name, value in host.params.items()})
     model, x, dy = model.to(cupy), cupy.asarray(x.astype(dtype)), cupy.asarray(dy.astype(dtype))
     first = [cupy.asnumpy(value) for value in results(model, x, dy, lengths)]

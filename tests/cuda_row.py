@@ -14,8 +14,7 @@ import numpy as np
 from host_cuda import FakeCupy, compiler
 
 from fastlstm import dispatch
-from fastlstm.backends.cuda import CudaBackend
-from fastlstm.backends.device import CupyDevice
+from fastlstm.backends.cuda import CudaBackend, CupyDevice
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 A batch of half a million sequences, all empty but the last one: input, output and their gradients then lie in pages
 that the system never has to provide, and the one sequence lies at their very end. On a GPU, where all memory is real,
-``test_cuda_device.py`` has large arrays.
+``cuda/test_cuda_device.py`` has large arrays.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ def test_the_list_of_files_is_not_an_empty_promise(source):
         "fastlstm/lstm.py",
         "fastlstm/kernels/__init__.py",
         "fastlstm/kernels/cpu/cell_step.py",
+        "fastlstm/backends/cuda/backend.py",
+        "fastlstm/kernels/cuda/cell_step.cuh",
     }
     assert wanted <= names
     assert {Path(name).suffix for name in names} <= {".py", ".typed", ".cu", ".cuh"}

@@ -53,7 +53,8 @@ model.step(x[0, :1])
 model.freeze().step(x[0, :1])
 lap()
 from fastlstm.kernels.cpu import sequence_backward, sequence_forward, small_batch
-kernels = sequence_forward.sequence_forward, sequence_backward.layer_backward, small_batch.small_forward, small_batch.small_forward_packed
+kernels = sequence_forward.sequence_forward, sequence_backward.sequence_backward, small_batch.small_forward, \
+    small_batch.small_forward_packed
 compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 """
 _TORCH = """

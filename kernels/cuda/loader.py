@@ -1,4 +1,4 @@
-"""Reads the kernels' files and says how they are compiled; CuPy compiles them, and the tests do, without a GPU."""
+"""Read the kernels' files and state how they are compiled; CuPy compiles them, and the tests do, without a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FILES", "HEADER", "kernel_names", "options", "source", "wide"]
+__all__ = ["FILES", "HEADERS", "VARIANTS", "kernel_names", "options", "source", "wide"]
 
-HEADER = "common.cuh"
-FILES = ("gates.cu", "pack.cu", "reduce.cu")
+HEADERS = ("common.cuh", "cell_step.cuh")
+FILES = ("step.cu", "ragged.cu", "column_sum.cu")
+VARIANTS = ("PEEPHOLE",)  # the macros of cell_step.cuh
 
 _TYPES = {"float32": "float", "float64": "double"}
 _VECTOR_BYTES = 16  # the widest load of a thread
@@ -20,9 +21,9 @@ _VECTOR_BYTES = 16  # the widest load of a thread
 
 @cache
 def source() -> str:
-    """Return all kernels as one text: the header first, and each file's own name and line numbers in messages."""
+    """Return all kernels as one text: the headers first, and each file's own name and line numbers in messages."""
     folder = files("fastlstm.kernels.cuda")
-    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in (HEADER, *FILES))
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in (*HEADERS, *FILES))
 
 
 @cache
@@ -36,6 +37,10 @@ def wide(dtype: np.dtype[Any]) -> int:
     return _VECTOR_BYTES // dtype.itemsize
 
 
-def options(dtype: np.dtype[Any], width: int) -> tuple[str, ...]:
-    """Return the compiler's options for one dtype and number of hidden units a thread (1 or :func:`wide`)."""
-    return (f"-DREAL={_TYPES[dtype.name]}", f"-DWIDTH={width}", "--std=c++17")
+def options(dtype: np.dtype[Any], width: int, variant: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the compiler's options for a dtype, a number of hidden units a thread (1 or :func:`wide`) and a variant.
+
+    `variant` is a selection of :data:`VARIANTS`; without any, the cell is the plain LSTM.
+    """
+    macros = (f"REAL={_TYPES[dtype.name]}", f"WIDTH={width}", *variant)
+    return (*(f"-D{macro}" for macro in macros), "--std=c++17")

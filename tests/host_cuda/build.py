@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 HEADER = Path(__file__).with_name("cuda_host.h")
 KERNEL = re.compile(r'^extern "C" __global__ void (\w+)\(', re.MULTILINE)
 BARRIER = re.compile(r"__(syncthreads|syncwarp|shfl_\w+)\(")
@@ -79,7 +77,8 @@ class HostKernel:
         self.module = module
         self.function = module.library[f"launch_{name}"]
         self.function.restype = ctypes.c_char_p
-        self.arguments = module.library[f"arguments_of_{name}"]()
+        size = module.library[f"size_of_argument_of_{name}"]
+        self.sizes = [size(k) for k in range(module.library[f"arguments_of_{name}"]())]  # bytes of each argument
         body = module.code.partition(f" {name}(")[2].partition('extern "C"')[0]
         self.has_barriers = BARRIER.search(body) is not None
 
@@ -87,19 +86,15 @@ class HostKernel:
         """Run the kernel to its end."""
         self.module.launched.append(self.name)
         shape = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
-        if len(args) != self.arguments:
-            raise TypeError(f"{self.name} takes {self.arguments} arguments, got {len(args)}")
+        if len(args) != len(self.sizes):
+            raise TypeError(f"{self.name} takes {len(self.sizes)} arguments, got {len(args)}")
         if not all(shape) or shape[0] > 2**31 - 1 or max(shape[1:3]) > 65535 or shape[3] * shape[4] * shape[5] > 1024:
             raise ValueError(f"{self.name}: CUDA has no such grid {tuple(shape)}")
-        # What CuPy makes of them: an array arrives as its address, an integer as 64 bits, and a NumPy array of one
-        # element, which may be a record, by value.
-        records = {k: a for k, a in enumerate(args) if isinstance(a, np.ndarray)}
-        if any(record.size != 1 for record in records.values()):
-            raise TypeError("Only numpy.ndarrays of size one can be passed by value")
-        words = (ctypes.c_uint64 * len(args))(*(0 if k in records else self.module.word(a) for k, a in enumerate(args)))
-        start = ctypes.addressof(words)
-        addresses = (records[k].ctypes.data if k in records else start + 8 * k for k in range(len(args)))
-        pointers = (ctypes.c_void_p * len(args))(*addresses)
+        given = [self.module.value(a) for a in args]
+        for k, (value, size) in enumerate(zip(given, self.sizes, strict=True)):
+            if len(value) != size:  # CuPy and CUDA would read what lies there
+                raise TypeError(f"argument {k} of {self.name} has {size} bytes, got {len(value)}")
+        pointers = (ctypes.c_char_p * len(args))(*given)
         fibers = int(self.has_barriers or self.module.always_fibers)
         message = self.function(shape, pointers, ctypes.c_uint64(next(self.module.seeds)), fibers)
         if message is not None:
@@ -107,7 +102,7 @@ class HostKernel:
 
 
 class HostModule:
-    """What ``cupy.RawModule`` is to CuPy; `word` turns an argument into 64 bits.
+    """What ``cupy.RawModule`` is to CuPy; `value` turns an argument into the bytes that a kernel gets.
 
     Kernels without barriers run as plain loops unless `fibers` says otherwise.
     """
@@ -116,14 +111,14 @@ class HostModule:
         self,
         code: str,
         options: tuple[str, ...] = (),
-        word: Any = int,
+        value: Any = bytes,
         *,
         seed: int = 0,
         fibers: bool = False,
         launched: list[str] | None = None,
     ) -> None:
         self.code = code
-        self.word = word
+        self.value = value
         self.launched = [] if launched is None else launched  # the name of each kernel, at each launch
         self.seeds = itertools.count(seed)
         self.always_fibers = fibers

@@ -224,6 +224,11 @@ inline void run_fibers(dim3 grid, dim3 threads, std::mt19937_64 &random, void (*
 
 template <class... A> constexpr int count(void (*)(A...)) { return sizeof...(A); }
 
+template <class... A> int size_of_argument(void (*)(A...), int number) {
+    const int sizes[] = {int(sizeof(A))..., 0};
+    return sizes[number];
+}
+
 template <class... A, size_t... K>
 void call(void (*kernel)(A...), void **args, std::index_sequence<K...>) {
     kernel(*static_cast<A *>(args[K])...);
@@ -267,4 +272,5 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int flip) {
     extern "C" const char *launch_##kernel(const unsigned *shape, void **args, uint64_t seed, int fibers) {       \
         return host_cuda::launch(kernel, shape, args, seed, fibers);                                              \
     }                                                                                                             \
-    extern "C" int arguments_of_##kernel() { return host_cuda::count(kernel); }
+    extern "C" int arguments_of_##kernel() { return host_cuda::count(kernel); }                                   \
+    extern "C" int size_of_argument_of_##kernel(int number) { return host_cuda::size_of_argument(kernel, number); }

@@ -20,16 +20,10 @@ import numpy as np
 
 from host_cuda.build import HostModule, folder
 from host_cuda.fake_cublas import cublas
-
-FENCE = 64  # bytes before and after each allocation; also its alignment
-POISON, POST = 0xFF, 0xA5
+from host_cuda.memory import Allocation, OutOfMemoryError, Pool
 
 
 class CUDARuntimeError(RuntimeError):
-    """As CuPy's."""
-
-
-class OutOfMemoryError(MemoryError):
     """As CuPy's."""
 
 
@@ -75,45 +69,6 @@ class Event:
 
     def synchronize(self) -> None:
         pass
-
-
-class Pool:
-    """The memory of all devices, and what happened to it."""
-
-    def __init__(self) -> None:
-        self.live = 0  # bytes
-        self.allocations = 0
-        self.fail_at: int | None = None  # the number of the allocation that fails, counted from 0
-        self.overwritten: list[str] = []
-        self.waits: list[str] = []  # what made the host wait for the device
-        self.copies: list[int] = []  # bytes of each copy from the host
-        self.launched: list[str] = []  # the name of each kernel and product that was called
-
-    def allocate(self, size: int) -> Allocation:
-        number, self.allocations = self.allocations, self.allocations + 1
-        if number == self.fail_at:
-            raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
-        return Allocation(self, size)
-
-
-class Allocation:
-    """One piece of memory between two fences."""
-
-    def __init__(self, pool: Pool, size: int) -> None:
-        whole = np.full(size + 3 * FENCE, POST, np.uint8)
-        start = FENCE + -whole.ctypes.data % FENCE
-        self.pool, self.whole, self.start, self.size = pool, whole, start, size
-        self.memory = whole[start : start + size]
-        self.memory.fill(POISON)
-        pool.live += size
-
-    def __del__(self) -> None:
-        if not hasattr(self, "memory"):
-            return
-        self.pool.live -= self.size
-        before, after = self.whole[: self.start], self.whole[self.start + self.size :]
-        if (before != POST).any() or (after != POST).any():
-            self.pool.overwritten.append(f"outside an array of {self.size} bytes")
 
 
 def _unpickle(host: np.ndarray) -> ndarray:
@@ -196,11 +151,6 @@ class ndarray:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _restored(host: np.ndarray) -> ndarray:
-    """Unpickle an array onto the current device, as CuPy does."""
-    return sys.modules["cupy"].array(host)
-
-
 def _operators() -> None:
     def method(function: Callable[..., Any], swapped: bool) -> Callable[..., Any]:
         if swapped:
@@ -281,21 +231,29 @@ class FakeCupy(types.ModuleType):
 
     def RawModule(self, *, code: str, options: tuple[str, ...]) -> HostModule:
         return HostModule(
-            self.change(code), (*options, *self.options), self._word, launched=self.pool.launched, **self.how
+            self.change(code), (*options, *self.options), self._value, launched=self.pool.launched, **self.how
         )
 
-    def _word(self, argument: Any) -> int:
+    @staticmethod
+    def _value(argument: Any) -> bytes:
+        """Return an argument of a kernel as CuPy passes it: addresses, 64 bits, or one element by value."""
         if isinstance(argument, ndarray):
             if not argument._view.flags.c_contiguous:
                 raise ValueError("a kernel takes no strides")
             if argument._device != Device.now():
                 raise ValueError(f"an array of device {argument._device} for a kernel on {Device.now()}")
-            return argument._view.ctypes.data
+            argument = argument._view.ctypes.data
+        if isinstance(argument, np.ndarray):
+            if argument.size != 1:
+                raise TypeError(f"You are trying to pass a numpy.ndarray of shape {argument.shape}")
+            return argument.tobytes()
+        if argument is None:
+            argument = 0
         if type(argument) is not int:
             raise TypeError(f"Unsupported type {type(argument)}")
-        return argument & (2**64 - 1)
+        return (argument & (2**64 - 1)).to_bytes(8, sys.byteorder)
 
-    def wrap(self, value: Any, source: ndarray | None) -> Any:
+    def wrap(self, value: Any, source: ndarray | None, name: str = "") -> Any:
         """Make an array of NumPy's result: a view of `source` if it is one, else new memory."""
         if (
             source is not None
@@ -306,11 +264,12 @@ class FakeCupy(types.ModuleType):
         value = np.asarray(value)
         result = self.empty(value.shape, value.dtype)
         result._view[...] = value
+        self.pool.own.append(name)
         return result
 
     def lift(self, function: Callable[..., Any], source: ndarray | None = None) -> Callable[..., Any]:
         """Make a function of NumPy one of CuPy: arrays of this module in and out, and none of NumPy."""
-        seen = [] if source is None else [source]
+        seen, name = [] if source is None else [source], function.__name__
 
         def lifted(*args: Any, **kwargs: Any) -> Any:
             lowered = _lower(args, seen), _lower(kwargs, seen)
@@ -319,14 +278,13 @@ class FakeCupy(types.ModuleType):
             with np.errstate(all="ignore"), Device(seen[0]._device) if seen else contextlib.nullcontext():
                 result = function(*lowered[0], **lowered[1])
                 if isinstance(result, tuple | list):
-                    return type(result)(self.wrap(part, None) for part in result)
-                if result is None:
-                    return None
-                for array in seen:  # x += 1 returns x
-                    if result is array._view:
-                        return array
+                    return type(result)(self.wrap(part, None, name) for part in result)
+                changed = [array for array in seen if result is array._view]  # x += 1 returns x
+                if result is None or changed:
+                    self.pool.own.append(name)
+                    return changed[0] if changed else None
                 owner = seen[0] if seen else None
-                return self.wrap(result, owner) if isinstance(result, np.ndarray | np.generic) else result
+                return self.wrap(result, owner, name) if isinstance(result, np.ndarray | np.generic) else result
 
         return lifted
 
@@ -348,6 +306,7 @@ class FakeCupy(types.ModuleType):
     def array(self, value: Any, dtype: Any = None, copy: bool = True) -> ndarray:
         if isinstance(value, ndarray):
             host = value._view
+            self.pool.own.append("copy")
         else:
             host = np.asarray(value)
             self.pool.copies.append(host.nbytes)

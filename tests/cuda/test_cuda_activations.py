@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fastlstm import dispatch
-from fastlstm.backends.cuda import _geometry
+from fastlstm.backends.cuda.launch import geometry, step_records
+from fastlstm.backends.packing import Packing
 from fastlstm.kernels.cuda import loader
 
 pytestmark = pytest.mark.skipif(bool(cuda_row.missing()), reason=str(cuda_row.missing()))
@@ -27,7 +28,7 @@ def sample(dtype):
 
 
 def activated(values, width):
-    """Let gates_forward activate `values` as input gate and as candidate."""
+    """Let step_forward activate `values` as input gate and as candidate."""
     dtype, hidden = values.dtype, 4
     values = np.resize(values, (-(-values.size // hidden), hidden))
     rows = len(values)
@@ -35,12 +36,14 @@ def activated(values, width):
         device = dispatch.backend_named("cuda").device
         a = xp.array(np.concatenate([values, np.zeros_like(values), values, values], axis=1))
         zeros = lambda *shape: xp.zeros(shape, dtype)  # noqa: E731
-        order, lengths = xp.arange(rows), xp.full(rows, 1, np.int64)
-        device.kernel("gates_forward", dtype, width)(
-            *_geometry(rows, hidden // width),
-            (a, zeros(4 * hidden), order, lengths, zeros(rows, hidden), zeros(rows, hidden), zeros(1, rows, 1, hidden),
-             zeros(rows, hidden), zeros(rows, hidden), 0, 0, 0, 0, rows, 0, 0, rows, hidden, 1, 0),
-        )  # fmt: skip
+        packing = Packing.of(None, 1, rows)
+        (record,) = step_records(packing, packing.step_rows(False), hidden, 1, 0, keep_tape=False)
+        state, y = (zeros(rows, hidden) for _ in range(5)), zeros(1, rows, 1, hidden)
+        c_prev, c, h_rows, h_n, c_n = state
+        device.kernel("step_forward", dtype, width)(
+            *geometry(rows, hidden // width),
+            (a, None, None, None, None, c_prev, c, h_rows, y, h_n, c_n, record),
+        )
         gates = a.get()
     return values, gates[:, :hidden], gates[:, 2 * hidden : 3 * hidden]
 

@@ -44,12 +44,12 @@ extern "C" __global__ void unpack_rows(
 // Sort the rows of a state: row r of the result is row order[r] of the source.
 extern "C" __global__ void gather_rows(
     const real *source,    // (B, H), IN
-    const index_t *order,  // (B,), IN
+    const index_t *order,  // (B,), IN; null for equal lengths: a copy
     real *sorted,          // (at least `rows`, H), OUT
     index_t rows, index_t hidden) {
     for (index_t row = FIRST(y); row < rows; row += STRIDE(y)) {
         for (index_t k = FIRST(x); k < hidden; k += STRIDE(x)) {
-            sorted[row * hidden + k] = source[order[row] * hidden + k];
+            sorted[row * hidden + k] = source[sequence_of(row, order) * hidden + k];
         }
     }
 }

@@ -48,6 +48,17 @@ extern "C" __global__ void half_warps(int *values) {  // two halves that meet at
     values[threadIdx.x] = __shfl_xor_sync(mask, int(threadIdx.x), 1);
 }
 
+struct Record {
+    index_t first;
+    float factors[3];
+};
+
+extern "C" __global__ void by_value(index_t *out, const Record record, const float *null) {
+    out[0] = record.first;
+    for (int k = 0; k < 3; ++k) out[1 + k] = index_t(record.factors[k]);
+    out[4] = null == nullptr;
+}
+
 extern "C" __global__ void divergent(float *values, index_t leave) {
     if (leave && threadIdx.x == 3) return;
     if (!leave && threadIdx.x < 4) { __syncwarp(); } else { __syncthreads(); }
@@ -134,15 +145,41 @@ def test_what_a_gpu_would_refuse_is_refused(xp):
     for arguments in [(), (out, 1)]:
         with pytest.raises(TypeError, match="takes 1 arguments"):
             where((1,), (1,), arguments)
-    for argument in (1.5, None, np.float32(1)):
+    for argument in (1.5, np.float32(1), b"12345678"):
         with pytest.raises(TypeError, match="Unsupported type"):
             where((1,), (1,), (argument,))
-    with pytest.raises(TypeError, match="of size one"):
+    with pytest.raises(TypeError, match=r"numpy.ndarray of shape \(3,\)"):
         where((1,), (1,), (np.zeros(3),))
+    with pytest.raises(TypeError, match="argument 0 of where has 8 bytes, got 4"):
+        where((1,), (1,), (np.zeros(1, np.float32),))
     with pytest.raises(ValueError, match="no strides"):
         where((1,), (1,), (out[::2],))
     with xp.cuda.Device(1), pytest.raises(ValueError, match="an array of device 0 for a kernel on 1"):
         where((1,), (1,), (out,))
+
+
+def test_a_record_arrives_by_value_and_none_as_a_null_pointer(xp):
+    record = np.dtype([("first", np.int64), ("factors", np.float32, 3)], align=True)
+    values = np.array([(2**40, (1, 2, 3))], record)
+    out = xp.zeros(5, np.int64)
+    for given in (values, values.view(f"V{record.itemsize}")):
+        kernel(xp, "by_value")((1,), (1,), (out, given, None))
+        assert out.get().tolist() == [2**40, 1, 2, 3, 1]
+        out[...] = 0
+    for wrong in (values.view(np.int64)[:1], 7, None):  # of another size: a GPU would read what lies behind it
+        with pytest.raises(TypeError, match="argument 1 of by_value has 24 bytes, got 8"):
+            kernel(xp, "by_value")((1,), (1,), (out, wrong, None))
+
+
+def test_what_cupy_launches_itself_is_counted(xp):
+    there, fresh = xp.zeros((2, 3)), xp.empty((2, 3))
+    assert xp.pool.own == ["zeros"]
+    fresh[...] = there
+    fresh += there
+    _ = fresh[1], fresh.reshape(-1), xp.ascontiguousarray(fresh), fresh.shape  # views: nothing runs
+    assert xp.pool.own == ["zeros", "setitem", "iadd"]
+    _ = fresh + there, fresh.copy(), xp.arange(3), xp.ascontiguousarray(fresh.T)
+    assert xp.pool.own[3:] == ["add", "copy", "arange", "copy"]
 
 
 def test_a_write_outside_an_array_is_found():

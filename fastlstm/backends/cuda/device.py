@@ -7,7 +7,7 @@ for the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,8 @@ from fastlstm.kernels.cuda import loader
 
 __all__ = ["CupyDevice", "Device", "Kernel", "Product"]
 
-# Called with grid, block and arguments: arrays, which arrive as pointers, and integers, which arrive as 64 bits.
+# Called with grid, block and arguments: arrays, passed as pointers; None, as a null pointer; integers, as 64 bits; and
+# what `Device.by_value` returns.
 Kernel: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 
 
@@ -50,8 +51,15 @@ class Device(Protocol):
         """Whether the array's first element lies at a multiple of 16 bytes."""
         ...
 
-    def kernel(self, name: str, dtype: np.dtype[Any], width: int) -> Kernel:
+    def kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
         """Return a kernel, compiled at its first use (see ``kernels/cuda/loader.py``)."""
+        ...
+
+    def by_value(self, records: np.ndarray[Any, Any]) -> Sequence[Any]:
+        """Return each of the records (S, 1), on the host, as an argument that a kernel gets by value.
+
+        The caller keeps `records` alive and unchanged until the kernels are launched.
+        """
         ...
 
     def product(
@@ -111,13 +119,26 @@ class CupyDevice:
         """See :class:`Device`."""
         return bool(array.data.ptr % 16 == 0)
 
-    def _kernel(self, name: str, dtype: np.dtype[Any], width: int) -> Kernel:
-        kernel: Kernel = self._module(dtype, width).get_function(name)
+    def _kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
+        kernel: Kernel = self._module(dtype, width, variant).get_function(name)
         return kernel
 
     @cache  # noqa: B019, there is one such object, and it lives as long as the process
-    def _module(self, dtype: np.dtype[Any], width: int) -> Any:
-        return self.xp.RawModule(code=loader.source(), options=loader.options(dtype, width))
+    def _module(self, dtype: np.dtype[Any], width: int, variant: tuple[str, ...]) -> Any:
+        return self.xp.RawModule(code=loader.source(), options=loader.options(dtype, width, variant))
+
+    def by_value(self, records: np.ndarray[Any, Any]) -> Sequence[Any]:
+        """See :class:`Device`.
+
+        CuPy passes a NumPy array of one element by value, which takes it 1.5 µs at each launch, most of it for NumPy's
+        ``__array_interface__``. Its own ``CPointer`` takes 0.05 µs; 11 integers take 1.7 µs. That class is not
+        documented: it is used if it holds the address that it is given, and can be asked for it.
+        """
+        pointer = getattr(getattr(self.xp.cuda, "function", None), "CPointer", None)
+        if pointer is None or getattr(pointer(8), "ptr", None) != 8:
+            return list(records)
+        start, size = records.ctypes.data, records.itemsize
+        return [pointer(start + k * size) for k in range(len(records))]
 
     def product(
         self,

@@ -18,7 +18,7 @@ from tolerances import assert_identical
 import fastlstm
 from fastlstm import LSTM, dispatch
 from fastlstm.backends import cuda
-from fastlstm.backends.device import CupyDevice
+from fastlstm.backends.cuda import launch
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -85,8 +85,8 @@ def test_a_step_in_time_is_one_kernel_and_one_product(xp, case):
         )
     cells = 2 * case.layers
     (short, short_training, few), (long, long_training, more) = counts[6], counts[7]
-    assert long - short == {"gates_forward": cells, "product": cells}
-    assert long_training - short_training == {"gates_forward": 2 * cells, "gates_backward": cells, "product": 3 * cells}
+    assert long - short == {"step_forward": cells, "product": cells}
+    assert long_training - short_training == {"step_forward": 2 * cells, "step_backward": cells, "product": 3 * cells}
     assert few == more  # nothing is allocated for a step
 
 
@@ -97,15 +97,49 @@ def test_a_call_of_step_is_two_products_and_one_kernel_a_layer(xp, dtype):
     xp.pool.launched.clear()
     allocations = xp.pool.allocations
     h, state = run.lstm.step(run.x[0], run.state)
-    assert xp.pool.launched == ["product", "product", "gates_forward"] * case.layers
-    # The new states, the pre-activations of each layer, two arrays of indices, and the output's own copy.
-    assert xp.pool.allocations - allocations == 2 + case.layers + 2 + 1
+    assert xp.pool.launched == ["product", "product", "step_forward"] * case.layers
+    # The new states, the pre-activations of each layer, and the output's own copy.
+    assert xp.pool.allocations - allocations == 2 + case.layers + 1
     assert xp.pool.waits == []
     assert_identical(on_host(state), on_host(expected))
     np.testing.assert_array_equal(h.get(), expected[0][-1].get())
     kept = on_host(run.state)
     run.lstm.step(run.x[0], run.state)
     assert_identical(on_host(run.state), kept)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["state", "no state"])
+def test_cupy_itself_launches_little(xp, given):
+    """Besides kernels and products: a fill for a state that is missing, and the copy of the output of `step`."""
+    run = Run(xp, Case(1, 3, 4, 8, 3))
+    state, fills = (run.state, []) if given else (None, ["zeros"])
+    for call, own in (
+        (lambda: run.lstm.step(run.x[0], state), [*fills, "copy"]),
+        (lambda: run.lstm(run.x, state), [*fills, "concatenate", "concatenate"]),  # the states of three layers
+        (lambda: run.lstm.forward(run.x, state), [*fills, "concatenate", "concatenate"]),
+    ):
+        xp.pool.own.clear()
+        call()
+        assert xp.pool.own == own
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 1, 0)], ids=["equal lengths", "ragged"])
+def test_states_are_sorted_only_in_a_ragged_batch(xp, lengths):
+    run = Run(xp, Case(4, 3, 4, 8, 1, True, lengths=lengths))
+    _, _, tape = run.lstm.forward(run.x, run.state, run.lengths)
+    counts = {}
+    for name, call in (
+        ("inference", lambda: run.lstm(run.x, run.state, run.lengths)),
+        ("forward", lambda: run.lstm.forward(run.x, run.state, run.lengths)),
+        ("backward", lambda: run.lstm.backward(tape, run.dy, run.dstate)),
+    ):
+        xp.pool.launched.clear(), xp.pool.copies.clear()
+        call()
+        counts[name] = sum(launched in ("gather_rows", "scatter_rows") for launched in xp.pool.launched)
+        assert len(xp.pool.copies) == (lengths is not None and name != "backward")  # of the packing
+    # For h and c of both directions: into sorted rows, or onto the tape, and gradients back from sorted rows.
+    ragged = {"inference": 4, "forward": 4, "backward": 8}
+    assert counts == (ragged if lengths else {"inference": 0, "forward": 4, "backward": 0})
 
 
 def test_a_prepared_product_holds_its_arrays(xp):
@@ -231,6 +265,43 @@ def test_wide_and_narrow_loads_give_the_same_bits(xp, dtype):
     assert_identical(on_host(run()), expected)
 
 
+@pytest.mark.parametrize("shifted", ["h0", "c0", "dy", "dh_n", "dc_n", "weight_peephole_l0", "bias_l0"])
+def test_what_a_kernel_reads_wide_is_aligned(xp, monkeypatch, shifted):
+    """Each array of the caller that is not at a multiple of 16 bytes makes the kernels that read it load narrowly."""
+    lstm = LSTM(4, 8, peephole=True, seed=0).to(xp)
+    rng = np.random.default_rng(0)
+    given = {name: xp.array(rng.random((2, 3, 8), np.float32)[:rows]) for name, rows in
+             (("h0", 1), ("c0", 1), ("dy", 2), ("dh_n", 1), ("dc_n", 1))}  # fmt: skip
+    arrays = lstm.params if shifted in lstm.params else given
+    whole = xp.empty(arrays[shifted].size + 1, np.float32)
+    view = whole[1:].reshape(arrays[shifted].shape)
+    view[...] = arrays[shifted]
+    assert view.data.ptr % 16
+    arrays[shifted] = view
+
+    device, widths = dispatch.backend_named("cuda").device, {}
+
+    def kernel(name, dtype, width=1, variant=(), compiled=device.kernel):
+        widths.setdefault(call, {})[name] = width
+        return compiled(name, dtype, width, variant)
+
+    monkeypatch.setattr(device, "kernel", kernel)
+    x, state = xp.array(rng.random((2, 3, 4), np.float32)), (given["h0"], given["c0"])
+    call = "inference"
+    lstm(x, state)
+    call = "step"
+    lstm.step(x[0], state)
+    call = "training"
+    _, _, tape = lstm.forward(x, state)
+    lstm.backward(tape, given["dy"], (given["dh_n"], given["dc_n"]))
+    parameter = shifted in lstm.params
+    forward = 1 if parameter or shifted == "c0" else 4
+    assert widths["inference"]["step_forward"] == widths["step"]["step_forward"] == forward
+    # A tape has its own copy of c0. Only a product reads h0; the bias is part of the gates on the tape.
+    assert widths["training"]["step_forward"] == (1 if parameter else 4)
+    assert widths["training"]["step_backward"] == (4 if shifted in ("h0", "c0", "bias_l0") else 1)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_schedule_gives_the_same_bits(dtype, seed):
     found = []
@@ -243,13 +314,13 @@ def test_any_schedule_gives_the_same_bits(dtype, seed):
 @pytest.mark.parametrize("most", [1, 3])
 def test_more_rows_than_a_grid_holds(xp, monkeypatch, most):
     expected = on_host(Run(xp, Case(9, 70, 5, 33, lengths="zeros"))())
-    cuda._geometry.cache_clear()
-    monkeypatch.setattr(cuda, "_MOST_BLOCKS", most)
+    launch.geometry.cache_clear()
+    monkeypatch.setattr(launch, "_MOST_BLOCKS", most)
     try:
-        assert cuda._geometry(70, 33)[0][1] == most
+        assert launch.geometry(70, 33)[0][1] == most
         found = on_host(Run(xp, Case(9, 70, 5, 33, lengths="zeros"))())
     finally:
-        cuda._geometry.cache_clear()
+        launch.geometry.cache_clear()
     assert_identical(found, expected)
 
 
@@ -257,7 +328,7 @@ def test_column_sum_over_many_slabs(xp, dtype):
     rng = np.random.default_rng(0)
     for rows, columns in [(0, 4), (1, 1), (256, 32), (257, 33), (256 * 256 + 1, 3), (1000, 100)]:
         values = rng.normal(size=(rows, columns)).astype(dtype)
-        found = dispatch.backend_named("cuda")._column_sum(xp.array(values))
+        found = launch.column_sum(dispatch.backend_named("cuda").device, xp.array(values))
         exact = values.sum(axis=0, dtype=np.float64)
         # Each sum is rounded about 32 + 3 times a slab and stage, however many rows there are.
         assert np.abs(found.get() - exact).max() <= 64 * np.finfo(dtype).eps * max(1, np.abs(values).sum(axis=0).max())
@@ -293,67 +364,3 @@ def test_missing_pieces_are_named(monkeypatch):
 def test_importing_the_backend_loads_neither_cupy_nor_numba():
     code = "import sys, fastlstm.backends.cuda; assert not {'numba', 'cupy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# The real CuPy, as far as a machine without a device goes.
-
-
-@pytest.fixture
-def cupy():
-    module = pytest.importorskip("cupy", reason="CuPy is not installed")
-    if module.cuda.is_available():
-        pytest.skip("there is a device: the whole suite runs on it")
-    return module
-
-
-@pytest.fixture
-def real_array(cupy):
-    """An array of CuPy's own type, over the host's memory: it can be asked everything but its contents."""
-    memory = np.ones(24, np.float32)
-    pointer = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, 0), 0)
-    return cupy.ndarray((2, 3, 4), np.float32, pointer)
-
-
-def test_cupys_own_arrays_are_recognised(cupy, real_array, monkeypatch):
-    monkeypatch.delitem(dispatch._loaded, "cuda", raising=False)
-    assert dispatch.kind_of("x", real_array).library == "cupy"
-    assert dispatch.array_namespace(real_array) is cupy
-    with pytest.raises(fastlstm.BackendError, match=r"CuPy .* finds no CUDA device"):
-        dispatch.backend_for(real_array)
-    with pytest.raises(fastlstm.ArrayTypeError, match="x is a cupy array, but the parameters are numpy arrays"):
-        LSTM(4, 3)(real_array)
-
-
-def test_cupy_without_a_device_is_an_error_that_says_so(cupy, monkeypatch):
-    monkeypatch.delitem(dispatch._loaded, "cuda", raising=False)
-    for call in (CupyDevice, lambda: dispatch.backend_named("cuda"), lambda: LSTM(4, 3).to(cupy)):
-        with pytest.raises(fastlstm.BackendError, match="finds no CUDA device"):
-            call()
-
-
-def test_the_stand_in_is_like_cupy(cupy, real_array):
-    fake = FakeCupy()
-    ours = fake.zeros((2, 3, 4), np.float32)
-    for attribute in ("shape", "dtype", "ndim", "size", "nbytes", "strides", "itemsize"):
-        assert getattr(ours, attribute) == getattr(real_array, attribute)
-    assert type(ours).__name__ == type(real_array).__name__ and type(ours).__module__ == type(real_array).__module__
-    assert repr(ours.device) == repr(real_array.device)
-    for array in (ours, real_array):
-        assert array[:, 1].strides == (48, 4) and array.reshape(-1, 4).shape == (6, 4)
-        with pytest.raises(TypeError, match="Implicit conversion to a NumPy array is not allowed"):
-            np.asarray(array)
-    for operation in (np.add, lambda a, b: a + b):  # CuPy asks for a device first
-        with pytest.raises(TypeError):
-            operation(ours, np.ones(4, np.float32))
-    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
-    assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
-
-
-def test_a_cubin_of_cupys_own_compiler(cupy):
-    # What CuPy makes of our source and options, without a device: its NVRTC takes them as they are.
-    from cupy.cuda import compiler as of_cupy
-
-    loader = cuda.loader
-    program = of_cupy._NVRTCProgram(loader.source(), method="cubin")
-    options = (*loader.options(np.dtype("float32"), 4), "-ftz=true", "-arch=sm_90")
-    assert program.compile(options)[0].startswith(b"\x7fELF")

@@ -1,0 +1,88 @@
+"""How the kernels are launched: grids, the record of each time step, the step kernels, and sums over rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.cuda.device import Device, Kernel
+from fastlstm.backends.layers import Weights
+from fastlstm.backends.packing import Packing
+from fastlstm.kernels.cuda import loader
+
+__all__ = ["FIELDS", "column_sum", "geometry", "step_kernel", "step_records"]
+
+# The fields of struct Step in kernels/cuda/common.cuh, each of 64 bits.
+FIELDS = ("first", "c_from", "c_to", "h_to", "rows", "step", "steps", "batch", "hidden", "directions", "direction")
+
+_THREADS = 128  # of a block
+_MOST_BLOCKS = 65535  # along the second axis of a grid; kernels loop over the rows beyond it
+# As in column_sum.cu: columns and lanes of a block; and the rows that one block sums, few enough to keep the GPU busy.
+_COLUMNS, _LANES, _SLAB = 32, 8, 256
+
+
+@lru_cache(maxsize=1024)
+def geometry(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the grid and block of a kernel with one thread an element, columns along the first axis."""
+    x = min(_THREADS, 1 << max(columns - 1, 0).bit_length())
+    y = _THREADS // x
+    return (-(-columns // x), min(max(1, -(-rows // y)), _MOST_BLOCKS)), (x, y)
+
+
+def step_records(
+    packing: Packing, starts: list[tuple[int, int]], hidden: int, directions: int, direction: int, *, keep_tape: bool
+) -> np.ndarray[Any, Any]:
+    """Return the record of each step, (S, 1), in the order of computation; `starts` is ``packing.step_rows``.
+
+    With a tape, c of each step follows the initial states, (B + N, H), and h goes to the rows of the next step.
+    Without one, h and c have one place for all steps.
+
+    Their dtype is plain bytes: with named fields, NumPy lists these whenever CuPy asks for the address, which takes 10
+    times as long.
+    """
+    numbers = np.zeros((len(starts), len(FIELDS)), np.int64)
+    column = {name: numbers[:, k] for k, name in enumerate(FIELDS)}
+    batch = packing.order.size
+    first, rows = np.array(starts, np.int64).reshape(-1, 2).T
+    if keep_tape:
+        column["c_to"][:] = batch + first
+        column["c_from"][1:] = column["c_to"][:-1]
+        column["h_to"][:-1] = first[1:]
+    for name, value in (
+        ("first", first), ("rows", rows), ("step", np.arange(len(starts))), ("steps", packing.steps),
+        ("batch", batch), ("hidden", hidden), ("directions", directions), ("direction", direction),
+    ):  # fmt: skip
+        column[name][:] = value
+    return numbers.view(f"V{numbers.itemsize * len(FIELDS)}")
+
+
+def step_kernel(
+    device: Device, name: str, weights: Weights, hidden: int, dtype: Any, given: tuple[Array | None, ...]
+) -> tuple[Kernel, int]:
+    """Return a step kernel and its number of threads a row: wide loads where H and the caller's arrays allow them.
+
+    `given` are the caller's arrays among its arguments. All others are the backend's own, so they are aligned, and
+    each of their rows is, too, if H is a multiple of the width.
+    """
+    width = loader.wide(dtype)
+    if hidden % width or not all(array is None or device.aligned(array) for array in given):
+        width = 1
+    variant = () if weights.weight_peephole is None else ("PEEPHOLE",)
+    return device.kernel(name, dtype, width, variant), hidden // width
+
+
+def column_sum(device: Device, values: Array) -> Array:
+    """Return the sum over the rows, (columns,): slab by slab, then the sums of the slabs."""
+    kernel = device.kernel("column_sum", values.dtype)
+    columns = values.shape[1]
+    while True:
+        rows = values.shape[0]
+        slabs = max(1, -(-rows // _SLAB))
+        sums = device.xp.empty((slabs, columns), values.dtype)
+        kernel((slabs, -(-columns // _COLUMNS)), (_COLUMNS, _LANES), (values, sums, rows, columns, _SLAB))
+        if slabs == 1:
+            return sums.reshape(columns)
+        values = sums

@@ -1,0 +1,159 @@
+"""Known slips, put into the CUDA kernels on purpose: the check of the other files must notice each of them.
+
+A mutant is the kernels' source with one snippet replaced, compiled for the CPU and driven by the real backend. The
+check is that of ``test_backends_agree.py``: outputs and all gradients against the float64 reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+from cuda_row import installed
+from harness import REFERENCE, Arrays, Case, problem
+from host_cuda import FakeCupy, compiler
+from tolerances import BOUNDS, normalised_error
+
+from fastlstm.functional import lstm_backward, lstm_forward
+from fastlstm.kernels.cuda import loader
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+# Ragged, both directions, with a sequence of length 0; and equal lengths over more rows than one slab of column_sum.
+CASES = (Case(5, 4, 3, 5, 1, True, lengths="zeros"), Case(18, 16, 2, 3))
+PEEPHOLE_CASES = tuple(dataclasses.replace(case, peephole=True) for case in CASES)
+
+# what slipped: (what stands there, what the slip makes of it)
+SLIPS = {
+    "gates i and f swapped": ("c = fma(f, c_prev, i * g);", "c = fma(i, c_prev, f * g);"),
+    "bias of another gate": ("gates[1] + bias[1]", "gates[1] + bias[0]"),
+    "bias not read": ("if (bias) load_rows", "if (false) load_rows"),
+    "candidate by the sigmoid": ("g = tanh(a_g)", "g = sigmoid(a_g)"),
+    "no tanh at the output": ("h = o * tanh(c);", "h = o * c;"),
+    "gates kept in another order": ("gates[1] = f, gates[2] = g", "gates[1] = g, gates[2] = f"),
+    "wrong stride of the gates": ("*here = a + (s.first + row) * GATES", "*here = a + (s.first + row) * 3"),
+    "rows of gates too close": ("to[n] = load(from + n * stride)", "to[n] = load(from + n)"),
+    "reverse runs forwards": ("return reverse ? length - 1 - step : step;", "return step;"),
+    "equal lengths taken for shorter": ("lengths[row] : s.steps;", "lengths[row] : s.steps - 1;"),
+    "lengths not sorted": ("return lengths ? lengths[row]", "return lengths ? lengths[s.rows - 1 - row]"),
+    "outputs of the row in place of the sequence": ("return order ? order[row] : row;", "return row;"),
+    "final state a step early": ("if (s.step + 1 < length) {", "if (s.step + 2 < length) {"),
+    "final state never written": ("if (s.step + 1 < length) {", "if (true) {"),
+    "h handed to this step": ("store(h_rows + (s.h_to + row)", "store(h_rows + (s.first + row)"),
+    "c stored where it came from": ("store(c + (s.c_to + row)", "store(c + (s.c_from + row)"),
+    "output of the other direction": ("* s.directions + s.direction;", "* s.directions;"),
+    "dc from the next step dropped": ("one - tanh_c * tanh_c, dc);", "one - tanh_c * tanh_c, real(0));"),
+    "tanh of c not differentiated": ("one - tanh_c * tanh_c, dc)", "one, dc)"),
+    "tanh applied twice": ("(one - g * g)", "(one - tanh(g) * tanh(g))"),
+    "i's derivative without 1 - i": ("(i * (one - i))", "i"),
+    "c_t in place of c_{t-1}": ("c_prev = load(c + (s.c_from + row)", "c_prev = load(c + (s.c_to + row)"),
+    "dc not times f": ("dc = dc * f;", ""),
+    "da of two gates swapped": ("da[1] = da_f, da[2] = da_g", "da[1] = da_g, da[2] = da_f"),
+    "dy not added": ("dh_t.unit[k] += dy_t.unit[k];", ";"),
+    "tape overwritten": (
+        "store_rows<GATES>(da + at_gates, s.hidden, da_t);",
+        "store_rows<GATES>(da + at_gates, s.hidden, da_t);"
+        " store_rows<GATES>(const_cast<real *>(gates) + at_gates, s.hidden, da_t);",
+    ),
+    "last step not packed": ("if (step >= lengths[row]) continue;", "if (step + 1 >= lengths[row]) continue;"),
+    "no zeros in the padding": ("padding ? real(0) : from[k]", "from[k]"),
+    "dx overwritten by the reverse direction": ("accumulate ? to[k] + value : value", "value"),
+    "states not sorted": ("source[sequence_of(row, order) * hidden + k]", "source[row * hidden + k]"),
+    "gradients not sorted back": ("result[order[row] * hidden + k] =", "result[row * hidden + k] ="),
+    "missing __syncthreads": ("        __syncthreads();\n", ""),
+    "uninitialised shared memory": ("    partial[threadIdx.y][threadIdx.x] = sum;\n", ""),
+    "sum stops a half early": ("half > 0; half /= 2", "half > 1; half /= 2"),
+    "first row of each slab left out": ("row = start + threadIdx.y;", "row = start + 1 + threadIdx.y;"),
+}  # fmt: skip
+
+PEEPHOLE_SLIPS = {
+    "no peephole to i": ("    a_i = fma(p[0], c_prev, a_i);\n", ""),
+    "no peephole to f": ("    a_f = fma(p[1], c_prev, a_f);\n", ""),
+    "no peephole to o": ("    a_o = fma(p[2], c, a_o);\n", ""),
+    "f by the weight of i": ("fma(p[1], c_prev, a_f)", "fma(p[0], c_prev, a_f)"),
+    "i by the weight of o": ("fma(p[0], c_prev, a_i)", "fma(p[2], c_prev, a_i)"),
+    "o sees the cell state before": ("fma(p[2], c, a_o)", "fma(p[2], c_prev, a_o)"),
+    "dc without the share of o": ("    dc = fma(da_o, p[2], dc);\n", ""),
+    "dc with the weight of f": ("dc = fma(da_o, p[2], dc);", "dc = fma(da_o, p[1], dc);"),
+    "dc before without the share of i": ("fma(da_i, p[0], fma(da_f, p[1], dc))", "fma(da_f, p[1], dc)"),
+    "dc before without the share of f": ("fma(da_i, p[0], fma(da_f, p[1], dc))", "fma(da_i, p[0], dc)"),
+    "dc before with swapped weights": ("fma(da_i, p[0], fma(da_f, p[1], dc))", "fma(da_i, p[1], fma(da_f, p[0], dc))"),
+    "shares of i and f before da_g": ("dc = fma(da_i, p[0], fma(da_f, p[1], dc));", "dc = fma(da_i, p[0] * f, dc);"),
+    "dp of i with c_t": ("dp[0] = fma(da_i, c_prev, dp[0])", "dp[0] = fma(da_i, c, dp[0])"),
+    "dp of f with c_t": ("dp[1] = fma(da_f, c_prev, dp[1])", "dp[1] = fma(da_f, c, dp[1])"),
+    "dp of o with c_{t-1}": ("dp[2] = fma(da_o, c, dp[2])", "dp[2] = fma(da_o, c_prev, dp[2])"),
+    "dp of f from da_g": ("dp[1] = fma(da_f, c_prev, dp[1])", "dp[1] = fma(da_g, c_prev, dp[1])"),
+    "dp of the last step alone": ("dp[0] = fma(da_i, c_prev, dp[0])", "dp[0] = da_i * c_prev"),
+    "dp left out": ("    dp[2] = fma(da_o, c, dp[2]);\n", ""),
+    "rows of dp overlap": ("*sums = dp + row * UNIT_WEIGHTS * s.hidden", "*sums = dp + row * s.hidden"),
+    "dp not stored": ("        store_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t);\n", ""),
+    "dp not read": ("load_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t)", "for (auto &d : dp_t) d = {}"),
+}  # fmt: skip
+
+
+def solve_twice(xp: FakeCupy, case: Case) -> list[Arrays]:
+    """Forward once, backward twice on one tape; all results, once with each backward pass."""
+    p = problem(case)
+    params = {name: xp.array(value) for name, value in p.params.items()}
+    y, (h_n, c_n), tape = lstm_forward(params, xp.array(p.x), tuple(map(xp.array, p.state)), p.lengths)
+    found = []
+    for _ in range(2):
+        grads = lstm_backward(params, tape, xp.array(p.dy), tuple(map(xp.array, p.dstate)))
+        result = {"y": y, "h_n": h_n, "c_n": c_n, "dx": grads.x, "dh0": grads.state[0], "dc0": grads.state[1]}
+        found.append({name: value.get() for name, value in (result | grads.params).items()})
+    return found
+
+
+@functools.cache
+def truth(case: Case) -> Arrays:
+    p = problem(case)
+    with REFERENCE.active():
+        y, (h_n, c_n), tape = lstm_forward(p.params, p.x, p.state, p.lengths)
+        grads = lstm_backward(p.params, tape, p.dy, p.dstate)
+    return {"y": y, "h_n": h_n, "c_n": c_n, "dx": grads.x, "dh0": grads.state[0], "dc0": grads.state[1]} | grads.params
+
+
+def worst_error(change, cases: tuple[Case, ...]) -> float:
+    """Largest error of the changed kernels over the cases; infinite if a kernel fails."""
+    worst = 0.0
+    xp = FakeCupy(change=change, fibers=True, options=("-O0",))  # compiling takes most of the time
+    with installed(xp):
+        for case in cases:
+            try:
+                found = solve_twice(xp, case)
+            except RuntimeError:  # a barrier that some thread never reached
+                return np.inf
+            for result in found:
+                worst = max(worst, *(normalised_error(result[name], value) for name, value in truth(case).items()))
+    return worst
+
+
+BOUND = BOUNDS["agreement"].float64
+NOTICED = 1e3  # a slip must stand out by this factor over the bound: no check may pass or fail by luck
+
+
+@pytest.mark.parametrize("cases", [CASES, PEEPHOLE_CASES], ids=["plain", "peephole"])
+def test_the_unchanged_kernels_pass(cases):
+    assert worst_error(lambda code: code, cases) <= BOUND
+
+
+def slipped(old: str, new: str):
+    """Return what puts one slip into the source."""
+
+    def change(code: str) -> str:
+        assert code == loader.source() and code.count(old) == 1, f"{old!r} is there {code.count(old)} times"
+        return code.replace(old, new)
+
+    return change
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_noticed(slip):
+    assert worst_error(slipped(*SLIPS[slip]), CASES) > NOTICED * BOUND
+
+
+@pytest.mark.parametrize("slip", PEEPHOLE_SLIPS)
+def test_a_slip_in_the_peepholes_is_noticed(slip):
+    assert worst_error(slipped(*PEEPHOLE_SLIPS[slip]), PEEPHOLE_CASES) > NOTICED * BOUND
