@@ -156,34 +156,30 @@ def _gates() -> Any:
         getattr(simd, name) for name in ("address", "lanes_of", "load", "offset", "store")
     )
     of_cell: Any = import_module("fastlstm.kernels.cpu.cell_step")
-    forward, backward, kept = of_cell.gates_forward, of_cell.gates_backward, of_cell.TAPE
-    tanh = import_module("fastlstm.kernels.cpu.activations").tanh
+    update, output, backward, kept = of_cell.update, of_cell.output, of_cell.backward, of_cell.TAPE
+    Cell = of_cell.Cell
 
     @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
-    def gates(count: int, back: bool, a: Any, c: Any, h: Any) -> None:
+    def gates(count: int, back: bool, a: Any, c: Any, h: Any, da: Any) -> None:
         """Take vectors of cells, `count` in all, through the gates and, if asked, back again, a row after the other."""
         width = lanes_of(address(a))
+        cell = Cell(0, 0, 0, 0, address(a), width)  # the plain LSTM
         vectors = c.size // width
         for done in range(0, count, vectors):
             here = vectors if count - done > vectors else count - done
             for n in range(here):
                 of_a, of_c = offset(address(a), n * kept * width), offset(address(c), n * width)
-                _, _, _, o, c_n = forward(
-                    load(of_a), load(offset(of_a, width)), load(offset(of_a, 2 * width)), load(offset(of_a, 3 * width)),
-                    load(of_c),
-                )  # fmt: skip
+                o, c_n = update(cell, of_a, width, load(of_c), of_a, 0)
                 store(of_c, c_n)
                 store(offset(of_a, 4 * width), o)
             for n in range(here):
                 of_h, o = offset(address(h), n * width), load(offset(address(a), (n * kept + 4) * width))
-                store(of_h, o * tanh(load(offset(address(c), n * width))))
+                store(of_h, output(cell, o, load(offset(address(c), n * width))))
             if back:
                 for n in range(here):
                     of_c, of_h = offset(address(c), n * width), offset(address(h), n * width)
                     tape = offset(address(a), n * kept * width)
-                    da_i, da_f, da_g, da_o, dc = backward(load(of_h), load(of_c), tape, width, load(of_c))
-                    store(of_h, (da_i + da_f) + (da_g + da_o))
-                    store(of_c, dc)
+                    store(of_c, backward(cell, load(of_h), load(of_c), tape, width, load(of_c), address(da)))
 
     return gates
 
@@ -199,7 +195,8 @@ def _gating(work: Work, threads: int) -> Callable[[], None]:
     count = work.steps * work.batch * -(-work.hidden // width) // threads
     a = np.full(64 * kept * width, 0.5, work.dtype)
     c, h = np.zeros(64 * width, work.dtype), np.zeros(64 * width, work.dtype)
-    return lambda: gates(count, work.kind == "train", a, c, h)
+    da = np.empty(4 * width, work.dtype)
+    return lambda: gates(count, work.kind == "train", a, c, h, da)
 
 
 def shared_operations(work: Work) -> float:
