@@ -119,4 +119,4 @@ def _float_dtype(value: Any) -> np.dtype[Any]:
         raise DTypeError(f"dtype must be float32 or float64, got {value!r}") from error
     if dtype not in FLOAT_DTYPES:
         raise DTypeError(f"dtype must be float32 or float64, got {dtype.name}")
-    return dtype
+    return FLOAT_DTYPES[FLOAT_DTYPES.index(dtype)]  # NumPy's own object, as most arrays have it: found by identity

@@ -16,6 +16,7 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import SCRATCH, Workspace, one_block
 from fastlstm.backends.packing import Packing
+from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.plan import TRIALS, Plan, Trials, choose
 from fastlstm.backends.workers import NO_TEAM, release, reserve, run_team
 from fastlstm.kernels.cpu.compile import compile_for
@@ -25,8 +26,8 @@ from fastlstm.kernels.cpu.simd import lanes
 from fastlstm.kernels.cpu.tile import ROWS
 
 __all__ = [
-    "PACKED", "DirectionTape", "LayerTape", "Size", "Way", "Ways", "as_rows", "bias_of", "kind_of_calls",
-    "packed_of", "plain", "run_call", "size_of",
+    "PACKED", "DirectionTape", "LayerTape", "Size", "Way", "Ways", "bias_of", "kind_of_calls", "packed_of",
+    "run_call", "size_of",
 ]  # fmt: skip
 
 PACKED = "packed for the CPU backend"  # where they are kept among what is made of weights that never change
@@ -48,22 +49,9 @@ class LayerTape(NamedTuple):
     directions: list[DirectionTape]
 
 
-def plain(array: Array) -> Array:
-    """Return an array that the kernels take without another compilation: C-contiguous, aligned and writeable."""
-    if type(array) is not np.ndarray:
-        array = np.asarray(array)  # of a subclass, such as memmap
-    return array if array.flags.carray else np.array(array, order="C")
-
-
-def as_rows(x: Array, rows: int, inputs: int) -> Array:
-    """Return a NumPy array as rows that the kernels take: it may be a part of an output, or read-only."""
-    x = x if x.flags.carray else np.array(x, order="C")
-    return x if x.ndim == 2 else x.reshape(rows, inputs)
-
-
 def bias_of(weights: Weights) -> Array:
     """Return the bias, or an empty array for none, so that the kernels have one signature."""
-    return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else plain(weights.bias)
+    return np.empty(0, weights.weight_hh.dtype) if weights.bias is None else as_plain(weights.bias)
 
 
 def packed_of(weights: Weights) -> tuple[Array, ...]:

@@ -16,12 +16,13 @@ import numpy as np
 
 from fastlstm.backends import shortcuts
 from fastlstm.backends.base import Array
-from fastlstm.backends.calls import DirectionTape, LayerTape, Size, plain
+from fastlstm.backends.calls import DirectionTape, LayerTape, Size
 from fastlstm.backends.few import few_backward, few_forward, is_short_call
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, Weights
 from fastlstm.backends.many import direction_backward, direction_forward
 from fastlstm.backends.memory import new_array
 from fastlstm.backends.packing import Packing
+from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.plan import choose
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import run_each
@@ -52,7 +53,7 @@ class CpuBackend(LayeredBackend):
         recompute: bool,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
-        x, h0, c0 = plain(x), plain(h0), plain(c0)
+        x, h0, c0 = as_plain(x), as_plain(h0), as_plain(c0)
         steps, batch, _ = x.shape
         packing = Packing.of(lengths, steps, batch)
         y = new_array((steps * batch, len(weights) * h0.shape[2]), x.dtype, padded=packing.ragged)
@@ -95,10 +96,10 @@ class CpuBackend(LayeredBackend):
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         directions, _, hidden = dh_n.shape
         columns = directions * hidden
-        dy = np.empty((0, columns), dh_n.dtype) if dy is None else plain(dy).reshape(-1, columns)
+        dy = np.empty((0, columns), dh_n.dtype) if dy is None else as_plain(dy).reshape(-1, columns)
         steps, batch, inputs = tape.x.shape
         dx = new_array((steps * batch, inputs), dh_n.dtype, padded=tape.packing.ragged)
-        dh_n, dc_n = plain(dh_n), plain(dc_n)
+        dh_n, dc_n = as_plain(dh_n), as_plain(dc_n)
         dh0, dc0 = np.empty_like(dh_n), np.empty_like(dc_n)
         if is_short_call(tape.packing, weights, backward=True):
             dweights = [few_backward(weights[0], tape, dy, dh_n, dc_n, dx, dh0, dc0)]

@@ -18,12 +18,12 @@ from fastlstm.backends.calls import (
     bias_of,
     kind_of_calls,
     packed_of,
-    plain,
     run_call,
 )
 from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import Workspace, new_array, new_like
 from fastlstm.backends.packing import Packing
+from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.plan import FEW_ROWS, are_few, choose, is_short, most_threads
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.backends.workers import NO_TEAM
@@ -100,7 +100,7 @@ def few_forward(
 ) -> DirectionTape | None:
     """Run one layer over a few rows; writes y, h_n and c_n. The tape keeps the gates even with `recompute`."""
     rows, inputs, hidden = len(y), x.shape[2], h0.shape[2]
-    weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    weight_ih, weight_hh, bias = as_plain(weights.weight_ih), as_plain(weights.weight_hh), bias_of(weights)
     x = x.reshape(rows, inputs)
     biased, given = weights.bias is not None, (weight_ih, weight_hh, bias, x, h0, c0, y, h_n, c_n)
     if keep_tape:
@@ -128,7 +128,7 @@ def few_backward(
 ) -> Weights:
     """Back-propagate through one layer over a few rows; writes dx, dh0 and dc0."""
     prepare(small_backward, dx.dtype)
-    given = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    given = as_plain(weights.weight_ih), as_plain(weights.weight_hh), bias_of(weights)
     grads = few_gradients(given, weights.bias is not None, layer, dy, dh_n, dc_n, dx, dh0, dc0)
     assert grads
     return grads

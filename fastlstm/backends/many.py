@@ -13,17 +13,16 @@ from fastlstm.backends.calls import (
     Size,
     Way,
     Ways,
-    as_rows,
     bias_of,
     kind_of_calls,
     packed_of,
-    plain,
     run_call,
     size_of,
 )
 from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.packing import Packing
+from fastlstm.backends.plain_arrays import as_plain, is_native
 from fastlstm.backends.plan import are_few
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import Cell
@@ -63,7 +62,7 @@ def direction_forward(
     tape = one_block(dtype, *shapes) if keep_tape else []
     x_rows, places = packing.pack(x, reverse)
     arguments = (
-        plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights), x_rows, h0, c0,
+        as_plain(weights.weight_ih), as_plain(weights.weight_hh), bias_of(weights), x_rows, h0, c0,
         packing.order, packing.lengths, packing.offsets, places,
         y, direction * size.hidden, packing.ragged and is_to_be_cleared(y), h_n, c_n, keep_tape, *tape,
     )  # fmt: skip
@@ -101,18 +100,21 @@ def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, mo
     return Ways(tuple(ways), kind)
 
 
-def are_weights(cell: Cell, weights: tuple[Array, Array, Array]) -> bool:
-    """Say whether these arrays are a layer's weights and its bias, which is empty for none."""
-    (weight_ih, weight_hh, bias), hidden, dtype = weights, cell.hidden_size, cell.dtype
+def are_weights(cell: Cell, weights: tuple[Any, Any, Any]) -> bool:
+    """Say whether these are a layer's weights and its bias, which is empty for none."""
+    hidden, dtype = cell.hidden_size, cell.dtype
     shapes = (4 * hidden, cell.input_size), (4 * hidden, hidden), (4 * hidden * cell.bias,)
-    found: bool = weight_ih.dtype == weight_hh.dtype == bias.dtype == dtype
-    return found and (weight_ih.shape, weight_hh.shape, bias.shape) == shapes
+    return all(is_native(array, dtype) and array.shape == shape for array, shape in zip(weights, shapes, strict=True))
 
 
-def fit(cell: Cell, x: Array, h0: Array, c0: Array, state_shape: tuple[int, ...]) -> bool:
-    """Say whether an input and the states before it, all arrays, are such as the cell takes."""
-    found: bool = h0.dtype == c0.dtype == x.dtype == cell.dtype
-    return found and x.shape[-1] == cell.input_size and h0.shape == c0.shape == state_shape
+def fit(cell: Cell, x: Any, h0: Any, c0: Any, state_shape: tuple[int, ...]) -> bool:
+    """Say whether an input and the states before it are such as the cell takes."""
+    dtype = cell.dtype
+    return (
+        (is_native(x, dtype) and x.shape[-1] == cell.input_size)
+        and (is_native(h0, dtype) and h0.shape == state_shape)
+        and (is_native(c0, dtype) and c0.shape == state_shape)
+    )
 
 
 def equal_rows(
@@ -133,7 +135,8 @@ def equal_rows(
     inputs, hidden, dtype, rows, batch = cell.input_size, cell.hidden_size, cell.dtype, len(y), x.shape[-2]
     where, ways = _equal_call(inputs, hidden, rows // batch, batch, dtype, bool(packed))
     arguments = (
-        plain(weight_ih), plain(weight_hh), plain(bias), as_rows(x, rows, inputs), plain(h0)[0], plain(c0)[0],
+        as_plain(weight_ih), as_plain(weight_hh), as_plain(bias), as_plain(x).reshape(rows, inputs),
+        as_plain(h0)[0], as_plain(c0)[0],
         *where, y, 0, False, h_n[0], c_n[0], False,
     )  # fmt: skip
     run_call(layer_forward, arguments, ways, rows, get_num_threads(), packed)
@@ -179,7 +182,7 @@ def direction_backward(
     tape, packing = layer.directions[direction], layer.packing
     dtype, reverse = dx.dtype, direction == 1
     size = Size.of(weights.weight_ih)
-    weight_ih, weight_hh, bias = plain(weights.weight_ih), plain(weights.weight_hh), bias_of(weights)
+    weight_ih, weight_hh, bias = as_plain(weights.weight_ih), as_plain(weights.weight_hh), bias_of(weights)
     grads = [new_array(array.shape, dtype) for array in (weight_ih, weight_hh, bias)]
     recompute = tape.gates.shape[2] < TAPE
     x_rows, places = packing.pack(layer.x, reverse)

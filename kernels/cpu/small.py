@@ -24,6 +24,7 @@ from fastlstm.kernels.cpu.pack import is_at_rest, packed_weights
 from fastlstm.kernels.cpu.simd import (
     address,
     fma,
+    is_aligned,
     lanes_of,
     llvm_vector,
     load,
@@ -71,9 +72,9 @@ def small_forward(
     team,  # (1 + threads, 8), IN and OUT: see team.py
     thread,
 ):
-    """Run one layer over a few rows; return False, with nothing written, if a shape does not fit.
+    """Run one layer over a few rows; return False, with nothing written, if a shape or an alignment does not fit.
 
-    The shapes are checked here, because a step takes less time than their checks in Python would.
+    Both are checked here, because a step takes less time than their checks in Python would.
     """
     weights_fit = _are_weights(weight_ih, weight_hh, bias, inputs, hidden, biased)
     if not (weights_fit and _fit(x, h0, c0, y, h_n, c_n, inputs, hidden)):
@@ -153,20 +154,23 @@ def small_forward_taped(
 
 @routine(inline=True)
 def _are_weights(weight_ih, weight_hh, bias, inputs, hidden, biased):
-    """Say whether the weights have the shapes that belong to I and H."""
-    return (weight_ih.shape == (4 * hidden, inputs) and weight_hh.shape == (4 * hidden, hidden)) and (
-        bias.size == (4 * hidden if biased else 0)
+    """Say whether the weights are aligned and have the shapes that belong to I and H."""
+    return (
+        (weight_ih.shape == (4 * hidden, inputs) and weight_hh.shape == (4 * hidden, hidden))
+        and bias.size == (4 * hidden if biased else 0)
+        and (is_aligned(weight_ih) and is_aligned(weight_hh) and is_aligned(bias))
     )
 
 
 @routine(inline=True)
 def _fit(x, h0, c0, y, h_n, c_n, inputs, hidden):
-    """Say whether a call's arrays fit each other, and are as few rows as there is room for."""
+    """Say whether a call's arrays are aligned and fit each other, and are as few rows as there is room for."""
     batch, rows = h0.shape[1], x.shape[0]
     return (
         (0 < batch <= _ROWS and rows % batch == 0 and x.shape[1] == inputs and y.shape == (rows, hidden))
         and (h0.shape == (1, batch, hidden) and c0.shape == h0.shape and h_n.shape == h0.shape)
         and c_n.shape == h0.shape
+        and (is_aligned(x) and is_aligned(h0) and is_aligned(c0))
     )
 
 
