@@ -87,10 +87,10 @@ class Size(NamedTuple):
         return (self.blocks * (self.inputs + self.hidden), GATES, self.width), (2, self.blocks, GATES, self.width)
 
     def plans(
-        self, packing: Packing, threads: int, directions: int = 1, backward: bool = False, packed: bool = False
+        self, rows: int, batch: int, threads: int, directions: int = 1, backward: bool = False, packed: bool = False
     ) -> tuple[Plan, ...]:
         """Choose a plan for the layer or for one direction of it, or several to try."""
-        sizes = packing.rows, packing.order.size, self.inputs, self.hidden, self.blocks
+        sizes = rows, batch, self.inputs, self.hidden, self.blocks
         return choose(*sizes, ROWS, threads, directions, backward, packed)
 
 

@@ -114,7 +114,8 @@ class CpuBackend(LayeredBackend):
 def _run_directions(run: Callable[[int, int], Any], size: Size, directions: int, packing: Packing) -> list[Any]:
     """Run a layer's directions forward, at once if that is better; `run` is given one, and the most threads for it."""
     most = get_num_threads()
-    if directions == 1 or size.plans(packing, most, directions=directions)[0].kind != "directions":
+    rows, batch = packing.rows, packing.order.size
+    if directions == 1 or size.plans(rows, batch, most, directions=directions)[0].kind != "directions":
         return [run(direction, most) for direction in range(directions)]
     return run_each(lambda direction: run(direction, 1), directions)
 

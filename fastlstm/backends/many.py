@@ -21,7 +21,7 @@ from fastlstm.backends.calls import (
 )
 from fastlstm.backends.layers import Weights
 from fastlstm.backends.memory import Workspace, is_to_be_cleared, new_array, one_block
-from fastlstm.backends.packing import Packing
+from fastlstm.backends.packing import Packing, is_kept
 from fastlstm.backends.plain_arrays import as_plain, is_native
 from fastlstm.backends.plan import are_few
 from fastlstm.backends.threads import get_num_threads
@@ -70,17 +70,20 @@ def direction_forward(
     packed = packed_of(weights)
 
     def ways(most: int) -> Ways:
-        return _forward_ways(size, packing, keep_tape, bool(packed), most)
+        return _forward_ways(size, packing.rows, packing.order.size, keep_tape, bool(packed), most)
 
     run_call(layer_forward, arguments, ways, packing.rows, threads, packed)
     return DirectionTape(tape[0], tape[1], c0.copy()) if keep_tape else None
 
 
 @functools.lru_cache(maxsize=256)
-def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, most: int) -> Ways:
-    """Return the ways to run the forward kernel on at most so many threads, on weights that are packed or not."""
+def _forward_ways(size: Size, rows: int, batch: int, training: bool, packed: bool, most: int) -> Ways:
+    """Return the ways to run the forward kernel on at most so many threads, on weights that are packed or not.
+
+    What is kept for a call depends on these numbers alone: a packing would be kept with its arrays.
+    """
     _, _, width, blocks, dtype = size
-    batch, plans = packing.order.size, size.plans(packing, most, packed=packed)
+    plans = size.plans(rows, batch, most, packed=packed)
     weights, bias = size.packed_shapes
     tape = () if training else ((0, blocks, TAPE, width), (2 * batch, blocks * width))
     ways = []
@@ -94,9 +97,7 @@ def _forward_ways(size: Size, packing: Packing, training: bool, packed: bool, mo
         pack = not (packed or plan.as_they_lie)
         settings = pack, plan.ahead, plan.kind == "units"
         ways.append(Way(plan, Workspace(dtype, shapes), settings))
-    kind = (
-        kind_of_calls(layer_forward, size, batch, packing.rows.bit_length(), plans, packed) if len(plans) > 1 else None
-    )
+    kind = kind_of_calls(layer_forward, size, batch, rows.bit_length(), plans, packed) if len(plans) > 1 else None
     return Ways(tuple(ways), kind)
 
 
@@ -133,7 +134,9 @@ def equal_rows(
         return False
     weight_ih, weight_hh, bias = weights
     inputs, hidden, dtype, rows, batch = cell.input_size, cell.hidden_size, cell.dtype, len(y), x.shape[-2]
-    where, ways = _equal_call(inputs, hidden, rows // batch, batch, dtype, bool(packed))
+    steps = rows // batch
+    call_of = _kept_equal_call if is_kept(steps, batch) else _make_equal_call
+    where, ways = call_of(inputs, hidden, steps, batch, dtype, bool(packed))
     arguments = (
         as_plain(weight_ih), as_plain(weight_hh), as_plain(bias), as_plain(x).reshape(rows, inputs),
         as_plain(h0)[0], as_plain(c0)[0],
@@ -143,8 +146,7 @@ def equal_rows(
     return True
 
 
-@functools.lru_cache(maxsize=16)  # as the arrays in `packing`
-def _equal_call(
+def _make_equal_call(
     inputs: int, hidden: int, steps: int, batch: int, dtype: Any, packed: bool
 ) -> tuple[tuple[Array, ...], Callable[[int], Ways]]:
     """Return what a call on sequences of equal length shares with others of its size: so much less to do for each.
@@ -155,9 +157,12 @@ def _equal_call(
 
     @functools.cache
     def ways(most: int) -> Ways:
-        return _forward_ways(size, packing, False, packed, most)
+        return _forward_ways(size, steps * batch, batch, False, packed, most)
 
     return (packing.order, packing.lengths, packing.offsets, packing.places(False)), ways
+
+
+_kept_equal_call = functools.lru_cache(maxsize=16)(_make_equal_call)
 
 
 def _chunk(packing: Packing) -> int:
@@ -187,26 +192,27 @@ def direction_backward(
     recompute = tape.gates.shape[2] < TAPE
     x_rows, places = packing.pack(layer.x, reverse)
     clear = packing.ragged and not reverse and is_to_be_cleared(dx)
+    chunk = _chunk(packing)
+    chunk_rows = packing.rows_of_chunk(chunk)
     arguments = (
         weight_ih, weight_hh, bias, x_rows, tape.gates, tape.h_rows, tape.c0,
         packing.order, packing.lengths, packing.offsets, places,
-        dy, direction * size.hidden, dh_n, dc_n, reverse, dx, clear, dh0, dc0, *grads, _chunk(packing),
+        dy, direction * size.hidden, dh_n, dc_n, reverse, dx, clear, dh0, dc0, *grads, chunk,
         *(() if recompute else (None, None, None)),
     )  # fmt: skip
 
     def ways(most: int) -> Ways:
-        return _backward_ways(size, packing, recompute, most)
+        return _backward_ways(size, packing.rows, packing.order.size, chunk_rows, recompute, most)
 
     run_call(layer_backward, arguments, ways, packing.rows, get_num_threads())
     return Weights(grads[0], grads[1], None if weights.bias is None else grads[2])
 
 
 @functools.lru_cache(maxsize=256)
-def _backward_ways(size: Size, packing: Packing, recompute: bool, most: int) -> Ways:
-    """Return the ways to run the backward kernel on at most so many threads."""
+def _backward_ways(size: Size, rows: int, batch: int, chunk_rows: int, recompute: bool, most: int) -> Ways:
+    """Return the ways to run the backward kernel on at most so many threads; see :func:`_forward_ways`."""
     inputs, hidden, width, blocks, dtype = size
-    batch, plans = packing.order.size, size.plans(packing, most, backward=True)
-    chunk_rows = packing.rows_of_chunk(_chunk(packing))
+    plans = size.plans(rows, batch, most, backward=True)
     depth, panel = GATES * blocks * width, VECTORS * width
     again = (chunk_rows, blocks, TAPE, width), *size.packed_shapes
     ways = []
@@ -224,5 +230,5 @@ def _backward_ways(size: Size, packing: Packing, recompute: bool, most: int) -> 
             (plan.threads, PANEL_ROWS, panel),
         )
         ways.append(Way(plan, Workspace(dtype, shapes), (plan.kind == "units",)))
-    kind = kind_of_calls(layer_backward, size, batch, packing.rows.bit_length(), plans) if len(plans) > 1 else None
+    kind = kind_of_calls(layer_backward, size, batch, rows.bit_length(), plans) if len(plans) > 1 else None
     return Ways(tuple(ways), kind)

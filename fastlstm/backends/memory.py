@@ -97,18 +97,20 @@ class Workspace:
         One for each array.
     """
 
-    __slots__ = ("dtype", "is_large", "shapes")
+    __slots__ = ("dtype", "most_kept", "shapes")
 
     def __init__(self, dtype: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
         self.dtype, self.shapes = dtype, shapes
-        self.is_large = _layout(dtype.itemsize, shapes)[1] >= Pool.LEAST
+        size = max(CACHE_LINE, _layout(dtype.itemsize, shapes)[1])
+        self.most_kept = (Pool.LEAST - 1) // size  # sets between calls; none of a size that comes from the pool
 
 
 class Scratch:
     """Sets of arrays that calls work with, each lent to one at a time and then to the next that needs the same.
 
     To make them anew would take a short call longer than to use them. A set in a large block is not kept: other
-    calls find that block in the pool.
+    calls find that block in the pool. Of each kind of call less than :data:`Pool.LEAST` bytes are kept, however many
+    threads called at once.
     """
 
     KINDS = 16  # of calls whose sets are kept
@@ -125,14 +127,15 @@ class Scratch:
 
     def give_back(self, workspace: Workspace, arrays: list[Array]) -> None:
         """Keep borrowed arrays for the next call; only once nobody works with them any more."""
-        if workspace.is_large:
+        if not workspace.most_kept:
             return
         idle = self._idle.get(workspace)
         if idle is None:
             if len(self._idle) >= self.KINDS:
                 self._idle.clear()
             idle = self._idle.setdefault(workspace, [])
-        idle.append(arrays)
+        if len(idle) < workspace.most_kept:
+            idle.append(arrays)
 
 
 class _Block(NamedTuple):
