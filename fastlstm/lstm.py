@@ -369,7 +369,7 @@ class LSTM:
     def from_torch_state_dict(
         cls, state_dict: Mapping[str, Array], *, prefix: str = "", batch_first: bool = False, dropout: float = 0.0
     ) -> LSTM:
-        """Build a model from the weights of a ``torch.nn.LSTM``.
+        """Build a model from the weights of a ``torch.nn.LSTM``, or of one layer from those of an ``LSTMCell``.
 
         Parameters
         ----------
