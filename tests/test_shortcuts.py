@@ -13,7 +13,6 @@ import fastlstm
 from fastlstm import LSTM
 from fastlstm.backends.plain_arrays import as_plain
 
-RNG = np.random.default_rng(0)
 CPU = fastlstm.dispatch.backend_named("cpu")
 # T, B, I, H: short calls, at whose shapes the kernels look, and longer ones
 SIZES = [
@@ -66,11 +65,12 @@ def the_long_way():
 def problem(size, dtype, *, bias=True, stated=True):
     """A model, and x, a state or None, and dy for it."""
     steps, batch, inputs, hidden = size
+    rng = np.random.default_rng(size)
     lstm = LSTM(inputs, hidden, bias=bias, dtype=dtype, seed=0)
     if bias:
-        lstm.params["bias_l0"][:] = RNG.normal(size=4 * hidden)
-    x, dy = RNG.normal(size=(steps, batch, inputs)).astype(dtype), RNG.normal(size=(steps, batch, hidden)).astype(dtype)
-    state = tuple(RNG.normal(size=(2, 1, batch, hidden)).astype(dtype)) if stated else None
+        lstm.params["bias_l0"][:] = rng.normal(size=4 * hidden)
+    x, dy = rng.normal(size=(steps, batch, inputs)).astype(dtype), rng.normal(size=(steps, batch, hidden)).astype(dtype)
+    state = tuple(rng.normal(size=(2, 1, batch, hidden)).astype(dtype)) if stated else None
     return lstm, x, state, dy
 
 
