@@ -100,6 +100,16 @@ def test_training_gives_the_bits_of_the_long_way(dtype, size, bias, stated, watc
     assert_identical({"x": given[1], "dy": given[3]} | given[0].params, before)
 
 
+@pytest.mark.parametrize("size", [(2, 2, 5, 19), (20, 3, 5, 19)], ids=str)
+def test_the_gradients_of_a_frozen_model_take_the_short_way(dtype, size, watched):
+    lstm, x, state, dy = problem(size, dtype)
+    given = lstm.freeze(), x, state, dy
+    with the_long_way():
+        expected = train(*given)
+    assert_identical(train(*given), expected)
+    assert watched == {"shortcut_forward": False, "shortcut_backward": True}
+
+
 @pytest.mark.parametrize("size", [(0, 3, 4, 5), (3, 0, 4, 5)], ids=str)
 def test_of_nothing_there_is_no_short_way(dtype, size, watched):
     lstm, x, state, dy = problem(size, dtype)

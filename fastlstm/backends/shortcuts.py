@@ -42,7 +42,7 @@ def infer(  # noqa: PLR0912, calls of Python functions would take a step some pe
         if type(params) is FrozenParams:
             if params.cell is not cell and params.cell != cell:
                 return None
-            packed, params = params.kept[0, 0][PACKED], params.arrays
+            packed = params.kept[0, 0][PACKED]
         rows, state_shape, y_shape, short = _call_of(x.shape, inputs, hidden, bool(packed))
         weights = () if packed and short else _weights(cell, params)
         if state is None:
@@ -98,8 +98,9 @@ def _call_of(
 
 def _weights(cell: Cell, params: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Return the weights and the bias, for none an empty one, as given; KeyError if there is none of such a name."""
-    bias = params["bias_l0"] if cell.bias else np.empty(0, cell.dtype)
-    return params["weight_ih_l0"], params["weight_hh_l0"], bias
+    given = params.arrays if type(params) is FrozenParams else params
+    bias = given["bias_l0"] if cell.bias else np.empty(0, cell.dtype)
+    return given["weight_ih_l0"], given["weight_hh_l0"], bias
 
 
 def train_forward(cell: Cell, params: Mapping[str, Any], x: Any, state: Any) -> ForwardResult | None:
