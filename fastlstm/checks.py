@@ -152,17 +152,23 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
         return None
     if batch is None:
         raise ArgumentError("lengths need a batch: for one sequence, pass its first steps only")
-    if not isinstance(given, np.ndarray | Sequence) or isinstance(given, str | bytes):
+    listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    # Anything that NumPy makes an array of on the host, such as a pandas Series: lengths are copied in any case.
+    if not (listed or hasattr(type(given), "__array__")):
         raise ArrayTypeError(
-            f"lengths must be a NumPy array or a list, got {type(given).__module__}.{type(given).__qualname__}:"
+            f"lengths must be a NumPy array, a list or a pandas Series, got {_type_name(given)}:"
             " they are read on the host"
         )
     if isinstance(given, np.ndarray):
         kind_of("lengths", given)  # refuses masked arrays, whose mask would be lost
     try:
         values = np.asarray(given)
-    except ValueError as error:
-        raise ShapeError(f"lengths must have shape (B,) = ({batch},), got a ragged list") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        if listed:
+            raise ShapeError(f"lengths must have shape (B,) = ({batch},), got a ragged list") from error
+        raise ArrayTypeError(
+            f"lengths are read on the host, and NumPy can make no array of a {_type_name(given)}: {error}"
+        ) from error
     if values.size == 0 and not isinstance(given, np.ndarray):
         values = values.astype(np.int64)
     if values.dtype.kind not in "iu":
@@ -172,6 +178,10 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
     if batch and (values.min() < 0 or values.max() > steps):
         raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {values.min()} to {values.max()}")
     return values.astype(np.int64)
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def flag(name: str, given: Any) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlstm import __version__, dispatch
+from fastlstm.backends.cpu_limits import usable_cores
 from fastlstm.errors import BackendError
 
 __all__ = ["backends", "describe", "describe_for_others"]
@@ -60,11 +61,6 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def usable_cores() -> int:
-    """Number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -80,7 +76,7 @@ def _compiled() -> dict[str, str]:
     if not plain:
         cache = import_module("fastlstm.kernels.cpu.kernel_cache").describe()
     return {
-        "threads": f"at most {threads.get_num_threads()} per call",
+        "threads": threads.describe_num_threads(),
         "vectors": f"{8 * size} bits: {size // 4} float32 or {size // 8} float64",
         "kernel cache": cache,
     } | ({"compiler": f"plain njit: {plain}"} if plain else {})

@@ -23,17 +23,19 @@ __all__ = ["from_torch_state_dict", "to_torch_state_dict"]
 HostArray = np.ndarray[Any, Any]
 
 _NAME = re.compile(r"(?:weight_ih|weight_hh|bias_ih|bias_hh)_l(?P<layer>0|[1-9][0-9]{0,8})(?:_reverse)?")
+_CELL_NAMES = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}  # of a torch.nn.LSTMCell
 
 
 def from_torch_state_dict(
     state_dict: Mapping[str, HostArray], *, prefix: str = "", dropout: float = 0.0
 ) -> tuple[Cell, dict[str, HostArray]]:
-    """Turn the state dict of a ``torch.nn.LSTM`` into the description and the parameters of a model.
+    """Turn the state dict of a ``torch.nn.LSTM`` or ``LSTMCell`` into the description and the parameters of a model.
 
     Parameters
     ----------
     state_dict : mapping of str to numpy.ndarray
-        ``{name: tensor.numpy() for name, tensor in module.state_dict().items()}``, all float32 or all float64.
+        ``{name: tensor.numpy() for name, tensor in module.state_dict().items()}``, all float32 or all float64. An
+        ``LSTMCell``, whose names have no layer, becomes a model of one layer.
     prefix : str
         What stands before each name, such as ``"lstm."`` for an LSTM inside a larger module; names without it are left
         out.
@@ -68,6 +70,8 @@ def from_torch_state_dict(
     """
     given = _select(state_dict, prefix)
     _check_arrays(given, prefix)
+    if given.keys() <= _CELL_NAMES:
+        given = {f"{name}_l0": value for name, value in given.items()}
     cell = _cell(given, prefix, dropout)
     params = {}
     for name, shape in parameters.shapes(cell).items():
@@ -127,7 +131,7 @@ def _check_prefix(prefix: Any) -> None:
 
 
 def _select(state_dict: Any, prefix: Any) -> dict[str, Any]:
-    """Return the entries that `prefix` selects, without it; every one of them is a parameter of an LSTM."""
+    """Return the entries that `prefix` selects, without it: the parameters of an LSTM or of an LSTMCell."""
     _check_prefix(prefix)
     if not isinstance(state_dict, Mapping):
         raise ArrayTypeError(f"state_dict must map names to arrays, got {type(state_dict).__qualname__}")
@@ -137,10 +141,12 @@ def _select(state_dict: Any, prefix: Any) -> dict[str, Any]:
     given = {name.removeprefix(prefix): state_dict[name] for name in names}
     if any(name.startswith("weight_hr_l") for name in given):
         raise ArgumentError("the LSTM has projections (weight_hr_l0), which are not supported yet")
+    if given.keys() <= _CELL_NAMES:
+        return given
     unknown = sorted(name for name in given if not _NAME.fullmatch(name))
     if unknown:
-        inside = [name for name in unknown if name.endswith("weight_ih_l0")]
-        hint = f"; use prefix={prefix + inside[0].removesuffix('weight_ih_l0')!r}" if inside else ""
+        inside = [match[1] for match in map(re.compile(r"(.+)weight_ih(?:_l0)?").fullmatch, unknown) if match]
+        hint = f"; use prefix={prefix + inside[0]!r}" if inside else ""
         raise ArgumentError(f"{prefix}{unknown[0]} is no parameter of a torch.nn.LSTM{hint}")
     return given
 

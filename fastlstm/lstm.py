@@ -412,7 +412,7 @@ class LSTM:
         dropout: float = 0.0,
         seed: Any = None,
     ) -> LSTM:
-        """Build a model from the weights of a ``torch.nn.LSTM``.
+        """Build a model from the weights of a ``torch.nn.LSTM``, or of one layer from those of an ``LSTMCell``.
 
         Parameters
         ----------

@@ -170,6 +170,7 @@ def initialise(cell: Cell, seed: Any = None) -> dict[str, np.ndarray[Any, Any]]:
 
 
 _NAME = re.compile(rf"(?:{'|'.join(row.role for row in TABLE)})_l([0-9]{{1,9}})(_reverse)?")
+_TORCH_NAME = re.compile(r"weight_[ih]h|bias_[ih]h(_l[0-9]{1,9}(_reverse)?)?")  # of an LSTMCell, and biases of an LSTM
 
 
 def cell_of(params: Mapping[str, Any], dropout: float = 0.0) -> Cell:
@@ -194,7 +195,9 @@ def cell_of(params: Mapping[str, Any], dropout: float = 0.0) -> Cell:
     matches = {name: _NAME.fullmatch(name) if isinstance(name, str) else None for name in params}
     unknown = sorted(str(name) for name, match in matches.items() if match is None)
     if unknown:
-        raise ArgumentError(f"unknown parameter {', '.join(unknown)}; expected names such as weight_ih_l0")
+        of_torch = any(_TORCH_NAME.fullmatch(name) for name in unknown)
+        hint = "; from_torch_state_dict converts PyTorch's names and biases" if of_torch else ""
+        raise ArgumentError(f"unknown parameter {', '.join(unknown)}; expected names such as weight_ih_l0{hint}")
     num_layers = 1 + max((int(match[1]) for match in matches.values() if match), default=0)
     if num_layers > len(params):  # caught here, because all names of a model so deep may not fit into memory
         raise ArgumentError(f"parameter names go to layer {num_layers - 1}, but only {len(params)} names are given")

@@ -126,6 +126,13 @@ class ArrayLike:
         return np.array(self.value, dtype)
 
 
+class Refusing:
+    """What an array on a GPU, or one that requires gradients, does if NumPy asks for its numbers."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("call detach() first")
+
+
 @each_argument
 def test_what_is_no_array_is_refused(backend, dtype, case, argument):
     calls = Calls(backend, dtype, case)
@@ -247,7 +254,9 @@ BAD_LENGTHS = {
     "no floats": (np.zeros(0), EITHER),
     "masked": (np.ma.array([1, 2, 3], mask=[0, 1, 0]), TYPE),
     "a matrix": (matrix([1, 2, 3]), EITHER),
-    "an array-like": (ArrayLike(np.array([1, 2, 3])), TYPE),
+    "an array-like of floats": (ArrayLike(np.array([1.0, 2.0, 3.0])), TYPE),
+    "an array-like, too long": (ArrayLike(np.array([1, 2, 3, 4])), VALUE),
+    "an array-like that refuses": (Refusing(), TYPE),
 }
 
 

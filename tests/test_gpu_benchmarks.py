@@ -245,7 +245,7 @@ def test_the_kernels_of_the_microbenchmarks_compile(architecture, cluster):
 
 def test_repetitions_are_compared_bit_by_bit(xp, tmp_path, monkeypatch, capsys):
     out = tmp_path / "A.json"
-    monkeypatch.setattr(gpu_repeat, "CASES", ((4, 3, 2, 8, 1, True, True), (1, 1, 1, 1, 1, False, False)))
+    monkeypatch.setattr(gpu_repeat, "CASES", ((4, 3, 2, 8, 1, True, True, True), (1, 1, 1, 1, 1, False, False, False)))
     assert gpu_repeat.main(["--times", "2", "--out", str(out), "--no-pool"]) == 0
     assert [case["different"] for case in read(out)["repeat"]] == [0, 0, 0, 0]
     assert "0 of 2 differ" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, cleaned, lay_out, snapshot
 from tolerances import assert_close, assert_identical
 
+import fastlstm
 from fastlstm import LSTM
 from fastlstm.functional import lstm_backward, lstm_forward
 
@@ -204,6 +205,41 @@ def test_lengths_may_be_any_integers(backend, dtype, kind):
     assert_identical(solve(dataclasses.replace(p, lengths=kind([2, 0, 4])), backend), solve(p, backend))
     one = problem(Case(4, 3, 2, 5, lengths=(0, 1, 2))).astype(dtype)
     assert_identical(solve(dataclasses.replace(one, lengths=range(3)), backend), solve(one, backend))
+
+
+class Column:
+    """What a pandas Series is to NumPy: neither an array nor a sequence, but an array can be made of it."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values.astype(dtype or self.values.dtype)
+
+
+def _series(kind):
+    """Make a Series of a dtype whose labels are not the positions."""
+
+    def make(values):
+        pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+        return pandas.Series(values, index=range(9, 9 - len(values), -1), dtype=kind)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind", [Column, _series("int64"), _series("uint8"), _series("Int64")], ids=["stand-in", "int64", "uint8", "Int64"]
+)
+def test_lengths_may_be_a_column_of_a_table(backend, dtype, kind):
+    p = problem(Case(4, 3, 2, 5, lengths=(2, 0, 4))).astype(dtype)
+    assert_identical(solve(dataclasses.replace(p, lengths=kind([2, 0, 4])), backend), solve(p, backend))
+
+
+@pytest.mark.parametrize(("values", "kind"), [([2.0, 0, 4], "float64"), ([2, None, 4], "Int64"), ([True] * 3, "bool")])
+def test_a_column_of_no_integers_is_refused(backend, dtype, values, kind):
+    p = problem(Case(4, 3, 2, 5, lengths=(2, 0, 4))).astype(dtype)
+    with pytest.raises(fastlstm.DTypeError, match="lengths must be integers"):
+        solve(dataclasses.replace(p, lengths=_series(kind)(values)), backend)
 
 
 # What stands in the arrays.

@@ -170,6 +170,15 @@ REFUSED = {
     "a layer with a leading zero": (put(weight_ih_l00=float32(20, 5)), ArgumentError, "weight_ih_l00 is no parameter"),
     "projections": (put(weight_hr_l0=float32(2, 5)), ArgumentError, "projections"),
     "our own bias": (put(bias_l0=float32(20)), ArgumentError, "bias_l0 is no parameter"),
+    "names of an LSTMCell beside an LSTM's": (put(weight_ih=float32(20, 3)), ArgumentError, "weight_ih is no param"),
+    "half an LSTMCell": (lambda s: {"weight_ih": s["weight_ih_l0"]}, ArgumentError, "weight_hh.* is missing"),
+    "an LSTMCell with one bias": (
+        lambda s: {
+            name[:-3]: value for name, value in s.items() if name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0")
+        },
+        ArgumentError,
+        "bias_hh.* is missing",
+    ),
     "another module's": (put(weight=float32(2, 2)), ArgumentError, "weight is no parameter"),
     "a GRU's": (lambda s: {name: value[: 3 * 5] for name, value in s.items()}, ShapeError, r"\(4H, H\)"),
     "input weights transposed": (lambda s: s | {"weight_ih_l0": s["weight_ih_l0"].T}, ShapeError, "weight_ih_l0"),
@@ -224,6 +233,13 @@ def test_a_missing_prefix_is_suggested():
             to_torch_state_dict(*from_torch_state_dict(module, prefix="encoder."), prefix=bad)
 
 
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh_l0"])
+def test_functions_say_what_to_do_with_names_of_pytorch(name):
+    params = parameters.initialise(Cell(3, 5), 0) | {name: float32(20)}
+    with pytest.raises(ArgumentError, match=f"unknown parameter {name};.*from_torch_state_dict"):
+        parameters.cell_of(params)
+
+
 def test_names_that_are_no_strings_do_not_hinder_a_prefix():
     module = {f"lstm.{name}": value for name, value in draw(Cell(3, 5), np.float32).items()} | {0: None}
     assert from_torch_state_dict(module, prefix="lstm.")[0] == Cell(3, 5)
@@ -275,6 +291,31 @@ def test_an_imported_lstm_computes_what_torch_computes(cell, batch_first, dtype)
     expected = outputs(*module(torch.from_numpy(x)))
     claim = "torch" if dtype == np.float64 else "agreement"
     assert_close(claim, found, expected, backend="reference", dtype=dtype)
+
+
+@pytest.mark.parametrize("prefix", ["", "cell."])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_an_imported_lstm_cell_computes_what_torch_computes(bias, prefix, dtype):
+    torch = import_torch()
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        cell = torch.nn.LSTMCell(3, 5, bias=bias, dtype=torch.from_numpy(np.zeros(0, dtype)).dtype).requires_grad_(
+            False
+        )
+    module = torch.nn.ModuleDict({"cell": cell}) if prefix else cell
+    x, h, c = np.random.default_rng(4).normal(size=(9, 7, 5)).astype(dtype)[:3]
+    x = np.ascontiguousarray(x[:, :3])
+    lstm = LSTM.from_torch_state_dict(to_numpy(module), prefix=prefix)
+    assert lstm.cell == Cell(3, 5, bias=bias, dtype=dtype)
+    with REFERENCE.active():
+        h_n, (_, c_n) = lstm.step(x, (h[None], c[None]))
+    expected = cell(torch.from_numpy(x), (torch.from_numpy(h), torch.from_numpy(c)))
+    expected = {name: value.numpy() for name, value in zip(("h_n", "c_n"), expected, strict=True)}
+    claim = "torch" if dtype == np.float64 else "agreement"
+    assert_close(claim, {"h_n": h_n, "c_n": c_n[0]}, expected, backend="reference", dtype=dtype)
+    if prefix:
+        with pytest.raises(ArgumentError, match=r"prefix='cell\.'"):
+            LSTM.from_torch_state_dict(to_numpy(module))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -349,7 +390,7 @@ def test_other_recurrent_modules_are_refused():
     torch = import_torch()
     with pytest.raises(ArgumentError, match="projections"):
         LSTM.from_torch_state_dict(to_numpy(torch.nn.LSTM(3, 5, proj_size=2)))
-    for other in (torch.nn.GRU, torch.nn.RNN):
+    for other in (torch.nn.GRU, torch.nn.RNN, torch.nn.GRUCell, torch.nn.RNNCell):
         with pytest.raises(ShapeError, match=r"\(4H, H\)"):
             LSTM.from_torch_state_dict(to_numpy(other(3, 5)))
     with pytest.raises(DTypeError, match="float16"):

@@ -64,8 +64,9 @@ class Guarded:
     def empty_like(self, like):
         return self.empty(like.shape, like.dtype)
 
-    def array(self, value, order="C"):
-        array = self.empty(np.shape(value), value.dtype)
+    def array(self, value, dtype=None, order="C", subok=False):
+        assert order == "C" and not subok
+        array = self.empty(np.shape(value), dtype or value.dtype)
         array[...] = value
         return array
 

@@ -11,8 +11,8 @@ from tolerances import assert_identical
 
 import fastlstm
 from fastlstm import LSTM
+from fastlstm.backends.plain_arrays import as_plain
 
-RNG = np.random.default_rng(0)
 CPU = fastlstm.dispatch.backend_named("cpu")
 # T, B, I, H: short calls, at whose shapes the kernels look, and longer ones
 SIZES = [
@@ -65,11 +65,12 @@ def the_long_way():
 def problem(size, dtype, *, bias=True, stated=True):
     """A model, and x, a state or None, and dy for it."""
     steps, batch, inputs, hidden = size
+    rng = np.random.default_rng(size)
     lstm = LSTM(inputs, hidden, bias=bias, dtype=dtype, seed=0)
     if bias:
-        lstm.params["bias_l0"][:] = RNG.normal(size=4 * hidden)
-    x, dy = RNG.normal(size=(steps, batch, inputs)).astype(dtype), RNG.normal(size=(steps, batch, hidden)).astype(dtype)
-    state = tuple(RNG.normal(size=(2, 1, batch, hidden)).astype(dtype)) if stated else None
+        lstm.params["bias_l0"][:] = rng.normal(size=4 * hidden)
+    x, dy = rng.normal(size=(steps, batch, inputs)).astype(dtype), rng.normal(size=(steps, batch, hidden)).astype(dtype)
+    state = tuple(rng.normal(size=(2, 1, batch, hidden)).astype(dtype)) if stated else None
     return lstm, x, state, dy
 
 
@@ -97,6 +98,16 @@ def test_training_gives_the_bits_of_the_long_way(dtype, size, bias, stated, watc
         assert_identical(found, expected)
         assert all(value.flags.carray for value in found.values())
     assert_identical({"x": given[1], "dy": given[3]} | given[0].params, before)
+
+
+@pytest.mark.parametrize("size", [(2, 2, 5, 19), (20, 3, 5, 19)], ids=str)
+def test_the_gradients_of_a_frozen_model_take_the_short_way(dtype, size, watched):
+    lstm, x, state, dy = problem(size, dtype)
+    given = lstm.freeze(), x, state, dy
+    with the_long_way():
+        expected = train(*given)
+    assert_identical(train(*given), expected)
+    assert watched == {"shortcut_forward": False, "shortcut_backward": True}
 
 
 @pytest.mark.parametrize("size", [(0, 3, 4, 5), (3, 0, 4, 5)], ids=str)
@@ -142,6 +153,31 @@ def test_an_array_may_lie_in_memory_as_it_likes(dtype, steps, which, layout, wat
     # A part of an output is what is given most often.
     often = which in ("x", "dy") and layout not in ("foreign", "mapped")
     assert not often or watched == {"shortcut_forward": True, "shortcut_backward": True}
+
+
+@pytest.mark.parametrize("layout", ["foreign", "unaligned", "read_only", "fortran", "mapped"])
+@pytest.mark.parametrize("which", ["h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_l0"])
+def test_a_short_call_hands_no_kernel_an_array_that_is_not_plain(dtype, which, layout):
+    lstm, x, (h0, c0), _ = problem((2, 3, 4, 18), dtype)
+    lstm(x, (h0, c0))
+    assert CPU.shortcut(lstm.cell, lstm.params, x, (h0, c0)) is not None
+    named = {"h0": h0, "c0": c0} | lstm.params
+    named[which] = lay_out(layout, named[which])
+    params = {name: named[name] for name in lstm.params}
+    found = CPU.shortcut(lstm.cell, params, x, (named["h0"], named["c0"]))
+    as_it_was = layout == "fortran" and which == "bias_l0"  # of one axis, both orders are the same
+    assert (found is not None) == as_it_was
+
+
+@pytest.mark.parametrize("layout", ["foreign", "unaligned", "read_only", "fortran", "negative", "mapped"])
+def test_what_becomes_plain_is_a_copy_of_native_numbers(dtype, layout):
+    given = lay_out(layout, np.random.default_rng(0).normal(size=(3, 4, 5)).astype(dtype))
+    before = given.tobytes()
+    plain = as_plain(given)
+    assert type(plain) is np.ndarray and plain.dtype == dtype and plain.flags.carray
+    assert not np.shares_memory(plain, given) and given.tobytes() == before
+    np.testing.assert_array_equal(plain, given)
+    assert as_plain(plain) is plain
 
 
 def _params(name, value):

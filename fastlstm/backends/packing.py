@@ -9,14 +9,14 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 
-__all__ = ["Packing"]
+__all__ = ["Packing", "is_kept"]
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
     """How the steps of a ragged batch are packed: the longest sequence first, step by step, without padding.
 
-    One for equal lengths is made once for each size of a batch, so that what depends on it can be kept.
+    One for equal lengths is kept for each size of a batch, if it is small: short calls need not make it anew.
     """
 
     steps: int  # T
@@ -74,17 +74,37 @@ class Packing:
         return int(max(-np.diff(firsts, append=0), default=0))
 
 
-# The arrays of equal lengths depend on little, and nobody writes them: short calls need not make them anew.
-@functools.lru_cache(maxsize=16)
-def _equal(steps: int, batch: int) -> Packing:
+# The arrays of equal lengths depend on little, and are never written: short calls need not make them anew. Long calls
+# make them, in a few percent of their time at most: those of sixteen sizes could take more than a gigabyte. So only
+# small ones are kept, at most 16 * 128 KiB = 2 MiB of each kind.
+KEPT_BYTES, _KEPT_SIZES = 1 << 17, 16
+
+
+def is_kept(steps: int, batch: int) -> bool:
+    """Say whether what depends on the size of a batch of equal lengths is small enough to be kept between calls."""
+    return 8 * (steps * batch + steps + 1 + 2 * batch) <= KEPT_BYTES
+
+
+def _make_equal(steps: int, batch: int) -> Packing:
     offsets = np.arange(steps + 1, dtype=np.int64) * batch
     return Packing(steps, np.arange(batch), np.full(batch, steps, np.int64), offsets, False)
 
 
-@functools.lru_cache(maxsize=16)
-def _equal_places(steps: int, batch: int, reverse: bool) -> Array:
+def _make_equal_places(steps: int, batch: int, reverse: bool) -> Array:
     places = np.arange(steps * batch)
     if not reverse:
         return places
     # Of a single sequence this would be a view with steps of -1, for which kernels would be compiled once more.
     return np.ascontiguousarray(places.reshape(steps, batch)[::-1].reshape(-1))
+
+
+_kept_equal = functools.lru_cache(maxsize=_KEPT_SIZES)(_make_equal)
+_kept_equal_places = functools.lru_cache(maxsize=_KEPT_SIZES)(_make_equal_places)
+
+
+def _equal(steps: int, batch: int) -> Packing:
+    return (_kept_equal if is_kept(steps, batch) else _make_equal)(steps, batch)
+
+
+def _equal_places(steps: int, batch: int, reverse: bool) -> Array:
+    return (_kept_equal_places if is_kept(steps, batch) else _make_equal_places)(steps, batch, reverse)

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import os
 
+from fastlstm.backends.cpu_limits import Limit, cgroup_cpus, limits, number_in, usable_cores
 from fastlstm.errors import ArgumentError
 
-__all__ = ["get_num_threads", "set_num_threads"]
+__all__ = ["describe_num_threads", "get_num_threads", "set_num_threads"]
+
+# What was set, and the least limit besides the number of cores. Both are asked for by every call: to look into the
+# environment and into files each time would take longer than a short call.
+_chosen: Limit | None
+_least: Limit | None
 
 
-def _given() -> int | None:
-    """Return what the environment says, if it does."""
-    given = os.environ.get("FASTLSTM_NUM_THREADS") or os.environ.get("NUMBA_NUM_THREADS")
-    return int(given) if given and given.isdigit() and int(given) > 0 else None
+def _look() -> None:
+    """Look up what the environment and the system say."""
+    global _chosen, _least  # noqa: PLW0603
+    given = number_in(os.environ.get("FASTLSTM_NUM_THREADS", ""))
+    _chosen = None if given is None else Limit(given, f"FASTLSTM_NUM_THREADS={given}")
+    _least = min(limits(os.environ, cgroup_cpus()), default=None)
 
 
-# Asked for by every call: to look into the environment each time would take a short one a tenth of its time.
-_limit = _given()
+_look()
 
 
 def get_num_threads() -> int:
     """Return the most threads that one call uses on the CPU.
 
-    By default ``FASTLSTM_NUM_THREADS`` if that was set when fastlstm was imported, else the number of cores this
-    process may run on (``NUMBA_NUM_THREADS`` is heeded). Small calls use fewer.
+    What :func:`set_num_threads` or the environment variable ``FASTLSTM_NUM_THREADS`` says; else the least of the number
+    of cores this process may run on, ``OMP_NUM_THREADS``, ``NUMBA_NUM_THREADS``, and the CPU quota of a container (of
+    the process's control groups). Small calls use fewer.
+
+    All but the number of cores are looked up once, when fastlstm is first used, and again by ``set_num_threads(None)``.
+    ``fastlstm info`` shows which of them holds.
     """
-    if _limit is not None:
-        return _limit
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _chosen is not None:
+        return _chosen.threads
+    cores = usable_cores()
+    return cores if _least is None or cores < _least.threads else _least.threads
+
+
+def describe_num_threads() -> str:
+    """Say how many threads one call uses at most, and why no more."""
+    if _chosen is not None:
+        reason = _chosen.reason
+    elif _least is not None and _least.threads <= usable_cores():
+        reason = _least.reason
+    else:
+        reason = "the cores this process may run on"
+    return f"at most {get_num_threads()} per call: {reason}"
 
 
 def set_num_threads(threads: int | None) -> None:
@@ -40,7 +63,10 @@ def set_num_threads(threads: int | None) -> None:
     ArgumentError
         If `threads` is not a positive integer.
     """
-    global _limit  # noqa: PLW0603
+    global _chosen  # noqa: PLW0603
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ArgumentError(f"threads must be an integer of at least 1, got {threads!r}")
-    _limit = _given() if threads is None else threads
+    if threads is None:
+        _look()
+    else:
+        _chosen = Limit(threads, "set_num_threads")

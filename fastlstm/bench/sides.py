@@ -102,7 +102,9 @@ def _ours(problem: Problem, model: fastlstm.LSTM, x: Any, dy: Any) -> tuple[Call
 @contextlib.contextmanager
 def _threads(threads: int) -> Iterator[None]:
     """Hold our own number of threads."""
-    before = team._limit  # and not get_num_threads(): None stands for "as the machine has them"
+    before = (
+        team._chosen and team._chosen.threads
+    )  # and not get_num_threads(): None stands for "as the machine has them"
     fastlstm.set_num_threads(threads)
     try:
         yield

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from fastlstm.backends.cpu_limits import usable_cores
 from fastlstm.bench import sides
 from fastlstm.bench.sides import CHECKED_STEPS, Side
 from fastlstm.bench.work import Array, Problem
-from fastlstm.environment import usable_cores
 from fastlstm.errors import BackendError
 
 __all__ = ["cpu", "cuda", "start"]

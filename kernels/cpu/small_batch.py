@@ -36,6 +36,7 @@ from fastlstm.kernels.cpu.small_products import copy_or_clear, product
 from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.vector import (
     address,
+    is_aligned,
     lanes_of,
     llvm_vector,
     load,
@@ -192,23 +193,25 @@ def _unpacked(weight_ih, weight_hh, bias):
 
 @routine(inline=True)
 def _are_weights(weight_ih, weight_hh, bias, own, settings):
-    """Say whether the weights have the shapes that belong to I and H."""
+    """Say whether the weights are aligned and have the shapes that belong to I and H."""
     inputs, hidden = settings[INPUTS], settings[HIDDEN]
     return (
         (weight_ih.shape == (GATES * hidden, inputs) and weight_hh.shape == (GATES * hidden, hidden))
         and bias.size == (GATES * hidden if settings[BIASED] else 0)
         and own.shape == (settings[OWN], hidden)
+        and (is_aligned(weight_ih) and is_aligned(weight_hh) and is_aligned(bias) and is_aligned(own))
     )
 
 
 @routine(inline=True)
 def _fit(x, h0, c0, y, h_n, c_n, settings):
-    """Say whether a call's arrays fit each other, and are as few rows as there is room for."""
+    """Say whether a call's arrays are aligned and fit each other, and are as few rows as there is room for."""
     hidden, batch, rows = settings[HIDDEN], h0.shape[1], x.shape[0]
     return (
         (0 < batch <= _MOST_ROWS and rows % batch == 0 and x.shape[1] == settings[INPUTS] and y.shape == (rows, hidden))
         and (h0.shape == (settings[LAYERS], batch, hidden) and c0.shape == h0.shape and h_n.shape == h0.shape)
         and c_n.shape == h0.shape
+        and (is_aligned(x) and is_aligned(h0) and is_aligned(c0))
     )
 
 

@@ -56,6 +56,7 @@ __all__ = [
     "address",
     "fill",
     "fma",
+    "is_aligned",
     "lanes",
     "lanes_of",
     "load",
@@ -169,6 +170,19 @@ def address(typingctx, array):
         return cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
 
     return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def is_aligned(typingctx, array):
+    """Say whether the elements of an array lie at multiples of their size, which its type does not say."""
+
+    def codegen(context, builder, signature, args):
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+        integer, size = ir.IntType(64), signature.args[0].dtype.bitwidth // 8
+        rest = builder.and_(builder.ptrtoint(data, integer), ir.Constant(integer, size - 1))
+        return builder.icmp_unsigned("==", rest, ir.Constant(integer, 0))
+
+    return types.boolean(array), codegen
 
 
 @intrinsic

@@ -69,7 +69,9 @@ class PreparedCall:
         if self.is_empty:
             return self._empty(x, h0, c0)
         h_n, c_n = np.empty(shape, dtype), np.empty(shape, dtype)
-        rows = self.rows if lengths is None else Rows(lengths, self.rows.steps, self.rows.batch)
+        rows = self.rows
+        if lengths is not None or not rows.is_kept:
+            rows = Rows(lengths, rows.steps, rows.batch)
         if self.is_one_launch and not rows.ragged:
             y = self._at_once(params, x.reshape(self._x_shape), h0, c0, h_n, c_n)
             return ForwardResult(y.reshape(rows.steps, rows.batch, y.shape[1]), h_n, c_n, None)

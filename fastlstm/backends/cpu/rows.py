@@ -12,7 +12,7 @@ from fastlstm.kernels.cpu.ragged import fill_index, measure
 
 __all__ = ["Rows"]
 
-_KEPT_ROWS = 8192  # of a batch of equal lengths whose index is kept: 64 KiB
+_KEPT_NUMBERS, _KEPT_SIZES = 1 << 14, 16  # of an index that is kept: at most 128 KiB each, 2 MiB in all
 
 
 class Rows:
@@ -28,9 +28,12 @@ class Rows:
         N, the number of steps of all sequences.
     ragged : bool
         Whether the lengths differ from T.
+    is_kept : bool
+        Whether its index is kept between calls, as of a small batch of equal lengths. Otherwise it is freed with this
+        object: those of many large batches could take more memory than the calls themselves.
     """
 
-    __slots__ = ("_indices", "_lengths", "batch", "count", "longest", "ragged", "steps")
+    __slots__ = ("_indices", "_lengths", "batch", "count", "is_kept", "longest", "ragged", "steps")
 
     def __init__(self, lengths: Array | None, steps: int, batch: int) -> None:
         self.steps, self.batch, self.longest, self.count, self.ragged = steps, batch, steps, steps * batch, False
@@ -39,6 +42,7 @@ class Rows:
             if shortest < steps:
                 self.longest, self.count, self.ragged = longest, count, True
         self._lengths = lengths
+        self.is_kept = not self.ragged and self.count + steps + 2 * batch <= _KEPT_NUMBERS
         self._indices: dict[bool, Array] = {}
 
     def index(self, reverse: bool) -> Array:
@@ -46,13 +50,15 @@ class Rows:
 
         With equal lengths, the rows lie in the order of time in both directions.
         """
+        if self.is_kept:
+            return _kept_index(self.steps, self.batch, reverse)
         found = self._indices.get(reverse)
         if found is None:
             if self.ragged:
                 found = np.empty(2 * self.batch + self.longest + 1 + self.count, np.int64)
                 fill_index(self._lengths, self.longest, reverse, found)
             else:
-                found = (_kept_index if self.count <= _KEPT_ROWS else _index)(self.steps, self.batch, reverse)
+                found = _index(self.steps, self.batch, reverse)
             self._indices[reverse] = found
         return found
 
@@ -75,5 +81,5 @@ def _index(steps: int, batch: int, reverse: bool) -> Array:
     return index
 
 
-# Nobody writes to it, so short calls need not make it anew. At most 16 of 64 KiB each and a little.
-_kept_index = functools.lru_cache(maxsize=16)(_index)
+# It is never written to, so short calls need not make it anew.
+_kept_index = functools.lru_cache(maxsize=_KEPT_SIZES)(_index)

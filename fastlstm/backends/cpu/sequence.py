@@ -28,6 +28,7 @@ __all__ = ["DirectionCall", "DirectionTape", "schedules"]
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
 _CHUNK_ROWS = 256
+_MOST_FOUND = 64
 # Numbers of rows from here on are rounded up, so that a ragged batch finds the schedule of others of about its size.
 _EXACT_ROWS = 1024
 
@@ -131,6 +132,7 @@ class DirectionCall:
         if found is None:
             count, few = kind or (self.steps * self.batch, None)
             few = are_few(count, self.size.inputs, self.size.hidden, MR) if few is None else few
+            self._forget()
             found = self._found[kind, threads] = _forward_candidates(
                 self.size, 0 if kind else self.steps, self.batch, count, few, self.keep_tape, self.packed,
                 self.direction * self.size.hidden, threads,
@@ -171,10 +173,17 @@ class DirectionCall:
         found = self._found.get((kind, threads))
         if found is None:
             _, count, recompute = kind
+            self._forget()
             found = self._found[kind, threads] = _backward_candidates(
                 self.size, self.steps, self.batch, count or self.steps * self.batch, recompute, self.direction, threads
             )
         return found
+
+
+    def _forget(self) -> None:
+        """Keep candidates for so many kinds of ragged batches, and no more."""
+        if len(self._found) >= _MOST_FOUND:
+            self._found.clear()
 
 
 class _Finder(NamedTuple):

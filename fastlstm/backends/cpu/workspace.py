@@ -105,11 +105,13 @@ class Workspace:
         Elements in all.
     """
 
-    __slots__ = ("dtype", "is_large", "size", "starts")
+    __slots__ = ("dtype", "most_kept", "size", "starts")
 
     def __init__(self, dtype: Any, *shapes: tuple[int, ...]) -> None:
         starts, size = _layout(dtype.itemsize, shapes)
-        self.dtype, self.is_large = dtype, size >= Pool.LEAST
+        self.dtype = dtype
+        # Pieces that are kept between calls; none of a size that comes from the pool.
+        self.most_kept = (Pool.LEAST - 1) // max(CACHE_LINE, size)
         self.starts, self.size = [start // dtype.itemsize for start in starts], size // dtype.itemsize
 
 
@@ -117,7 +119,8 @@ class Scratch:
     """Scratch memory, each piece lent to one call at a time and then to the next that needs the same.
 
     To allocate it anew would take a short call longer than to use it. A large piece is not kept: other calls find its
-    block in the pool.
+    block in the pool. Of each kind of call less than :data:`Pool.LEAST` bytes are kept, however many threads called at
+    once.
     """
 
     KINDS = 16  # of calls whose memory is kept
@@ -134,14 +137,15 @@ class Scratch:
 
     def give_back(self, workspace: Workspace, memory: Array) -> None:
         """Keep borrowed memory for the next call; only once nothing works with it any more."""
-        if workspace.is_large:
+        if not workspace.most_kept:
             return
         idle = self._idle.get(workspace)
         if idle is None:
             if len(self._idle) >= self.KINDS:
                 self._idle.clear()
             idle = self._idle.setdefault(workspace, [])
-        idle.append(memory)
+        if len(idle) < workspace.most_kept:
+            idle.append(memory)
 
 
 class _Block(NamedTuple):
