@@ -15,7 +15,7 @@ from harness import BackendUnderTest
 import fastlstm
 from fastlstm import LSTM
 from fastlstm.backends import many, packing
-from fastlstm.backends.memory import POOL, SCRATCH, Pool, Scratch, Workspace
+from fastlstm.backends.cpu.workspace import POOL, SCRATCH, Pool, Scratch, Workspace
 
 MIB = 1 << 20
 CALLS, STEPS = 300, 20_000  # of each kind; what is kept of one call grows with its number of steps

@@ -179,7 +179,6 @@ class DirectionCall:
             )
         return found
 
-
     def _forget(self) -> None:
         """Keep candidates for so many kinds of ragged batches, and no more."""
         if len(self._found) >= _MOST_FOUND:
