@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 from harness import BackendUnderTest
+
+EXAMPLES = int(os.environ.get("FASTLSTM_TEST_EXAMPLES", "0"))  # of generated tests: those here are longer, too
 
 # `infer()` and `train()` return the bits of calls for which a team is planned, and had: in one direction, in both
 # directions, and of a step on a few rows. `has_team()` says whether they are right, and made with all workers.
@@ -57,6 +60,12 @@ fastlstm.set_num_threads(2)
 with use_backend("cpu"):
     PLANS = [lstm.plan(x) for lstm, x in PROBLEMS]
 assert all(words in plan for words, plan in zip(["2 threads", "both directions at once", "2 threads"], PLANS)), PLANS
+
+def without_workers():
+    "Be as a process is before its first call. Workers that were there sleep forever."
+    from fastlstm.backends.thread_pool import _shelves, _workers
+    _workers.clear()
+    _shelves.clear()
 
 WATCHED = {"thread_pool.py", "calls.py", "memory.py", "mask_keys.py"}
 

@@ -18,17 +18,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import operator
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llvmlite.binding import ffi
 from numba import _dynfunc, njit, types
+from numba.core import sigutils
 from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
+from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import NativeLowering
 
+from fastlstm.errors import BackendError
 from fastlstm.kernels.cpu.simd import VECTOR_BYTES
 
 __all__ = ["cache_folder", "compile_once", "kernel", "refuse_others", "routine"]
@@ -130,9 +138,44 @@ def kernel(function: Callable[..., None]) -> Any:
     dispatcher = njit(
         nogil=True, _nrt=False, no_cfunc_wrapper=True, error_model="numpy", pipeline_class=_KernelCompiler
     )(function)
+    dispatcher.__class__, dispatcher._tickets = _Kernel, {}
     with contextlib.suppress(RuntimeError):  # Numba found no folder that it may write
         dispatcher._cache = _Cache(function)
     return dispatcher
+
+
+class _Kernel(CPUDispatcher):
+    """Numba's dispatcher, whose table of what can be called holds each compiled kernel once, whatever is interrupted.
+
+    One that Numba enters twice, because an interrupt came before it had noted that it did, makes each call ambiguous.
+    """
+
+    def add_overload(self, cres: Any) -> None:
+        arguments = tuple(cres.signature.args)
+        enter = functools.partial(self._insert, [a._code for a in arguments], cres.entry_point, cres.objectmode)
+        self._tickets.setdefault(arguments, [enter])
+        self.overloads.setdefault(arguments, cres)
+
+    def compile(self, sig: Any) -> Any:
+        arguments = tuple(sigutils.normalize_signature(sig)[0])
+        if arguments not in self.overloads and global_compiler_lock.is_locked():  # by this thread
+            # Numba cannot compile in the middle of a compilation, and a wait for its end would be one for ourselves.
+            raise BackendError(
+                "a signal handler or a finaliser needs a kernel that is not ready, while the call that it interrupts"
+                " compiles one; make a call before, so that they are compiled"
+            )
+        entry_point = super().compile(sig)
+        # To take the ticket and to use it is one operation of the interpreter: it is used once, and not lost if this is
+        # broken off.
+        with contextlib.suppress(IndexError):
+            next(map(operator.call, iter(self._tickets[arguments].pop, None)))
+        return entry_point
+
+
+class _Refusing(_Kernel):
+    """One that is compiled on purpose only, see :func:`refuse_others`."""
+
+    _can_compile = True
 
 
 class _Cache(FunctionCache):
@@ -174,9 +217,9 @@ def refuse_others(dispatcher: Any) -> None:
     So it may be tried on arguments that nobody has looked at: it is not compiled for whatever they are.
     """
     dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
-    # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it for
-    # a while would allow it to other threads' calls, too, and for good if an interrupt came at the wrong moment.
-    dispatcher.__class__ = type("_Refusing", (type(dispatcher),), {"_can_compile": True})
+    # That is what a call looks at, in C. What compiles it on purpose looks in Python, and finds the class's attribute.
+    # To allow it for a while would allow it to other threads' calls, too; for good, after an interrupt in between.
+    dispatcher.__class__ = _Refusing
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
@@ -187,3 +230,37 @@ def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 def cache_folder(dispatcher: Any) -> str | None:
     """Return the folder in which a kernel is cached, None if it is not."""
     return getattr(dispatcher._cache, "cache_path", None)
+
+
+# --- fork ---------------------------------------------------------------------------------------------------
+
+# A child could never compile, nor load a kernel, if another thread of its parent did so at the time of the fork: it
+# would wait for that thread. So a fork waits until no thread does, for some seconds at most.
+_SECONDS_FOR_COMPILATION = 20.0
+_forking: dict[int, list[Any]] = {}  # by thread: the locks that it holds
+
+
+def _before_fork() -> None:
+    held = _forking[threading.get_ident()] = []
+    for lock in (global_compiler_lock._lock, ffi.lib._lock._lock):
+        if lock.acquire(timeout=_SECONDS_FOR_COMPILATION):
+            held.append(lock)
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _forking.pop(threading.get_ident(), ()):
+        lock.release()
+
+
+def _after_fork_in_child() -> None:
+    held = _forking.pop(threading.get_ident(), ())
+    _forking.clear()
+    for owner in (global_compiler_lock, ffi.lib._lock):
+        if owner._lock in held:
+            owner._lock.release()
+        else:
+            owner._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
