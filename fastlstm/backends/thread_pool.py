@@ -29,6 +29,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.memory import one_block
 from fastlstm.backends.threads import get_num_threads
+from fastlstm.errors import BackendError
 from fastlstm.kernels.cpu.simd import CACHE_LINE
 from fastlstm.kernels.cpu.team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
 from fastlstm.kernels.cpu.worker import (
@@ -136,8 +137,8 @@ def available(wanted: int) -> int:
         try:
             worker = _workers[seen]
         except IndexError:
-            worker = _Worker()
-            _workers.append(worker)
+            _workers.append(_Worker())
+            continue  # a call in a signal handler may have been faster
         seen += 1
         state = worker.words[STATE]
         if state == UNSTARTED:
@@ -166,7 +167,11 @@ def _start(worker: _Worker) -> bool:
     global _next_start  # noqa: PLW0603
     if time.monotonic() < _next_start:
         return False
-    if _start_thread(serve(0, FIND), worker.address) != _NO_THREAD and serve(worker.address, AWAIT):
+    try:
+        entry = serve(0, FIND)
+    except BackendError:  # it is not compiled, and cannot be now
+        return False
+    if _start_thread(entry, worker.address) != _NO_THREAD and serve(worker.address, AWAIT):
         return True
     _next_start = time.monotonic() + _SECONDS_BETWEEN_STARTS
     return False
