@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -102,9 +103,13 @@ def run_script(script: str, *arguments: object, timeout: float = 120.0, prelude:
     if missing := BackendUnderTest("cpu").missing:
         pytest.skip(str(missing))
     command = [sys.executable, "-P", "-X", "faulthandler", "-c", prelude + script, *map(str, arguments)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        pytest.fail(f"hangs: no end within {timeout} s\n{error.stdout!r}\n{error.stderr!r}")
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    own = {"start_new_session": True} if hasattr(os, "killpg") else {}  # so that its children end with it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **own) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL) if own else process.kill()
+            output, errors = process.communicate()
+            pytest.fail(f"hangs: no end within {timeout} s\n{output}\n{errors}")
+    assert process.returncode == 0, f"{process.returncode}\n{output}\n{errors}"
+    return output
