@@ -185,40 +185,45 @@ def test_calls_together_give_the_bits_of_calls_one_after_the_other():
 
 
 @kernel
-def count_threads(counts, spins, team, thread):
-    """Take some time on all threads; count how often how many threads of all calls were inside: counts[0] are now."""
+def wait_for_a_sign(sign, patience, team, thread):
+    """Stay inside on all threads until sign[0] is set; count them in sign[1]."""
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    inside = fetch_add(address(counts), 1) + 1
-    fetch_add(offset(address(counts), inside), 1)
-    for _ in range(spins):
-        load_atomic(address(counts))
-    fetch_add(address(counts), -1)
+    fetch_add(offset(address(sign), 1), 1)
+    spins = 0
+    while load_atomic(address(sign)) == 0 and spins < patience:
+        spins += 1
     if thread == 0:
         dismiss(team)
 
 
-def test_calls_at_once_never_have_more_workers_than_are_allowed():
-    callers, counts = 4, np.zeros(16, np.int64)
+@pytest.mark.parametrize("limit", [2, 3])
+def test_calls_at_once_never_have_more_workers_than_are_allowed(limit):
     fastlstm.set_num_threads(5)
     assert team_of(5) == 5
-    count_threads(counts.copy(), 1, NO_TEAM, 0)  # compiles
-    fastlstm.set_num_threads(2)
-    together, had = threading.Barrier(callers), []
+    fastlstm.set_num_threads(limit)
+    sign, had = np.zeros(2, np.int64), []
+    wait_for_a_sign(np.ones(2, np.int64), 0, NO_TEAM, 0)  # compiles
 
-    def work():
-        together.wait(timeout=60)
-        had.extend(run_team(count_threads, (counts, 3_000_000), max(1, available(1)))[1] for _ in range(30))
+    def call():
+        had.append(run_team(wait_for_a_sign, (sign, 10_000_000_000), available(1))[1])
 
-    threads = [threading.Thread(target=work) for _ in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert len(had) == callers * 30 and set(had) <= {1, 2}
-    assert counts[0] == 0 and counts[1:].sum() == sum(had)
-    assert not counts[callers + 2 :].any(), "no more threads than callers, and one worker between them"
+    threads = [threading.Thread(target=call) for _ in range(limit - 1)]
+    try:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while sign[1] < 2 * number:
+                time.sleep(0.001)
+        assert available(1) == 0, "each of the calls has one"
+        found = np.zeros(2, np.int64)
+        assert run_team(note_thread, (found,), 1)[1] == 1
+    finally:
+        sign[0] = 1
+        for thread in threads:
+            thread.join(timeout=60)
+    assert had == [2] * (limit - 1)
+    assert team_of(limit) == limit
 
 
 def test_a_worker_is_called_awake_and_asleep(model):
