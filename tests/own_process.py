@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from harness import BackendUnderTest
+
+EXAMPLES = int(os.environ.get("FASTLSTM_TEST_EXAMPLES", "0"))  # of generated tests: those here are longer, too
 
 # `infer()` and `train()` return the bits of calls for which a team is planned, and had: in one direction, in both
 # directions, and of a step on a few rows. `has_team()` says whether they are right, and made with all workers.
@@ -58,6 +62,12 @@ with use_backend("cpu"):
     PLANS = [lstm.plan(x) for lstm, x in PROBLEMS]
 assert all(words in plan for words, plan in zip(["2 threads", "both directions at once", "2 threads"], PLANS)), PLANS
 
+def without_workers():
+    "Be as a process is before its first call. Workers that were there sleep forever."
+    from fastlstm.backends.cpu.thread_pool import _shelves, _workers
+    _workers.clear()
+    _shelves.clear()
+
 WATCHED = {"thread_pool.py", "calls.py", "memory.py", "mask_keys.py"}
 
 def at_event(number, action, call, event="opcode"):
@@ -93,9 +103,13 @@ def run_script(script: str, *arguments: object, timeout: float = 120.0, prelude:
     if missing := BackendUnderTest("cpu").missing:
         pytest.skip(str(missing))
     command = [sys.executable, "-P", "-X", "faulthandler", "-c", prelude + script, *map(str, arguments)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        pytest.fail(f"hangs: no end within {timeout} s\n{error.stdout!r}\n{error.stderr!r}")
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    own = {"start_new_session": True} if hasattr(os, "killpg") else {}  # so that its children end with it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **own) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL) if own else process.kill()
+            output, errors = process.communicate()
+            pytest.fail(f"hangs: no end within {timeout} s\n{output}\n{errors}")
+    assert process.returncode == 0, f"{process.returncode}\n{output}\n{errors}"
+    return output

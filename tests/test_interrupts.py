@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
-from own_process import run_script
-
-# As many as the generated tests have examples, and not fewer than these.
-EXAMPLES = int(os.environ.get("FASTLSTM_TEST_EXAMPLES", "0"))
+from own_process import EXAMPLES, run_script
 
 EVERYWHERE = """
 event, fresh = sys.argv[1], sys.argv[2] == "fresh"
-from fastlstm.backends.cpu import thread_pool
 
 class Interrupt(BaseException):
     pass
 
 def interrupt():
     raise Interrupt
-
-def without_workers():
-    # Such as a process is before its first call. Those that were sleep forever.
-    thread_pool._workers.clear()
-    thread_pool._shelves.clear()
 
 assert infer() == EXPECTED
 if fresh:

@@ -35,7 +35,7 @@ from fastlstm.kernels.cpu.team import (
     take,
 )
 from fastlstm.kernels.cpu.vector import address, offset
-from fastlstm.kernels.cpu.worker import SERVED, STATE, THREAD_ID, size_of_call, this_call
+from fastlstm.kernels.cpu.worker import SERVED, THREAD_ID, size_of_call, this_call
 
 needs_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="threads are on Linux's two cores"
@@ -184,36 +184,46 @@ def test_calls_together_give_the_bits_of_calls_one_after_the_other():
         assert train(lstm, x) == found
 
 
-def test_calls_at_once_never_have_more_workers_than_are_allowed():
-    team_of(2)
-    found = np.zeros(2, np.int64)
-    barrier = threading.Barrier(4)
-
-    def work(had):
-        barrier.wait(timeout=60)
-        had.extend(run_team(meet, (found.copy(), 3_000_000), available(1))[1] for _ in range(50))
-
-    all_had = [[] for _ in range(4)]
-    threads = [threading.Thread(target=work, args=[had]) for had in all_had]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert {1, 2} >= {had for one in all_had for had in one}
-    assert [len(one) for one in all_had] == [50] * 4
-    assert len(thread_pool._workers[:1]) == 1 and all(w.words[STATE] == 0 for w in thread_pool._workers[2:])
-
-
 @kernel
-def meet(found, spins, team, thread):
-    """Take some time, on all threads."""
+def wait_for_a_sign(sign, patience, team, thread):
+    """Stay inside on all threads until sign[0] is set; count them in sign[1]."""
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    for n in range(spins):
-        found[thread] += n & 1
+    fetch_add(offset(address(sign), 1), 1)
+    spins = 0
+    while load_atomic(address(sign)) == 0 and spins < patience:
+        spins += 1
     if thread == 0:
         dismiss(team)
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_calls_at_once_never_have_more_workers_than_are_allowed(limit):
+    fastlstm.set_num_threads(5)
+    assert team_of(5) == 5
+    fastlstm.set_num_threads(limit)
+    sign, had = np.zeros(2, np.int64), []
+    wait_for_a_sign(np.ones(2, np.int64), 0, NO_TEAM, 0)  # compiles
+
+    def call():
+        had.append(run_team(wait_for_a_sign, (sign, 10_000_000_000), available(1))[1])
+
+    threads = [threading.Thread(target=call) for _ in range(limit - 1)]
+    try:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while sign[1] < 2 * number:
+                time.sleep(0.001)
+        assert available(1) == 0, "each of the calls has one"
+        found = np.zeros(2, np.int64)
+        assert run_team(note_thread, (found,), 1)[1] == 1
+    finally:
+        sign[0] = 1
+        for thread in threads:
+            thread.join(timeout=60)
+    assert had == [2] * (limit - 1)
+    assert team_of(limit) == limit
 
 
 def test_a_worker_is_called_awake_and_asleep(model):
@@ -429,14 +439,17 @@ FLUSH, TOWARDS_ZERO = 0x8040, 0x6000  # bits of MXCSR
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the bits are those of x86-64")
 @pytest.mark.parametrize("bits", [FLUSH, TOWARDS_ZERO], ids=["flush", "round towards zero"])
-def test_workers_take_the_floating_point_mode_of_their_caller(bits):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_workers_take_the_floating_point_mode_of_their_caller(bits, bidirectional):
     if missing := BackendUnderTest("cpu").missing:
         pytest.skip(str(missing))
-    lstm = LSTM(16, 64, seed=0)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 64, 16)).astype(np.float32)
-    lstm.params["weight_ih_l0"] *= np.float32(2e-39) if bits == FLUSH else np.float32(1)
-    lstm.params["bias_l0"][...] = 0
+    lstm = LSTM(16, 64, bidirectional=bidirectional, seed=0)
+    x = np.random.default_rng(0).normal(size=(40, 16, 16) if bidirectional else (40, 64, 16)).astype(np.float32)
+    for name, value in lstm.params.items():
+        if name.startswith("weight_ih") and bits == FLUSH:
+            value[...] = value * np.float32(2e-39)  # so that all of the results are denormal
+        if name.startswith("bias"):
+            value[...] = 0
     usual, found = mode_of_this_thread(), {}
     for mode in (usual, usual | bits, usual):
         for threads in (1, 2, 3):

@@ -22,6 +22,7 @@ import inspect
 import os
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -32,6 +33,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
+from llvmlite.binding import ffi
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -119,6 +121,8 @@ CPUDispatcher = _private(
     "typeof_pyval(self, val)", "compile(self, sig)",
 )  # fmt: skip
 dumps = _private("numba.core.serialize", "dumps")
+global_compiler_lock = _private("numba.core.compiler_lock", "global_compiler_lock", "is_locked", "_lock")
+normalize_signature = _private("numba.core.sigutils", "normalize_signature")
 NativeLowering = _private("numba.core.typed_passes", "NativeLowering", "run_pass(self, state)")
 
 # Documented for extensions, so nothing stands in for it: without it there are no vectors.
@@ -286,7 +290,7 @@ def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
     """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
     if PLAIN:
         dispatcher.compile(tuple(map(numba.typeof, arguments)), unless_refused=True)
-    elif type(dispatcher).__name__ != "_Refusing":
+    elif type(dispatcher) is not _Refusing:
         dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
 
 
@@ -301,7 +305,7 @@ def refuse_others(dispatcher: Any) -> None:
         dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
         # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
         # for a while would allow it to other threads' calls, too, and for good if an interrupt came meanwhile.
-        dispatcher.__class__ = type("_Refusing", (type(dispatcher),), {"_can_compile": True})
+        dispatcher.__class__ = _Refusing
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
@@ -411,6 +415,40 @@ def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
     inner.call(function, values)
     inner.ret_void()
     return call, place
+
+
+# --- fork ---------------------------------------------------------------------------------------------------
+
+# A child could never compile, nor load a kernel, if another thread of its parent did so at the time of the fork: it
+# would wait for that thread. So a fork waits until no thread does, for some seconds at most.
+_SECONDS_FOR_COMPILATION = 20.0
+_forking: dict[int, list[Any]] = {}  # by thread: the locks that it holds
+
+
+def _before_fork() -> None:
+    held = _forking[threading.get_ident()] = []
+    for lock in (global_compiler_lock._lock, ffi.lib._lock._lock):
+        if lock.acquire(timeout=_SECONDS_FOR_COMPILATION):
+            held.append(lock)
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _forking.pop(threading.get_ident(), ()):
+        lock.release()
+
+
+def _after_fork_in_child() -> None:
+    held = _forking.pop(threading.get_ident(), ())
+    _forking.clear()
+    for owner in (global_compiler_lock, ffi.lib._lock):
+        if owner._lock in held:
+            owner._lock.release()
+        else:
+            owner._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork") and not _problems:
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 # --- functions that are called by their address --------------------------------------------------------------

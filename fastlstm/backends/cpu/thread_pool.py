@@ -29,6 +29,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.threads import get_num_threads
+from fastlstm.errors import BackendError
 from fastlstm.kernels.cpu.team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 from fastlstm.kernels.cpu.worker import (
@@ -102,10 +103,11 @@ _ended = False
 
 def _forget_workers() -> None:
     """Start anew in a forked child, which has none of its parent's threads."""
+    global _shelves  # noqa: PLW0603
     for worker in _workers:
         worker.words[STATE] = ABSENT  # a call that the child continues may have them in its team
     _workers.clear()
-    _shelves.clear()
+    _shelves = {}  # another one: such a call puts its team back onto one of the old
 
 
 if hasattr(os, "register_at_fork"):
@@ -135,8 +137,8 @@ def available(wanted: int) -> int:
         try:
             worker = _workers[seen]
         except IndexError:
-            worker = _Worker()
-            _workers.append(worker)
+            _workers.append(_Worker())
+            continue  # a call in a signal handler may have been faster
         seen += 1
         state = worker.words[STATE]
         if state == UNSTARTED:
@@ -146,10 +148,10 @@ def available(wanted: int) -> int:
         if state in (IDLE, ASLEEP):
             found += 1
             asleep |= state == ASLEEP
-    if found:
+    workers = _workers[:seen]
+    if workers:  # else this process is a child since the loop
         # To ask where this thread may run takes some of a short call's time: if all workers are awake, not each call
         # does.
-        workers = _workers[:seen]
         workers[0].calls -= 1
         if asleep or workers[0].calls < 0:
             workers[0].calls = _CALLS_BETWEEN_PLACINGS
@@ -165,7 +167,11 @@ def _start(worker: _Worker) -> bool:
     global _next_start  # noqa: PLW0603
     if time.monotonic() < _next_start:
         return False
-    if _start_thread(serve(0, FIND), worker.address) != _NO_THREAD and serve(worker.address, AWAIT):
+    try:
+        entry = serve(0, FIND)
+    except BackendError:  # it is not compiled, and cannot be now
+        return False
+    if _start_thread(entry, worker.address) != _NO_THREAD and serve(worker.address, AWAIT):
         return True
     _next_start = time.monotonic() + _SECONDS_BETWEEN_STARTS
     return False
@@ -214,18 +220,19 @@ def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], wanted: int
     threads : int
         How many the kernel had.
     """
-    candidates = min(get_num_threads() - 1, len(_workers))
-    if wanted < 1 or candidates < 1:
+    shelves = _shelves  # first: it is older than the list of workers if this process is a child since
+    workers = _workers[: get_num_threads() - 1]
+    if wanted < 1 or not workers:
         return kernel(*arguments, NO_TEAM, 0), 1
-    shelf = _shelves.get((wanted, candidates))
+    shelf = shelves.get((wanted, len(workers)))
     if shelf is None:
-        if len(_shelves) >= _MOST_SHELVES:
-            _shelves.clear()
-        shelf = _shelves.setdefault((wanted, candidates), [])
+        if len(shelves) >= _MOST_SHELVES:
+            shelves.clear()
+        shelf = shelves.setdefault((wanted, len(workers)), [])
     try:
         team = shelf.pop()
     except IndexError:
-        team = _new_team(wanted, _workers[:candidates])
+        team = _new_team(wanted, workers)
     result = kernel(*arguments, team, 0)
     threads = int(team[1, THREADS])
     shelf.append(team)
