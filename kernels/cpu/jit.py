@@ -1,4 +1,4 @@
-"""How a kernel is compiled: all that stands on private parts of Numba.
+"""How a kernel is compiled and cached.
 
 A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
 and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
@@ -8,24 +8,19 @@ call's time. Numba's own way to extend its compiler serves for that: a pipeline 
 Nor are references counted: a kernel makes no arrays, and its caller keeps those that it is given. Numba would make an
 object for each of them at every call, a sixth of a short one's time, and count users even in innermost loops.
 
-Every private part is checked when this is imported. If one is missing or has other arguments, or FASTLSTM_PLAIN_NJIT=1
-is set, kernels and routines are compiled by plain ``numba.njit``: the same bits, but a slower first call in each
-process, since a plain kernel is not cached.
+Where Numba's private parts (``private_numba.py``) are not as they are known, kernels and routines are compiled by plain
+``numba.njit``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
 import os
 import pickle
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +28,26 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
-from llvmlite.binding import ffi
 from numba import njit, types
 from numba.extending import intrinsic
 
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cpu import kernel_cache
+from fastlstm.kernels.cpu.dispatcher import Kernel, RefusingKernel
 from fastlstm.kernels.cpu.plain_njit import PlainKernel
+from fastlstm.kernels.cpu.private_numba import (
+    PLAIN,
+    CompilerBase,
+    CompileResult,
+    DefaultPassBuilder,
+    JITCodeLibrary,
+    NativeLowering,
+    NullCache,
+    cgutils,
+    dumps,
+    make_function,
+    register_pass,
+)
 
 __all__ = [
     "KERNELS", "PLAIN", "VECTOR_BYTES", "address_of", "by_address", "caller", "cgutils", "compile_for", "compile_once",
@@ -58,101 +66,6 @@ def _host_vector_bytes() -> int:
 
 
 VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes())
-
-# --- the private parts --------------------------------------------------------------------------------------
-
-_problems: list[str] = []
-
-
-class _Missing:
-    """Stands for a private part that is not there, so that what is built of it can be defined, though not used."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, decorated: Any) -> Any:
-        return decorated
-
-
-def _private(module: str, name: str, *attributes: str) -> Any:
-    """Return a private part of Numba; note in `_problems` if it or an attribute of it is missing.
-
-    An attribute that is written with parameters, ``"run_pass(self, state)"``, has to be a function with these.
-    """
-    try:
-        part = getattr(import_module(module), name)
-    except (ImportError, AttributeError):
-        _problems.append(f"{module}.{name} is missing")
-        return _Missing
-    for attribute in attributes:
-        method, _, parameters = attribute.rstrip(")").partition("(")
-        if not hasattr(part, method):
-            _problems.append(f"{module}.{name}.{method} is missing")
-        elif parameters and list(inspect.signature(getattr(part, method)).parameters) != parameters.split(", "):
-            _problems.append(f"{module}.{name}.{method} takes other arguments than ({parameters})")
-    return part
-
-
-make_function = _private("numba._dynfunc", "make_function")
-NullCache = _private(
-    "numba.core.caching", "NullCache", "load_overload(self, sig, target_context)", "save_overload(self, sig, cres)",
-    "cache_path",
-)  # fmt: skip
-JITCodeLibrary = _private(
-    "numba.core.codegen", "JITCodeLibrary", "_optimize_functions(self, ll_module)", "_optimize_final_module(self)",
-    "_finalize_final_module(self)", "enable_object_caching(self)", "has_dynamic_globals",
-)  # fmt: skip
-JITCPUCodegen = _private("numba.core.codegen", "JITCPUCodegen", "magic_tuple(self)")
-CompilerBase = _private("numba.core.compiler", "CompilerBase", "define_pipelines(self)")
-CompileResult = _private("numba.core.compiler", "CompileResult", "_reduce(self)", "_rebuild", "lifted", "library")
-DefaultPassBuilder = _private("numba.core.compiler", "DefaultPassBuilder", "define_nopython_pipeline(state, name)")
-Flags = _private("numba.core.compiler", "Flags", "copy(self)", "no_compile", "nrt", "forceinline")
-_LowerResult = _private("numba.core.compiler", "_LowerResult", "fndesc", "cfunc", "env", "_replace")
-register_pass = _private("numba.core.compiler_machinery", "register_pass")
-CPUContext = _private(
-    "numba.core.cpu", "CPUContext", "refresh(self)", "codegen(self)", "insert_user_function(self, func, fndesc, libs)"
-)
-CPUTargetOptions = _private(
-    "numba.core.cpu", "CPUTargetOptions", "_nrt", "nogil", "error_model", "forceinline", "no_cpython_wrapper",
-    "no_cfunc_wrapper",
-)  # fmt: skip
-CPUDispatcher = _private(
-    "numba.core.registry", "CPUDispatcher", "_can_compile", "get_call_template(self, args, kws)",
-    "typeof_pyval(self, val)", "compile(self, sig)",
-)  # fmt: skip
-dumps = _private("numba.core.serialize", "dumps")
-global_compiler_lock = _private("numba.core.compiler_lock", "global_compiler_lock", "is_locked", "_lock")
-normalize_signature = _private("numba.core.sigutils", "normalize_signature")
-NativeLowering = _private("numba.core.typed_passes", "NativeLowering", "run_pass(self, state)")
-
-# Documented for extensions, so nothing stands in for it: without it there are no vectors.
-from numba.core import cgutils  # noqa: E402  # after the checks, which import what it needs
-
-
-def _check_pipeline() -> None:
-    """Note it if the standard pipeline does not lower by the pass that is exchanged here."""
-    with contextlib.suppress(AttributeError):
-        state = type("State", (), {"flags": Flags(), "func_ir": None})()
-        if [step for step, _ in DefaultPassBuilder.define_nopython_pipeline(state).passes].count(NativeLowering) == 1:
-            return
-    _problems.append("numba's pipeline for nopython mode has not exactly one pass NativeLowering")
-
-
-if not _problems:
-    _check_pipeline()
-
-# Why kernels are compiled by plain njit; None if they are not.
-PLAIN: str | None = None
-if os.environ.get("FASTLSTM_PLAIN_NJIT", "0") not in {"", "0"}:
-    PLAIN = "FASTLSTM_PLAIN_NJIT is set"
-elif _problems:
-    PLAIN = f"numba {numba.__version__} is not as this release of fastlstm knows it ({'; '.join(_problems)})"
-    warnings.warn(
-        f"{PLAIN}: kernels are compiled without private parts of it, which takes longer, in every process. Upgrade"
-        " fastlstm, or install an older numba.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 # --- compiling ----------------------------------------------------------------------------------------------
 
@@ -244,6 +157,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     else:
         options = {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
         made = njit(**options, pipeline_class=_KernelCompiler)(function)
+        Kernel.adopt(made)
         made._cache = _Cache(function)
     KERNELS.append(made)
     return made
@@ -290,7 +204,7 @@ def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
     """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
     if PLAIN:
         dispatcher.compile(tuple(map(numba.typeof, arguments)), unless_refused=True)
-    elif type(dispatcher) is not _Refusing:
+    elif type(dispatcher) is not RefusingKernel:
         dispatcher.compile(tuple(map(dispatcher.typeof_pyval, arguments)))
 
 
@@ -305,7 +219,7 @@ def refuse_others(dispatcher: Any) -> None:
         dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
         # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
         # for a while would allow it to other threads' calls, too, and for good if an interrupt came meanwhile.
-        dispatcher.__class__ = _Refusing
+        RefusingKernel.adopt(dispatcher)
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
@@ -415,40 +329,6 @@ def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
     inner.call(function, values)
     inner.ret_void()
     return call, place
-
-
-# --- fork ---------------------------------------------------------------------------------------------------
-
-# A child could never compile, nor load a kernel, if another thread of its parent did so at the time of the fork: it
-# would wait for that thread. So a fork waits until no thread does, for some seconds at most.
-_SECONDS_FOR_COMPILATION = 20.0
-_forking: dict[int, list[Any]] = {}  # by thread: the locks that it holds
-
-
-def _before_fork() -> None:
-    held = _forking[threading.get_ident()] = []
-    for lock in (global_compiler_lock._lock, ffi.lib._lock._lock):
-        if lock.acquire(timeout=_SECONDS_FOR_COMPILATION):
-            held.append(lock)
-
-
-def _after_fork_in_parent() -> None:
-    for lock in _forking.pop(threading.get_ident(), ()):
-        lock.release()
-
-
-def _after_fork_in_child() -> None:
-    held = _forking.pop(threading.get_ident(), ())
-    _forking.clear()
-    for owner in (global_compiler_lock, ffi.lib._lock):
-        if owner._lock in held:
-            owner._lock.release()
-        else:
-            owner._lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork") and not _problems:
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 # --- functions that are called by their address --------------------------------------------------------------
