@@ -153,8 +153,8 @@ def test_the_tests_run_in_eight_processes_where_xdist_is_there(tmp_path):
     script = Script(tmp_path)
     script("A")
     (given,) = [line for line in (tmp_path / "calls").read_text().splitlines() if "-m pytest" in line]
-    for name in ("cuda_device", "backends_agree", "gradients"):
-        assert f"tests/test_{name}.py" in given
+    for name in ("cuda/test_cuda_device", "test_backends_agree", "test_gradients"):
+        assert f"tests/{name}.py" in given
     assert " -n 8 --dist loadgroup " in given and "test_training" not in given
     (tmp_path / "calls").unlink()
     assert script("C", MISSING="xdist numba")[0] == 0
