@@ -218,7 +218,7 @@ class LSTM:
         input, and the places of its rows. What remains does not grow with T: the weights in the kernels' order, and
         scratch.
         """
-        if isinstance(tape, Tape) and tape.cell != self.cell:
+        if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")
         return functional.lstm_backward(self.params, tape, dy, dstate)
 

@@ -133,14 +133,14 @@ class LayerCall:
         dy = np.empty((0, columns), size.dtype) if dy is None else dy if dy.flags.carray else as_plain(dy)
         dy = dy.reshape(-1, columns)
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
-        found: dict[str, Array] = {}
         if self._small_back and not rows.ragged:
             grads = small_batch.small_backward(
                 size, self.directions[0].given(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
                 dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
-            found |= self.directions[0].named(grads)
+            found = self.directions[0].named(grads)
         else:
+            found = {}
             # One direction after the other: each adds to dx, and a second dx would exceed the promised memory.
             for d, direction in enumerate(self.directions):
                 grads = direction.backward(
