@@ -110,20 +110,8 @@ def sequence_forward(
     if settings[PACK]:
         first, last = share(blocks, team, thread)
         pack_forward(weights, order, first, last)
-    layer = _layer(
-        cell_of(settings, ADDRESSES, own, hidden),
-        weights,
-        order,
-        x,
-        y,
-        h_n,
-        c_n,
-        tape,
-        h_rows,
-        scratch,
-        settings,
-        thread,
-    )
+    cell = cell_of(settings, ADDRESSES, own, hidden)
+    layer = _layer(cell, weights, order, x, y, h_n, c_n, tape, h_rows, scratch, settings, thread)
     _begin(layer, rows, h0, c0, team, thread)
     if settings[CLEAR]:
         clear_padding(layer.y, layer.y_row, hidden, rows, settings[TOTAL], thread, threads_of(team, thread))
