@@ -130,9 +130,10 @@ def sequence_backward(
     hh = Product(address(h_rows), h_rows.shape[1], hidden, sums_hh, address(dweight_hh), hidden)
     barrier(team, thread)
 
+    own_sums = of_own, down.size
     _run_chunks(
-        layer, rows, ih, hh, forward, sums_bias, of_own, down.size, of_x, address(dx), settings, first, last, team, thread
-    )  # fmt: skip
+        layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, address(dx), settings, first, last, team, thread
+    )
     _finish_weights(layer, rows, ih, first, last, team, thread)
     _finish_weights(layer, rows, hh, first, last, team, thread)
     _finish(layer, rows, sums_bias, dbias, dh0, dc0, first, last, team, thread)
@@ -142,9 +143,10 @@ def sequence_backward(
 
 @routine(inline=True)
 def _run_chunks(
-    layer, rows, ih, hh, forward, sums_bias, of_own, own_size, of_x, dx, settings, first, last, team, thread
+    layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, dx, settings, first, last, team, thread
 ):  # fmt: skip
-    """Back-propagate chunk by chunk; `forward` is the record of packed weights if gates are computed again, else None."""
+    """Back-propagate chunk by chunk; `forward` has the packed weights if gates are computed again, and is None else."""
+    of_own, own_size = own_sums
     chunk_last = rows.steps
     while chunk_last > 0:
         chunk_first = maximum(0, chunk_last - settings[CHUNK])
