@@ -14,7 +14,8 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends import many, packing
+from fastlstm.backends import packing
+from fastlstm.backends.cpu import rows
 from fastlstm.backends.cpu.workspace import POOL, SCRATCH, Pool, Scratch, Workspace
 
 MIB = 1 << 20
@@ -91,12 +92,13 @@ def test_calls_of_ever_other_sizes_leave_little_behind(kind, bidirectional):
     assert int(done.stdout) < 3 * MIB
 
 
-@pytest.mark.parametrize("kind", ["equal", "places", "call"])
+@pytest.mark.parametrize("kind", ["equal", "places", "index", "call"])
 def test_what_is_kept_of_equal_lengths_is_bounded_in_bytes(kind):
     make, kept = {
         "equal": (packing._equal, packing._kept_equal),
         "places": (lambda steps, batch: packing._equal_places(steps, batch, True), packing._kept_equal_places),
-        "call": (_call, many._kept_equal_call),
+        "index": (lambda steps, batch: rows.Rows(None, steps, batch).index(True), rows._kept_index),
+        "call": (_call, rows._kept_index),
     }[kind]
     kept.cache_clear()
     small, large = packing.KEPT_BYTES // 8 // 4, packing.KEPT_BYTES // 8
@@ -117,12 +119,12 @@ def _call(steps, batch):
 
 @pytest.mark.parametrize("size", [0, 1, 1000, Pool.LEAST // 3, Pool.LEAST - 64, Pool.LEAST])
 def test_scratch_of_many_calls_at_once_is_bounded_in_bytes(size):
-    scratch, workspace = Scratch(), Workspace(np.dtype(np.uint8), ((size,),))
+    scratch, workspace = Scratch(), Workspace(np.dtype(np.uint8), (size,))
     lent = [scratch.borrow(workspace) for _ in range(3000 if size < 1001 else 10)]
-    for arrays in lent:
-        scratch.give_back(workspace, arrays)
+    for memory in lent:
+        scratch.give_back(workspace, memory)
     kept = scratch._idle.get(workspace, [])
-    assert sum(array.nbytes for arrays in kept for array in arrays) <= Pool.LEAST
+    assert sum(memory.nbytes for memory in kept) <= Pool.LEAST
     assert len(kept) >= (1 if size < Pool.LEAST else 0)
 
 

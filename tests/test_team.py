@@ -16,11 +16,12 @@ from harness import BackendUnderTest
 import fastlstm
 from fastlstm import LSTM, use_backend
 from fastlstm.backends.cpu import thread_pool
-from fastlstm.backends.cpu.launch import Together
+from fastlstm.backends.cpu.launch import AtOnce
+from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
-from fastlstm.backends.packing import Packing
 from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
 from fastlstm.kernels.cpu.jit import kernel
+from fastlstm.kernels.cpu.ragged import rows_of, share_rows
 from fastlstm.kernels.cpu.team import (
     MAILBOX,
     MEMBER,
@@ -30,7 +31,6 @@ from fastlstm.kernels.cpu.team import (
     barrier,
     dismiss,
     record,
-    share_rows,
     summon,
     take,
 )
@@ -178,7 +178,7 @@ def test_calls_together_give_the_bits_of_calls_one_after_the_other():
         found = train(lstm, x)
         assert served() > before
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Together, "run", lambda self: None)
+            patched.setattr(AtOnce, "run", lambda self: None)
             assert train(lstm, x) != found, "the directions are run together"
         fastlstm.set_num_threads(1)
         assert train(lstm, x) == found
@@ -307,10 +307,10 @@ def who_takes(threads, items, rounds, patience):
 
 
 @kernel
-def rows_of_each(offsets, lengths, first_step, last_step, team, found):
+def rows_of_each(index, batch, steps, first_step, last_step, team, found):
     """Note which rows of some steps each thread of a team would have."""
     for thread in range(found.shape[0]):
-        found[thread] = share_rows(offsets, lengths, first_step, last_step, team, thread)
+        found[thread] = share_rows(rows_of(index, batch, steps), first_step, last_step, team, thread)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -318,13 +318,14 @@ def rows_of_each(offsets, lengths, first_step, last_step, team, found):
     "lengths", [[30] * 13, [9, 30, 1, 17, 0, 23, 30, 12, 5, 28, 3, 3, 29], [30, *[1] * 40], [0, 0]]
 )
 def test_rows_are_divided_so_that_the_threads_have_about_as_many_steps(lengths, threads):
-    packing = Packing.of(np.array(lengths), 30, len(lengths))
-    steps = packing.offsets.size - 1
+    rows = Rows(np.array(lengths), 30, len(lengths))
+    steps, index = rows.longest, rows.index(False)
+    in_order = np.sort(lengths)[::-1]
     team, found = np.zeros((1 + threads, 8), np.int64), np.zeros((threads, 2), np.int64)
     team[1:, THREADS] = threads
     for first, last in [(0, steps), *((step, min(step + 7, steps)) for step in range(0, steps, 7))]:
-        rows_of_each(packing.offsets, packing.lengths, first, last, team, found)
-        of_each_row = np.clip(packing.lengths - first, 0, last - first)
+        rows_of_each(index, len(lengths), steps, first, last, team, found)
+        of_each_row = np.clip(in_order - first, 0, last - first)
         before = np.cumsum([0, *of_each_row[of_each_row > 0]])  # the steps before each row
         assert (found[0, 0], found[-1, 1]) == (0, before.size - 1), "each row is somebody's"
         assert (found[1:, 0] == found[:-1, 1]).all() and (found[:, 1] >= found[:, 0]).all(), "and nobody else's"

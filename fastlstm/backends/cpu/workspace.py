@@ -66,8 +66,13 @@ def is_to_be_cleared(padded: Array) -> bool:
 
 
 def new_like(array: Array) -> Array:
-    """Allocate an array for the caller, as :func:`new_array` does, of the shape and dtype of another."""
-    return np.empty_like(array) if array.nbytes < Pool.LEAST else new_array(array.shape, array.dtype)
+    """Allocate an array for the caller, as :func:`new_array` does, of the shape and dtype of another.
+
+    In C order, whatever the other's: a kernel refuses an array in another order, and would get a copy to write into.
+    """
+    if array.nbytes < Pool.LEAST:
+        return np.empty_like(array, order="C", subok=False)
+    return new_array(array.shape, array.dtype)
 
 
 @functools.lru_cache(maxsize=256)
