@@ -182,7 +182,7 @@ def main() -> int:
         for cell in new.cells:
             table[cell] = compare(old, new, cell, options.rounds, options.block)
             print(f"{threads} threads  {cell:36} {table[cell]['ratio']:.2f}", file=sys.stderr)
-    from fastlstm.environment import describe_for_others
+    from fastlstm.diagnostics import describe_for_others
 
     found["machine"] = describe_for_others()
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

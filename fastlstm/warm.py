@@ -66,7 +66,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         for dtype in dtypes:
             _run(dtype, train, step)
         # The kernel in which workers wait, needed where there is more than one thread.
-        jit.compile_for(import_module("fastlstm.kernels.cpu.team").serve, (0, 0))
+        jit.compile_for(import_module("fastlstm.kernels.cpu.thread_team").serve, (0, 0))
     compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
     where = ", ".join(map(str, cache.used)) or cache.describe()
     return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem)

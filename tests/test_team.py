@@ -22,7 +22,7 @@ from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, new_records, r
 from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
 from fastlstm.kernels.cpu.jit import kernel
 from fastlstm.kernels.cpu.ragged import rows_of, share_rows
-from fastlstm.kernels.cpu.team import (
+from fastlstm.kernels.cpu.thread_team import (
     MAILBOX,
     MEMBER,
     RECORD_ROWS,

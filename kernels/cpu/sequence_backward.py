@@ -16,7 +16,7 @@ from fastlstm.kernels.cpu.gemv import Unpacked
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, threads_of
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
@@ -100,7 +100,7 @@ def sequence_backward(
     scratch,  # one-dimensional
     again,  # one-dimensional scratch if the tape has c alone and the gates are computed again, else None
     settings,  # (SETTINGS,), IN
-    team,  # (1 + rows, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,
 ):
     """Back-propagate through the recurrence."""

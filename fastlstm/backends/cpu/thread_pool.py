@@ -4,7 +4,7 @@ Numba's own threading layers are not used: its OpenMP layer kills a forked child
 default layer does not bear two user threads calling at once. Nor are Python's threads: ``threading`` and ``_thread``
 may be patched, and a thread that needs the interpreter may wait for it forever. Workers are threads of the operating
 system that never run Python; the interpreter's C API starts them. A kernel itself claims those that are free, and frees
-them before it returns (``kernels/cpu/worker.py`` and ``team.py`` say how). Two calls at once share the workers, and
+them before it returns (``kernels/cpu/worker.py`` and ``thread_team.py`` say how). Two calls at once share the workers, and
 none waits for another. Results do not depend on the number of threads.
 
 What is left for Python is bookkeeping that no interrupt can break, each step being one operation of the interpreter: a
@@ -30,7 +30,7 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.errors import BackendError
-from fastlstm.kernels.cpu.team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
+from fastlstm.kernels.cpu.thread_team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 from fastlstm.kernels.cpu.worker import (
     ABSENT,
@@ -207,7 +207,7 @@ def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], wanted: int
     Parameters
     ----------
     kernel : callable
-        The kernel; claims the workers itself (see ``kernels/cpu/team.py``).
+        The kernel; claims the workers itself (see ``kernels/cpu/thread_team.py``).
     arguments : tuple
         Its arguments; all but the last two, which are the team and the thread's number.
     wanted : int
