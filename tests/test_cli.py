@@ -16,7 +16,7 @@ from fastlstm.errors import BackendError
 def few_cases(monkeypatch):
     """Two cases in place of sixty, the second ragged."""
     chosen = [diagnostics.Case(3, 2, 5, 3, 1, False, True, False), diagnostics.Case(7, 5, 4, 17, 2, True, True, True)]
-    monkeypatch.setattr(agreement, "cases", lambda: iter(chosen))
+    monkeypatch.setattr(diagnostics, "cases", lambda: iter(chosen))
 
 
 def here():
@@ -92,7 +92,7 @@ def test_check_sees_a_gradient_that_is_wrong_or_no_number(monkeypatch):
                 result["dh0"] = [wrong(value) for value in result["dh0"]]
             return result
 
-        monkeypatch.setattr(agreement, "_run", run)
+        monkeypatch.setattr(diagnostics, "_run", run)
         failed = {(row.dtype, row.quantity) for row in diagnostics.compare("reference") if not row.within_bound}
         assert failed == {("float32", "dh0")}
 
@@ -110,7 +110,7 @@ def test_ctrl_c_ends_quietly(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(environment, "describe", interrupt)
+    monkeypatch.setattr(diagnostics, "describe", interrupt)
     assert cli.main(["info"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -1,9 +1,9 @@
 """One layer in one direction over a whole sequence, forward: the driver for large batches.
 
 A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has the
-others do so (``thread_team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every thread
-has its own rows and all units, the steps need no synchronisation; where units are divided, the team meets after each
-step, and a thread that is ready early takes blocks of threads that are behind.
+others do so (``thread_team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every
+thread has its own rows and all units, the steps need no synchronisation; where units are divided, the team meets after
+each step, and a thread that is ready early takes blocks of threads that are behind.
 
 ``ragged.py`` says how the rows are packed. Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H
 padded to whole vectors.

@@ -4,8 +4,8 @@ Numba's own threading layers are not used: its OpenMP layer kills a forked child
 default layer does not bear two user threads calling at once. Nor are Python's threads: ``threading`` and ``_thread``
 may be patched, and a thread that needs the interpreter may wait for it forever. Workers are threads of the operating
 system that never run Python; the interpreter's C API starts them. A kernel itself claims those that are free, and frees
-them before it returns (``kernels/cpu/worker.py`` and ``thread_team.py`` say how). Two calls at once share the workers, and
-none waits for another. Results do not depend on the number of threads.
+them before it returns (``kernels/cpu/worker.py`` and ``thread_team.py`` say how). Two calls at once share the workers,
+and none waits for another. Results do not depend on the number of threads.
 
 What is left for Python is bookkeeping that no interrupt can break, each step being one operation of the interpreter: a
 list of workers that only grows, with mailboxes that say themselves whether a thread serves them; and arrays for teams,
