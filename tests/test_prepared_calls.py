@@ -313,6 +313,57 @@ def test_an_input_of_a_frozen_model_may_lie_otherwise_than_in_the_call_before(dt
             assert_identical(run(lstm, given), usual)
 
 
+REFUSED = {
+    "a step of an input that is a part": (step, "x", "every_other"),
+    "a step of an input to read only": (step, "x", "read_only"),
+    "a state that is a part": (infer, "h0", "every_other"),
+    "a weight in Fortran order": (infer, "weight_hh_l0", "fortran"),
+    "training from a state that is a part": (train, "c0", "every_other"),
+    "training with a weight in Fortran order": (train, "weight_ih_l0", "fortran"),
+    "training with a bias to read only": (train, "bias_l0", "read_only"),
+}
+
+
+@pytest.fixture
+def refused():
+    """Note the kernels that refuse their arguments."""
+    if CPU.missing:
+        pytest.skip(str(CPU.missing))
+    from fastlstm.kernels.cpu.dispatcher import RefusingKernel
+
+    found, call = [], RefusingKernel.__call__
+
+    def note(kernel, *arguments):
+        try:
+            return call(kernel, *arguments)
+        except TypeError:
+            found.append(kernel.__name__)
+            raise
+
+    RefusingKernel.__call__ = note
+    yield found
+    del RefusingKernel.__call__
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_array_that_numba_refuses_is_not_handed_over_again(dtype, what, frozen, refused):
+    """It takes a hundred microseconds or more to say so: in a closed loop, at every step."""
+    run, which, layout = REFUSED[what]
+    if frozen and "weight" in which + what:
+        pytest.skip("those of a frozen model are its own")
+    model = Model(1, 3, 4, 18, frozen=frozen)
+    lstm = model.new(dtype)
+    given = frozen_if(model, lstm, model.given(dtype, CPU))
+    given = replaced(given, which, lay_out(layout, named(given)[which]))
+    with CPU.active():
+        run(lstm, given)
+        refused.clear()
+        for _ in range(3):
+            run(lstm, given)
+    assert not refused
+
+
 @pytest.mark.parametrize("layout", ["foreign", "unaligned", "read_only", "fortran", "negative", "mapped"])
 def test_what_becomes_plain_is_a_copy_of_native_numbers(dtype, layout):
     given = lay_out(layout, np.random.default_rng(0).normal(size=(3, 4, 5)).astype(dtype))

@@ -105,7 +105,9 @@ class LayerCall:
         y = y.reshape(rows.steps, rows.batch, size.hidden)
         direction = self.directions[0]
         if self._trains_small:
-            tape = small_batch.small_forward(size, direction.given(arrays), *given)
+            x, h0, c0, *outputs = given
+            given = x, as_plain(h0), as_plain(c0), *outputs
+            tape = small_batch.small_forward(size, direction.arguments(arrays), *given)
             return y, LayerTape(x, rows, [tape])
         if self._launch is None:
             kernel = small_forward_packed if packed else small_forward
@@ -135,7 +137,7 @@ class LayerCall:
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
         if self._small_back and not rows.ragged:
             grads = small_batch.small_backward(
-                size, self.directions[0].given(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
+                size, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
                 dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
             found = self.directions[0].named(grads)

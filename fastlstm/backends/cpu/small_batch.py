@@ -53,14 +53,21 @@ class Inference:
         Of the first layer.
     layers, steps, batch : int
         L, T and B.
+
+    Attributes
+    ----------
+    careful : bool
+        Whether arrays are looked at before a launch. They are once the kernel refused one: Numba takes hundreds of
+        microseconds for that, a step takes six.
     """
 
-    __slots__ = ("candidates", "kernel", "rows", "settings")
+    __slots__ = ("candidates", "careful", "kernel", "rows", "settings")
 
     def __init__(self, kernel: Any, size: Size, layers: int, steps: int, batch: int) -> None:
         small.prepare(kernel, size.dtype)
         self.kernel, self.settings, self.rows = kernel, _settings(size, layers), steps * batch
         self.candidates: Any = None
+        self.careful = False
         if self.rows > FEW_ROWS or size.hidden * (size.inputs + size.hidden) >= LEAST_TO_SHARE:
             self.candidates = _candidates(kernel, size, layers, self.rows, batch)
 
@@ -68,10 +75,11 @@ class Inference:
         """Launch. Arrays that the kernel does not take as they are, it refuses, and gets in another layout."""
         if self.candidates is None or get_num_threads() == 1:
             try:
-                if self.kernel(*arguments, self.settings, NO_TEAM, 0):
+                given = map(as_plain, arguments) if self.careful else arguments
+                if self.kernel(*given, self.settings, NO_TEAM, 0):
                     return
             except TypeError:  # Numba's: an array is not contiguous, or read-only
-                pass
+                self.careful = True
             done = self.kernel(*map(as_plain, arguments), self.settings, NO_TEAM, 0)
         else:
             done = launch(self.kernel, tuple(map(as_plain, arguments)), self.candidates, self.rows, get_num_threads())
