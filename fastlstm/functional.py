@@ -33,9 +33,14 @@ class Tape:
         """The model's description."""
         return self.call.cell
 
+    @property
+    def backend(self) -> str:
+        """Name of the backend that made it."""
+        return self.call.backend
+
     def __repr__(self) -> str:
         layout = self.call.layout
-        return f"<Tape of T={layout.steps}, B={layout.batch} on the {self.call.backend} backend>"
+        return f"<Tape of T={layout.steps}, B={layout.batch} on the {self.backend} backend>"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
