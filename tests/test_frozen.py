@@ -13,8 +13,8 @@ from harness import REFERENCE, BackendUnderTest, Case, problem, results, solve
 from tolerances import assert_close, assert_identical
 
 import fastlstm
-from fastlstm import LSTM
-from fastlstm.backends.cpu import launch as calls
+from fastlstm import LSTM, calls
+from fastlstm.backends.cpu import weights
 from fastlstm.frozen import FrozenParams
 
 CASES = [
@@ -103,9 +103,9 @@ def test_steps_give_the_bits_of_the_whole_sequence_and_of_training(dtype, case, 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 7), (1, 32), (6, 1), (30, 9)])
-def test_an_input_that_is_a_part_of_another_array_takes_no_longer_way(dtype, frozen, steps, batch):
+def test_an_input_that_is_a_part_of_another_array_finds_the_prepared_call(dtype, frozen, steps, batch, monkeypatch):
     rng = np.random.default_rng(0)
-    # In a closed loop it is: what Numba refuses takes it a hundred microseconds to say so.
+    # In a closed loop it is such a part.
     lstm = LSTM(5, 33, dtype=dtype, seed=0)
     lstm = lstm.freeze() if frozen else lstm
     whole = rng.normal(size=(2 * steps, batch, 11)).astype(dtype)
@@ -115,11 +115,11 @@ def test_an_input_that_is_a_part_of_another_array_takes_no_longer_way(dtype, fro
         for x in (whole[::2, :, 3:8], whole[::-2, :, 10:5:-1], to_read):
             y, state = lstm(x.copy())
             h, first = lstm.step(x[0].copy())
-            for _ in range(2):
-                found = fastlstm.dispatch.backend_named("cpu").shortcut(lstm.cell, lstm.params, x, None)
-                assert_identical(outputs(*found), outputs(y, state))
-                found = fastlstm.dispatch.backend_named("cpu").shortcut(lstm.cell, lstm.params, x[0], None)
-                assert_identical(outputs(*found), outputs(h, first))
+            with monkeypatch.context() as patch:
+                patch.setattr(calls, "checked", None)
+                for _ in range(2):
+                    assert_identical(outputs(*lstm(x)), outputs(y, state))
+                    assert_identical(outputs(*lstm.step(x[0])), outputs(h, first))
 
 
 @pytest.mark.parametrize("hidden", [5, 64, 100])
@@ -235,9 +235,8 @@ def test_a_copy_of_a_frozen_model_is_frozen(dtype, again):
     assert type(other.params) is FrozenParams and repr(other) == repr(frozen) and ".freeze()" in repr(other)
     for _ in range(2):
         assert_identical({"y": other(x)[0]}, {"y": y})
-    with fastlstm.use_backend("cpu"):
-        other(x)
-        assert fastlstm.dispatch.backend_named("cpu").shortcut(other.cell, other.params, x, None) is not None
+    call = calls.find(other.cell, other.params, x, calls.mode(batch_first=False, keep_tape=False))
+    assert call is not None and call.frozen and call.takes_all(other.params, x, None)
     with pytest.raises(ValueError, match="read-only"):
         other.params["bias_l0"][0] = 1.0
 
@@ -261,8 +260,8 @@ def test_the_plan_of_a_frozen_model_is_its_own():
 
 
 def test_the_weights_are_packed_at_the_first_call_and_never_again(monkeypatch, threads):
-    packings, pack = [], calls.pack_weights
-    monkeypatch.setattr(calls, "pack_weights", lambda *arguments: packings.append(pack(*arguments)))
+    packings, pack = [], weights.pack_weights
+    monkeypatch.setattr(weights, "pack_weights", lambda *arguments: packings.append(pack(*arguments)))
     frozen = LSTM(5, 33, 2, bidirectional=True, seed=0).freeze()
     single = LSTM(5, 33, seed=0).freeze()
     with fastlstm.use_backend("cpu"):

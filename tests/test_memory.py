@@ -18,7 +18,9 @@ import pytest
 from harness import REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
-from fastlstm import LSTM, dispatch, use_backend
+from fastlstm import LSTM, calls, dispatch, use_backend
+from fastlstm.backends.base import Signature
+from fastlstm.backends.cpu import rows
 from fastlstm.backends.cpu.autotune import Trials
 from fastlstm.backends.cpu.workspace import POOL, Pool, Scratch, Workspace, is_to_be_cleared, new_array, one_block
 from fastlstm.frozen import FrozenParams
@@ -34,6 +36,8 @@ CASES = [
     Case(1, 1, 3, 5, 2, bias=False),
     *(Case(*rows, 9, 33, 2) for rows in ((1, 4), (4, 1), (2, 2), (1, 8))),  # weights used as they lie
     Case(4, 3, 2, 5, 2, True, lengths=(0, 0, 0)),
+    *(Case(*rows, 9, 33, 2, peephole=True) for rows in ((1, 1), (2, 7), (6, 13))),
+    Case(9, 20, 64, 97, bidirectional=True, lengths="zeros", peephole=True),
 ]
 
 
@@ -42,6 +46,15 @@ class Guarded:
 
     def __init__(self):
         self.buffers = []
+        self.gaps = []  # between arrays that are parts of one
+
+    def margins(self):
+        """Every margin, and what it is full of."""
+        for buffer, count, fill in self.buffers:
+            yield buffer[:MARGIN], fill
+            yield buffer[MARGIN + count :], fill
+        for gap in self.gaps:
+            yield gap, np.nan
 
     def empty(self, shape, dtype=np.float64, order="C"):
         assert order == "C"
@@ -61,8 +74,9 @@ class Guarded:
         array[...] = value
         return array
 
-    def empty_like(self, like):
-        return self.empty(like.shape, like.dtype)
+    def empty_like(self, like, order="C", subok=False):
+        assert not subok
+        return self.empty(like.shape, like.dtype, order)
 
     def array(self, value, dtype=None, order="C", subok=False):
         assert order == "C" and not subok
@@ -71,10 +85,35 @@ class Guarded:
         return array
 
     def check(self):
-        for buffer, count, fill in self.buffers:
-            for margin in (buffer[:MARGIN], buffer[MARGIN + count :]):
-                untouched = np.isnan(margin) if np.isnan(fill) else margin == fill
-                assert untouched.all(), f"a kernel wrote outside an array of {count} elements of {buffer.dtype}"
+        for margin, fill in self.margins():
+            untouched = np.isnan(margin) if np.isnan(fill) else margin == fill
+            assert untouched.all(), f"a kernel wrote outside an array of {margin.dtype}"
+
+
+class GuardedScratch(Scratch):
+    """Scratch memory whose arrays, parts of one block, have margins between them; fresh for each call."""
+
+    def __init__(self, guard):
+        super().__init__()
+        self.guard = guard
+
+    @staticmethod
+    def layout(itemsize, shapes):
+        """Place arrays in a block as the library does, but for the margins; the last one, for none, has no end."""
+        starts, end = [], 0
+        for shape in shapes:
+            starts.append(end)
+            end += (int(np.prod(shape)) + MARGIN) * itemsize
+        return starts, end
+
+    def borrow(self, workspace):
+        memory = self.guard.empty((workspace.size,), workspace.dtype)
+        ends = [start - MARGIN for start in (*workspace.starts[1:], workspace.size)]
+        self.guard.gaps += [memory[end : end + MARGIN] for end in ends]
+        return memory
+
+    def give_back(self, workspace, memory):
+        """Keep nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +131,34 @@ def guarded(monkeypatch):
     """Replace NumPy's allocating functions in the CPU backend and what it calls, and check the margins at the end."""
     if BackendUnderTest("cpu").missing:
         pytest.skip(BackendUnderTest("cpu").missing)
-    implementation = dispatch.backend_named("cpu")
+    dispatch.backend_named("cpu")
     guard = Guarded()
     names = ("empty", "zeros", "full", "empty_like", "array")
     guarded_numpy = types.SimpleNamespace(**(vars(np) | {name: getattr(guard, name) for name in names}))
+
+    def one_block(dtype, *shapes, lasting=False):
+        return [guard.empty(shape, dtype) for shape in shapes]
+
     for name, module in list(sys.modules.items()):
-        host_only = name.rpartition(".")[2] in ("reference", "layers", "cuda", "device")
-        if name.startswith("fastlstm.backends.") and hasattr(module, "np") and not host_only:
-            monkeypatch.setattr(module, "np", guarded_numpy)
-    monkeypatch.setattr(type(implementation), "xp", guarded_numpy)
-    scratch = Scratch()
-    for module in (sys.modules[f"fastlstm.backends.{name}"] for name in ("calls", "few", "many", "memory")):
-        if hasattr(module, "one_block"):
-            monkeypatch.setattr(
-                module, "one_block", lambda dtype, *shapes, lasting=False: [guard.empty(s, dtype) for s in shapes]
-            )
-    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu.launch"], "SCRATCH", scratch)
+        if name.startswith("fastlstm.backends.cpu.") or name == "fastlstm.backends.plain_arrays":
+            if hasattr(module, "np"):
+                monkeypatch.setattr(module, "np", guarded_numpy)
+            if hasattr(module, "one_block"):
+                monkeypatch.setattr(module, "one_block", one_block)
+            if hasattr(module, "_nothing"):
+                module._nothing.cache_clear()
+    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu.workspace"], "_layout", GuardedScratch.layout)
+    monkeypatch.setattr(sys.modules["fastlstm.backends.cpu.launch"], "SCRATCH", GuardedScratch(guard))
+    forget()
     yield guard
     guard.check()
+    forget()
+
+
+def forget():
+    """Forget what calls before have prepared: workspaces without margins, or with them."""
+    calls._cells.clear()
+    rows._kept_index.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -126,8 +175,8 @@ def test_inference_stays_inside_its_arrays(guarded, dtype, case):
     expected = solve(p, REFERENCE)
     p = p.astype(dtype)
     params, (h0, c0) = {name: guarded.array(value) for name, value in p.params.items()}, map(guarded.array, p.state)
-    backend = dispatch.backend_named("cpu")
-    result = backend.forward(p.cell, params, guarded.array(p.x), h0, c0, p.lengths, None, keep_tape=False)
+    call = dispatch.backend_named("cpu").prepare(p.cell, Signature(case.steps, case.batch, False, False))
+    result = call.forward(params, guarded.array(p.x), h0, c0, p.lengths, None, False)
     found = {"y": result.y, "h_n": result.h_n, "c_n": result.c_n}
     expected = {name: expected[name] for name in found}
     assert_close("agreement", found, expected, backend="cpu", dtype=dtype)
@@ -138,27 +187,30 @@ def test_a_frozen_model_stays_inside_its_arrays(guarded, dtype, case):
     p = problem(dataclasses.replace(case, dropout=0.0))
     expected = solve(p, REFERENCE)
     p = p.astype(dtype)
-    params, backend = FrozenParams(p.cell, p.params), dispatch.backend_named("cpu")
+    params, signature = FrozenParams(p.cell, p.params), Signature(case.steps, case.batch, False, True)
+    call = dispatch.backend_named("cpu").prepare(p.cell, signature)
     x, (h0, c0) = guarded.array(p.x), map(guarded.array, p.state)
     for _ in range(2):  # the first call packs the weights
-        result = backend.forward(p.cell, params, x, h0, c0, p.lengths, None, keep_tape=False)
+        result = call.forward(params, x, h0, c0, p.lengths, None, False)
         found = {"y": result.y, "h_n": result.h_n, "c_n": result.c_n}
         assert_close("agreement", found, {name: expected[name] for name in found}, backend="cpu", dtype=dtype)
 
 
+@pytest.mark.parametrize("peephole", [False, True], ids=["", "peephole"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("batch", [1, 2, 6, 7, 13, 40])
 @pytest.mark.parametrize(("inputs", "hidden"), [(1, 1), (5, 7), (16, 16), (17, 33), (3, 100)])
-def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden, frozen):
-    p = problem(Case(1, batch, inputs, hidden, 2))
+def test_a_step_stays_inside_its_arrays(guarded, dtype, batch, inputs, hidden, frozen, peephole):
+    p = problem(Case(1, batch, inputs, hidden, 2, peephole=peephole))
     expected = solve(p, REFERENCE)
     p = p.astype(dtype)
     params = {name: guarded.array(value) for name, value in p.params.items()}
     params = FrozenParams(p.cell, params) if frozen else params
     state = map(guarded.array, p.state)
-    h, c = dispatch.backend_named("cpu").step(p.cell, params, guarded.array(p.x[0]), *state)
-    expected = {name: expected[name] for name in ("h_n", "c_n")}
-    assert_close("agreement", {"h_n": h, "c_n": c}, expected, backend="cpu", dtype=dtype)
+    call = dispatch.backend_named("cpu").prepare(p.cell, Signature(1, batch, False, frozen))
+    y, h, c = call.step(params, guarded.array(p.x[0]), *state)
+    expected = {name: expected[name].reshape(value.shape) for name, value in (("y", y), ("h_n", h), ("c_n", c))}
+    assert_close("agreement", {"y": y, "h_n": h, "c_n": c}, expected, backend="cpu", dtype=dtype)
 
 
 def test_the_arrays_of_a_block_are_apart_and_each_starts_a_cache_line(dtype):
@@ -258,21 +310,31 @@ def test_an_array_for_the_caller_is_his_until_he_drops_it(pool, dtype, elements)
 
 
 def test_scratch_is_lent_to_one_call_at_a_time_and_kept_for_a_few_kinds_of_calls_only(dtype):
-    scratch, workspace = Scratch(), Workspace(dtype, ((3, 4), (5,)))
+    scratch, workspace = Scratch(), Workspace(dtype, (3, 4), (5,))
     one, other = scratch.borrow(workspace), scratch.borrow(workspace)
-    assert [(array.shape, array.dtype) for array in one] == [((3, 4), dtype), ((5,), dtype)]
-    assert not np.shares_memory(one[0], other[0])
+    assert one.shape == (workspace.size,) and one.dtype == dtype and one.flags.carray
+    assert not np.shares_memory(one, other)
     scratch.give_back(workspace, one)
     assert scratch.borrow(workspace) is one
     scratch.give_back(workspace, one)
     for size in range(Scratch.KINDS):
-        another = Workspace(dtype, ((size,),))
+        another = Workspace(dtype, (size,))
         scratch.give_back(another, scratch.borrow(another))
     assert scratch.borrow(workspace) is not one, "too many kinds: all were forgotten"
-    large = Workspace(dtype, ((Pool.LEAST,),))
+    large = Workspace(dtype, (Pool.LEAST,))
     lent = scratch.borrow(large)
     scratch.give_back(large, lent)
     assert scratch.borrow(large) is not lent, "the pool keeps large ones"
+
+
+def test_the_arrays_of_a_workspace_are_apart_and_each_starts_a_cache_line(dtype):
+    shapes = [(3, 5), (0, 7), (16,), (1, 1, 1), (2, 16)]
+    workspace = Workspace(dtype, *shapes)
+    memory = Scratch().borrow(workspace)
+    assert memory.ctypes.data % CACHE_LINE == 0
+    ends = [start + int(np.prod(shape)) for start, shape in zip(workspace.starts, shapes, strict=True)]
+    assert all(end <= start for end, start in zip(ends, (*workspace.starts[1:], workspace.size), strict=True))
+    assert all(start * dtype.itemsize % CACHE_LINE == 0 for start in workspace.starts)
 
 
 def test_no_block_is_in_two_hands(pool):

@@ -215,6 +215,7 @@ def test_of_whatever_size_the_bits_are_those_of_a_first_call(dtype, size, bias, 
     before = copy.deepcopy(given)
     with CPU.active():
         expected, lstm = train(model.new(dtype), given), model.new(dtype)
+        assert expected["dx"].shape == given.x.shape
         for _ in range(3):
             found = train(lstm, given)
             assert_identical(found, expected)

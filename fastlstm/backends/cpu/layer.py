@@ -105,8 +105,7 @@ class LayerCall:
         y = y.reshape(rows.steps, rows.batch, size.hidden)
         direction = self.directions[0]
         if self._trains_small:
-            x, h0, c0, *outputs = given
-            given = x, as_plain(h0), as_plain(c0), *outputs
+            given = given[0], as_plain(h0), as_plain(c0), *given[3:]
             tape = small_batch.small_forward(size, direction.arguments(arrays), *given)
             return y, LayerTape(x, rows, [tape])
         if self._launch is None:
