@@ -23,6 +23,7 @@ from fastlstm.backends.many import direction_backward, direction_forward
 from fastlstm.backends.memory import new_array
 from fastlstm.backends.packing import Packing
 from fastlstm.backends.plan import choose
+from fastlstm.backends.thread_pool import can_run_at_once
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu.simd import lanes
@@ -115,7 +116,8 @@ def _run_directions(run: Callable[..., Any], size: Size, directions: int, packin
     `run` is given a direction, the most threads for it, and what calls its kernel.
     """
     most = get_num_threads()
-    if directions == 1 or size.plans(packing, most, directions=directions)[0].kind != "directions":
+    at_once = directions > 1 and size.plans(packing, most, directions=directions)[0].kind == "directions"
+    if not (at_once and can_run_at_once(directions)):
         return [run(direction, most, run_call) for direction in range(directions)]
     together = Together(directions)
     found = [run(direction, 1, together.call) for direction in range(directions)]
