@@ -11,6 +11,7 @@ from fastlstm.backends.cpu import small_batch
 from fastlstm.backends.cpu.launch import AtOnce, launch
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.sequence import DirectionCall, schedules
+from fastlstm.backends.cpu.thread_pool import can_run_at_once
 from fastlstm.backends.cpu.weights import Packed, size_of
 from fastlstm.backends.cpu.workspace import new_array
 from fastlstm.backends.plain_arrays import as_plain
@@ -80,7 +81,7 @@ class LayerCall:
         at_once = None
         if len(directions) == 2 and threads > 1:
             chosen = schedules(size, rows.count, rows.batch, threads, directions=2)
-            at_once = AtOnce(2) if chosen[0].kind == "directions" else None
+            at_once = AtOnce(2) if chosen[0].kind == "directions" and can_run_at_once(2) else None
         tapes = []
         for d, direction in enumerate(directions):
             weights = packed.layers[self.number][d] if packed else None
