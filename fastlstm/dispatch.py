@@ -101,8 +101,8 @@ def backend_named(name: str) -> Backend:
         backend = getattr(import_module(f"fastlstm.backends.{name}"), "BACKEND", None)
         if backend is None:  # this thread is importing it: a call interrupts its own import
             raise BackendError(
-                f"a signal handler or a finaliser needs backend {name!r}, which the call that it interrupts is importing;"
-                " make a call before"
+                f"a signal handler or a finaliser needs backend {name!r}, which the call that it interrupts is"
+                " importing; make a call before"
             )
         _loaded[name] = backend
     return _loaded[name]

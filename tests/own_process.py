@@ -70,7 +70,8 @@ def without_workers():
 
 # What keeps something between calls.
 WATCHED = {
-    "thread_pool.py", "launch.py", "workspace.py", "calls.py", "prepared_call.py", "layer.py", "small_batch.py", "mask_keys.py"
+    "thread_pool.py", "launch.py", "workspace.py", "calls.py", "prepared_call.py", "layer.py", "small_batch.py",
+    "mask_keys.py",
 }
 
 def at_event(number, action, call, event="opcode"):
