@@ -82,7 +82,7 @@ def growth(kind, bidirectional):
 def test_calls_of_ever_other_sizes_leave_little_behind(kind, bidirectional):
     if BackendUnderTest("cpu").missing:
         pytest.skip(BackendUnderTest("cpu").missing)
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, __file__, kind, str(int(bidirectional))], env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=300, check=False,
