@@ -284,7 +284,8 @@ def test_an_earlier_run_is_not_taken_for_this_one_and_other_stages_stay(tmp_path
 def test_the_real_programs_run_to_their_end_on_the_stand_in(tmp_path):
     script = Script(tmp_path, REAL)
     status, output, results = script(
-        "A", "B", "C", FASTLSTM_GPU_TESTS="tests/api/test_dropout.py -k cuda", FASTLSTM_GPU_TIMES="1", FASTLSTM_TEST_GPU="",
+        "A", "B", "C",
+        FASTLSTM_GPU_TESTS="tests/api/test_dropout.py -k cuda", FASTLSTM_GPU_TIMES="1", FASTLSTM_TEST_GPU="",
         FASTLSTM_GPU_TABLE='--cells [[2,4,"sequence",1,false,3],[3,4,"ragged",1,false,3]] --no-torch',
         FASTLSTM_GPU_LAUNCH="--rounds 2",
     )  # fmt: skip
