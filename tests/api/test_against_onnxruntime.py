@@ -1,4 +1,7 @@
-"""Forward and final states against onnxruntime's LSTM operator: one node per layer, gates in the order i, o, f, c."""
+"""Forward and final states against onnxruntime's LSTM operator: one node per layer, gates in the order i, o, f, c.
+
+Peepholes are in the order i, o, f.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,18 @@ onnx = pytest.importorskip("onnx", reason="the oracle is missing: onnx is not in
 onnxruntime = pytest.importorskip("onnxruntime", reason="the oracle is missing: onnxruntime is not installed")
 
 SIZES = (1, 3, 5, 16, 17)  # of T, B, I and H, drawn per case
-FLAGS = tuple(itertools.product((1, 2, 3), (False, True), (False, True), (False, True), (None, "positive", "zeros")))
+FLAGS = tuple(itertools.product((1, 2, 3), (False, True), (False, True), (False, True), (None, "positive", "zeros"),
+                               (False, True)))  # fmt: skip
 
 
 def make_cases() -> list[Case]:
     """Make the product over the flags, with sizes drawn per case."""
     rng = np.random.default_rng(30)
     return [
-        Case(*map(int, rng.choice(SIZES, 4)), layers, bidirectional, bias, state=state, lengths=lengths, seed=k)
-        for k, (layers, bidirectional, bias, state, lengths) in enumerate(FLAGS)
-    ]
+        Case(*map(int, rng.choice(SIZES, 4)), layers, bidirectional, bias, state=state, lengths=lengths, seed=k,
+             peephole=peephole)
+        for k, (layers, bidirectional, bias, state, lengths, peephole) in enumerate(FLAGS)
+    ]  # fmt: skip
 
 
 def onnx_model(p: Problem) -> onnx.ModelProto:
@@ -39,18 +44,22 @@ def onnx_model(p: Problem) -> onnx.ModelProto:
     constants, nodes, source = [from_array(np.array([0, 0, -1]), "joined")], [], "x"
     for layer in range(cell.num_layers):
         names = [direction_names(cell, layer, d) for d in directions]
-        weights = {f"W{layer}": [n.weight_ih for n in names], f"R{layer}": [n.weight_hh for n in names]}
+        weights = {f"W{layer}": [n["weight_ih"] for n in names], f"R{layer}": [n["weight_hh"] for n in names]}
         for name, parts in weights.items():
             constants.append(from_array(np.stack([iofc(p.params[part]) for part in parts]), name))
         if cell.bias:
-            rows = [np.concatenate([iofc(p.params[n.bias]), np.zeros_like(p.params[n.bias])]) for n in names]
+            rows = [np.concatenate([iofc(b), np.zeros_like(b)]) for b in (p.params[n["bias"]] for n in names)]
             constants.append(from_array(np.stack(rows), f"B{layer}"))
         inputs = [source, *weights, f"B{layer}" if cell.bias else "", "" if p.lengths is None else "lengths"]
+        inputs += [""] * 2
         if p.state is not None:
             rows = slice(layer * len(directions), (layer + 1) * len(directions))
-            for name, value in zip((f"h{layer}", f"c{layer}"), p.state, strict=True):
-                constants.append(from_array(value[rows], name))
-                inputs.append(name)
+            inputs[5:] = f"h{layer}", f"c{layer}"
+            constants += [from_array(value[rows], name) for name, value in zip(inputs[5:], p.state, strict=True)]
+        if cell.peephole:
+            own = [p.params[n["weight_peephole"]][[0, 2, 1]].reshape(-1) for n in names]
+            constants.append(from_array(np.stack(own), f"P{layer}"))
+            inputs.append(f"P{layer}")
         direction = "bidirectional" if cell.bidirectional else "forward"
         nodes.append(
             helper.make_node("LSTM", inputs, [f"Y{layer}", f"hn{layer}", f"cn{layer}"], hidden_size=cell.hidden_size,

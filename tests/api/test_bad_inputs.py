@@ -414,7 +414,7 @@ def test_bad_constructor_arguments_are_refused(name):
         LSTM(**({"input_size": 2, "hidden_size": 3} | BAD_CONSTRUCTIONS[name]))
 
 
-@pytest.mark.parametrize("value", BAD_DTYPES, ids=str)
+@pytest.mark.parametrize("value", BAD_DTYPES, ids=lambda value: str(value).partition(" at ")[0])
 def test_bad_dtypes_of_a_model_are_refused(value):
     with pytest.raises(fastlstm.DTypeError, match="float32 or float64"):
         LSTM(2, 3, dtype=value)

@@ -181,7 +181,7 @@ def test_a_generator_gives_each_model_from_pytorch_the_next_key():
     assert one._dropout_key != other._dropout_key
 
 
-@pytest.mark.parametrize("seed", [-1, 1.5, "seed", object()], ids=str)
+@pytest.mark.parametrize("seed", [-1, 1.5, "seed", object()], ids=["negative", "fraction", "text", "object"])
 def test_bad_seeds_of_a_model_from_pytorch_are_refused(seed):
     with pytest.raises(ValueError, match="seed must suit"):
         LSTM.from_torch_state_dict(state_dict(), dropout=0.5, seed=seed)

@@ -109,9 +109,10 @@ def test_what_many_rows_share_is_counted_with_the_products_of_the_tile(steps, ba
 def test_the_loop_over_gates_computes_as_many_as_it_says():
     width = roofs.import_module("fastlstm.kernels.cpu.vector").lanes(np.dtype("f4"))
     a, c, h = (np.full(vectors * width, 0.5, np.float32) for vectors in (20, 4, 4))
+    da = np.empty(4 * width, np.float32)
     for count in (3, 5):  # over the four vectors once, and once and a quarter
         c[:] = 0.0
-        roofs._gates()(count, False, a, c, h)
+        roofs._gates()(count, False, a, c, h, da)
         np.testing.assert_array_equal(c == 0.0, np.arange(4 * width) >= count * width)
         first = np.float32(np.tanh(0.5) / (1 + np.exp(-0.5)))
         np.testing.assert_allclose(c[width : 3 * width], first, rtol=1e-6)

@@ -164,7 +164,8 @@ CALLS = {
     },
     "SGD.momentum": (lambda optimiser, value: setattr(optimiser, "momentum", value), {"value": 0.5}),
     "LSTM": (LSTM, {"input_size": 3, "hidden_size": 4, "num_layers": 1, "bias": True, "batch_first": False,
-                    "dropout": 0.0, "bidirectional": False, "proj_size": 0, "dtype": "float32", "seed": 0}),
+                    "dropout": 0.0, "bidirectional": False, "proj_size": 0, "peephole": False, "dtype": "float32",
+                    "seed": 0}),
 }  # fmt: skip
 # Whose method or attribute it is, made anew for each call.
 OWNERS = {"Linear": lambda: Linear(3, 2, dtype="float64", seed=0)}
