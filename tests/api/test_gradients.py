@@ -33,6 +33,8 @@ CENTRAL_CASES = [
     Case(2, 3, 1, 2, 3, False, lengths="zeros", batch_first=True),
     Case(1, 1, 1, 1, 1, True),
     Case(5, 1, 2, 17, 1, False),
+    Case(3, 4, 2, 3, 2, True, lengths=(1, 0, 3, 2), peephole=True),
+    Case(2, 2, 2, 5, peephole=True),
 ]
 
 

@@ -40,6 +40,10 @@ CASES = {
     "directions": Case(60, 3, 20, 70, bidirectional=True),
     "directions, ragged": Case(60, 4, 20, 80, 2, True, lengths=(33, 60, 0, 47)),
     "stacked": Case(12, 25, 16, 65, 2, True, lengths="zeros", dropout=0.3),
+    "rows, peepholes": Case(9, 61, 40, 72, bidirectional=True, lengths="zeros", peephole=True),
+    "units, peepholes": Case(40, 5, 30, 130, peephole=True),
+    "units, few rows, peepholes": Case(2, 8, 40, 330, peephole=True),
+    "directions, peepholes": Case(60, 3, 20, 70, bidirectional=True, peephole=True),
 }
 
 
@@ -54,7 +58,8 @@ def any_number_of_threads(monkeypatch):
 def plans_of(case, dtype):
     """Return what the backend says that it will do, layer by layer."""
     p = problem(case)
-    lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype)
+    lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, peephole=case.peephole,
+                dtype=dtype)  # fmt: skip
     return lstm.plan(p.x.astype(dtype), lengths=p.lengths)
 
 
@@ -89,7 +94,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, name, any_number_of_th
 def test_inference_has_the_same_bits_too(dtype, name, any_number_of_threads):
     case = dataclasses.replace(CASES[name], dropout=0.0)
     p = problem(case).astype(dtype)
-    lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype)
+    lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, peephole=case.peephole,
+                dtype=dtype)  # fmt: skip
     lstm.params.update(p.params)
     found = []
     for threads in THREADS:
