@@ -24,7 +24,7 @@ from typing import Any
 from readme import gpu as shown
 
 import fastlstm
-from fastlstm import environment
+from fastlstm import diagnostics
 
 SMI_FIELDS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
 
@@ -66,7 +66,7 @@ def machine(cupy: Any) -> dict[str, str]:
         "CuPy": cupy.__version__,
         "fastlstm": fastlstm.__version__,
         "python": platform.python_version(),
-        "processor": f"{environment.processor()}, {environment.usable_cores()} cores",
+        "processor": f"{diagnostics.processor()}, {diagnostics.usable_cores()} cores",
         "TF32": "never in ours; on torch's side as each column says",
         "NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", "not set"),
     }

@@ -25,7 +25,7 @@ from studies.record import Study
 
 import fastlstm
 from fastlstm.bench import peers
-from fastlstm.environment import describe_for_others
+from fastlstm.diagnostics import describe_for_others
 
 
 def begin(name: str, module: Any, threads: int) -> Study:

@@ -85,7 +85,7 @@ class Call:
     """A prepared call; made by :func:`checked`, found again by :func:`find`."""
 
     __slots__ = (
-        "backend", "cell", "dtype", "forced", "frozen", "kind", "layout", "on_host", "params", "prepared",
+        "backend", "batched", "cell", "dtype", "forced", "frozen", "kind", "layout", "on_host", "params", "prepared",
         "state_shape", "x_shape", "y_shape",
     )  # fmt: skip
 
@@ -93,6 +93,7 @@ class Call:
         self.forced, backend = forced(), dispatch.backend_for(x)
         states = cell.num_layers * cell.num_directions
         self.cell, self.layout, self.backend = cell, layout, backend.name
+        self.batched = layout.batched
         self.prepared: Prepared = backend.prepare(cell, signature)
         self.kind, self.dtype, self.frozen = type(x), cell.dtype, signature.frozen
         self.on_host = dispatch.kind_of("x", x).library == "numpy"
@@ -113,11 +114,11 @@ class Call:
         """Say whether the parameters are as this call needs them."""
         if self.frozen:
             return type(params) is FrozenParams and (params.cell is self.cell or params.cell == self.cell)
-        kind, dtype = self.kind, self.dtype
+        kind, dtype, get = self.kind, self.dtype, params.get
         if len(params) != len(self.params):
             return False
         for name, shape in self.params:
-            array: Any = params.get(name)
+            array: Any = get(name)
             if type(array) is not kind or array.shape != shape:
                 return False
             if array.dtype is not dtype and array.dtype != dtype:

@@ -152,6 +152,25 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
         return None
     if batch is None:
         raise ArgumentError("lengths need a batch: for one sequence, pass its first steps only")
+    if type(given) is np.ndarray and given.dtype == np.int64 and given.dtype.isnative:
+        values = given.copy()
+    else:
+        values = _integers(given, batch)
+    if values.shape != (batch,):
+        raise ShapeError(f"lengths must have shape (B,) = ({batch},), got {values.shape}")
+    if batch:
+        few = values.tolist() if batch <= _FEW_LENGTHS else None
+        low, high = (min(few), max(few)) if few else (values.min(), values.max())
+        if low < 0 or high > steps:
+            raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {low} to {high}")
+    return values
+
+
+_FEW_LENGTHS = 64  # which Python compares faster than NumPy
+
+
+def _integers(given: Any, batch: int) -> np.ndarray[Any, Any]:
+    """Return lengths as a new array of int64, of whatever shape."""
     listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
     # Anything that NumPy makes an array of on the host, such as a pandas Series: lengths are copied in any case.
     if not (listed or hasattr(type(given), "__array__")):
@@ -173,10 +192,6 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
         values = values.astype(np.int64)
     if values.dtype.kind not in "iu":
         raise DTypeError(f"lengths must be integers, got dtype {values.dtype}")
-    if values.shape != (batch,):
-        raise ShapeError(f"lengths must have shape (B,) = ({batch},), got {values.shape}")
-    if batch and (values.min() < 0 or values.max() > steps):
-        raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {values.min()} to {values.max()}")
     return values.astype(np.int64)
 
 

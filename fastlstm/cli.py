@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from fastlstm.environment import describe
+    from fastlstm.diagnostics import describe
 
     facts = describe()
     width = max(map(len, facts))
@@ -97,8 +97,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fastlstm.agreement import BOUNDS, cases, compare
-    from fastlstm.environment import backends
+    from fastlstm.diagnostics import BOUNDS, backends, cases, compare
 
     here = backends()
     for name, reason in here.items():

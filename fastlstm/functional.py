@@ -35,7 +35,7 @@ class Tape:
 
     @property
     def backend(self) -> str:
-        """The name of the backend that made it, and goes back."""
+        """Name of the backend that made it."""
         return self.call.backend
 
     def __repr__(self) -> str:
@@ -234,7 +234,7 @@ def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | Non
     if call is None or not call.takes_all(params, x_t, state):
         call, params, x_t, state = calls.checked(cell, params, x_t, state, STEP)
     h0, c0 = (None, None) if state is None else state
-    if call.layout.batched:
+    if call.batched:
         y, h_n, c_n = call.prepared.step(params, x_t, h0, c0)
         return y, (h_n, c_n)
     h0, c0 = call.layout.state_to_backend(h0), call.layout.state_to_backend(c0)

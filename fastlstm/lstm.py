@@ -1,26 +1,24 @@
-"""class LSTM: the parameters of a model and the calls on them. What people touch."""
+"""class LSTM(Recurrent): the parameters of a model and the calls on them. What people touch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastlstm import checks, dispatch, functional, interchange, parameters, storage
-from fastlstm.backends.base import Array, Dropout, State
+from fastlstm import checks, interchange, parameters, storage
+from fastlstm.backends.base import Array
 from fastlstm.cell import Cell, integer
-from fastlstm.errors import ArgumentError, ArrayTypeError, shown
+from fastlstm.errors import ArgumentError, shown
 from fastlstm.frozen import FrozenParams
-from fastlstm.functional import Gradients, Tape
-from fastlstm.mask_keys import MaskKeys
+from fastlstm.recurrent import Recurrent, on_host
 
 __all__ = ["LSTM"]
 
 
-class LSTM:
+class LSTM(Recurrent):
     """A long short-term memory network over NumPy or CuPy arrays.
 
     The constructor and the call follow ``torch.nn.LSTM``. The equations are those of Hochreiter and
@@ -97,249 +95,6 @@ class LSTM:
         rng = parameters.generator(seed)
         self._assemble(cell, parameters.initialise(cell, rng), batch_first, _new_key(rng))
 
-    def _assemble(self, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int) -> LSTM:
-        self.batch_first = checks.flag("batch_first", batch_first)
-        self.cell = cell
-        self.params: dict[str, Array] = params
-        self._dropout_key = dropout_key
-        return self
-
-    @classmethod
-    def _from(cls, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int = 0) -> LSTM:
-        return cls.__new__(cls)._assemble(cell, params, batch_first, dropout_key)
-
-    def __call__(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State]:
-        """Run the model for inference: no dropout, and nothing kept for a backward pass.
-
-        Parameters and results are those of :meth:`forward`, without the tape.
-        """
-        y, state, _ = functional.run(
-            self.cell, self.params, x, state, lengths,
-            batch_first=self.batch_first, dropout=None, keep_tape=False,
-        )  # fmt: skip
-        return y, state
-
-    def forward(
-        self, x: Array, state: State | None = None, lengths: Any = None, *, recompute: bool = False
-    ) -> tuple[Array, State, Tape]:
-        """Run the model for training, with dropout, and keep what :meth:`backward` needs.
-
-        Parameters
-        ----------
-        x : array, (T, B, I), (B, T, I) with `batch_first`, or (T, I)
-            The input: T time steps of B sequences with I features, in the model's dtype.
-        state : tuple of array, optional
-            ``(h0, c0)``, each (L*D, B, H), or (L*D, H) for unbatched input; zeros by default.
-        lengths : (B,) integers, optional
-            The length of each sequence, in 0..T, in any order; all T by default.
-        recompute : bool
-            Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
-            then takes longer and gives the same gradients to the last bit. In place of the ``7 * T * B * H``
-            numbers that :meth:`backward` speaks of, 4.25 at most are then needed. The backends `cuda` and
-            `reference`, and calls of a few steps, keep the gates nonetheless.
-
-        Returns
-        -------
-        y : array, (T, B, D*H), (B, T, D*H) or (T, D*H)
-            The hidden states of the last layer; zero past each sequence's length.
-        state : tuple of array
-            ``(h_n, c_n)``, shaped as `state`: each sequence's state at its own end. A sequence of length 0
-            returns its initial state.
-        tape : Tape
-            For :meth:`backward`. It refers to `x`, which must not be changed before that.
-
-        Raises
-        ------
-        ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
-            Before any work, if an argument does not fit.
-        """
-        dropout = None
-        try:
-            if self.cell.dropout and self.cell.num_layers > 1:
-                dropout = Dropout(self.cell.dropout, self._mask_keys.take())
-            y, state, tape = functional.run(
-                self.cell, self.params, x, state, lengths,
-                batch_first=self.batch_first, dropout=dropout, keep_tape=True, recompute=recompute,
-            )  # fmt: skip
-        except BaseException:
-            if dropout is not None:  # the next call draws the same masks
-                self._mask_keys.give_back(dropout.key)
-            raise
-        assert tape is not None
-        return y, state, tape
-
-    @property
-    def _dropout_key(self) -> int:
-        """The key of the next masks: each forward pass takes another. A copy with it draws the same masks."""
-        return self._mask_keys.next
-
-    @_dropout_key.setter
-    def _dropout_key(self, key: int) -> None:
-        self._mask_keys = MaskKeys(key)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_mask_keys"}
-        return state | {"_dropout_key": self._dropout_key}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    def backward(
-        self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None
-    ) -> Gradients:
-        """Back-propagate through the forward pass that left `tape`, with the parameters unchanged since.
-
-        Parameters
-        ----------
-        tape : Tape
-            From :meth:`forward`. It stays valid: a second call gives the same result.
-        dy : array or None
-            The loss's gradient by `y`, shaped as it; ignored past each length. None for zero.
-        dstate : tuple of array, optional
-            ``(dh_n, dc_n)``, the loss's gradients by the final states; either may be None.
-
-        Returns
-        -------
-        Gradients
-            ``grads.x``, ``grads.state = (dh0, dc0)`` and ``grads.params[name]``.
-
-        Raises
-        ------
-        ArgumentError, ShapeError, DTypeError, ArrayTypeError
-            Before any work, if an argument does not fit or the tape is of another model.
-
-        Notes
-        -----
-        Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
-        numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call. H
-        is rounded up to whole vectors of the processor. On top come, for each layer but the last, ``2 * T * B * D * H``
-        for its output and the gradient by that, and with dropout its mask; in a ragged batch, one copy of a layer's
-        input, and the places of its rows. What remains does not grow with T: the weights in the kernels' order, and
-        scratch.
-        """
-        if isinstance(tape, Tape) and tape.cell != self.cell:
-            raise ArgumentError(f"the tape is of another model: {tape.cell}")
-        return functional.lstm_backward(self.params, tape, dy, dstate)
-
-    def step(self, x_t: Array, state: State | None = None) -> tuple[Array, State]:
-        """Advance by one time step: streaming inference.
-
-        Parameters
-        ----------
-        x_t : array, (B, I) or (I,)
-            The input at this step.
-        state : tuple of array, optional
-            ``(h, c)``, each (L, B, H) or (L, H): what the step before returned; zeros by default.
-
-        Returns
-        -------
-        h : array, (B, H) or (H,)
-            The output at this step: the hidden state of the last layer.
-        state : tuple of array
-            The new ``(h, c)``; new arrays, the given ones are unchanged.
-
-        Raises
-        ------
-        ArgumentError
-            If the model is bidirectional.
-        ShapeError, DTypeError, ArrayTypeError, BackendError
-            Before any work, if an argument does not fit.
-        """
-        return functional.step(self.cell, self.params, x_t, state)
-
-    def plan(self, x: Array, lengths: Any = None) -> str:
-        """Say how a call with this input would be run: backend, threads, and how each layer is divided.
-
-        Parameters
-        ----------
-        x, lengths
-            As for :meth:`forward`; only their shapes matter.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> print(LSTM(4, 8, seed=0).plan(np.ones((40, 1, 4), np.float32)))
-        cpu backend
-        layer 0: on one thread; input products 40 steps ahead
-        """
-        return functional.plan(self.cell, self.params, x, lengths, batch_first=self.batch_first)
-
-    def freeze(self) -> LSTM:
-        """Copy the model to one whose parameters cannot change: for inference, where it is faster.
-
-        A call has to bring the weights into the order of the kernels, or to use them as they lie, because they may
-        have changed since the last. Those of a frozen model are brought there once, at its first call. It pays where
-        that is much of a call's work: few steps, and :meth:`step` of many sequences or of large models.
-
-        Returns
-        -------
-        LSTM
-            The same model. Its `params` cannot change, nor can their contents; it pickles and copies as what it is, and
-            :meth:`to` makes a changeable copy. It can be trained with in so far as gradients are computed as ever. It
-            keeps each weight twice.
-
-        Raises
-        ------
-        ArrayTypeError
-            If the parameters are CuPy arrays: the CUDA kernels keep nothing between calls.
-
-        Notes
-        -----
-        Sums are taken in the same order for any number of rows: the results of :meth:`step`, step by step, and of one
-        call for the whole sequence agree to the last bit. They agree with those of the model as it was within rounding.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> lstm = LSTM(input_size=3, hidden_size=8, seed=0)
-        >>> frozen = lstm.freeze()
-        >>> frozen
-        LSTM(3, 8, dtype=float32).freeze()  # 384 parameters
-        >>> x = np.ones((5, 2, 3), np.float32)
-        >>> np.allclose(frozen(x)[0], lstm(x)[0])
-        True
-        """
-        given = checks.params(self.cell, self.params)
-        if dispatch.kind_of("params", given["weight_hh_l0"]).library != "numpy":
-            raise ArrayTypeError("freeze() takes a model of NumPy arrays: the CUDA kernels keep nothing between calls")
-        params = given if isinstance(given, FrozenParams) else FrozenParams(self.cell, given)
-        return self._from(self.cell, params, self.batch_first, self._dropout_key)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trainable numbers in the model."""
-        return sum(int(np.prod(shape)) for shape in parameters.shapes(self.cell).values())
-
-    def to(self, library: ModuleType) -> LSTM:
-        """Copy the model to another array library.
-
-        Parameters
-        ----------
-        library : module
-            ``numpy`` or ``cupy``. With ``cupy``, the parameters go to the current device.
-
-        Returns
-        -------
-        LSTM
-            The same model; it shares nothing with this one.
-
-        Raises
-        ------
-        ArrayTypeError
-            If `library` is neither of them.
-        BackendError
-            If CuPy finds no device; the message says what is missing.
-        """
-        name = getattr(library, "__name__", None)
-        if name not in ("numpy", "cupy"):
-            raise ArrayTypeError(f"to() takes the module numpy or cupy, got {shown(library)}")
-        if name == "cupy":
-            dispatch.backend_named("cuda")  # says what is missing, if there is no device
-        params = {key: library.array(_on_host(key, value) if name == "numpy" else value)
-                  for key, value in self.params.items()}  # fmt: skip
-        return self._from(self.cell, params, self.batch_first, self._dropout_key)
-
     def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
         """Write the model to a file in the safetensors format.
 
@@ -372,7 +127,7 @@ class LSTM:
         LSTM(3, 8, dtype=float32)  # 384 parameters
         """
         given = checks.params(self.cell, self.params)
-        params = {name: _on_host(name, value) for name, value in given.items()}
+        params = {name: on_host(name, value) for name, value in given.items()}
         draws_masks = self.cell.dropout and self.cell.num_layers > 1
         storage.save(path, self.cell, params, self.batch_first, self._dropout_key if draws_masks else None)
 
@@ -440,7 +195,7 @@ class LSTM:
         The bias goes to ``bias_ih``, and ``bias_hh`` is zero.
         """
         given = checks.params(self.cell, self.params)
-        params = {name: _on_host(name, value) for name, value in given.items()}
+        params = {name: on_host(name, value) for name, value in given.items()}
         return interchange.to_torch_state_dict(self.cell, params, prefix=prefix)
 
     def __repr__(self) -> str:
@@ -465,9 +220,3 @@ class LSTM:
 def _new_key(rng: np.random.Generator) -> int:
     """Draw where the dropout masks of a new model start."""
     return int(rng.integers(2**63))
-
-
-def _on_host(name: str, value: Array) -> np.ndarray[Any, Any]:
-    """Return a parameter as a NumPy array."""
-    host: np.ndarray[Any, Any] = value if dispatch.kind_of(name, value).library == "numpy" else value.get()
-    return host

@@ -69,7 +69,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         # Needed where there is more than one thread: workers wait in one, the other runs both directions at once.
         jit.compile_for(import_module("fastlstm.kernels.cpu.worker").serve, (0, 0))
         records = thread_pool.new_records(2), thread_pool.NO_TEAM, 0
-        jit.compile_for(import_module("fastlstm.kernels.cpu.team").run_records, records)
+        jit.compile_for(import_module("fastlstm.kernels.cpu.thread_team").run_records, records)
     compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
     where = ", ".join(map(str, cache.used)) or cache.describe()
     return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem)

@@ -24,7 +24,7 @@ from fastlstm.bench.peers import CONTENDERS, OURS
 from fastlstm.bench.results import Results, Row
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import Problem, Work
-from fastlstm.environment import describe_for_others
+from fastlstm.diagnostics import describe_for_others
 from fastlstm.errors import ArgumentError
 
 __all__ = ["denormals", "measure", "measure_row"]

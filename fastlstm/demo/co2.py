@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastlstm import LSTM
-from fastlstm.demo.tools import DemoResult
+from fastlstm.demo.tools import DemoResult, compile_first
 from fastlstm.training import Adam, Linear, clip_by_global_norm, join, mean_squared_error
 
 PACKAGES = ("statsmodels", "matplotlib", "tqdm")
@@ -88,6 +88,7 @@ def train(xp: ModuleType, rng: np.random.Generator, features: Array, change: Arr
     head = Linear(HIDDEN, YEAR, seed=rng).to(xp)
     optimiser = Adam(join(lstm=lstm, head=head), lr=RATE, weight_decay=DECAY)
     counts = xp.asarray(np.arange(WINDOW) >= WARM_UP)
+    compile_first(lstm, xp.zeros((WINDOW, BATCH, features.shape[1]), lstm.cell.dtype))
     progress = tqdm(range(STEPS), desc="training", unit="step")
     for _ in progress:
         first = rng.integers(YEAR, len(change) - WINDOW - YEAR + 1, BATCH)

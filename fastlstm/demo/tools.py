@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from fastlstm import dispatch
+from fastlstm import LSTM, dispatch
+from fastlstm.backends.base import Array
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["DEVICES", "DemoResult", "array_library"]
+__all__ = ["DEVICES", "DemoResult", "array_library", "compile_first"]
 
 DEVICES = {"cpu": "numpy", "cuda": "cupy"}
 
@@ -42,3 +44,10 @@ def array_library(device: str, packages: tuple[str, ...]) -> ModuleType:
     if device != "cpu":
         dispatch.backend_named(device)  # raises with what to install
     return import_module(DEVICES[device])
+
+
+def compile_first(lstm: LSTM, x: Array) -> None:
+    """Compile what training on inputs of the shape of `x` needs, so that a progress bar does not count it as a step."""
+    other = copy.copy(lstm)  # with dropout, a pass draws masks
+    y, _, tape = other.forward(x)
+    other.backward(tape, y)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm import LSTM
-from fastlstm.demo.tools import DemoResult
+from fastlstm.demo.tools import DemoResult, compile_first
 from fastlstm.training import Adam, Linear, clip_by_global_norm, join, softmax_cross_entropy
 
 PACKAGES = ("sktime", "tqdm")
@@ -90,6 +90,8 @@ def train(xp: ModuleType, rng: np.random.Generator, utterances: Utterances) -> t
     lstm, head = new_model(rng, utterances.frames.shape[-1])
     lstm, head = lstm.to(xp), head.to(xp)
     optimiser = Adam(join(lstm=lstm, head=head), lr=RATE, weight_decay=DECAY)
+    frames = utterances.frames
+    compile_first(lstm, xp.zeros((frames.shape[0], BATCH, frames.shape[2]), lstm.cell.dtype))
     progress = tqdm(range(EPOCHS), desc="training", unit="epoch")
     for epoch in progress:
         optimiser.lr = rate(epoch)

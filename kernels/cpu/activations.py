@@ -31,18 +31,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.jit import kernel, routine
-from fastlstm.kernels.cpu.vector import (
-    address,
-    call_llvm,
-    copysign,
-    lanes_of,
-    llvm_integers,
-    llvm_vector,
-    load,
-    offset,
-    select,
-    store,
-)
+from fastlstm.kernels.cpu.vector import address, lanes_of, llvm_integers, llvm_vector, load, offset, store
+from fastlstm.kernels.cpu.vector_arithmetic import call_llvm, copysign, select
 
 __all__ = ["sigmoid", "sigmoid_array", "tanh", "tanh_array"]
 

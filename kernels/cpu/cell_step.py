@@ -29,7 +29,8 @@ from numba import from_dtype, types
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
 from fastlstm.kernels.cpu.jit import address_of, by_address, caller, routine
-from fastlstm.kernels.cpu.vector import Vector, address, fma, lanes_of, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.vector import Vector, address, lanes_of, load, load_first, offset, store, store_first
+from fastlstm.kernels.cpu.vector_arithmetic import fma
 
 __all__ = [
     "CELL", "GATES", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "backward", "cell_addresses", "cell_at", "cell_of", "output",

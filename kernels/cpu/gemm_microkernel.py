@@ -23,7 +23,6 @@ from fastlstm.kernels.cpu.jit import cgutils, routine
 from fastlstm.kernels.cpu.vector import (
     REGISTERS,
     VECTOR_BYTES,
-    call_llvm,
     emit_prefetch,
     lanes,
     lanes_of,
@@ -35,6 +34,7 @@ from fastlstm.kernels.cpu.vector import (
     unseen,
     vector_pointer,
 )
+from fastlstm.kernels.cpu.vector_arithmetic import call_llvm
 
 __all__ = [
     "KC",

@@ -22,7 +22,6 @@ from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import (
     CACHE_LINE,
     VECTOR_BYTES,
-    call_llvm,
     first_lanes,
     lanes,
     lanes_of,
@@ -33,6 +32,7 @@ from fastlstm.kernels.cpu.vector import (
     offset,
     prefetch,
 )
+from fastlstm.kernels.cpu.vector_arithmetic import call_llvm
 
 __all__ = ["Unpacked", "gate_dots"]
 

@@ -1,8 +1,8 @@
 """The private parts of Numba that the kernels stand on: each is checked when this is imported.
 
 If one is missing or has other arguments, or FASTLSTM_PLAIN_NJIT=1 is set, :data:`PLAIN` says so, and ``jit.py``
-compiles kernels and routines by plain ``numba.njit``: bit-identical, but with a slower first call in each process, since
-a plain kernel is not cached.
+compiles kernels and routines by plain ``numba.njit``: bit-identical, but with a slower first call in each process,
+since a plain kernel is not cached.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
-from fastlstm.kernels.cpu.team import threads_of
+from fastlstm.kernels.cpu.thread_team import threads_of
 from fastlstm.kernels.cpu.vector import address, fill, lanes_of, maximum, minimum, offset, store_first
 
 __all__ = ["Rows", "clear_padding", "fill_index", "measure", "rows_of", "share_rows"]

@@ -16,7 +16,7 @@ from fastlstm.kernels.cpu.gemv import Unpacked
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon, threads_of
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
@@ -100,7 +100,7 @@ def sequence_backward(
     scratch,  # one-dimensional
     again,  # one-dimensional scratch if the tape has c alone and the gates are computed again, else None
     settings,  # (SETTINGS,), IN
-    team,  # (1 + rows, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,
 ):
     """Back-propagate through the recurrence."""
@@ -113,6 +113,7 @@ def sequence_backward(
     of_x = offset(work, settings[OF_X])
     weights = Unpacked(address(weight_ih), address(weight_hh), address(bias), inputs, hidden, bias.size > 0)
     first, last = share(blocks, team, thread)
+    forward = None
     if again is not None:  # Numba compiles a kernel without, and one with what belongs to it
         start = address(again)
         layer = _with_gates(layer, offset(start, settings[GATE_ROWS]))
@@ -124,43 +125,69 @@ def sequence_backward(
         clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, threads_of(team, thread))
     sums_bias, of_own = offset(work, settings[SUMS_BIAS]), address(down)
     _begin(layer, rows, dh_n, dc_n, sums_bias, of_own, down.size, team, thread)
-    ih = Product(address(x), inputs, inputs, offset(work, settings[SUMS_IH]), address(dweight_ih), hidden)
-    hh = Product(address(h_rows), h_rows.shape[1], hidden, offset(work, settings[SUMS_HH]), address(dweight_hh), hidden)
+    sums_ih, sums_hh = offset(work, settings[SUMS_IH]), offset(work, settings[SUMS_HH])
+    ih = Product(address(x), inputs, inputs, sums_ih, address(dweight_ih), hidden)
+    hh = Product(address(h_rows), h_rows.shape[1], hidden, sums_hh, address(dweight_hh), hidden)
     barrier(team, thread)
 
+    own_sums = of_own, down.size
+    _run_chunks(
+        layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, address(dx), settings, first, last, team, thread
+    )
+    _finish_weights(layer, rows, ih, first, last, team, thread)
+    _finish_weights(layer, rows, hh, first, last, team, thread)
+    _finish(layer, rows, sums_bias, dbias, dh0, dc0, first, last, team, thread)
+    if thread == 0:
+        dismiss(team)
+
+
+@routine(inline=True)
+def _run_chunks(
+    layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, dx, settings, first, last, team, thread
+):  # fmt: skip
+    """Back-propagate chunk by chunk; `forward` has the packed weights if gates are computed again, and is None else."""
+    of_own, own_size = own_sums
     chunk_last = rows.steps
     while chunk_last > 0:
         chunk_first = maximum(0, chunk_last - settings[CHUNK])
-        low, high = rows.offsets[chunk_first], rows.offsets[chunk_last]
-        if again is not None:
+        if forward is not None:
             _rebuild(layer, rows, ih.operand, hh, forward, chunk_first, chunk_last, first, last)
             barrier(team, thread)
         _chunk_back(layer, rows, chunk_first, chunk_last, settings[DIVIDED], team, thread)
         barrier(team, thread)
-        for start in range(low, high, PANEL_ROWS):
-            count = minimum(PANEL_ROWS, high - start)
-            add_bias(layer.da, start - low, count, sums_bias, first, last)
-            add, finish = chunk_last < rows.steps or start > low, chunk_first == 0 and start + count == high
-            weights_back(ih, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
-            weights_back(hh, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
-        if down.size:
+        _add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last)
+        if own_size:
             add_own(layer.cell, layer.da, rows, layer.tape, layer.c0, chunk_first, chunk_last, of_own, first, last)
-        start, end = share(high - low, team, thread)
+        low = rows.offsets[chunk_first]
+        start, end = share(rows.offsets[chunk_last] - low, team, thread)
         inputs_back(
-            layer.da, start, end, offset(rows.places, low), of_x, inputs, settings[ACCUMULATE], address(dx), layer.panel
+            layer.da, start, end, offset(rows.places, low), of_x, ih.columns, settings[ACCUMULATE], dx, layer.panel
         )
         barrier(team, thread)
         chunk_last = chunk_first
 
+
+@routine
+def _add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last):
+    """Add a chunk's gradients by the weights and the bias, for this thread's blocks."""
+    stay_outlined()
+    low, high = rows.offsets[chunk_first], rows.offsets[chunk_last]
+    for start in range(low, high, PANEL_ROWS):
+        count = minimum(PANEL_ROWS, high - start)
+        add_bias(layer.da, start - low, count, sums_bias, first, last)
+        add, finish = chunk_last < rows.steps or start > low, chunk_first == 0 and start + count == high
+        weights_back(ih, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
+        weights_back(hh, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
+
+
+@routine
+def _finish_weights(layer, rows, product, first, last, team, thread):
+    """Write what is left of the gradient by a weight; zeros, if there was no time step."""
+    stay_outlined()
     if rows.steps == 0:
-        _clear(address(dweight_ih), dweight_ih.size, team, thread)
-        _clear(address(dweight_hh), dweight_hh.size, team, thread)
+        _clear(product.gradient, GATES * layer.hidden * product.columns, team, thread)
     else:
-        finish_edge(ih, layer.da.depth, first, last)
-        finish_edge(hh, layer.da.depth, first, last)
-    _finish(layer, rows, sums_bias, dbias, dh0, dc0, first, last, team, thread)
-    if thread == 0:
-        dismiss(team)
+        finish_edge(product, layer.da.depth, first, last)
 
 
 @routine(inline=True)

@@ -1,9 +1,9 @@
 """One layer in one direction over a whole sequence, forward: the driver for large batches.
 
 A kernel is run by a team of threads, each calling it with its own number: the first, which Python called, has the
-others do so (``team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every thread
-has its own rows and all units, the steps need no synchronisation; where units are divided, the team meets after each
-step, and a thread that is ready early takes blocks of threads that are behind.
+others do so (``thread_team.py``). Each computes some sequences (rows) or some blocks of hidden units. Where every
+thread has its own rows and all units, the steps need no synchronisation; where units are divided, the team meets after
+each step, and a thread that is ready early takes blocks of threads that are behind.
 
 ``ragged.py`` says how the rows are packed. Arrays are C-contiguous; V is the number of lanes of a vector, Hp is H
 padded to whole vectors.
@@ -19,7 +19,7 @@ from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.team import barrier, dismiss, fetch, record, share, summon, take, threads_of
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, fetch, record, share, summon, take, threads_of
 from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import is_at_rest, pack_forward, packed_at
 from fastlstm.kernels.cpu.worker import size_of_call, this_call
@@ -90,7 +90,7 @@ def sequence_forward(
     packed_bias,  # (2, Hp/V, 4, V), or (2, 0, 4, V), IN
     scratch,  # one-dimensional: h_rows (2 * B, Hp) for inference, c_rows, a, and weights that are packed here
     settings,  # (SETTINGS,), IN
-    team,  # (1 + rows, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,  # number of the thread; or -1 to leave the call in `team`, a record, and do nothing
 ):
     """Run the recurrence; see the module's docstring for the layout."""
@@ -110,20 +110,8 @@ def sequence_forward(
     if settings[PACK]:
         first, last = share(blocks, team, thread)
         pack_forward(weights, order, first, last)
-    layer = _layer(
-        cell_of(settings, ADDRESSES, own, hidden),
-        weights,
-        order,
-        x,
-        y,
-        h_n,
-        c_n,
-        tape,
-        h_rows,
-        scratch,
-        settings,
-        thread,
-    )
+    cell = cell_of(settings, ADDRESSES, own, hidden)
+    layer = _layer(cell, weights, order, x, y, h_n, c_n, tape, h_rows, scratch, settings, thread)
     _begin(layer, rows, h0, c0, team, thread)
     if settings[CLEAR]:
         clear_padding(layer.y, layer.y_row, hidden, rows, settings[TOTAL], thread, threads_of(team, thread))

@@ -32,7 +32,7 @@ from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
 from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.small_products import copy_or_clear, product
-from fastlstm.kernels.cpu.team import barrier, dismiss, share, summon
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.vector import (
     address,
     is_aligned,
@@ -106,7 +106,7 @@ def small_forward(
     h_n,  # (1, B, H), OUT
     c_n,  # (1, B, H), OUT
     settings,  # (SETTINGS,), IN
-    team,  # (1 + rows, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,
 ):
     """Run one layer over a few rows, on unpacked weights."""
@@ -134,7 +134,7 @@ def small_forward_packed(
     h_n,  # (L, B, H), OUT
     c_n,  # (L, B, H), OUT
     settings,  # (SETTINGS,), IN
-    team,  # (1 + rows, 8), IN and OUT: see team.py
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,
 ):
     """Run one layer over a few rows, or several layers over one step, on packed weights."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.jit import routine
-from fastlstm.kernels.cpu.vector import address, fma, lanes_of, load, load_first, offset, splat, store, store_first
+from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, offset, splat, store, store_first
+from fastlstm.kernels.cpu.vector_arithmetic import fma
 
 __all__ = ["copy_or_clear", "product"]
 

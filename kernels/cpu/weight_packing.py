@@ -20,7 +20,6 @@ from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.vector import (
     address,
     fill,
-    fma,
     is_zero,
     lanes,
     lanes_of,
@@ -34,6 +33,7 @@ from fastlstm.kernels.cpu.vector import (
     store,
     vector_pointer,
 )
+from fastlstm.kernels.cpu.vector_arithmetic import fma
 
 __all__ = ["Packed", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_at"]
 

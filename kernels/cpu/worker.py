@@ -3,8 +3,8 @@
 A worker is a thread of the operating system that spends its life in :func:`serve`. It holds no lock of the interpreter
 and runs no Python: a patched ``threading``, an interpreter that shuts down, or a signal handler cannot keep it from
 answering. Nothing of a hand-over is Python's, either: a kernel claims workers when it begins, and before it returns
-they have finished and belong to no call again (``team.py``). So no worker is reserved between two bytecodes of Python,
-and no exception, wherever it is raised, loses one or leaves one at work on memory that is freed.
+they have finished and belong to no call again (``thread_team.py``). So no worker is reserved between two bytecodes of
+Python, and no exception, wherever it is raised, loses one or leaves one at work on memory that is freed.
 
 Mailboxes
 ---------

@@ -8,7 +8,7 @@ import pytest
 
 from fastlstm import dispatch
 from fastlstm.backends.cuda.launch import geometry, step_records
-from fastlstm.backends.packing import Packing
+from fastlstm.backends.ragged import Packing
 from fastlstm.kernels.cuda import loader
 
 pytestmark = pytest.mark.skipif(bool(cuda_row.missing()), reason=str(cuda_row.missing()))

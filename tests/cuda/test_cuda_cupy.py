@@ -13,7 +13,7 @@ import fastlstm
 from fastlstm import LSTM, dispatch
 from fastlstm.backends.cuda import CupyDevice
 from fastlstm.backends.cuda.launch import FIELDS, step_records
-from fastlstm.backends.packing import Packing
+from fastlstm.backends.ragged import Packing
 from fastlstm.kernels.cuda import loader
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")

@@ -11,6 +11,7 @@ from fastlstm.backends.cpu import small_batch
 from fastlstm.backends.cpu.launch import AtOnce, launch
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.sequence import DirectionCall, schedules
+from fastlstm.backends.cpu.thread_pool import can_run_at_once
 from fastlstm.backends.cpu.weights import Packed, size_of
 from fastlstm.backends.cpu.workspace import new_array
 from fastlstm.backends.plain_arrays import as_plain
@@ -80,7 +81,7 @@ class LayerCall:
         at_once = None
         if len(directions) == 2 and threads > 1:
             chosen = schedules(size, rows.count, rows.batch, threads, directions=2)
-            at_once = AtOnce(2) if chosen[0].kind == "directions" else None
+            at_once = AtOnce(2) if chosen[0].kind == "directions" and can_run_at_once(2) else None
         tapes = []
         for d, direction in enumerate(directions):
             weights = packed.layers[self.number][d] if packed else None
@@ -134,14 +135,14 @@ class LayerCall:
         dy = np.empty((0, columns), size.dtype) if dy is None else dy if dy.flags.carray else as_plain(dy)
         dy = dy.reshape(-1, columns)
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
-        found: dict[str, Array] = {}
         if self._small_back and not rows.ragged:
             grads = small_batch.small_backward(
                 size, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
                 dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
-            found |= self.directions[0].named(grads)
+            found = self.directions[0].named(grads)
         else:
+            found = {}
             # One direction after the other: each adds to dx, and a second dx would exceed the promised memory.
             for d, direction in enumerate(self.directions):
                 grads = direction.backward(

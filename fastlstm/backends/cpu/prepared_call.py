@@ -48,6 +48,7 @@ class PreparedCall:
             and all(layer.is_small for layer in self.layers)
             and (one_layer or (signature.frozen and signature.steps == 1))
         )
+        self._given = self.layers[0].directions[0].given
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
 
@@ -104,7 +105,7 @@ class PreparedCall:
             packed = params.kept.get(PACKED) or packed_model(self.cell, params)
             self._launch(*packed.at_once, x, h0, c0, y, h_n, c_n)
         else:
-            self._launch(*self.layers[0].directions[0].given(params), x, h0, c0, y, h_n, c_n)
+            self._launch(*self._given(params), x, h0, c0, y, h_n, c_n)
         return y
 
     def _inference(self) -> Inference:
@@ -158,14 +159,17 @@ class PreparedCall:
             return BackwardResult(dx, dh_n.copy(), dc_n.copy(), zeros)
         arrays = params.arrays if isinstance(params, FrozenParams) else params
         dh0, dc0 = np.empty(shape, dtype), np.empty(shape, dtype)
-        found: dict[str, Array] = {}
+        if len(self.layers) == 1:
+            dx, found = self.layers[0].backward(arrays, tape.layers[0], dy, dh_n, dc_n, dh0, dc0)
+            return BackwardResult(dx, dh0, dc0, found)
+        by_layer = []
         for number in reversed(range(len(self.layers))):
             layer = self.layers[number]
             state = layer.state_rows
-            dx, grads = layer.backward(
+            dx, found = layer.backward(
                 arrays, tape.layers[number], dy, dh_n[state], dc_n[state], dh0[state], dc0[state]
             )
-            found |= grads
+            by_layer.append(found)
             mask = tape.masks[number]
             dy = dx if mask is None else dx * mask
-        return BackwardResult(dy, dh0, dc0, {name: found[name] for name in params})
+        return BackwardResult(dy, dh0, dc0, {name: array for found in by_layer[::-1] for name, array in found.items()})

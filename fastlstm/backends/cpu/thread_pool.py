@@ -4,8 +4,8 @@ Numba's own threading layers are not used: its OpenMP layer kills a forked child
 default layer does not bear two user threads calling at once. Nor are Python's threads: ``threading`` and ``_thread``
 may be patched, and a thread that needs the interpreter may wait for it forever. Workers are threads of the operating
 system that never run Python; the interpreter's C API starts them. A kernel itself claims those that are free, and frees
-them before it returns (``kernels/cpu/worker.py`` and ``team.py`` say how). Two calls at once share the workers, and
-none waits for another. Results do not depend on the number of threads.
+them before it returns (``kernels/cpu/worker.py`` and ``thread_team.py`` say how). Two calls at once share the workers,
+and none waits for another. Results do not depend on the number of threads.
 
 What is left for Python is bookkeeping that no interrupt can break, each step being one operation of the interpreter: a
 list of workers that only grows, with mailboxes that say themselves whether a thread serves them; and arrays for teams,
@@ -30,7 +30,7 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.errors import BackendError
-from fastlstm.kernels.cpu.team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
+from fastlstm.kernels.cpu.thread_team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 from fastlstm.kernels.cpu.worker import (
     ABSENT,
@@ -48,7 +48,7 @@ from fastlstm.kernels.cpu.worker import (
     serve,
 )
 
-__all__ = ["NO_TEAM", "available", "new_records", "run_at_once", "run_team"]
+__all__ = ["NO_TEAM", "available", "can_run_at_once", "new_records", "run_at_once", "run_team"]
 
 # How often a worker looks for another call before it sleeps: about a millisecond, for most of which it lets any other
 # thread run first; and where there are fewer cores than threads, some microseconds.
@@ -207,7 +207,7 @@ def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], wanted: int
     Parameters
     ----------
     kernel : callable
-        The kernel; claims the workers itself (see ``kernels/cpu/team.py``).
+        The kernel; claims the workers itself (see ``kernels/cpu/thread_team.py``).
     arguments : tuple
         Its arguments; all but the last two, which are the team and the thread's number.
     wanted : int
@@ -253,6 +253,17 @@ def new_records(calls: int) -> Array:
     records = np.zeros((calls, RECORD_ROWS, 8), np.int64)
     records[:, 1, THREADS] = 1
     return records
+
+
+_NO_RECORDS = new_records(0)
+
+
+def can_run_at_once(calls: int) -> bool:
+    """Say whether there is a worker for recorded calls at this moment, and the kernel that runs them."""
+    try:
+        return available(calls - 1) > 0 and run_records(_NO_RECORDS, NO_TEAM, 0) is None
+    except BackendError:  # it is not compiled, and cannot be now
+        return False
 
 
 def run_at_once(records: Array) -> None:

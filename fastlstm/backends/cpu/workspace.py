@@ -185,6 +185,8 @@ class Pool:
         The blocks are taken out meanwhile. Another call that comes then makes a new one; and where this one is broken
         off, the pool forgets those that are out.
         """
+        if not _COUNTS_REFERENCES:
+            return _bytes_and_line(size)
         blocks = self._take_out()
         fitting = [block for block in blocks if size <= block.size <= 2 * size and _is_idle(block)]
         if fitting:
@@ -222,6 +224,10 @@ class Pool:
         surplus = sum(block.size for block in blocks) - self.MOST
         while surplus > 0:
             surplus -= blocks.pop(0).size
+
+
+# Without the interpreter's lock, a reference count is no proof that no other thread has the memory: nothing is pooled.
+_COUNTS_REFERENCES: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def _is_idle(block: _Block) -> bool:

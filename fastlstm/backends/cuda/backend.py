@@ -18,7 +18,7 @@ from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights, layer_weights
-from fastlstm.backends.packing import Packing
+from fastlstm.backends.ragged import Packing
 from fastlstm.cell import Cell
 
 __all__ = ["CudaBackend"]

@@ -10,7 +10,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.cuda.device import Device, Kernel
 from fastlstm.backends.layers import Weights
-from fastlstm.backends.packing import Packing
+from fastlstm.backends.ragged import Packing
 from fastlstm.kernels.cuda import loader
 
 __all__ = ["FIELDS", "column_sum", "geometry", "step_kernel", "step_records"]

@@ -7,7 +7,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.launch import geometry
-from fastlstm.backends.packing import Packing
+from fastlstm.backends.ragged import Packing
 
 __all__ = ["Rows"]
 

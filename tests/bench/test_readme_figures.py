@@ -11,7 +11,7 @@ from pathlib import Path
 import bench_data
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
 import figures
 from readme import goals, reasons
@@ -22,7 +22,7 @@ from fastlstm.bench import pictures
 from fastlstm.bench import results as bench
 from fastlstm.errors import ResultsFileError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOISE = bench_data.NOISE
 WHY = '[[reason]]\nopponent = "onnxruntime"\nwhy = "It keeps its packed weights between calls."\n'
 WHY += '[[reason]]\nstudy = "goals"\nwhy = "It takes what it takes."\n'

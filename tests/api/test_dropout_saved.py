@@ -17,7 +17,7 @@ from tolerances import assert_identical
 from fastlstm import LSTM, ModelFileError, parameters, storage
 from fastlstm.cell import Cell
 
-GOLDEN = Path(__file__).parent / "golden" / "format-2.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "format-2.safetensors"
 
 
 def through_a_file(lstm):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(os.environ.get("FASTLSTM_GOLDENS") or Path(__file__).parent.parent.parent / "shared" / "goldens")
+FOLDER = Path(os.environ.get("FASTLSTM_GOLDENS") or Path(__file__).parents[3] / "shared" / "goldens")
 
 needs_goldens = pytest.mark.skipif(
     not (FOLDER / "peer_goldens.py").is_file(),

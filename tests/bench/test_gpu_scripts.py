@@ -14,11 +14,11 @@ import cuda_row
 import pytest
 from host_cuda import compiler
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
 from readme import gpu as shown
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # On a machine with a GPU it would be the script itself that runs these tests, so they are not for there.
 pytestmark = pytest.mark.skipif(os.name != "posix" or cuda_row.on_gpu(), reason="a script for bash; there is a GPU")
@@ -153,8 +153,8 @@ def test_the_tests_run_in_eight_processes_where_xdist_is_there(tmp_path):
     script = Script(tmp_path)
     script("A")
     (given,) = [line for line in (tmp_path / "calls").read_text().splitlines() if "-m pytest" in line]
-    for name in ("cuda/test_cuda_device", "test_backends_agree", "test_gradients"):
-        assert f"tests/{name}.py" in given
+    for name in ("cuda_device", "backends_agree", "gradients"):
+        assert f"/test_{name}.py" in given
     assert " -n 8 --dist loadgroup " in given and "test_training" not in given
     (tmp_path / "calls").unlink()
     assert script("C", MISSING="xdist numba")[0] == 0
@@ -284,7 +284,8 @@ def test_an_earlier_run_is_not_taken_for_this_one_and_other_stages_stay(tmp_path
 def test_the_real_programs_run_to_their_end_on_the_stand_in(tmp_path):
     script = Script(tmp_path, REAL)
     status, output, results = script(
-        "A", "B", "C", FASTLSTM_GPU_TESTS="tests/test_dropout.py -k cuda", FASTLSTM_GPU_TIMES="1", FASTLSTM_TEST_GPU="",
+        "A", "B", "C",
+        FASTLSTM_GPU_TESTS="tests/api/test_dropout.py -k cuda", FASTLSTM_GPU_TIMES="1", FASTLSTM_TEST_GPU="",
         FASTLSTM_GPU_TABLE='--cells [[2,4,"sequence",1,false,3],[3,4,"ragged",1,false,3]] --no-torch',
         FASTLSTM_GPU_LAUNCH="--rounds 2",
     )  # fmt: skip

@@ -252,7 +252,7 @@ def test_runs_are_bit_identical(backend, dtype):
 
 def test_fresh_processes_are_bit_identical_for_any_number_of_threads(backend):
     # The BLAS of the reference is held at one thread: NumPy's is not promised to be repeatable across thread counts.
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
     # On a GPU, the packages are those of that machine, and their warnings are not ours.
     strict = [] if backend.name == "cuda" and cuda_row.on_gpu() else ["-W", "error"]
     found = []

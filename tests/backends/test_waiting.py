@@ -159,8 +159,8 @@ def call(*_):
     signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-3))
 assert has_team()  # all kernels are there: what comes while they are compiled has a test of its own
 signal.signal(signal.SIGALRM, call)
-signal.setitimer(signal.ITIMER_REAL, 1e-3)
-until = time.monotonic() + 3
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+until = time.monotonic() + 1
 while time.monotonic() < until:
     assert infer() == EXPECTED
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
@@ -171,7 +171,8 @@ print(len(calls))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no timer that interrupts")
 def test_a_signal_handler_makes_calls():
-    assert int(run_script(HANDLER)) > 50
+    for seconds in (1e-4, 1e-3, 3e-3, 1e-2):  # among them, such as come while the worker's code is loaded
+        assert int(run_script(HANDLER, seconds)) > 50
 
 
 # As a signal handler in the first call, whose kernels are compiled or loaded.

@@ -14,7 +14,7 @@ import nvrtc
 import pytest
 from host_cuda import FakeCupy, compiler
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
 import figures
 import gpu

@@ -39,7 +39,7 @@ import numba
 {change}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from fastlstm.kernels.cpu import jit, sequence_forward, small_batch, team
+    from fastlstm.kernels.cpu import jit, sequence_forward, small_batch, thread_team
 print(json.dumps({{
     "plain": jit.PLAIN, "warnings": [f"{{w.category.__name__}}: {{w.message}}" for w in caught],
     "kinds": sorted({{type(kernel).__name__ for kernel in jit.KERNELS}}),

@@ -67,7 +67,7 @@ def test_narrower_vectors_give_the_float64_reference(width, dtype):
 
     if width >= vector.VECTOR_BYTES:
         pytest.skip(f"vectors here have {vector.VECTOR_BYTES} bytes: all other tests are about them")
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, __file__, dtype], env=os.environ | {"FASTLSTM_VECTOR_BYTES": str(width), "PYTHONPATH": path},
         capture_output=True, text=True, timeout=300, check=False,

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fastlstm
-from fastlstm import environment
+from fastlstm import diagnostics
 from fastlstm.backends import cpu_limits, threads
 from fastlstm.backends.cpu_limits import Limit, cgroup_cpus, limits
 
@@ -82,9 +82,9 @@ def test_cores_are_counted_at_each_call_and_files_are_not_read(machine, monkeypa
 
 def test_info_says_which_limit_holds(machine):
     machine(8, quota=2.0)
-    if environment.backends()["cpu"] is not None:
+    if diagnostics.backends()["cpu"] is not None:
         pytest.skip("the CPU backend does not run here")
-    assert environment.describe()["threads"] == "at most 2 per call: a cgroup's quota of 2 CPUs"
+    assert diagnostics.describe()["threads"] == "at most 2 per call: a cgroup's quota of 2 CPUs"
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def compare(prime, dtype):
 def test_an_array_of_any_kind_gives_the_bits_of_a_plain_one(dtype, prime):
     if BackendUnderTest("cpu").missing:
         pytest.skip(BackendUnderTest("cpu").missing)
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, __file__, prime, dtype.name], env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=300, check=False,

@@ -30,7 +30,7 @@ from tolerances import assert_identical
 from fastlstm import LSTM, ModelFileError, parameters, storage, use_backend
 from fastlstm.cell import Cell
 
-GOLDEN = Path(__file__).parent / "golden" / "format-1.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "format-1.safetensors"
 SMALL = Cell(input_size=2, hidden_size=1, dropout=0.25)
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="the test is about POSIX file systems")
 

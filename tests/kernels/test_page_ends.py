@@ -74,7 +74,7 @@ def compare():
 def test_nothing_beyond_the_end_of_an_array_is_read():
     if BackendUnderTest("cpu").missing:
         pytest.skip(str(BackendUnderTest("cpu").missing))
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=300, check=False,

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
 
 SPEC = importlib.util.spec_from_file_location(
-    "activations_benchmark", Path(__file__).parent.parent / "benchmarks" / "activations.py"
+    "activations_benchmark", Path(__file__).parents[2] / "benchmarks" / "activations.py"
 )
 measured = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(measured)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from fastlstm.backends.cpu import thread_pool
 from fastlstm.backends.cpu.launch import AtOnce
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
+from fastlstm.kernels.cpu import atomics
 from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
 from fastlstm.kernels.cpu.jit import kernel
 from fastlstm.kernels.cpu.ragged import rows_of, share_rows
-from fastlstm.kernels.cpu.team import (
+from fastlstm.kernels.cpu.thread_team import (
     MAILBOX,
     MEMBER,
     RECORD_ROWS,
@@ -465,3 +467,23 @@ def test_workers_take_the_floating_point_mode_of_their_caller(bits, bidirectiona
             found.setdefault(mode, set()).update(bytes_of_calls)
     assert [len(results) for results in found.values()] == [1, 1], "the bits do not depend on the number of threads"
     assert found[usual] != found[usual | bits], "but on the mode"
+
+
+def test_the_floating_point_mode_is_known_to_llvm_on_arm64_too():
+    """Which the processor here need not be: LLVM compiles for it."""
+    binding = pytest.importorskip("llvmlite.binding")
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    try:
+        target = binding.Target.from_triple("aarch64-unknown-linux-gnu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    names = "llvm.aarch64.get.fpcr", "llvm.aarch64.set.fpcr"
+    source = Path(atomics.__file__).read_text(encoding="utf-8")
+    assert all(name in source for name in names)
+    module = binding.parse_assembly(
+        f"declare i64 @{names[0]}() declare void @{names[1]}(i64)"
+        f" define void @same() {{ %mode = call i64 @{names[0]}() call void @{names[1]}(i64 %mode) ret void }}"
+    )
+    code = target.create_target_machine().emit_assembly(module).lower()
+    assert "mrs" in code and "msr" in code and code.count("fpcr") == 2

@@ -15,7 +15,7 @@ import pytest
 
 import fastlstm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IGNORED = ("__pycache__", ".*", "build", "dist", "*.egg-info", "*.py[cod]", "*.nb[ic]")
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -208,3 +209,11 @@ def test_importing_loads_no_backend():
 def test_the_reference_needs_no_numba():
     code = RUN + "import sys; print('numba' in sys.modules)"
     assert python(code, FASTLSTM_BACKEND="reference").split() == ["reference", "False"]
+
+
+def test_a_call_that_interrupts_the_import_of_its_backend_gets_a_typed_error(monkeypatch):
+    """Such as one in a signal handler: the module is there, but not yet what it defines."""
+    monkeypatch.delitem(dispatch._loaded, "reference", raising=False)
+    monkeypatch.setitem(sys.modules, "fastlstm.backends.reference", types.ModuleType("fastlstm.backends.reference"))
+    with pytest.raises(fastlstm.BackendError, match="make a call before"):
+        dispatch.backend_named("reference")

@@ -14,7 +14,7 @@ from harness import BackendUnderTest
 
 import fastlstm
 from fastlstm import LSTM
-from fastlstm.backends import packing
+from fastlstm.backends import ragged
 from fastlstm.backends.cpu import rows
 from fastlstm.backends.cpu.workspace import POOL, SCRATCH, Pool, Scratch, Workspace
 
@@ -82,7 +82,7 @@ def growth(kind, bidirectional):
 def test_calls_of_ever_other_sizes_leave_little_behind(kind, bidirectional):
     if BackendUnderTest("cpu").missing:
         pytest.skip(BackendUnderTest("cpu").missing)
-    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, __file__, kind, str(int(bidirectional))], env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=300, check=False,
@@ -95,20 +95,20 @@ def test_calls_of_ever_other_sizes_leave_little_behind(kind, bidirectional):
 @pytest.mark.parametrize("kind", ["equal", "places", "index", "call"])
 def test_what_is_kept_of_equal_lengths_is_bounded_in_bytes(kind):
     make, kept = {
-        "equal": (packing._equal, packing._kept_equal),
-        "places": (lambda steps, batch: packing._equal_places(steps, batch, True), packing._kept_equal_places),
+        "equal": (ragged._equal, ragged._kept_equal),
+        "places": (lambda steps, batch: ragged._equal_places(steps, batch, True), ragged._kept_equal_places),
         "index": (lambda steps, batch: rows.Rows(None, steps, batch).index(True), rows._kept_index),
         "call": (_call, rows._kept_index),
     }[kind]
     kept.cache_clear()
-    small, large = packing.KEPT_BYTES // 8 // 4, packing.KEPT_BYTES // 8
+    small, large = ragged.KEPT_BYTES // 8 // 4, ragged.KEPT_BYTES // 8
     for steps, batch in ((large, 1), (1, large), (large // 50, 50)):
         make(steps, batch)
     assert kept.cache_info().currsize == 0, "too large to be kept"
     make(small, 1)
     make(small, 1)
     assert kept.cache_info().currsize == 1 and kept.cache_info().hits == 1, "small ones are found again"
-    assert kept.cache_parameters()["maxsize"] * packing.KEPT_BYTES <= 2 * MIB
+    assert kept.cache_parameters()["maxsize"] * ragged.KEPT_BYTES <= 2 * MIB
 
 
 def _call(steps, batch):

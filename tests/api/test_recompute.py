@@ -11,7 +11,7 @@ from fastlstm import LSTM, ArgumentError, use_backend
 from fastlstm.backends.cpu.workspace import POOL
 
 # Of a training call beyond inputs, outputs and parameters, in numbers per hidden unit, step, sequence, layer and
-# direction: what the docstring of LSTM.forward promises; tests/test_memory.py has the bound without `recompute`.
+# direction: what the docstring of LSTM.forward promises; test_memory.py has the bound without `recompute`.
 PROMISED = 4.25
 # Steps and sequences so many that a chunk of the backward pass is a quarter, or an eighth, of the steps; units that are
 # no whole vector of any width; more inputs and units than the tile takes at a time.

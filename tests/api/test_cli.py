@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 import fastlstm
-from fastlstm import agreement, cli, environment
+from fastlstm import cli, diagnostics
 from fastlstm.errors import BackendError
 
 
 @pytest.fixture
 def few_cases(monkeypatch):
     """Two cases in place of sixty, the second ragged."""
-    chosen = [agreement.Case(3, 2, 5, 3, 1, False, True, False), agreement.Case(7, 5, 4, 17, 2, True, True, True)]
-    monkeypatch.setattr(agreement, "cases", lambda: iter(chosen))
+    chosen = [diagnostics.Case(3, 2, 5, 3, 1, False, True, False), diagnostics.Case(7, 5, 4, 17, 2, True, True, True)]
+    monkeypatch.setattr(diagnostics, "cases", lambda: iter(chosen))
 
 
 def here():
-    return [name for name, reason in environment.backends().items() if reason is None]
+    return [name for name, reason in diagnostics.backends().items() if reason is None]
 
 
 def test_info_names_versions_backends_and_the_reason_why_one_is_missing(capsys, monkeypatch):
@@ -42,7 +42,7 @@ def test_info_names_versions_backends_and_the_reason_why_one_is_missing(capsys, 
 
 
 def test_what_is_passed_on_names_the_machine_and_no_folder():
-    whole, public = environment.describe(), environment.describe_for_others()
+    whole, public = diagnostics.describe(), diagnostics.describe_for_others()
     assert {"fastlstm", "python", "numpy", "processor"} <= public.keys() < whole.keys()
     folder = whole["kernel cache"]
     assert Path(folder).is_absolute()
@@ -68,13 +68,13 @@ def test_check_lists_every_backend_dtype_and_quantity(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     listed = {tuple(row[:3]) for row in rows if len(row) == 5 and row[1].startswith("float")}
     quantities = {"y", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias"}
-    assert listed == {(name, dtype, q) for name in here() for dtype in agreement.BOUNDS for q in quantities}
+    assert listed == {(name, dtype, q) for name in here() for dtype in diagnostics.BOUNDS for q in quantities}
     assert ["All", "within", "bounds."] in rows
 
 
 @pytest.mark.usefixtures("few_cases")
 def test_check_fails_when_an_error_is_out_of_its_bound(capsys, monkeypatch):
-    monkeypatch.setitem(agreement.BOUNDS, "float32", 1e-9)
+    monkeypatch.setitem(diagnostics.BOUNDS, "float32", 1e-9)
     assert cli.main(["check", "--backend", "reference"]) == 1
     printed = capsys.readouterr().out
     assert "OUT OF BOUND at Case(steps=" in printed and "out of bound." in printed
@@ -82,7 +82,7 @@ def test_check_fails_when_an_error_is_out_of_its_bound(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("few_cases")
 def test_check_sees_a_gradient_that_is_wrong_or_no_number(monkeypatch):
-    right = agreement._run
+    right = diagnostics._run
 
     for wrong in (lambda v: v * 1.001, lambda v: v * float("nan")):
 
@@ -92,8 +92,8 @@ def test_check_sees_a_gradient_that_is_wrong_or_no_number(monkeypatch):
                 result["dh0"] = [wrong(value) for value in result["dh0"]]
             return result
 
-        monkeypatch.setattr(agreement, "_run", run)
-        failed = {(row.dtype, row.quantity) for row in agreement.compare("reference") if not row.within_bound}
+        monkeypatch.setattr(diagnostics, "_run", run)
+        failed = {(row.dtype, row.quantity) for row in diagnostics.compare("reference") if not row.within_bound}
         assert failed == {("float32", "dh0")}
 
 
@@ -110,13 +110,13 @@ def test_ctrl_c_ends_quietly(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(environment, "describe", interrupt)
+    monkeypatch.setattr(diagnostics, "describe", interrupt)
     assert cli.main(["info"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_the_grid_has_ones_odd_sizes_ragged_and_every_kind_of_model():
-    grid = list(agreement.cases())
+    grid = list(diagnostics.cases())
     assert {1, 17, 65} <= {case.hidden_size for case in grid}
     for field in ("bidirectional", "bias", "ragged"):
         assert {getattr(case, field) for case in grid} == {False, True}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # the scripts there are no package
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
 import study as command
 from studies import (
