@@ -91,8 +91,8 @@ def test_without_a_folder_to_write_kernels_are_compiled_all_the_same(copied, tmp
     else:
         unwritable = tmp_path / "locked"
         unwritable.mkdir(mode=0o500)
-    _, hits, result, _ = run(copied[0], unwritable / "cache")
-    assert hits == 0 and result != 0
+    found, _ = start(copied[0], unwritable / "cache")
+    assert found["hits"] == 0 and found["first"] != 0
 
 
 def pack_into(archive, folder, pattern):
@@ -168,14 +168,14 @@ def test_processes_may_fill_the_cache_at_once(tmp_path):
     copy_package(folder)
     processes = [
         subprocess.Popen([sys.executable, "-c", STEP], env=variables(folder, cache), stdout=-1, stderr=-1, text=True)
-        for _ in range(8)
+        for _ in range(4)
     ]
     try:
         found = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * 8, found
+    assert [process.returncode for process in processes] == [0] * 4, found
     assert {stderr for _, stderr in found} == {""}
     last, _ = start(folder, cache)
     assert last["hits"] == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
 
-from kernel_process import copy_package, start, variables
+from kernel_process import STEP, copy_package, start, variables
 
 # Calls of all kinds, on one thread and on two.
 USE = """
@@ -78,33 +80,43 @@ def warm(package, cache, *options, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("dtype", "what"), [("float32", ["train", "step"]), ("float64", ["step"]), ("float32", [])], ids=str
-)
-def test_after_it_a_process_compiles_nothing(package, tmp_path, dtype, what):
-    done = warm(package, tmp_path / "cache", "--dtype", dtype, *(f"--{option}" for option in what))
+@pytest.fixture(scope="module")
+def warmed(package, tmp_path_factory):
+    """Return what makes a folder warm for a dtype and options, once: the folder, and the process that did it."""
+
+    @functools.cache
+    def make(dtype, *what):
+        cache = tmp_path_factory.mktemp("cache")
+        return cache, warm(package, cache, "--dtype", dtype, *(f"--{option}" for option in what))
+
+    return make
+
+
+@pytest.mark.parametrize(("dtype", "what"), [("float32", ["train", "step"]), ("float64", [])], ids=str)
+def test_after_it_a_process_compiles_nothing(package, warmed, dtype, what):
+    cache, done = warmed(dtype, *what)
     assert done.returncode == 0 and done.stderr == ""
-    assert "0 loaded" in done.stdout and str(tmp_path / "cache") in done.stdout
-    used, stderr = start(package, tmp_path / "cache", USE, dtype, *what, FASTLSTM_QUIET="")
+    assert "0 loaded" in done.stdout and str(cache) in done.stdout
+    used, stderr = start(package, cache, USE, dtype, *what, FASTLSTM_QUIET="")
     assert set(used["misses"].values()) == {0} and stderr == ""
     assert used["hits"]["sequence_forward"] == used["hits"]["small_forward_packed"] == 1
     for name in ("serve", "run_records", "measure", "fill_index", "variant_update"):
         assert used["hits"][name] == 1, name
     assert used["hits"]["sequence_backward"] == (2 if "train" in what else 0)
-    again = warm(package, tmp_path / "cache", "--dtype", dtype, *(f"--{option}" for option in what))
+    again = warm(package, cache, "--dtype", dtype, *(f"--{option}" for option in what))
     assert again.returncode == 0 and "\n0 compiled" in again.stdout
 
 
-def test_another_dtype_is_not_ready(package, tmp_path):
+def test_another_dtype_is_not_ready(package, warmed, tmp_path):
     """So that the test above can fail."""
-    assert warm(package, tmp_path / "cache", "--dtype", "float64").returncode == 0
-    used, stderr = start(package, tmp_path / "cache", USE, "float32", FASTLSTM_QUIET="")
-    assert used["misses"]["sequence_forward"] == 1 and stderr.startswith("fastlstm compiles")
+    shutil.copytree(warmed("float64")[0], tmp_path / "cache")
+    used, stderr = start(package, tmp_path / "cache", STEP, "float32", FASTLSTM_QUIET="")
+    assert used["misses"] == 1 and stderr.startswith("fastlstm compiles")
 
 
-def test_a_warmed_folder_serves_where_nothing_can_be_written(package, tmp_path):
+def test_a_warmed_folder_serves_where_nothing_can_be_written(package, warmed, tmp_path):
     """As in an image that runs with a read-only file system."""
-    assert warm(package, tmp_path / "cache", "--dtype", "float32").returncode == 0
+    shutil.copytree(warmed("float64")[0], tmp_path / "cache")
     if os.geteuid() == 0:
         # Root may write anywhere: so let all calls that could write fail.
         shut = "import os, pathlib, tempfile\n"
@@ -114,7 +126,7 @@ def test_a_warmed_folder_serves_where_nothing_can_be_written(package, tmp_path):
         shut = ""
         for path in (tmp_path / "cache", *(tmp_path / "cache").iterdir()):
             path.chmod(0o500)
-    used, stderr = start(package, tmp_path / "cache", shut + USE, "float32")
+    used, stderr = start(package, tmp_path / "cache", shut + USE, "float64")
     assert set(used["misses"].values()) == {0} and stderr == ""
 
 
