@@ -151,7 +151,9 @@ def test_steps_give_the_whole_sequence(backend, dtype, hidden, state):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("steps", "bidirectional", "lengths"), [(2, False, None), (6, True, "zeros"), (40, True, None)])
+@pytest.mark.parametrize(
+    ("steps", "bidirectional", "lengths"), [(2, False, None), (6, True, "zeros"), (40, True, None)]
+)
 def test_a_second_backward_pass_and_computing_again_give_the_same_bits(
     backend, dtype, steps, bidirectional, lengths, recompute
 ):
