@@ -26,7 +26,7 @@ PRIVATE = re.compile(
 def test_private_parts_of_numba_are_imported_by_one_file():
     sources = [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]
     found = {path.name for path in sources if PRIVATE.search(path.read_text(encoding="utf-8"))}
-    assert found == {"private_numba.py", "jit.py", "dispatcher.py"}
+    assert found == {"private_numba.py", "jit.py"}
 
 
 def test_this_numba_is_known():
