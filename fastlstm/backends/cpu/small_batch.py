@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, RefusedError
 from fastlstm.backends.cpu.launch import Candidate, Candidates, launch, settings_of
 from fastlstm.backends.cpu.schedule import FEW_ROWS, LEAST_TO_SHARE, Schedule, are_few, is_short, most_threads
 from fastlstm.backends.cpu.sequence import DirectionTape, schedules
@@ -73,17 +73,23 @@ class Inference:
 
     def __call__(self, *arguments: Array) -> None:
         """Launch. Arrays that the kernel does not take as they are, it refuses, and gets in another layout."""
-        if self.candidates is None or get_num_threads() == 1:
-            try:
-                given = map(as_plain, arguments) if self.careful else arguments
-                if self.kernel(*given, self.settings, NO_TEAM, 0):
-                    return
-            except TypeError:  # Numba's: an array is not contiguous, or read-only
-                self.careful = True
-            done = self.kernel(*map(as_plain, arguments), self.settings, NO_TEAM, 0)
-        else:
-            done = launch(self.kernel, tuple(map(as_plain, arguments)), self.candidates, self.rows, get_num_threads())
-        assert done
+        alone = self.candidates is None or get_num_threads() == 1
+        try:
+            if alone and not self.careful and self.kernel(*arguments, self.settings, NO_TEAM, 0):
+                return
+        except TypeError:  # Numba's: an array is not contiguous, or read-only, or of another rank
+            self.careful = True
+        if not self._launch_plain(alone, tuple(map(as_plain, arguments))):
+            raise RefusedError
+
+    def _launch_plain(self, alone: bool, arguments: tuple[Array, ...]) -> bool:
+        """Launch with arrays whose layout is known to fit; say whether the shapes did, too."""
+        try:
+            if alone:
+                return bool(self.kernel(*arguments, self.settings, NO_TEAM, 0))
+            return bool(launch(self.kernel, arguments, self.candidates, self.rows, get_num_threads()))
+        except TypeError:  # of another rank
+            return False
 
 
 def _candidates(kernel: Any, size: Size, layers: int, rows: int, batch: int) -> Any:
