@@ -186,6 +186,9 @@ fastlstm.set_num_threads(2)
 lstm, x = LSTM(5, 7, seed=0), np.ones((3, 2, 5), np.float32)
 fastlstm.dispatch.backend_named("cpu")  # an import cannot be entered again
 
+from fastlstm.kernels.cpu import kernel_cache
+kernel_cache.folders = kernel_cache.folders[:1]  # where nothing is: kernels beside the sources would be found
+
 def infer():
     with use_backend("cpu"):
         return lstm(x)[0].tobytes()
@@ -244,6 +247,11 @@ def test_a_process_may_fork_while_other_threads_make_calls():
 
 # --- threads that cannot be had, or do not answer -----------------------------------------------------------
 
+# Another user may not be allowed to read the modules that compiling imports, nor kernels that are kept.
+READY = """
+assert has_team() and train() == TRAINED
+without_workers()
+"""
 NO_THREAD = {
     "processes": """
 import resource
@@ -285,7 +293,7 @@ assert os.listdir("/proc/self/fd") == seen and len(thread_pool._workers) == 1
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
 @pytest.mark.parametrize("what", NO_THREAD)
 def test_without_threads_there_is_one(what):
-    run_script(NO_THREAD[what] + WITHOUT)
+    run_script(READY + NO_THREAD[what] + WITHOUT)
 
 
 LATER = """
