@@ -84,7 +84,10 @@ class _Layer(NamedTuple):
 
 @intrinsic
 def _room(typingctx, pointer):
-    """Return a pointer to room for the gates of :data:`_MOST_ROWS` rows, a vector each, until the kernel ends."""
+    """Return a pointer to room for the gates of :data:`_MOST_ROWS` rows, a vector each.
+
+    It is there until the function ends in which this stands, be that inlined or not.
+    """
 
     def codegen(context, builder, signature, args):
         with builder.goto_entry_block():
@@ -116,7 +119,7 @@ def small_forward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(y), address(y), 0)
+    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(y), address(y), 0, _room(address(y)))
     _run(_unpacked(weight_ih, weight_hh, bias), None, layer, team, thread)
     if thread == 0:
         dismiss(team)
@@ -145,9 +148,9 @@ def small_forward_packed(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    weights, bias = address(packed), address(packed_bias)
+    weights, bias, room = address(packed), address(packed_bias), _room(address(y))
     for number in range(layers):
-        layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, number, address(y), address(y), 0)
+        layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, number, address(y), address(y), 0, room)
         block_row = GATES * lanes_of(weights)
         _run(None, packed_at(weights, bias, layer.inputs, layer.hidden, layer.blocks), layer, team, thread)
         weights = offset(weights, layer.blocks * (layer.inputs + layer.hidden) * block_row)
@@ -179,7 +182,7 @@ def small_forward_taped(
     """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
     if not (_are_weights(weight_ih, weight_hh, bias, own, settings) and _fit(x, h0, c0, y, h_n, c_n, settings)):
         return False
-    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(tape), address(h_rows), TAPE)
+    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(tape), address(h_rows), TAPE, _room(address(y)))
     _run(_unpacked(weight_ih, weight_hh, bias), None, layer, team, 0)
     return True
 
@@ -216,7 +219,7 @@ def _fit(x, h0, c0, y, h_n, c_n, settings):
 
 
 @routine(inline=True)
-def _layer(own, x, h0, c0, y, h_n, c_n, settings, number, tape, h_rows, kept):
+def _layer(own, x, h0, c0, y, h_n, c_n, settings, number, tape, h_rows, kept, room):
     """Gather what the parts of the driver work on, for one of the layers; each reads h_n of the one below."""
     hidden, batch, width = settings[HIDDEN], h0.shape[1], lanes_of(tape)
     state, last = number * batch * hidden, number + 1 == settings[LAYERS]
@@ -225,7 +228,7 @@ def _layer(own, x, h0, c0, y, h_n, c_n, settings, number, tape, h_rows, kept):
         cell, hidden if number else settings[INPUTS], hidden, (hidden + width - 1) // width, batch, x.shape[0],
         offset(address(h_n), state - batch * hidden) if number else address(x),
         offset(address(h0), state), offset(address(c0), state), address(y) if last else offset(address(h_n), state),
-        offset(address(h_n), state), offset(address(c_n), state), tape, h_rows, kept, _room(tape),
+        offset(address(h_n), state), offset(address(c_n), state), tape, h_rows, kept, room,
     )  # fmt: skip
 
 
