@@ -57,6 +57,10 @@ CHANGES = {
     "from numba.core.caching import NullCache as part; part.load_overload = lambda self, sig: None": (
         "NullCache.load_overload takes other arguments than (self, sig, target_context)"
     ),
+    "from numba.core.lowering import Lower as part; part.storevar = lambda self, value, name: None": (
+        "Lower.storevar takes other arguments than (self, value, name, argidx)"
+    ),
+    "import importlib.util as part; part.find_spec = lambda name: None": "numba.np.arrayobj is missing",
     "from numba.core.cpu import CPUTargetOptions as part; del part.__bases__[0]._nrt": (
         "CPUTargetOptions._nrt is missing"
     ),
@@ -89,6 +93,34 @@ except fastlstm.BackendError as error:
 """
     found, _ = start(tmp_path / "nowhere", tmp_path / "cache", code, timeout=120, NUMBA_DISABLE_JIT="1")
     assert "NUMBA_DISABLE_JIT" in found
+
+
+COMPILED = """
+import gc, json, sys
+import numpy as np, fastlstm
+fastlstm.use_backend("cpu").__enter__()
+model = fastlstm.LSTM(3, 4, seed=0)
+before = set(sys.modules)
+if sys.argv[1:]:
+    gc.disable()
+y, _, tape = model.forward(np.ones((40, 8, 3), np.float32))
+model.backward(tape, y)
+jit = sys.modules["fastlstm.kernels.cpu.jit"]
+compiled = [each for kernel in jit.KERNELS for each in kernel.overloads.values()]
+print(json.dumps({
+    "compiled": len(compiled), "counting": [b"NRT_" in each.library._get_compiled_object() for each in compiled],
+    "collecting": gc.isenabled(), "numba": sorted(set(sys.modules) - before), "scipy": "scipy" in sys.modules,
+}))
+"""
+
+
+def test_compiling_loads_what_kernels_need_of_numba_and_no_more(tmp_path):
+    """Kernels count no references, for whose code Numba's runtime would have to be loaded."""
+    found, _ = start(tmp_path / "nowhere", tmp_path / "cache", COMPILED)
+    assert found["compiled"] >= 2 and not any(found["counting"])
+    assert "numba.np.arrayobj" in found["numba"]
+    unneeded = {"numba.np.arraymath", "numba.np.linalg", "numba.np.npyimpl", "numba.cpython.mathimpl"}
+    assert not unneeded & set(found["numba"]) and not found["scipy"]
 
 
 # Every kind of call: on two threads and one, in training and inference, few rows and many, ragged, and both ways.

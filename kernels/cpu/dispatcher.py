@@ -10,26 +10,24 @@ import threading
 from typing import Any
 
 from llvmlite.binding import ffi
+from numba import types
 
 from fastlstm.errors import BackendError
-from fastlstm.kernels.cpu.private_numba import PLAIN, CPUDispatcher, global_compiler_lock, normalize_signature
+from fastlstm.kernels.cpu.private_numba import PLAIN, global_compiler_lock, normalize_signature
+from fastlstm.kernels.cpu.target import Dispatcher
 
-__all__ = ["Kernel", "RefusingKernel"]
+__all__ = ["Kernel", "RefusingKernel", "Routine"]
 
 
-class Kernel(CPUDispatcher):
+class Kernel(Dispatcher):
     """A dispatcher whose table of what can be called holds each compiled kernel once, whatever is interrupted.
 
     One that Numba enters twice, because an interrupt came before it had noted that it did, makes each call ambiguous.
-    A dispatcher becomes one by :meth:`adopt`.
     """
 
-    @classmethod
-    def adopt(cls, dispatcher: Any) -> None:
-        """Change the class of a dispatcher."""
-        dispatcher.__class__ = cls
-        if not hasattr(dispatcher, "_tickets"):
-            dispatcher._tickets = {}
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._tickets: dict[Any, list[Any]] = {}  # by the types of arguments
+        super().__init__(*arguments, **options)
 
     def add_overload(self, cres: Any) -> None:
         """Note a compiled kernel, with the ticket to enter it into the table."""
@@ -59,6 +57,15 @@ class RefusingKernel(Kernel):
     """One that is compiled on purpose only, see ``jit.refuse_others``."""
 
     _can_compile = True
+
+
+class Routine(Dispatcher):
+    """What kernels call: compiled once for each dtype, where Numba would compile it anew for every constant."""
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        """Find or compile the routine for arguments of some types."""
+        plain = tuple(map(types.unliteral, args)), {name: types.unliteral(kind) for name, kind in dict(kws).items()}
+        return super().get_call_template(*plain)
 
 
 # --- fork ---------------------------------------------------------------------------------------------------

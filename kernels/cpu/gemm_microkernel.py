@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.jit import cgutils, routine
+from fastlstm.kernels.cpu.jit import cgutils, routine, unroll_loops
 from fastlstm.kernels.cpu.vector import (
     REGISTERS,
     VECTOR_BYTES,
@@ -198,6 +198,7 @@ def emit_choice(context, builder, signature, args, sizes, emit):
     """Emit one block for each of `sizes`, and the choice between them by the two leading arguments."""
     # Inlined at each of its uses, the blocks would multiply the compiler's time.
     builder.function.attributes.add("noinline")
+    unroll_loops(builder)
     intp, dtype = (
         context.get_value_type(types.intp),
         next(t.dtype for t in signature.args if not isinstance(t, types.Integer)),

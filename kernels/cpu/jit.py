@@ -1,12 +1,7 @@
 """How a kernel is compiled and cached.
 
-A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
-and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
-routine stops at LLVM's intermediate form, and only the whole kernel is optimised, which spares much of the first
-call's time. Numba's own way to extend its compiler serves for that: a pipeline with one pass exchanged.
-
-Nor are references counted: a kernel makes no arrays, and its caller keeps those that it is given. Numba would make an
-object for each of them at every call, a sixth of a short one's time, and count users even in innermost loops.
+A kernel is what Python calls, and a routine a part of the kernels that call it. ``compiler.py`` says what Numba's
+compiler leaves out for them, and ``target.py`` what it does not load.
 
 Where Numba's private parts (``private_numba.py``) are not as they are known, kernels and routines are compiled by plain
 ``numba.njit``.
@@ -33,25 +28,20 @@ from numba.extending import intrinsic
 
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cpu import kernel_cache
-from fastlstm.kernels.cpu.dispatcher import Kernel, RefusingKernel
+from fastlstm.kernels.cpu.compiler import HOT, KernelCompiler, PartCompiler
+from fastlstm.kernels.cpu.dispatcher import Kernel, RefusingKernel, Routine
 from fastlstm.kernels.cpu.plain_njit import PlainKernel
 from fastlstm.kernels.cpu.private_numba import (
     PLAIN,
-    CompilerBase,
     CompileResult,
-    DefaultPassBuilder,
-    JITCodeLibrary,
-    NativeLowering,
     NullCache,
     cgutils,
     dumps,
-    make_function,
-    register_pass,
 )
 
 __all__ = [
     "KERNELS", "PLAIN", "VECTOR_BYTES", "address_of", "by_address", "caller", "cgutils", "compile_for", "compile_once",
-    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined",
+    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined", "unroll_loops",
 ]  # fmt: skip
 
 if numba.config.DISABLE_JIT:
@@ -69,81 +59,7 @@ VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes
 
 # --- compiling ----------------------------------------------------------------------------------------------
 
-
-class _Code(JITCodeLibrary):
-    """A module of LLVM's, optimised when all parts of the kernel are together and not function by function before."""
-
-    def _optimize_functions(self, ll_module: Any) -> None:
-        ll_module.data_layout = self._codegen._data_layout
-
-
-class _Part(_Code):
-    """One to be linked into others: not optimised on its own at all, never loaded."""
-
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalized = True
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _LowerKernel(NativeLowering):
-    _name = "lower_kernel"
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _Code(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.enable_object_caching()
-        return bool(super().run_pass(state))
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _LowerPart(NativeLowering):
-    _name = "lower_part"
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.flags = state.flags.copy()
-        state.flags.no_compile = True  # no address is asked for
-        super().run_pass(state)
-        lowered, name = state.cr, state.func_id.func_name
-        # Callers find the routine by this object, which has no code to run (0).
-        handle = make_function(lowered.fndesc.lookup_module(), name, "", 0, lowered.env, (state.library,))
-        state.targetctx.insert_user_function(handle, lowered.fndesc, [state.library])
-        state.cr = lowered._replace(cfunc=handle)
-        return True
-
-
-# Closures, array expressions, loops to unroll by types, `with`: looking for them takes a tenth of the time.
-_NOT_IN_KERNELS = {
-    "annotate_types", "dump_parfor_diagnostics", "find_literally", "inline_closure_likes", "inline_inlinables",
-    "inline_overloads", "literal_unroll", "LiteralPropagation", "make_function_op_code_to_jit_function",
-    "nopython_rewrites", "with_lifting",
-}  # fmt: skip
-
-
-class _Compiler(CompilerBase):
-    """Numba's for functions without Python objects, with a lowering of our own and without what kernels never need."""
-
-    def define_pipelines(self) -> list[Any]:
-        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        pipeline.passes = [
-            (self.lowering if step is NativeLowering else step, why)
-            for step, why in pipeline.passes
-            if step.name() not in _NOT_IN_KERNELS
-        ]
-        pipeline.finalize()
-        return [pipeline]
-
-
-class _KernelCompiler(_Compiler):
-    lowering = _LowerKernel
-
-
-class _PartCompiler(_Compiler):
-    lowering = _LowerPart
-
-
+_OPTIONS = {"nopython": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
 KERNELS: list[Any] = []  # all that have been declared, in this order
 
 
@@ -155,9 +71,8 @@ def kernel(function: Callable[..., Any]) -> Any:
     if PLAIN:
         made: Any = PlainKernel(function)
     else:
-        options = {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
-        made = njit(**options, pipeline_class=_KernelCompiler)(function)
-        Kernel.adopt(made)
+        options = {**_OPTIONS, "nogil": True}
+        made = Kernel(function, targetoptions=options, pipeline_class=KernelCompiler)
         made._cache = _Cache(function)
     KERNELS.append(made)
     return made
@@ -172,17 +87,8 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
         return functools.partial(routine, inline=inline)
     if PLAIN:
         return njit(error_model="numpy")(function)
-    dispatcher = njit(
-        pipeline_class=_PartCompiler, _nrt=False, forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True,
-        error_model="numpy",
-    )(function)  # fmt: skip
-    resolve = dispatcher.get_call_template
-
-    def resolve_plain(args: Any, kws: Any) -> Any:
-        return resolve(tuple(map(types.unliteral, args)), {name: types.unliteral(t) for name, t in dict(kws).items()})
-
-    dispatcher.get_call_template = resolve_plain
-    return dispatcher
+    options = {**_OPTIONS, "forceinline": inline, "no_cpython_wrapper": True}
+    return Routine(function, targetoptions=options, pipeline_class=PartCompiler)
 
 
 @intrinsic
@@ -198,6 +104,11 @@ def stay_outlined(typingctx):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+def unroll_loops(builder: Any) -> None:
+    """Have the loops of the function that is being built unrolled: the innermost loops of products."""
+    HOT.add(builder.function.name)
 
 
 def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
@@ -219,7 +130,7 @@ def refuse_others(dispatcher: Any) -> None:
         dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
         # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
         # for a while would allow it to other threads' calls, too, and for good if an interrupt came meanwhile.
-        RefusingKernel.adopt(dispatcher)
+        dispatcher.__class__ = RefusingKernel
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
@@ -273,10 +184,7 @@ class _Cache(NullCache):
     @staticmethod
     def _rebuild(content: bytes, target_context: Any) -> Any:
         try:
-            needs_runtime, reduced = pickle.loads(content)
-            if needs_runtime:
-                target_context.refresh()
-            return CompileResult._rebuild(target_context, *reduced)
+            return CompileResult._rebuild(target_context, *pickle.loads(content))
         except Exception:  # it is what was written, but does not fit: whatever it is, a kernel can be compiled anew
             return None
 
@@ -284,12 +192,7 @@ class _Cache(NullCache):
         """Keep a kernel. If that fails it is compiled anew in the next process, and a warning has said so."""
         if not self._identity or kernel_cache.problem or cres.lifted or cres.library.has_dynamic_globals:
             return
-        name, key = self._place(sig, cres.target_context.codegen())
-        reduced = cres._reduce()
-        # Code that counts references calls Numba's runtime, whose addresses are known only after a refresh. Without it
-        # the process that loads such code crashes. Kernels do not count any, so that the refresh can be spared.
-        needs_runtime = b"NRT_" in reduced[0][2][0]
-        kernel_cache.write(name, key, dumps((needs_runtime, reduced)))
+        kernel_cache.write(*self._place(sig, cres.target_context.codegen()), dumps(cres._reduce()))
 
 
 # --- calling a kernel from another thread -------------------------------------------------------------------
