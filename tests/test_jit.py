@@ -123,6 +123,12 @@ def test_compiling_loads_what_kernels_need_of_numba_and_no_more(tmp_path):
     assert not unneeded & set(found["numba"]) and not found["scipy"]
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_compiling_leaves_the_garbage_collector_as_it_was(tmp_path, off):
+    found, _ = start(tmp_path / "nowhere", tmp_path / "cache", COMPILED, *(["off"] if off else []))
+    assert found["collecting"] is not off
+
+
 # Every kind of call: on two threads and one, in training and inference, few rows and many, ragged, and both ways.
 BITS = """
 import hashlib, json, sys

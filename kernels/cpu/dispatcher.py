@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import operator
 import os
 import threading
@@ -45,7 +46,14 @@ class Kernel(Dispatcher):
                 "a signal handler or a finaliser needs a kernel that is not ready, while the call that it interrupts"
                 " compiles one; make a call before, so that they are compiled"
             )
-        entry_point = super().compile(sig)
+        with global_compiler_lock:  # a fork waits for it, and so finds the collector as it was
+            collecting = gc.isenabled()
+            try:
+                gc.disable()  # compiling makes much and drops little: to look through it takes a tenth of the time
+                entry_point = super().compile(sig)
+            finally:
+                if collecting:
+                    gc.enable()
         # To take the ticket and to use it is one operation of the interpreter: it is used once, and not lost if this is
         # broken off.
         with contextlib.suppress(IndexError):
