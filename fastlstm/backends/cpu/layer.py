@@ -58,6 +58,7 @@ class LayerCall:
         # trains on few rows reads unpacked weights, and sums in another order.
         self._trains_small = small and self.keep_tape and not frozen
         self._small_back = directions == 1 and small_batch.is_small(self.size, steps, batch, backward=True)
+        self._settings = small_batch.layer_settings(self.size)
         self._launch: Any = None  # of a small layer, prepared at the first call: it compiles
 
     def forward(
@@ -107,7 +108,7 @@ class LayerCall:
         direction = self.directions[0]
         if self._trains_small:
             given = given[0], as_plain(h0), as_plain(c0), *given[3:]
-            tape = small_batch.small_forward(size, direction.arguments(arrays), *given)
+            tape = small_batch.small_forward(size, self._settings, direction.arguments(arrays), *given)
             return y, LayerTape(x, rows, [tape])
         if self._launch is None:
             kernel = small_forward_packed if packed else small_forward
@@ -137,8 +138,8 @@ class LayerCall:
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
         if self._small_back and not rows.ragged:
             grads = small_batch.small_backward(
-                size, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
-                dh_n, dc_n, dx, dh0, dc0,
+                size, self._settings, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape),
+                tape.directions[0], dy, dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
             found = self.directions[0].named(grads)
         else:
