@@ -4,11 +4,11 @@
     python benchmarks/figures.py --check  # only say whether they are what the results say; status 1 if not
 
 ``benchmarks/results`` has a folder for each machine: ``bench.json`` is of ``fastlstm bench``, a study's file of
-``benchmarks/study.py --out``, ``A.json``, ``B.json`` and ``C.json`` of ``.ci/gpu``, and any other of
-``benchmarks/cpu.py``. Of the first two is made everything between the two marks in ``README.md``; of the others
-``benchmarks/RESULTS.md``, with the roofs of the machine beside each row, and of those of a GPU one sentence between two
-marks of its own in ``README.md``. A row in which a peer wins is always shown, and ``benchmarks/reasons.toml`` has to
-say why it does on a CPU, and why a goal is missed: without, this fails.
+``benchmarks/study.py --out``, ``A.json``, ``B.json`` and ``C.json`` of ``.ci/gpu``, ``versions.json`` of
+``benchmarks/versions.py``, and any other of ``benchmarks/cpu.py``. Of the first two is made everything between the two
+marks in ``README.md``; of the others ``benchmarks/RESULTS.md``, with the roofs of the machine beside each row, and of
+those of a GPU one sentence between two marks of its own in ``README.md``. A row in which a peer wins is always shown,
+and ``benchmarks/reasons.toml`` has to say why it does on a CPU, and why a goal is missed: without, this fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from readme import beyond, goals, gpu, kernels, limits, reasons
+from readme import beyond, goals, gpu, kernels, limits, reasons, versions
 from studies import record
 from studies.record import Study
 
@@ -51,6 +51,7 @@ class Machine(NamedTuple):
     kernels: dict[str, Results]  # by file name
     studies: dict[str, Study]  # by name of the study
     gpu: dict[str, Any]  # by stage of .ci/gpu
+    versions: list[dict[str, Any]]  # comparisons of two
 
 
 def machines(folder: Path) -> list[Machine]:
@@ -63,7 +64,7 @@ def machines(folder: Path) -> list[Machine]:
     """
     found = []
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        machine = Machine(place, {}, {}, {})
+        machine = Machine(place, {}, {}, {}, [])
         for path in sorted(place.glob("*.json")):
             if _kind(path) == bench.FORMAT:
                 machine.kernels[path.stem] = bench.load(path)
@@ -71,11 +72,14 @@ def machines(folder: Path) -> list[Machine]:
             if _kind(path) == gpu.FORMAT:
                 machine.gpu[path.stem] = gpu.load(path)
                 continue
+            if _kind(path) == versions.FORMAT:
+                machine.versions.append(versions.load(path))
+                continue
             study = record.load(path)
             if study.study != path.stem:
                 raise ResultsFileError(f"{path} holds the study {study.study!r}")
             machine.studies[study.study] = study
-        if machine.kernels or machine.studies or machine.gpu:
+        if machine.kernels or machine.studies or machine.gpu or machine.versions:
             found.append(machine)
     return found
 
@@ -136,6 +140,7 @@ def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
             parts.append(f"### {name.replace('-', ' ')}")
             parts += kernels.paragraphs(results, given, every=True)
             parts += limits.paragraphs(results, machine.studies.get("roofs"))
+        parts += [part for comparison in machine.versions for part in versions.paragraphs(comparison)]
         if machine.gpu:
             parts += [] if others else [f"## {machine.folder.name}"]
             parts += [part for stage in machine.gpu.values() for part in gpu.stage(stage)]

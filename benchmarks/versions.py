@@ -175,10 +175,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--block", type=float, default=0.02, help="seconds of a block of calls, at least one call")
     options = parser.parse_args()
-    found: dict[str, Any] = {"versions": options.names, "first calls": first_calls(options.old, options.new, 3)}
+    found: dict[str, Any] = {"format": "fastlstm versions 1", "versions": options.names, "calls": {}}
+    found["first calls"] = first_calls(options.old, options.new, 3)
     for threads in options.threads:
         old, new = Version(options.old, threads), Version(options.new, threads)
-        table = found[f"calls on {threads} threads"] = {}
+        table = found["calls"][str(threads)] = {}
         for cell in new.cells:
             table[cell] = compare(old, new, cell, options.rounds, options.block)
             print(f"{threads} threads  {cell:36} {table[cell]['ratio']:.2f}", file=sys.stderr)

@@ -85,16 +85,17 @@ class Call:
     """A prepared call; made by :func:`checked`, found again by :func:`find`."""
 
     __slots__ = (
-        "backend", "batched", "cell", "dtype", "forced", "frozen", "kind", "layout", "on_host", "params", "prepared",
-        "state_shape", "x_shape", "y_shape",
+        "backend", "batched", "cell", "compares_shapes", "dtype", "forced", "frozen", "kind", "layout", "on_host",
+        "params", "prepared", "state_shape", "x_shape", "y_shape",
     )  # fmt: skip
 
-    def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature) -> None:
+    def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature, *, is_step: bool) -> None:
         self.forced, backend = forced(), dispatch.backend_for(x)
         states = cell.num_layers * cell.num_directions
         self.cell, self.layout, self.backend = cell, layout, backend.name
         self.batched = layout.batched
         self.prepared: Prepared = backend.prepare(cell, signature)
+        self.compares_shapes = not (is_step and self.prepared.checks_shapes and layout.batched)
         self.kind, self.dtype, self.frozen = type(x), cell.dtype, signature.frozen
         self.on_host = dispatch.kind_of("x", x).library == "numpy"
         self.params = tuple(parameters.shapes(cell).items())
@@ -114,12 +115,12 @@ class Call:
         """Say whether the parameters are as this call needs them."""
         if self.frozen:
             return type(params) is FrozenParams and (params.cell is self.cell or params.cell == self.cell)
-        kind, dtype, get = self.kind, self.dtype, params.get
+        kind, dtype, get, compare = self.kind, self.dtype, params.get, self.compares_shapes
         if len(params) != len(self.params):
             return False
         for name, shape in self.params:
             array: Any = get(name)
-            if type(array) is not kind or array.shape != shape:
+            if type(array) is not kind or (compare and array.shape != shape):
                 return False
             if array.dtype is not dtype and array.dtype != dtype:
                 return False
@@ -136,7 +137,9 @@ class Call:
             if type(state) is not tuple or len(state) != 2:
                 return False
             h, c = state
-            if not (type(h) is type(c) is kind and h.shape == shape == c.shape):
+            if not type(h) is type(c) is kind:
+                return False
+            if self.compares_shapes and not h.shape == shape == c.shape:
                 return False
             if not (h.dtype is dtype is c.dtype or h.dtype == dtype == c.dtype):
                 return False
@@ -197,7 +200,7 @@ def checked(
     call = cell.calls.get(key)
     if call is None or not call.takes_all(params, x, state):  # for another backend that was forced, say
         signature = Signature(layout.steps, layout.batch, bool(mode & _KEEP_TAPE), key[-1])
-        call = Call(cell, x, layout, signature)
+        call = Call(cell, x, layout, signature, is_step=is_step)
         if len(cell.calls) >= _MOST_CALLS:
             cell.calls.clear()
         cell.calls[key] = call

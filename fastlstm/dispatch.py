@@ -98,7 +98,13 @@ def backend_named(name: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name not in _loaded:
-        _loaded[name] = import_module(f"fastlstm.backends.{name}").BACKEND
+        backend = getattr(import_module(f"fastlstm.backends.{name}"), "BACKEND", None)
+        if backend is None:  # this thread is importing it: a call interrupts its own import
+            raise BackendError(
+                f"a signal handler or a finaliser needs backend {name!r}, which the call that it interrupts is"
+                " importing; make a call before"
+            )
+        _loaded[name] = backend
     return _loaded[name]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlstm import calls, checks, dispatch
-from fastlstm.backends.base import Array, Dropout, Params, State
+from fastlstm.backends.base import Array, Dropout, Params, RefusedError, State
 from fastlstm.calls import STEP, Call
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
@@ -235,7 +235,11 @@ def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | Non
         call, params, x_t, state = calls.checked(cell, params, x_t, state, STEP)
     h0, c0 = (None, None) if state is None else state
     if call.batched:
-        y, h_n, c_n = call.prepared.step(params, x_t, h0, c0)
+        try:
+            y, h_n, c_n = call.prepared.step(params, x_t, h0, c0)
+        except RefusedError:
+            calls.checked(cell, params, x_t, state, STEP)  # says why
+            raise
         return y, (h_n, c_n)
     h0, c0 = call.layout.state_to_backend(h0), call.layout.state_to_backend(c0)
     y, h_n, c_n = call.prepared.step(params, x_t[None], h0, c0)

@@ -54,6 +54,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         If the CPU backend cannot run here.
     """
     backend_named("cpu")
+    thread_pool: Any = import_module("fastlstm.backends.cpu.thread_pool")
     cache = import_module("fastlstm.kernels.cpu.kernel_cache")
     jit = import_module("fastlstm.kernels.cpu.jit")
     cache.announce(silently=True)
@@ -65,8 +66,10 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         warnings.simplefilter("ignore", KernelCacheWarning)  # the report says it
         for dtype in dtypes:
             _run(dtype, train, step)
-        # The kernel in which workers wait, needed where there is more than one thread.
-        jit.compile_for(import_module("fastlstm.kernels.cpu.thread_team").serve, (0, 0))
+        # Needed where there is more than one thread: workers wait in one, the other runs both directions at once.
+        jit.compile_for(import_module("fastlstm.kernels.cpu.worker").serve, (0, 0))
+        records = thread_pool.new_records(2), thread_pool.NO_TEAM, 0
+        jit.compile_for(import_module("fastlstm.kernels.cpu.thread_team").run_records, records)
     compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
     where = ", ".join(map(str, cache.used)) or cache.describe()
     return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem)
@@ -82,8 +85,10 @@ def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:
 
 
 def _run(dtype: str, train: bool, step: bool) -> None:
-    """Make each kind of call once, with few rows and with many."""
-    model = LSTM(3, 4, dtype=np.dtype(dtype), seed=0)
+    """Make each kind of call once, with few rows and with many, and one for each variant of the cell."""
+    model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((2, 2, 3), dtype)
+    LSTM(3, 4, peephole=True, dtype=np.dtype(dtype), seed=0)(x)
+    model(x, lengths=[1, 2])
     frozen = model.freeze()
     inputs = [np.ones((steps, FEW_ROWS, 3), dtype)[:, :batch] for steps, batch in ((32, FEW_ROWS), (1, 1))]
     for x in inputs:

@@ -60,6 +60,12 @@ def dtype(request):
     return np.dtype(request.param)
 
 
+def pytest_collection_modifyitems(items):
+    """Refuse names of tests that differ from run to run: pytest-xdist's processes could not agree on them."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print which backends ran, how many tests were skipped for want of one, and the largest errors."""
     write = terminalreporter.write_line

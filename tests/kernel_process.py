@@ -19,8 +19,8 @@ import fastlstm
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     found = [fastlstm.LSTM(3, 4, dtype=name, seed=0).step(np.ones((1, 3), name))[0] for name in sys.argv[1:] or ["float32"]]
-from fastlstm.kernels.cpu import small
-stats = small.small_forward.stats
+from fastlstm.kernels.cpu import small_batch
+stats = small_batch.small_forward.stats
 print(json.dumps({
     "misses": sum(stats.cache_misses.values()), "hits": sum(stats.cache_hits.values()),
     "bits": [h.tobytes().hex() for h in found], "first": float(found[0][0, 0]), "file": fastlstm.__file__,

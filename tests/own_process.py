@@ -68,7 +68,11 @@ def without_workers():
     _workers.clear()
     _shelves.clear()
 
-WATCHED = {"thread_pool.py", "calls.py", "memory.py", "mask_keys.py"}
+# What keeps something between calls.
+WATCHED = {
+    "thread_pool.py", "launch.py", "workspace.py", "calls.py", "prepared_call.py", "layer.py", "small_batch.py",
+    "mask_keys.py",
+}
 
 def at_event(number, action, call, event="opcode"):
     "Call something, and act before the number-th bytecode or line of the watched files; return how many there were."

@@ -18,7 +18,8 @@ def sigmoid(a: float) -> float:
 
 def cell(p: Problem, suffix: str, x: list[float], h: list[float], c: list[float]) -> tuple[list[float], list[float]]:
     """Advance one direction of one layer by one time step."""
-    w, u, b = (p.params.get(f"{name}_{suffix}") for name in ("weight_ih", "weight_hh", "bias"))
+    roles = "weight_ih", "weight_hh", "bias", "weight_peephole"
+    w, u, b, peephole = (p.params.get(f"{role}_{suffix}") for role in roles)
     size, new_h, new_c = len(h), [], []
     for k in range(size):
         rows = {gate: k + size * block for block, gate in enumerate("ifgo")}
@@ -28,7 +29,12 @@ def cell(p: Problem, suffix: str, x: list[float], h: list[float], c: list[float]
             + (0.0 if b is None else b[row])
             for gate, row in rows.items()
         }
+        if peephole is not None:
+            a["i"] += peephole[0, k] * c[k]
+            a["f"] += peephole[1, k] * c[k]
         new_c.append(sigmoid(a["f"]) * c[k] + sigmoid(a["i"]) * math.tanh(a["g"]))
+        if peephole is not None:
+            a["o"] += peephole[2, k] * new_c[k]
         new_h.append(sigmoid(a["o"]) * math.tanh(new_c[k]))
     return new_h, new_c
 

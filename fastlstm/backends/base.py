@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from fastlstm.cell import Cell
 
 __all__ = [
-    "Array", "Backend", "BackwardResult", "Dropout", "ForwardResult", "Params", "Prepared", "Signature", "State",
+    "Array", "Backend", "BackwardResult", "Dropout", "ForwardResult", "Params", "Prepared", "RefusedError", "Signature",
+    "State",
 ]  # fmt: skip
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; the two share no common type
@@ -49,6 +50,10 @@ class Dropout:
     key: int
 
 
+class RefusedError(Exception):
+    """A kernel that checks shapes itself found one that does not fit; nothing was done."""
+
+
 class Signature(NamedTuple):
     """What calls have in common that can be prepared together."""
 
@@ -59,7 +64,13 @@ class Signature(NamedTuple):
 
 
 class Prepared(Protocol):
-    """A call of which everything is decided that its signature decides."""
+    """A call of which everything is decided that its signature decides.
+
+    Where `checks_shapes`, the kernel of a step checks the shapes of states and parameters, and :class:`RefusedError`
+    says that one does not fit: a step takes less time than to compare them in Python.
+    """
+
+    checks_shapes: bool
 
     def forward(
         self,

@@ -183,7 +183,7 @@ def float_mode(typingctx):
             _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(place, _I8.as_pointer()))
             return builder.and_(builder.zext(builder.load(place), _I64), ir.Constant(_I64, _CONTROL))
         if "aarch64" in _TRIPLE or "arm64" in _TRIPLE:
-            return builder.asm(ir.FunctionType(_I64, []), "mrs $0, fpcr", "=r", [], side_effect=True)
+            return _call(builder, "llvm.aarch64.get.fpcr", _I64)
         return ir.Constant(_I64, 0)
 
     return types.int64(), codegen
@@ -199,7 +199,7 @@ def set_float_mode(typingctx, mode):
             builder.store(builder.trunc(args[0], _I32), place)
             _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(place, _I8.as_pointer()))
         elif "aarch64" in _TRIPLE or "arm64" in _TRIPLE:
-            builder.asm(ir.FunctionType(ir.VoidType(), [_I64]), "msr fpcr, $0", "r", [args[0]], side_effect=True)
+            _call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -25,8 +25,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from numba import types
-from numba.np.numpy_support import from_dtype
+from numba import from_dtype, types
 
 from fastlstm.kernels.cpu.activations import sigmoid, tanh
 from fastlstm.kernels.cpu.jit import address_of, by_address, caller, routine

@@ -11,6 +11,7 @@ from fastlstm.backends.cpu import small_batch
 from fastlstm.backends.cpu.launch import AtOnce, launch
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.sequence import DirectionCall, schedules
+from fastlstm.backends.cpu.thread_pool import can_run_at_once
 from fastlstm.backends.cpu.weights import Packed, size_of
 from fastlstm.backends.cpu.workspace import new_array
 from fastlstm.backends.plain_arrays import as_plain
@@ -57,6 +58,7 @@ class LayerCall:
         # trains on few rows reads unpacked weights, and sums in another order.
         self._trains_small = small and self.keep_tape and not frozen
         self._small_back = directions == 1 and small_batch.is_small(self.size, steps, batch, backward=True)
+        self._settings = small_batch.layer_settings(self.size)
         self._launch: Any = None  # of a small layer, prepared at the first call: it compiles
 
     def forward(
@@ -80,7 +82,7 @@ class LayerCall:
         at_once = None
         if len(directions) == 2 and threads > 1:
             chosen = schedules(size, rows.count, rows.batch, threads, directions=2)
-            at_once = AtOnce(2) if chosen[0].kind == "directions" else None
+            at_once = AtOnce(2) if chosen[0].kind == "directions" and can_run_at_once(2) else None
         tapes = []
         for d, direction in enumerate(directions):
             weights = packed.layers[self.number][d] if packed else None
@@ -105,9 +107,8 @@ class LayerCall:
         y = y.reshape(rows.steps, rows.batch, size.hidden)
         direction = self.directions[0]
         if self._trains_small:
-            x, h0, c0, *outputs = given
-            given = x, as_plain(h0), as_plain(c0), *outputs
-            tape = small_batch.small_forward(size, direction.arguments(arrays), *given)
+            given = given[0], as_plain(h0), as_plain(c0), *given[3:]
+            tape = small_batch.small_forward(size, self._settings, direction.arguments(arrays), *given)
             return y, LayerTape(x, rows, [tape])
         if self._launch is None:
             kernel = small_forward_packed if packed else small_forward
@@ -137,8 +138,8 @@ class LayerCall:
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
         if self._small_back and not rows.ragged:
             grads = small_batch.small_backward(
-                size, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
-                dh_n, dc_n, dx, dh0, dc0,
+                size, self._settings, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape),
+                tape.directions[0], dy, dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
             found = self.directions[0].named(grads)
         else:

@@ -48,6 +48,7 @@ class PreparedCall:
             and all(layer.is_small for layer in self.layers)
             and (one_layer or (signature.frozen and signature.steps == 1))
         )
+        self.checks_shapes = self.is_one_launch
         self._given = self.layers[0].directions[0].given
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)

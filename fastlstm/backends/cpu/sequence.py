@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,7 @@ class DirectionCall:
         self.steps, self.batch, self.packed = signature.steps, signature.batch, signature.frozen
         self._nothing = _nothing(size)
         self._found: dict[Any, Candidates] = {}
+        self._equal_forward = functools.partial(self._forward_candidates, None)
 
     def arguments(self, arrays: Params) -> tuple[Array, Array, Array, Array]:
         """Return weights, bias and a variant's own parameters as the kernels take them; empty for none."""
@@ -107,24 +108,27 @@ class DirectionCall:
     ) -> DirectionTape | None:
         """Run the direction; writes y, h_n and c_n. `launch` launches the kernel; it may be that of ``AtOnce``."""
         size, reverse = self.size, self.direction == 1
-        few = are_few(rows.count, size.inputs, size.hidden, MR)
         tape, h_rows = self._nothing.tape, self._nothing.h_rows
         if self.keep_tape:
             # What the unpacked weights gave could not be computed again to the same bits, and is little.
-            kept = 1 if recompute and not few else TAPE
+            kept = 1 if recompute and not self._are_few(rows) else TAPE
             shapes = (rows.count, size.blocks, kept, size.width), (rows.count, size.stride)
             tape, h_rows = one_block(size.dtype, *shapes)
         arguments = (
             *self.arguments(arrays), rows.pack(x, reverse), h0, c0, rows.index(reverse), y, h_n, c_n, tape, h_rows,
             *(packed or self._nothing.packed),
         )  # fmt: skip
-        numbers, kind = None, None
+        numbers, candidates = None, self._equal_forward
         if rows.ragged:
             clear = int(is_to_be_cleared(y))
             numbers = {forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.CLEAR: clear}
-            kind = _rounded(rows.count), few
-        launch(forth.sequence_forward, arguments, _Finder(self._forward_candidates, kind), rows.count, threads, numbers)
+            candidates = functools.partial(self._forward_candidates, (_rounded(rows.count), self._are_few(rows)))
+        launch(forth.sequence_forward, arguments, candidates, rows.count, threads, numbers)
         return DirectionTape(tape, h_rows, c0.copy()) if self.keep_tape else None
+
+    def _are_few(self, rows: Rows) -> bool:
+        """Say whether the rows are too few for packing the weights."""
+        return are_few(rows.count, self.size.inputs, self.size.hidden, MR)
 
     def _forward_candidates(self, kind: Any, threads: int) -> Candidates:
         """Return the ways to launch the forward kernel; `kind` is None, or rows and ``few`` of a ragged batch."""
@@ -164,7 +168,7 @@ class DirectionCall:
             clear, chunk = int(not reverse and is_to_be_cleared(dx)), _chunk(rows.longest, rows.batch)
             numbers = {back.STEPS: rows.longest, back.CLEAR: clear, back.CHUNK: chunk}
             count = _rounded(rows.count)
-        finder = _Finder(self._backward_candidates, ("back", count, recompute))
+        finder = functools.partial(self._backward_candidates, ("back", count, recompute))
         launch(back.sequence_backward, arguments, finder, rows.count, get_num_threads(), numbers)
         return grads
 
@@ -183,16 +187,6 @@ class DirectionCall:
         """Keep candidates for so many kinds of ragged batches, and no more."""
         if len(self._found) >= _MOST_FOUND:
             self._found.clear()
-
-
-class _Finder(NamedTuple):
-    """What returns the candidates for a number of threads."""
-
-    find: Callable[[Any, int], Candidates]
-    kind: Any
-
-    def __call__(self, threads: int) -> Candidates:
-        return self.find(self.kind, threads)
 
 
 class _Nothing(NamedTuple):

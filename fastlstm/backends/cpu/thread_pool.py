@@ -48,7 +48,7 @@ from fastlstm.kernels.cpu.worker import (
     serve,
 )
 
-__all__ = ["NO_TEAM", "available", "new_records", "run_at_once", "run_team"]
+__all__ = ["NO_TEAM", "available", "can_run_at_once", "new_records", "run_at_once", "run_team"]
 
 # How often a worker looks for another call before it sleeps: about a millisecond, for most of which it lets any other
 # thread run first; and where there are fewer cores than threads, some microseconds.
@@ -253,6 +253,17 @@ def new_records(calls: int) -> Array:
     records = np.zeros((calls, RECORD_ROWS, 8), np.int64)
     records[:, 1, THREADS] = 1
     return records
+
+
+_NO_RECORDS = new_records(0)
+
+
+def can_run_at_once(calls: int) -> bool:
+    """Say whether there is a worker for recorded calls at this moment, and the kernel that runs them."""
+    try:
+        return available(calls - 1) > 0 and run_records(_NO_RECORDS, NO_TEAM, 0) is None
+    except BackendError:  # it is not compiled, and cannot be now
+        return False
 
 
 def run_at_once(records: Array) -> None:
