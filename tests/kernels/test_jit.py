@@ -109,7 +109,7 @@ jit = sys.modules["fastlstm.kernels.cpu.jit"]
 compiled = [each for kernel in jit.KERNELS for each in kernel.overloads.values()]
 print(json.dumps({
     "compiled": len(compiled), "counting": [b"NRT_" in each.library._get_compiled_object() for each in compiled],
-    "collecting": gc.isenabled(), "numba": sorted(set(sys.modules) - before), "scipy": "scipy" in sys.modules,
+    "collecting": gc.isenabled(), "numba": sorted(set(sys.modules) - before), "scipy": "scipy.linalg" in sys.modules,
 }))
 """
 
