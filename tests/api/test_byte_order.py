@@ -24,8 +24,8 @@ from fastlstm.functional import lstm_backward, lstm_forward
 PARAMS = ("weight_ih_l0", "weight_hh_l0", "bias_l0")
 STATES = ("h0", "c0", "dh_n", "dc_n")
 NAMES = ("x", "dy", *STATES, *PARAMS)
-# T, B, I, H: run by the kernels for a few rows, by those for whole sequences, and by each in one direction of time.
-SIZES = [(1, 2, 3, 4), (2, 2, 3, 4), (30, 20, 9, 40), (9, 1, 300, 400)]
+# T, B, I, H: run by the kernels for small batches, and by those for large ones on packed and on unpacked weights.
+SIZES = [(1, 2, 3, 4), (2, 2, 3, 4), (30, 12, 5, 20), (20, 1, 5, 20)]
 
 
 class Subclass(np.ndarray):
