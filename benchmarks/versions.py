@@ -1,8 +1,9 @@
 """Two versions of fastlstm on one machine, in turn: ``python benchmarks/versions.py OLD_PYTHON NEW_PYTHON --out FILE``.
 
 Each interpreter has one of the versions installed. Two processes, one for each, hold the same models; a block of calls
-of the one follows a block of the other, so that a slow phase of the machine meets both. A cell's ratio is the median
-over the rounds of old time / new time: above 1, the new version is faster. A first call is timed in processes of its
+of the one follows a block of the other, so that a slow phase of the machine meets both. A process may be slower than its like
+throughout, by where its memory lies, so several pairs of processes are measured. A cell's ratio is the median over all
+rounds of old time / new time: above 1, the new version is faster. A first call is timed in processes of its
 own, with an empty kernel cache, in CPU seconds.
 """
 
@@ -93,7 +94,13 @@ FIRST = """
 import sys, time
 import numpy as np
 import fastlstm
-start, what = time.process_time(), sys.argv[1]
+start = time.process_time()
+try:  # kernels that stand beside the source from other runs are not to be found
+    from fastlstm.kernels.cpu import kernel_cache
+    kernel_cache.folders = kernel_cache.folders[:1]
+except (ImportError, AttributeError):  # a version that looks in one folder only
+    pass
+what = sys.argv[1]
 model, x = fastlstm.LSTM(32, 64, seed=0), np.ones((40, 8, 32), np.float32)
 if what == "inference":
     model(x)
@@ -116,6 +123,13 @@ class Version:
         )
         self.cells = json.loads(self._line())
 
+    def __enter__(self) -> Version:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
@@ -127,14 +141,21 @@ class Version:
         return float(self._line())
 
 
-def compare(old: Version, new: Version, cell: str, rounds: int, block: float) -> dict[str, Any]:
-    """Time blocks of calls in turn."""
+Pairs = list[tuple[float, float]]
+
+
+def time_in_turn(old: Version, new: Version, cell: str, rounds: int, block: float) -> Pairs:
+    """Time blocks of calls in turn: the seconds of a call, of each version."""
     count = max(1, round(block / max(1e-7, min(new.seconds(cell, 1) for _ in range(3)))))
-    pairs = [(old.seconds(cell, count) / count, new.seconds(cell, count) / count) for _ in range(rounds)]
+    return [(old.seconds(cell, count) / count, new.seconds(cell, count) / count) for _ in range(rounds)]
+
+
+def summary(pairs: Pairs) -> dict[str, Any]:
+    """Summarise the times of one cell."""
     ratios = sorted(a / b for a, b in pairs)
     return {
         "old us": 1e6 * statistics.median(a for a, _ in pairs), "new us": 1e6 * statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios), "quartiles": [ratios[rounds // 4], ratios[3 * rounds // 4]],
+        "ratio": statistics.median(ratios), "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
     }  # fmt: skip
 
 
@@ -172,17 +193,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--names", nargs=2, default=["old", "new"], help="of the versions, for the file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--rounds", type=int, default=7, help="of each pair of processes")
     parser.add_argument("--block", type=float, default=0.02, help="seconds of a block of calls, at least one call")
     options = parser.parse_args()
     found: dict[str, Any] = {"format": "fastlstm versions 1", "versions": options.names, "calls": {}}
     found["first calls"] = first_calls(options.old, options.new, 3)
     for threads in options.threads:
-        old, new = Version(options.old, threads), Version(options.new, threads)
-        table = found["calls"][str(threads)] = {}
-        for cell in new.cells:
-            table[cell] = compare(old, new, cell, options.rounds, options.block)
-            print(f"{threads} threads  {cell:36} {table[cell]['ratio']:.2f}", file=sys.stderr)
+        times: dict[str, Pairs] = {}
+        for _ in range(options.processes):
+            with Version(options.old, threads) as old, Version(options.new, threads) as new:
+                for cell in new.cells:
+                    times.setdefault(cell, []).extend(time_in_turn(old, new, cell, options.rounds, options.block))
+        found["calls"][str(threads)] = {cell: summary(pairs) for cell, pairs in times.items()}
     from fastlstm.diagnostics import describe_for_others
 
     found["machine"] = describe_for_others()
