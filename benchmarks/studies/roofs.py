@@ -101,15 +101,14 @@ def tile(work: Work, threads: int) -> contextlib.AbstractContextManager[Side]:
 
 @functools.cache
 def _reader() -> Any:
-    from numba import njit
+    from fastlstm.kernels.cpu.jit import unkept_kernel
 
     simd: Any = import_module("fastlstm.kernels.cpu.vector")
     address, fill, lanes_of, load, offset, store = (
         getattr(simd, name) for name in ("address", "fill", "lanes_of", "load", "offset", "store")
     )
 
-    # References are not counted, as in kernels.
-    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
+    @unkept_kernel  # what plain Numba compiles cannot call the kernels' parts
     def read(passes: int, array: Any, total: Any) -> None:
         """Add up an array so many times; eight sums, for an addition has to wait for the one before."""
         start = address(array)
@@ -149,7 +148,7 @@ def _reading(work: Work, threads: int, *, of_inputs: bool) -> Callable[[], None]
 
 @functools.cache
 def _gates() -> Any:
-    from numba import njit
+    from fastlstm.kernels.cpu.jit import unkept_kernel
 
     simd: Any = import_module("fastlstm.kernels.cpu.vector")
     address, lanes_of, load, offset, store = (
@@ -159,7 +158,7 @@ def _gates() -> Any:
     update, output, backward, kept = of_cell.update, of_cell.output, of_cell.backward, of_cell.TAPE
     Cell = of_cell.Cell
 
-    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
+    @unkept_kernel
     def gates(count: int, back: bool, a: Any, c: Any, h: Any, da: Any) -> None:
         """Take vectors of cells, `count` in all, through the gates and, if asked, back again, a row after the other."""
         width = lanes_of(address(a))

@@ -46,15 +46,14 @@ def cpu(threads: int, dtypes: tuple[str, ...]) -> Ceiling:
 @functools.cache
 def _tiles() -> tuple[Any, int, int]:
     """Compile the loop over bare tiles; return it, and the tile's rows and vectors."""
-    from numba import njit
-
     from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, tile
+    from fastlstm.kernels.cpu.jit import unkept_kernel
 
     # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
     address: Any = import_module("fastlstm.kernels.cpu.vector").address
 
-    # References are not counted, as in kernels.
-    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
+    # What plain Numba compiles cannot call the kernels' parts.
+    @unkept_kernel  # type: ignore[untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
             left, right, sums, row = address(a), address(b), address(c), c.shape[1]

@@ -41,7 +41,8 @@ from fastlstm.kernels.cpu.private_numba import (
 
 __all__ = [
     "KERNELS", "PLAIN", "VECTOR_BYTES", "address_of", "by_address", "caller", "cgutils", "compile_for", "compile_once",
-    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined", "unroll_loops",
+    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined", "unkept_kernel",
+    "unroll_loops",
 ]  # fmt: skip
 
 if numba.config.DISABLE_JIT:
@@ -68,14 +69,18 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     Where no folder can be written, it is compiled in every process.
     """
-    if PLAIN:
-        made: Any = PlainKernel(function)
-    else:
-        options = {**_OPTIONS, "nogil": True}
-        made = Kernel(function, targetoptions=options, pipeline_class=KernelCompiler)
+    made = unkept_kernel(function)
+    if not PLAIN:
         made._cache = _Cache(function)
     KERNELS.append(made)
     return made
+
+
+def unkept_kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel at its first call, in every process: for measurements of the kernels' parts."""
+    if PLAIN:
+        return PlainKernel(function)
+    return Kernel(function, targetoptions={**_OPTIONS, "nogil": True}, pipeline_class=KernelCompiler)
 
 
 def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
