@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from harness import DROPOUT_SEED, Arrays, BackendUnderTest, Problem
+from harness import DROPOUT_SEED, Arrays, BackendUnderTest, Problem, model_of
 
 from fastlstm.backends.base import Dropout
 from fastlstm.functional import lstm_forward
@@ -82,7 +82,7 @@ def central_differences(backend: BackendUnderTest, p: Problem) -> Arrays:
         to = backend.array
         y, (h_n, c_n), _ = lstm_forward(
             {key: to(v) for key, v in q.params.items()}, to(q.x), (to(q.state[0]), to(q.state[1])), p.lengths,
-            batch_first=p.batch_first, dropout_seed=DROPOUT_SEED, cell=p.cell,
+            batch_first=p.batch_first, dropout_seed=DROPOUT_SEED, **model_of(p),
             resets=None if p.resets is None else to(p.resets),
         )  # fmt: skip
         return loss(p, backend.host(y), backend.host(h_n), backend.host(c_n))
