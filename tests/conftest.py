@@ -1,7 +1,8 @@
 """The parametrisation of every test over backend x dtype, and the tables printed after a run.
 
 ``FASTLSTM_TEST_BACKENDS=reference,cpu`` chooses the backends; one that is named there and cannot run fails.
-``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test.
+``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test. ``FASTLSTM_SLOW_TESTS=2/4`` runs, of
+the tests marked ``slow``, the second quarter alone: ``.ci/run`` takes one quarter after the other.
 """
 
 from __future__ import annotations
@@ -60,10 +61,19 @@ def dtype(request):
     return np.dtype(request.param)
 
 
-def pytest_collection_modifyitems(items):
-    """Refuse names of tests that differ from run to run: pytest-xdist's processes could not agree on them."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests that are not this run's part.
+
+    Names of tests that differ from run to run are refused: pytest-xdist's processes could not agree on them.
+    """
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")
+    if part := os.environ.get("FASTLSTM_SLOW_TESTS"):
+        number, of = map(int, part.split("/"))
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        left_out = {item for place, item in enumerate(slow) if place % of != number % of}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter):
