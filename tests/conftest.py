@@ -1,8 +1,8 @@
 """The parametrisation of every test over backend x dtype, and the tables printed after a run.
 
 ``FASTLSTM_TEST_BACKENDS=reference,cpu`` chooses the backends; one that is named there and cannot run fails.
-``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test. ``FASTLSTM_SLOW_TESTS=2/4`` runs, of
-the tests marked ``slow``, the second quarter alone: ``.ci/run`` takes one quarter after the other.
+``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test. ``FASTLSTM_SLOW_TESTS=2/4`` runs,
+of the tests marked ``slow``, the second quarter alone: ``.ci/run`` takes one quarter after the other.
 """
 
 from __future__ import annotations
