@@ -1,4 +1,4 @@
-"""class LSTM(Recurrent): the parameters of a model and the calls on them. What people touch."""
+"""class LSTM(Exchange): the parameters of a model and the calls on them. What people touch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from fastlstm import checks, interchange, parameters, storage
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell, integer
 from fastlstm.errors import ArgumentError, shown
+from fastlstm.exchange import Exchange
 from fastlstm.frozen import FrozenParams
-from fastlstm.recurrent import Recurrent, on_host
+from fastlstm.recurrent import on_host
 
 __all__ = ["LSTM"]
 
 
-class LSTM(Recurrent):
+class LSTM(Exchange):
     """A long short-term memory network over NumPy or CuPy arrays.
 
     The constructor and the call follow ``torch.nn.LSTM``. The equations are those of Hochreiter and

@@ -18,7 +18,7 @@ from fastlstm.cell import Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
 
-__all__ = ["from_torch_state_dict", "to_torch_state_dict"]
+__all__ = ["check_prefix", "from_torch_state_dict", "select", "to_torch_state_dict"]
 
 HostArray = np.ndarray[Any, Any]
 
@@ -68,7 +68,7 @@ def from_torch_state_dict(
     >>> cell.input_size, cell.hidden_size, cell.bias, cell.dtype
     (3, 2, False, dtype('float64'))
     """
-    given = _select(state_dict, prefix)
+    given = select(state_dict, prefix)
     _check_arrays(given, prefix)
     if given.keys() <= _CELL_NAMES:
         given = {f"{name}_l0": value for name, value in given.items()}
@@ -102,7 +102,7 @@ def to_torch_state_dict(cell: Cell, params: Mapping[str, HostArray], *, prefix: 
         New arrays, in PyTorch's order, for
         ``module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})``.
     """
-    _check_prefix(prefix)
+    check_prefix(prefix)
     if cell.peephole:
         raise ArgumentError("torch.nn.LSTM has no peepholes: a model with peephole=True cannot become one")
     state_dict = {}
@@ -122,17 +122,19 @@ def _torch_names(name: str) -> tuple[str, ...]:
 
 def _add(bias_ih: HostArray, bias_hh: HostArray) -> HostArray:
     # Adding zero is not quite the identity: it turns -0.0 into 0.0, and then a round trip would change a bit.
-    return np.where(bias_hh == 0, bias_ih, bias_ih + bias_hh)
+    with np.errstate(all="ignore"):  # infinities of a broken model are its own
+        return np.where(bias_hh == 0, bias_ih, bias_ih + bias_hh)
 
 
-def _check_prefix(prefix: Any) -> None:
+def check_prefix(prefix: Any) -> None:
+    """Check what stands before each name."""
     if not isinstance(prefix, str):
         raise ArgumentError(f"prefix must be a string, got {prefix!r}")
 
 
-def _select(state_dict: Any, prefix: Any) -> dict[str, Any]:
+def select(state_dict: Any, prefix: Any) -> dict[str, Any]:
     """Return the entries that `prefix` selects, without it: the parameters of an LSTM or of an LSTMCell."""
-    _check_prefix(prefix)
+    check_prefix(prefix)
     if not isinstance(state_dict, Mapping):
         raise ArrayTypeError(f"state_dict must map names to arrays, got {type(state_dict).__qualname__}")
     names = [name for name in state_dict if isinstance(name, str) and name.startswith(prefix)]
