@@ -1,9 +1,9 @@
 """Two versions of fastlstm on one machine, in turn: ``python benchmarks/versions.py OLD_PYTHON NEW_PYTHON --out FILE``.
 
 Each interpreter has one of the versions installed. Two processes, one for each, hold the same models; a block of calls
-of the one follows a block of the other, so that a slow phase of the machine meets both. A process may be slower than its like
-throughout, by where its memory lies, so several pairs of processes are measured. A cell's ratio is the median over all
-rounds of old time / new time: above 1, the new version is faster. A first call is timed in processes of its
+of the one follows a block of the other, so that a slow phase of the machine meets both. A process may be slower than
+its like throughout, by where its memory lies, so several pairs of processes are measured. A cell's ratio is the median
+over all rounds of old time / new time: above 1, the new version is faster. A first call is timed in processes of its
 own, with an empty kernel cache, in CPU seconds.
 """
 

@@ -25,11 +25,13 @@ from fastlstm.errors import (
     ShapeError,
 )
 from fastlstm.lstm import LSTM
+from fastlstm.rnn import RNN
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LSTM",
+    "RNN",
     "ArgumentError",
     "ArrayTypeError",
     "BackendError",

@@ -14,7 +14,7 @@ from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["array", "dropout_seed", "flag", "lengths", "params", "state", "state_gradient"]
+__all__ = ["array", "dropout_seed", "flag", "lengths", "params", "resets", "state", "state_gradient"]
 
 
 def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
@@ -135,14 +135,15 @@ def _pair(
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise ArgumentError(f"{name} must be a pair ({parts[0]}, {parts[1]}), got {type(given).__qualname__}")
     rows = cell.num_layers * cell.num_directions
-    shape = (rows, cell.hidden_size) if batch is None else (rows, batch, cell.hidden_size)
-    axes = "(L*D, H)" if batch is None else "(L*D, B, H)"
+    leading = (rows,) if batch is None else (rows, batch)
     checked: list[Array | None] = []
-    for part, value in zip(parts, given, strict=True):
+    sizes = (cell.h_size, "P" if cell.proj_size else "H"), (cell.c_size, "H")
+    for part, value, (size, letter) in zip(parts, given, sizes, strict=True):
         if value is None and optional:
             checked.append(None)
             continue
-        checked.append(array(part, value, like, shape, axes))
+        axes = f"(L*D, {letter})" if batch is None else f"(L*D, B, {letter})"
+        checked.append(array(part, value, like, (*leading, size), axes))
     return checked[0], checked[1]
 
 
@@ -164,6 +165,22 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
         if low < 0 or high > steps:
             raise ArgumentError(f"lengths must be in 0..T = 0..{steps}, got {low} to {high}")
     return values
+
+
+def resets(given: Any, like: Array, shape: tuple[int, ...]) -> Array | None:
+    """Check where states are set to zero: booleans of the parameters' library, one for each step and sequence."""
+    if given is None:
+        return None
+    if type(given) is not type(like):
+        _same_library("resets", given, like)
+    if given.device != like.device:
+        raise ArrayTypeError(f"resets is on {given.device}, but the parameters are on {like.device}")
+    if given.dtype != np.bool_:
+        raise DTypeError(f"resets must be booleans, got dtype {given.dtype}")
+    if given.shape != shape:
+        axes = "(T,)" if len(shape) == 1 else "of x without its features"
+        raise ShapeError(f"resets must have shape {axes} = {shape}, got {tuple(given.shape)}")
+    return given
 
 
 _FEW_LENGTHS = 64  # which Python compares faster than NumPy

@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Any, Self
 from fastlstm import parameters
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
-from fastlstm.recurrent import Recurrent
+from fastlstm.recurrent import Recurrent, new_key
 
 if TYPE_CHECKING:
     from fastlstm.interchange.source import PathOrFile
 
-__all__ = ["Exchange", "new_key"]
-
-
-def new_key(seed: Any) -> int:
-    """Draw where the dropout masks of a new model start."""
-    return int(parameters.generator(seed).integers(2**63))
+__all__ = ["Exchange"]
 
 
 class Exchange(Recurrent):
@@ -25,7 +20,7 @@ class Exchange(Recurrent):
 
     @classmethod
     def _read(cls, cell: Cell, params: dict[str, Array], batch_first: bool, seed: Any) -> Self:
-        return cls._from(cell, params, batch_first, new_key(seed))
+        return cls._from(cell, params, batch_first, new_key(parameters.generator(seed)))
 
     @classmethod
     def load_torch(

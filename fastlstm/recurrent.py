@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from fastlstm import checks, dispatch, functional, parameters
+from fastlstm import checks, dispatch, functional, parameters, storage
 from fastlstm.backends.base import Array, Dropout, State
-from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, ArrayTypeError, shown
+from fastlstm.cell import VARIANTS, Cell
+from fastlstm.errors import ArgumentError, ArrayTypeError, ModelFileError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
 from fastlstm.mask_keys import MaskKeys
 
-__all__ = ["Recurrent", "on_host"]
+__all__ = ["Recurrent", "new_key", "on_host"]
 
 
 class Recurrent:
@@ -43,19 +44,21 @@ class Recurrent:
     def _from(cls, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int = 0) -> Self:
         return cls.__new__(cls)._assemble(cell, params, batch_first, dropout_key)
 
-    def __call__(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State]:
+    def __call__(
+        self, x: Array, state: State | None = None, lengths: Any = None, resets: Any = None
+    ) -> tuple[Array, State]:
         """Run the model for inference: no dropout, and nothing kept for a backward pass.
 
         Parameters and results are those of :meth:`forward`, without the tape.
         """
         y, state, _ = functional.run(
-            self.cell, self.params, x, state, lengths,
+            self.cell, self.params, x, state, lengths, resets,
             batch_first=self.batch_first, dropout=None, keep_tape=False,
         )  # fmt: skip
         return y, state
 
     def forward(
-        self, x: Array, state: State | None = None, lengths: Any = None, *, recompute: bool = False
+        self, x: Array, state: State | None = None, lengths: Any = None, resets: Any = None, *, recompute: bool = False
     ) -> tuple[Array, State, Tape]:
         """Run the model for training, with dropout, and keep what :meth:`backward` needs.
 
@@ -67,6 +70,9 @@ class Recurrent:
             ``(h0, c0)``, each (L*D, B, H), or (L*D, H) for unbatched input; zeros by default.
         lengths : (B,) integers, optional
             The length of each sequence, in 0..T, in any order; all T by default.
+        resets : array of bool, (T, B), (B, T) with `batch_first`, or (T,), optional
+            Where the state of a sequence is zero before a time step; no gradient crosses it. A reverse direction has
+            it before that step in its own order.
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer and gives the same gradients to the last bit. In place of the ``7 * T * B * H``
@@ -90,10 +96,10 @@ class Recurrent:
         """
         dropout = None
         try:
-            if self.cell.dropout and self.cell.num_layers > 1:
+            if self.cell.draws:
                 dropout = Dropout(self.cell.dropout, self._mask_keys.take())
             y, state, tape = functional.run(
-                self.cell, self.params, x, state, lengths,
+                self.cell, self.params, x, state, lengths, resets,
                 batch_first=self.batch_first, dropout=dropout, keep_tape=True, recompute=recompute,
             )  # fmt: skip
         except BaseException:
@@ -121,7 +127,12 @@ class Recurrent:
             setattr(self, name, value)
 
     def backward(
-        self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None
+        self,
+        tape: Tape,
+        dy: Array | None,
+        dstate: tuple[Array | None, Array | None] | None = None,
+        *,
+        keep_state_gradients: bool = False,
     ) -> Gradients:
         """Back-propagate through the forward pass that left `tape`, with the parameters unchanged since.
 
@@ -133,11 +144,15 @@ class Recurrent:
             The loss's gradient by `y`, shaped as it; ignored past each length. None for zero.
         dstate : tuple of array, optional
             ``(dh_n, dc_n)``, the loss's gradients by the final states; either may be None.
+        keep_state_gradients : bool
+            Whether to return the gradients by the states after each time step too, as ``grads.steps``: to look at how
+            they grow or vanish. Takes longer.
 
         Returns
         -------
         Gradients
-            ``grads.x``, ``grads.state = (dh0, dc0)`` and ``grads.params[name]``.
+            ``grads.x``, ``grads.state = (dh0, dc0)`` and ``grads.params[name]``; ``grads.steps = (dh, dc)``, each
+            (T, L*D, B, H), if asked for.
 
         Raises
         ------
@@ -155,7 +170,7 @@ class Recurrent:
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")
-        return functional.lstm_backward(self.params, tape, dy, dstate)
+        return functional.lstm_backward(self.params, tape, dy, dstate, keep_state_gradients=keep_state_gradients)
 
     def step(self, x_t: Array, state: State | None = None) -> tuple[Array, State]:
         """Advance by one time step: streaming inference.
@@ -278,8 +293,98 @@ class Recurrent:
         # A cell of its own: the calls that are prepared for it are those of one array library.
         return self._from(replace(self.cell), params, self.batch_first, self._dropout_key)
 
+    def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
+        """Write the model to a file in the safetensors format.
+
+        A file at a path appears whole or not at all: it is written beside `path`, synced, and renamed over it. A file
+        object is written to from its current position on, and is neither flushed, synced nor closed; an error may
+        leave a part of the model in it, which :meth:`load` refuses.
+
+        With dropout between layers, the file also has what determines the next masks: the model that is loaded draws
+        the masks that this one would draw next.
+
+        Parameters
+        ----------
+        path : str, path-like or binary file object
+            Where to write; an existing file is replaced.
+
+        Raises
+        ------
+        ArgumentError
+            If `path` is neither a path nor a binary file object that can be written to.
+        OSError
+            If the file cannot be written.
+
+        Examples
+        --------
+        >>> import io
+        >>> from fastlstm import LSTM
+        >>> lstm, file = LSTM(input_size=3, hidden_size=8, seed=0), io.BytesIO()
+        >>> lstm.save(file)
+        >>> position = file.seek(0)
+        >>> LSTM.load(file)
+        LSTM(3, 8, dtype=float32)  # 384 parameters
+        """
+        given = checks.params(self.cell, self.params)
+        params = {name: on_host(name, value) for name, value in given.items()}
+        storage.save(path, self.cell, params, self.batch_first, self._dropout_key if self.cell.draws else None)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | BinaryIO) -> Self:
+        """Read a model that :meth:`save` wrote; its parameters are NumPy arrays.
+
+        Parameters
+        ----------
+        path : str, path-like or binary file object
+            The file. A file object is read from its current position to its end.
+
+        Raises
+        ------
+        ArgumentError
+            If `path` is neither a path nor a binary file object that can be read from.
+        ModelFileError
+            If the file is broken, truncated or foreign; nothing large is allocated.
+        OSError
+            If the file cannot be opened.
+
+        Notes
+        -----
+        Dropout masks go on where they were when the model was saved. Files of format 1 do not say where that was:
+        all models from such files draw the same masks, from the first on.
+        """
+        saved = storage.load(path)
+        is_rnn = saved.cell.nonlinearity is not None
+        if is_rnn != (cls.__name__ == "RNN"):
+            raise ModelFileError(
+                f"the file holds {'a plain RNN: use RNN.load' if is_rnn else 'an LSTM: use LSTM.load'}"
+            )
+        return cls._from(saved.cell, saved.params, saved.batch_first, saved.dropout_key or 0)
+
+    def __repr__(self) -> str:
+        cell = self.cell
+        options = [
+            f"{name}={value!r}"
+            for name, value, default in (
+                ("num_layers", cell.num_layers, 1),
+                ("bias", cell.bias, True),
+                ("batch_first", self.batch_first, False),
+                ("dropout", cell.dropout, 0.0),
+                ("bidirectional", cell.bidirectional, False),
+                *((name, getattr(cell, name), default) for name, default in VARIANTS.items()),
+            )
+            if value != default
+        ]
+        arguments = ", ".join([str(cell.input_size), str(cell.hidden_size), *options, f"dtype={cell.dtype.name}"])
+        frozen = ".freeze()" if isinstance(self.params, FrozenParams) else ""
+        return f"{type(self).__name__}({arguments}){frozen}  # {self.num_parameters:,} parameters"
+
 
 def on_host(name: str, value: Array) -> np.ndarray[Any, Any]:
     """Return a parameter as a NumPy array."""
     host: np.ndarray[Any, Any] = value if dispatch.kind_of(name, value).library == "numpy" else value.get()
     return host
+
+
+def new_key(rng: np.random.Generator) -> int:
+    """Draw where the dropout masks of a new model start."""
+    return int(rng.integers(2**63))

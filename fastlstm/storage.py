@@ -21,6 +21,7 @@ and against the file's own size, and only then is the rest read. Nothing in it i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ from safetensors import SafetensorError
 
 from fastlstm import files, parameters
 from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, DTypeError, ModelFileError
+from fastlstm.errors import ArgumentError, DTypeError, ModelFileError, shown
 
 __all__ = ["SavedModel", "load", "save"]
 
@@ -244,6 +245,9 @@ def _cell(fields: Any) -> Cell:
     # NumPy would take many things for a dtype, some of them large.
     if not isinstance(fields, dict) or fields.get("dtype") not in list(CODES):
         raise ModelFileError("its description of the model is broken")
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Cell)})
+    if unknown:
+        raise ModelFileError(f"this version does not know {', '.join(map(shown, unknown))} of a model's description")
     try:
         return Cell(**fields)
     except (TypeError, ArgumentError, DTypeError) as error:

@@ -56,6 +56,12 @@ BOUNDS = {
         None,
         "a step of 1e-5 truncates at 1e-10 times the third derivative and rounds at 1e-16 / 1e-5",
     ),
+    "layer norm": Bound(
+        1e-9,
+        2e-3,
+        "as agreement; but where h has few features, the normalised W_hh h hardly depends on its size, so that the"
+        " gradient by h is a difference of numbers up to 1 / sqrt(1e-5) times larger, at each of some steps",
+    ),
     "agreement": Bound(
         1e-12,
         5e-6,

@@ -1,6 +1,7 @@
 """The contract between the API and a backend.
 
-Shapes: T time steps, B sequences, I inputs, H hidden units, L layers, D directions. Everything a backend
+Shapes: T time steps, B sequences, I inputs, H hidden units, L layers, D directions. With a projection, h and y have P
+features in place of H; the c of a plain RNN has none; a merged y has H in place of D*H. Everything a backend
 is given has been checked: arrays of its own library, on one device, of the model's dtype and of the
 right shape, in native byte order. They may have any strides and may be read-only; a backend changes none of
 them, and returns new C-contiguous arrays that nobody else holds.
@@ -16,7 +17,7 @@ from fastlstm.cell import Cell
 
 __all__ = [
     "Array", "Backend", "BackwardResult", "Dropout", "ForwardResult", "Params", "Prepared", "RefusedError", "Signature",
-    "State",
+    "State", "Steps",
 ]  # fmt: skip
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; the two share no common type
@@ -33,6 +34,13 @@ class ForwardResult(NamedTuple):
     tape: Any  # what `backward` needs, opaque to everyone else; None without keep_tape
 
 
+class Steps(NamedTuple):
+    """The gradients by the states after each time step."""
+
+    h: Array  # (T, L*D, B, H), zero past each sequence's length
+    c: Array  # (T, L*D, B, H)
+
+
 class BackwardResult(NamedTuple):
     """The gradients of the loss."""
 
@@ -40,13 +48,17 @@ class BackwardResult(NamedTuple):
     h0: Array  # (L*D, B, H)
     c0: Array  # (L*D, B, H)
     params: dict[str, Array]  # by parameter name, shaped as the parameters
+    steps: Steps | None = None  # if they were asked for
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Where the dropout masks of one forward pass come from: equal keys give equal masks on every backend."""
+    """Where the random masks of one forward pass come from: equal keys give equal masks on every backend.
 
-    probability: float
+    The key also determines the masks of recurrent dropout and zoneout, whose probabilities stand in the cell.
+    """
+
+    probability: float  # of dropout between layers, 0 for none
     key: int
 
 
@@ -79,8 +91,9 @@ class Prepared(Protocol):
         h0: Array | None,  # (L*D, B, H), zeros if None
         c0: Array | None,  # (L*D, B, H), zeros if None; None if h0 is
         lengths: Array | None,  # (B,) int64 on the host, in 0..T, unsorted; all T if None
-        dropout: Dropout | None,  # between layers; None for none
+        dropout: Dropout | None,  # None for inference: no dropout, and zoneout by its expectation
         recompute: bool,  # keep h and c alone, and compute the gates again in `backward`; more may be kept
+        resets: Array | None = None,  # (T, B) bool: the state of a sequence is zero before that step
     ) -> ForwardResult:
         """Run the whole sequence through all layers."""
         ...
@@ -105,6 +118,7 @@ class Prepared(Protocol):
         dy: Array | None,  # (T, B, D*H), zeros if None; ignored past each length
         dh_n: Array | None,  # (L*D, B, H), zeros if None
         dc_n: Array | None,  # (L*D, B, H), zeros if None
+        keep_steps: bool = False,  # also return the gradients by the states after each step
     ) -> BackwardResult:
         """Back-propagate through time, layers and directions; every gradient."""
         ...

@@ -402,7 +402,7 @@ BAD_CONSTRUCTIONS = {
        for value in (0, 1, None, "yes", 1.0, [])},
     **{f"dropout={value!r}": {"dropout": value}
        for value in (-0.1, 1, 1.0, 2, 10**400, np.nan, np.inf, None, "half", "0.5", [0.5], 1j, True)},
-    **{f"proj_size={value!r}": {"proj_size": value} for value in (1, -1, 3, None, "2")},
+    **{f"proj_size={value!r}": {"proj_size": value} for value in (-1, 5, None, "2")},
     **{f"seed={value!r}": {"seed": value} for value in (-1, 1.5, "seed", object, [-1])},
 }  # fmt: skip
 BAD_DTYPES = [None, "float16", "int32", "complex64", "g", "O", "no dtype", 3, object(), "U3", "i4,f4", [("a", "f4")]]

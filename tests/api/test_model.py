@@ -83,11 +83,6 @@ def test_arguments_stand_in_torchs_order():
     assert lstm.batch_first
 
 
-def test_proj_size_is_refused_until_it_is_there():
-    with pytest.raises(fastlstm.ArgumentError, match="proj_size must be 0, got 2: projections are not supported yet"):
-        LSTM(3, 4, proj_size=2)
-
-
 @pytest.mark.parametrize("given", [np.float64, "float64", "f8", ">f8", float, np.dtype("f8")])
 def test_dtype_is_a_native_float(given):
     lstm = LSTM(3, 4, dtype=given)

@@ -15,8 +15,9 @@ from fastlstm.backends.base import Prepared, Signature
 from fastlstm.backends.cpu.prepared_call import PreparedCall
 from fastlstm.backends.cpu.sequence import schedules
 from fastlstm.backends.cpu.weights import size_of
+from fastlstm.backends.reference import BACKEND as REFERENCE
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.cell import Cell
+from fastlstm.cell import VARIANTS, Cell
 
 __all__ = ["BACKEND", "CpuBackend"]
 
@@ -28,17 +29,30 @@ class CpuBackend:
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        if not is_compiled(cell):
+            return REFERENCE.prepare(cell, signature)
         return PreparedCall(cell, signature)
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
-        found = []
+        if not is_compiled(cell):
+            return REFERENCE.plan(cell, rows, batch, frozen)
+        found: list[str] = []
         for layer in range(cell.num_layers):
             size, threads = size_of(cell, layer), get_num_threads()
             chosen = schedules(size, rows, batch, threads, directions=cell.num_directions, packed=frozen)
             words = ", or ".join(map(str, chosen))
             found.append(words + (": whichever proves faster" if len(chosen) > 1 else ""))
         return found
+
+
+# Variants that the kernels have.
+_COMPILED = ("peephole",)
+
+
+def is_compiled(cell: Cell) -> bool:
+    """Say whether the kernels have a cell's variants; the reference runs the others."""
+    return all(name in _COMPILED or getattr(cell, name) == plain for name, plain in VARIANTS.items())
 
 
 BACKEND: Any = CpuBackend()

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Signature
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature
 from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
 from fastlstm.backends.cpu.weights import PACKED, Packed, packed_model
 from fastlstm.backends.layers import StackTape, dropout_mask
 from fastlstm.backends.plain_arrays import as_plain
+from fastlstm.backends.reference import BACKEND as REFERENCE
+from fastlstm.backends.reference.backend import LayerTape as ReferenceTape
 from fastlstm.cell import Cell
+from fastlstm.errors import BackendError
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.small_batch import small_forward, small_forward_packed
 
@@ -62,8 +65,11 @@ class PreparedCall:
         lengths: Array | None,
         dropout: Dropout | None,
         recompute: bool,
+        resets: Array | None = None,
     ) -> ForwardResult:
         """Run the whole sequence through all layers (see ``base.Prepared.forward``)."""
+        if resets is not None:
+            return self._on_reference().forward(params, x, h0, c0, lengths, dropout, recompute, resets)
         shape, dtype = self.state_shape, self.dtype
         x = x if x.flags.carray else as_plain(x)
         if h0 is None or c0 is None:
@@ -147,10 +153,24 @@ class PreparedCall:
             stack.masks.append(mask)
         return x, stack if self.signature.keep_tape else None
 
+    def _on_reference(self) -> Prepared:
+        """Return the same call on the reference."""
+        return REFERENCE.prepare(self.cell, self.signature)
+
     def backward(
-        self, params: Params, tape: StackTape, dy: Array | None, dh_n: Array | None, dc_n: Array | None
+        self,
+        params: Params,
+        tape: StackTape,
+        dy: Array | None,
+        dh_n: Array | None,
+        dc_n: Array | None,
+        keep_steps: bool = False,
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Prepared.backward``)."""
+        if tape.layers and isinstance(tape.layers[0], ReferenceTape):
+            return self._on_reference().backward(params, tape, dy, dh_n, dc_n, keep_steps)
+        if keep_steps:
+            raise BackendError("the cpu backend does not keep the gradients by the states of each step yet")
         shape, dtype = self.state_shape, self.dtype
         dh_n = np.zeros(shape, dtype) if dh_n is None else as_plain(dh_n)
         dc_n = np.zeros(shape, dtype) if dc_n is None else as_plain(dc_n)

@@ -13,13 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
 from fastlstm.backends.cuda.rows import Rows
-from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights, layer_weights
+from fastlstm.backends.layers import (
+    Given,
+    LayeredBackend,
+    LayerGradients,
+    LayerResult,
+    StackTape,
+    Weights,
+    layer_weights,
+)
 from fastlstm.backends.ragged import Packing
-from fastlstm.cell import Cell
+from fastlstm.cell import VARIANTS, Cell
+from fastlstm.errors import BackendError
 
 __all__ = ["CudaBackend"]
 
@@ -42,6 +51,13 @@ class CudaBackend(LayeredBackend):
         self.device = device
         self.xp = device.xp
 
+    def prepare(self, cell: Cell, signature: Signature) -> Prepared:
+        """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        missing = [name for name, plain in VARIANTS.items() if name != "peephole" and getattr(cell, name) != plain]
+        if missing:
+            raise BackendError(f"the cuda backend has no {', '.join(missing)} yet")
+        return super().prepare(cell, signature)
+
     def forward(
         self,
         cell: Cell,
@@ -53,8 +69,11 @@ class CudaBackend(LayeredBackend):
         dropout: Dropout | None,
         keep_tape: bool,
         recompute: bool = False,
+        resets: Array | None = None,
     ) -> ForwardResult:
-        """Run the whole sequence through all layers, on the device of `x` (see ``base.Backend.forward``)."""
+        """Run the whole sequence through all layers, on the device of `x` (see ``base.Prepared.forward``)."""
+        if resets is not None:
+            raise BackendError("the cuda backend does not reset states within a call yet: call it for each part")
         with self.device.of(x):
             return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute)
 
@@ -66,8 +85,11 @@ class CudaBackend(LayeredBackend):
         dy: Array | None,
         dh_n: Array | None,
         dc_n: Array | None,
+        keep_steps: bool = False,
     ) -> BackwardResult:
-        """Back-propagate through all layers, on the device of the parameters (see ``base.Backend.backward``)."""
+        """Back-propagate through all layers, on the device of the parameters (see ``base.Prepared.backward``)."""
+        if keep_steps:
+            raise BackendError("the cuda backend does not keep the gradients by the states of each step yet")
         with self.device.of(params["weight_hh_l0"]):
             return super().backward(cell, params, tape, dy, dh_n, dc_n)
 
@@ -94,25 +116,23 @@ class CudaBackend(LayeredBackend):
         x: Array,
         h0: Array,
         c0: Array,
-        lengths: Array | None,
-        keep_tape: bool,
-        recompute: bool,
+        given: Given,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
         steps, batch = x.shape[:2]
         directions, _, hidden = h0.shape
         x, h0, c0 = (self.xp.ascontiguousarray(array) for array in (x, h0, c0))
-        rows = Rows(self.device, Packing.of(lengths, steps, batch))
+        rows = Rows(self.device, Packing.of(given.lengths, steps, batch))
         y = (self.xp.zeros if rows.packing.ragged else self.xp.empty)((steps, batch, directions, hidden), x.dtype)
         if rows.packing.lengths[-1]:  # the shortest
             h_n, c_n = self.xp.empty_like(h0), self.xp.empty_like(c0)
         else:  # a length of 0 returns the initial state
             h_n, c_n = h0.copy(), c0.copy()
         tapes = [
-            direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], keep_tape)
+            direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], given.keep_tape)
             for d, w in enumerate(weights)
         ]
-        tape = LayerTape(x, rows, [found for found in tapes if found]) if keep_tape else None
+        tape = LayerTape(x, rows, [found for found in tapes if found]) if given.keep_tape else None
         return LayerResult(y.reshape(steps, batch, directions * hidden), h_n, c_n, tape)
 
     def layer_backward(
@@ -122,6 +142,7 @@ class CudaBackend(LayeredBackend):
         dy: Array | None,
         dh_n: Array,
         dc_n: Array,
+        keep_steps: bool = False,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         dh_n, dc_n = self.xp.ascontiguousarray(dh_n), self.xp.ascontiguousarray(dc_n)
