@@ -16,14 +16,15 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from fastlstm import files
-from fastlstm.errors import DTypeError, FastLSTMError, ModelFileError
+from fastlstm.errors import BackendError, DTypeError, FastLSTMError, ModelFileError
 
-__all__ = ["PathOrFile", "Source", "Tensor", "broken_if", "read_tensors", "with_source"]
+__all__ = ["PathOrFile", "Source", "Tensor", "broken_if", "need", "read_tensors", "with_source"]
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
 HostArray = np.ndarray[Any, Any]
@@ -121,10 +122,11 @@ def broken_if(what: str) -> Iterator[None]:
         raise
     except _DAMAGE as error:
         raise ModelFileError(f"{what} is damaged ({type(error).__name__}: {error})") from error
-    except OSError as error:  # a seek before the file's start; other errors are the system's
-        if error.errno != errno.EINVAL:
+    except OSError as error:
+        # A seek before the file's start, or an error of HDF5's, which has no number; others are the system's.
+        if error.errno != errno.EINVAL and not (error.errno is None and type(error) is OSError):
             raise
-        raise ModelFileError(f"{what} is damaged") from error
+        raise ModelFileError(f"{what} is damaged ({error})") from error
 
 
 def read_tensors(source: Source, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, HostArray]:
@@ -167,3 +169,17 @@ def _check_place(name: str, tensor: Tensor) -> None:
     last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     if (0 not in tensor.shape and last >= tensor.length) or tensor.offset > tensor.length:
         raise ModelFileError(f"{name} reaches beyond its storage")
+
+
+def need(module: str, extra: str) -> Any:
+    """Import a package that only this format needs.
+
+    Raises
+    ------
+    BackendError
+        If it is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise BackendError(f'this needs {module}: pip install "fastlstm[{extra}]"') from error

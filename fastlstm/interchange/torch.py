@@ -17,12 +17,13 @@ from fastlstm import parameters
 from fastlstm.cell import Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
+from fastlstm.interchange.gates import refuse_variants
 
 __all__ = ["check_prefix", "from_torch_state_dict", "select", "to_torch_state_dict"]
 
 HostArray = np.ndarray[Any, Any]
 
-_NAME = re.compile(r"(?:weight_ih|weight_hh|bias_ih|bias_hh)_l(?P<layer>0|[1-9][0-9]{0,8})(?:_reverse)?")
+_NAME = re.compile(r"(?:weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)_l(?P<layer>0|[1-9][0-9]{0,8})(?:_reverse)?")
 _CELL_NAMES = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}  # of a torch.nn.LSTMCell
 
 
@@ -52,7 +53,7 @@ def from_torch_state_dict(
     Raises
     ------
     ArgumentError
-        If a name is missing or unknown, or the LSTM has projections.
+        If a name is missing or unknown.
     ArrayTypeError
         If `state_dict` is no mapping, or a value in it is no NumPy array.
     DTypeError
@@ -103,8 +104,7 @@ def to_torch_state_dict(cell: Cell, params: Mapping[str, HostArray], *, prefix: 
         ``module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})``.
     """
     check_prefix(prefix)
-    if cell.peephole:
-        raise ArgumentError("torch.nn.LSTM has no peepholes: a model with peephole=True cannot become one")
+    refuse_variants(cell, ("proj_size",), "torch.nn.LSTM")
     state_dict = {}
     for name in parameters.shapes(cell):
         first, *second = (prefix + target for target in _torch_names(name))
@@ -141,8 +141,6 @@ def select(state_dict: Any, prefix: Any) -> dict[str, Any]:
     if not prefix and len(names) != len(state_dict):
         raise ArgumentError("the names in state_dict must be strings")
     given = {name.removeprefix(prefix): state_dict[name] for name in names}
-    if any(name.startswith("weight_hr_l") for name in given):
-        raise ArgumentError("the LSTM has projections (weight_hr_l0), which are not supported yet")
     if given.keys() <= _CELL_NAMES:
         return given
     unknown = sorted(name for name in given if not _NAME.fullmatch(name))
