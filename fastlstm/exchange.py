@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from fastlstm import checks, parameters
 from fastlstm.backends.base import Array
@@ -206,3 +206,72 @@ class Exchange(Recurrent):
             gates, order, backward=backward, transposed=transposed, interleaved=interleaved, **fields
         )
         return cls._read(cell, params, batch_first, seed)
+
+    @classmethod
+    def from_onnx(
+        cls, source: Any, node: str | Sequence[str] | None = None, *, dropout: float = 0.0, seed: Any = None
+    ) -> Self:
+        """Build a model from an LSTM node of an ONNX model, or from stacked ones.
+
+        Parameters
+        ----------
+        source : str, path-like, binary file object or onnx.ModelProto
+            The model. This takes onnx (``pip install "fastlstm[onnx]"``).
+        node : str or sequence of str, optional
+            The name of the node, or of one of its outputs; several become one model of stacked layers. It can be left
+            out if there is one LSTM node alone, or if all are the layers of one LSTM; otherwise the error lists them.
+        dropout, seed
+            As in the constructor.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError
+            If there is no such node, or it has something that fastlstm does not have; it is named.
+        BackendError
+            If onnx is missing.
+        ModelFileError
+            If the file is damaged or foreign.
+        OSError
+            If the file cannot be opened.
+
+        Notes
+        -----
+        Initial states and lengths are arguments of the calls, as they are inputs of the node. A node with ``layout=1``
+        makes a model with ``batch_first=True``.
+        """
+        from fastlstm.interchange import onnx
+
+        cell, params, batch_first = onnx.from_onnx(source, node)
+        return cls._read(replace(cell, dropout=dropout), params, batch_first, seed)
+
+    def to_onnx(self, path: str | os.PathLike[str] | BinaryIO, *, state: bool = False, lengths: bool = False) -> None:
+        """Write an ONNX model (opset 14) of this LSTM for inference: x to y, h_n and c_n, laid out as in a call.
+
+        Parameters
+        ----------
+        path : str, path-like or binary file object
+            Where to write; a file at a path appears whole or not at all. This takes onnx (``pip install
+            "fastlstm[onnx]"``).
+        state : bool
+            Whether the initial states are inputs of the model, h0 and c0 (L*D, B, H).
+        lengths : bool
+            Whether the lengths are an input of the model, (B,) int32. For a length of 0, onnxruntime returns zeros
+            where fastlstm returns the initial state.
+
+        Raises
+        ------
+        ArgumentError
+            If the model has a variant that ONNX's LSTM does not have; it is named.
+        BackendError
+            If onnx is missing.
+        OSError
+            If the file cannot be written.
+
+        Notes
+        -----
+        What acts in training only is left out: dropout, recurrent dropout, a truncated gradient.
+        """
+        from fastlstm.interchange import onnx
+
+        checks.flag("state", state), checks.flag("lengths", lengths)
+        onnx.write_onnx(path, self.cell, self._host_params(), self.batch_first, state, lengths)

@@ -19,7 +19,7 @@ from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
 from fastlstm.interchange.gates import refuse_variants
 
-__all__ = ["check_prefix", "from_torch_state_dict", "select", "to_torch_state_dict"]
+__all__ = ["add", "check_prefix", "from_torch_state_dict", "select", "to_torch_state_dict"]
 
 HostArray = np.ndarray[Any, Any]
 
@@ -81,7 +81,7 @@ def from_torch_state_dict(
             if given[source].shape != shape:
                 raise ShapeError(f"{prefix}{source} must have shape {shape}, got {given[source].shape}")
             arrays.append(given[source].astype(cell.dtype, order="C", subok=False))
-        params[name] = arrays[0] if len(arrays) == 1 else _add(*arrays)
+        params[name] = arrays[0] if len(arrays) == 1 else add(*arrays)
     return cell, params
 
 
@@ -120,7 +120,8 @@ def _torch_names(name: str) -> tuple[str, ...]:
     return name.replace("bias", "bias_ih"), name.replace("bias", "bias_hh")
 
 
-def _add(bias_ih: HostArray, bias_hh: HostArray) -> HostArray:
+def add(bias_ih: HostArray, bias_hh: HostArray) -> HostArray:
+    """Add the two biases; zero changes no bit."""
     # Adding zero is not quite the identity: it turns -0.0 into 0.0, and then a round trip would change a bit.
     with np.errstate(all="ignore"):  # infinities of a broken model are its own
         return np.where(bias_hh == 0, bias_ih, bias_ih + bias_hh)
