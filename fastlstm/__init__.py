@@ -12,6 +12,7 @@ involved.
 """
 
 from fastlstm import functional, training
+from fastlstm.arrays import as_array
 from fastlstm.backends.threads import get_num_threads, set_num_threads
 from fastlstm.dispatch import use_backend
 from fastlstm.errors import (
@@ -40,6 +41,7 @@ __all__ = [
     "FrozenError",
     "ModelFileError",
     "ShapeError",
+    "as_array",
     "functional",
     "get_num_threads",
     "set_num_threads",

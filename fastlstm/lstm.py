@@ -1,4 +1,4 @@
-"""class LSTM(Recurrent): the parameters of a model and the calls on them. What people touch."""
+"""class LSTM(Exchange): the parameters of a model and the calls on them. What people touch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 from fastlstm import checks, interchange, parameters
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
-from fastlstm.recurrent import Recurrent, new_key, on_host
+from fastlstm.exchange import Exchange
+from fastlstm.recurrent import new_key, on_host
 
 __all__ = ["LSTM"]
 
 
-class LSTM(Recurrent):
+class LSTM(Exchange):
     """A long short-term memory network over NumPy or CuPy arrays.
 
     The constructor and the call follow ``torch.nn.LSTM``. The equations are those of Hochreiter and
