@@ -33,13 +33,13 @@ from fastlstm.kernels.cpu.vector import Vector, address, lanes_of, load, load_fi
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 
 __all__ = [
-    "CELL", "GATES", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "backward", "cell_addresses", "cell_at", "cell_of", "output",
-    "own_gradients", "rebuild", "update",
+    "CELL", "GATES", "NORMED", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "backward", "cell_addresses", "cell_at", "cell_of",
+    "output", "output_back", "own_gradients", "rebuild", "update",
 ]  # fmt: skip
 
 GATES = 4  # i, f, g, o
 TAPE = 5  # i, f, g, o, c
-PLAIN, PEEPHOLE = 0, 1  # bits of a variant
+PLAIN, PEEPHOLE, NORMED = 0, 1, 2  # bits of a variant
 
 
 class Cell(NamedTuple):
@@ -111,8 +111,11 @@ def _backward(variant, dh, dc, tape, units, c_prev, own, hidden, da):
     i, f = load(tape), load(offset(tape, width))
     g, o = load(offset(tape, 2 * width)), load(offset(tape, 3 * width))
     tanh_c = tanh(load(offset(tape, 4 * width)))
-    da_o = dh * tanh_c * (o * (1.0 - o))
-    dc = fma(dh * o, 1.0 - tanh_c * tanh_c, dc)
+    if variant & NORMED:  # o multiplies a normalised c: the driver has been there, and `dh` is the gradient by o
+        da_o = dh * (o * (1.0 - o))
+    else:
+        da_o = dh * tanh_c * (o * (1.0 - o))
+        dc = fma(dh * o, 1.0 - tanh_c * tanh_c, dc)
     if variant & PEEPHOLE:
         dc = fma(da_o, _peephole(own, hidden, 2, units), dc)
     da_i = dc * g * (i * (1.0 - i))
@@ -188,6 +191,13 @@ def cell_of(settings, first, own, hidden):
 def output(cell, held, c):
     """Return h, given what :func:`update` returned."""
     return held * tanh(c)
+
+
+@routine(inline=True)
+def output_back(cell, dh, o, c):
+    """Take the gradient by h through :func:`output` where `c` is normalised: return those by o and by this c."""
+    tanh_c = tanh(c)
+    return dh * tanh_c, dh * o * (1.0 - tanh_c * tanh_c)
 
 
 @routine(inline=True)

@@ -35,7 +35,9 @@ from fastlstm.kernels.cpu.vector import (
 )
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 
-__all__ = ["Packed", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_at"]
+__all__ = [
+    "Packed", "is_at_rest", "pack_backward", "pack_columns", "pack_forward", "pack_rows", "pack_weights", "packed_at",
+]  # fmt: skip
 
 
 def _swapped(builder, dtype, a, b, distance):
@@ -76,7 +78,7 @@ def _transpose(typingctx, source, source_row, target, target_row):
 
 
 @routine
-def _pack_columns(weight, hidden, inputs, packed, block):
+def pack_columns(weight, hidden, inputs, packed, block):
     """Write one block's rows of a weight (4H, K) as columns to `packed` (K, 4, V)."""
     width = lanes_of(packed)
     units = minimum(width, hidden - block * width)
@@ -133,8 +135,8 @@ def pack_forward(weights, packed, first, last):
     tile_row = GATES * width
     for block in range(first, last):
         of_h = offset(packed.of_h, block * hidden * tile_row)
-        _pack_columns(weights.ih, hidden, inputs, offset(packed.of_x, block * inputs * tile_row), block)
-        _pack_columns(weights.hh, hidden, hidden, of_h, block)
+        pack_columns(weights.ih, hidden, inputs, offset(packed.of_x, block * inputs * tile_row), block)
+        pack_columns(weights.hh, hidden, hidden, of_h, block)
         units = minimum(width, hidden - block * width) if weights.biased else 0
         for gate in range(GATES):
             value = load_first(offset(weights.bias, gate * hidden + block * width), units)

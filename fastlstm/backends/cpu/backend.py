@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlstm.backends.base import Prepared, Signature
+from fastlstm.backends.cpu.phased import PHASED, is_phased
 from fastlstm.backends.cpu.prepared_call import PreparedCall
 from fastlstm.backends.cpu.sequence import schedules
 from fastlstm.backends.cpu.weights import size_of
@@ -29,12 +30,16 @@ class CpuBackend:
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        if is_phased(cell):
+            return PHASED.prepare(cell, signature)
         if not is_compiled(cell):
             return REFERENCE.prepare(cell, signature)
         return PreparedCall(cell, signature)
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
+        if is_phased(cell):
+            return PHASED.plan(cell, rows, batch, frozen)
         if not is_compiled(cell):
             return REFERENCE.plan(cell, rows, batch, frozen)
         found: list[str] = []

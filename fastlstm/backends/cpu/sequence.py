@@ -23,7 +23,7 @@ from fastlstm.kernels.cpu import sequence_forward as forth
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 
-__all__ = ["DirectionCall", "DirectionTape", "schedules"]
+__all__ = ["DirectionCall", "DirectionTape", "chunk_of", "schedules"]
 
 # Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
 # gradients anew for each chunk would cost too much.
@@ -165,7 +165,7 @@ class DirectionCall:
         )  # fmt: skip
         numbers, count = None, 0
         if rows.ragged:
-            clear, chunk = int(not reverse and is_to_be_cleared(dx)), _chunk(rows.longest, rows.batch)
+            clear, chunk = int(not reverse and is_to_be_cleared(dx)), chunk_of(rows.longest, rows.batch)
             numbers = {back.STEPS: rows.longest, back.CLEAR: clear, back.CHUNK: chunk}
             count = _rounded(rows.count)
         finder = functools.partial(self._backward_candidates, ("back", count, recompute))
@@ -262,7 +262,7 @@ def _forward_candidates(
     return Candidates(tuple(found), kind)
 
 
-def _chunk(steps: int, batch: int) -> int:
+def chunk_of(steps: int, batch: int) -> int:
     """Steps whose gate gradients, and with `recompute` their gates, are kept at a time."""
     return max(1, -(-steps // 8), min(-(-steps // 4), -(-_CHUNK_ROWS // batch)))
 
@@ -272,7 +272,7 @@ def _backward_candidates(
 ) -> Candidates:
     """Return the ways to launch the backward kernel; `steps` is T."""
     chosen = schedules(size, rows, batch, threads, backward=True)
-    chunk = _chunk(steps, batch)
+    chunk = chunk_of(steps, batch)
     chunk_rows, depth, panel = chunk * batch, GATES * size.stride, NR * size.width
     of_x, of_h = ((-(-columns // panel), depth, panel) for columns in (size.inputs, size.hidden))
     again = None

@@ -36,7 +36,7 @@ from fastlstm.backends.reference.cell import (
 )  # fmt: skip
 from fastlstm.cell import Cell
 
-__all__ = ["BACKEND", "ReferenceBackend"]
+__all__ = ["BACKEND", "ReferenceBackend", "merged", "unmerged"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class ReferenceBackend(LayeredBackend):
         with np.errstate(all="ignore"):
             results = [run(w, x, h0[d], c0[d], lengths, given, d) for d, w in enumerate(weights)]
             y, h_n, c_n, steps = zip(*results, strict=True)
-            merged = _merged(given.cell, y)
+            y_merged = merged(given.cell, y)
         tape = LayerTape(given, x, list(steps), list(y)) if given.keep_tape else None
-        return LayerResult(merged, np.stack(h_n), np.stack(c_n), tape)
+        return LayerResult(y_merged, np.stack(h_n), np.stack(c_n), tape)
 
     def layer_backward(
         self,
@@ -87,21 +87,21 @@ class ReferenceBackend(LayeredBackend):
         with np.errstate(all="ignore"):
             results = [
                 run(w, tape, d, dy_d, dh_n[d], dc_n[d])
-                for d, (w, dy_d) in enumerate(zip(weights, _unmerged(cell, dy, tape.y), strict=True))
+                for d, (w, dy_d) in enumerate(zip(weights, unmerged(cell, dy, tape.y), strict=True))
             ]
         dx, dh0, dc0, dweights, dh_steps, dc_steps = zip(*results, strict=True)
         steps = Steps(np.stack(dh_steps, axis=1), np.stack(dc_steps, axis=1)) if keep_steps else None
         return LayerGradients(sum(dx[1:], dx[0]), np.stack(dh0), np.stack(dc0), dweights, steps)
 
 
-def _merged(cell: Cell, y: Sequence[Array]) -> Array:
+def merged(cell: Cell, y: Sequence[Array]) -> Array:
     """Put the outputs of the directions together, (T, B, D*H) or, merged, (T, B, H)."""
     if cell.merge == "concat":
         return np.concatenate(y, axis=2)
     return y[0] * y[1] if cell.merge == "product" else (y[0] + y[1]) * (0.5 if cell.merge == "mean" else 1)
 
 
-def _unmerged(cell: Cell, dy: Array, y: Sequence[Array]) -> list[Array]:
+def unmerged(cell: Cell, dy: Array, y: Sequence[Array]) -> list[Array]:
     """Take the gradient by the output to that by the output of each direction."""
     if cell.merge == "concat":
         return np.split(dy, len(y), axis=2)
