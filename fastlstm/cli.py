@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlstm.bench import command
+from fastlstm.demo import TASKS
 from fastlstm.errors import FastLSTMError
 from fastlstm.lstm import LSTM
 
@@ -65,10 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_arguments(bench)
     bench.set_defaults(run=command.bench)
 
-    demo = commands.add_parser("demo", help="train on real data, evaluate, save, and load again")
-    demo.add_argument("--task", choices=("co2", "vowels"), default="co2", help="default: %(default)s")
+    tasks = "".join(f"\n  {name:<16}{about}" for name, about in TASKS.items())
+    demo = commands.add_parser(
+        "demo",
+        help="train a model, compare it with baselines, save it, and draw a picture",
+        description=f"Train a model, compare it with baselines, save it, and draw a picture.\n\ntasks:{tasks}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "--task", choices=tuple(TASKS), metavar="NAME", default=next(iter(TASKS)), help="default: %(default)s"
+    )
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--batches", type=int, metavar="N", help="batches to train on; default: the task's own")
     demo.add_argument("--out", type=Path, default=Path("fastlstm-demo"), help="folder to write; default: %(default)s")
     demo.set_defaults(run=_demo)
     return parser
@@ -137,7 +147,7 @@ def _warm(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from fastlstm.demo import run_demo
 
-    result = run_demo(options.task, options.device, options.seed, options.out)
+    result = run_demo(options.task, options.device, options.seed, options.out, options.batches)
     print(result.report)
     for path in result.files:
         print(f"wrote {path}")
