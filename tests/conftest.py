@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import os
+from pathlib import Path
 
 # Before NumPy is imported: a BLAS with threads is slower on these small products, on busy machines many times slower,
 # because its idle threads spin on the cores that the backend's own threads, or other processes, need.
@@ -36,11 +37,39 @@ settings.register_profile(
 )
 settings.load_profile("fastlstm")
 
+# `pytest -m "not slow"` takes about two minutes: it leaves out these files, each of which takes longer than ten
+# seconds, the tests with the marker `slow`, and the CUDA kernels on the CPU, which are slow there.
+SLOW_FILES = {
+    "api/test_bounded_caches.py",
+    "api/test_byte_order.py",
+    "api/test_mutations.py",
+    "api/test_packaging.py",
+    "api/test_storage_interrupts.py",
+    "backends/test_interrupts.py",
+    "backends/test_memory.py",
+    "backends/test_team.py",
+    "backends/test_threads.py",
+    "backends/test_waiting.py",
+    "cuda/test_cuda_compiles.py",
+    "cuda/test_cuda_mutations.py",
+    "kernels/test_cell_step_mutations.py",
+    "kernels/test_damaged_caches.py",
+    "kernels/test_jit.py",
+    "kernels/test_kernel_cache.py",
+    "kernels/test_page_ends.py",
+    "kernels/test_vector_widths.py",
+    "kernels/test_warm.py",
+}
+
 _skipped: collections.Counter[str] = collections.Counter()
 _ran: collections.Counter[str] = collections.Counter()
 
 
-@pytest.fixture(params=CHOSEN_BACKENDS or KNOWN_BACKENDS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "cuda")) for name in CHOSEN_BACKENDS or KNOWN_BACKENDS
+    ]
+)
 def backend(request):
     """Each backend in turn, forced for the length of the test."""
     under_test = BackendUnderTest(request.param)
@@ -60,8 +89,13 @@ def dtype(request):
     return np.dtype(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items):
-    """Refuse names of tests that differ from run to run: pytest-xdist's processes could not agree on them."""
+    """Mark slow files. Refuse names of tests that differ from run to run: pytest-xdist's processes need equal names."""
+    slow = {Path(__file__).parent / name for name in SLOW_FILES}
+    for item in items:
+        if item.path in slow:
+            item.add_marker("slow")
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")
 
