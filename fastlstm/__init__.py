@@ -1,8 +1,7 @@
-"""The LSTM for people who live in NumPy and CuPy.
+"""An LSTM for NumPy and CuPy arrays, without a deep-learning framework.
 
-Hand it a NumPy array and it runs Numba-compiled CPU kernels; hand it a CuPy array and it runs CUDA
-kernels. The call is the same, the result is the same kind of array, and no deep-learning framework is
-involved.
+NumPy arrays run on CPU kernels compiled by Numba, CuPy arrays on CUDA kernels. The calls are the same, and results are
+arrays of the same library as the inputs.
 
 >>> import numpy as np, fastlstm
 >>> lstm = fastlstm.LSTM(input_size=3, hidden_size=8, seed=0)

@@ -1,4 +1,4 @@
-"""Every check of an argument, done before any work: nothing has been changed when one of these raises."""
+"""The checks of arguments, done before any work: nothing has been changed when one of them raises."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
     Parameters
     ----------
     name : str
-        What the caller calls this argument.
+        The name of the argument, for the message.
     value : object
         The argument.
     like : array
-        One of the model's parameters, whose library, device and dtype are asked for.
+        One of the model's parameters: `value` must have its library, device and dtype.
     shape : tuple of int or None
         The size of each axis; None allows any.
     axes : str
@@ -41,7 +41,7 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
     Raises
     ------
     ArrayTypeError, DTypeError, ShapeError, shown
-        With the argument's name, what was expected and what came.
+        With the name of the argument, what was expected and what was given.
     """
     if type(value) is not type(like):
         _same_library(name, value, like)
@@ -105,7 +105,7 @@ def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
     for name, shape in shapes.items():
         value = given[name]
         if not (type(value) is kind and value.shape == shape and value.dtype == dtype and value.device == device):
-            # Brings it to the dtype's byte order, or says why not.
+            # Convert it to native byte order, or raise.
             value = array(name, value, like, shape, parameters.axes(name))
         checked[name] = value
     return checked
@@ -183,13 +183,13 @@ def resets(given: Any, like: Array, shape: tuple[int, ...]) -> Array | None:
     return given
 
 
-_FEW_LENGTHS = 64  # which Python compares faster than NumPy
+_FEW_LENGTHS = 64  # up to this many, Python compares faster than NumPy
 
 
 def _integers(given: Any, batch: int) -> np.ndarray[Any, Any]:
-    """Return lengths as a new array of int64, of whatever shape."""
+    """Return lengths as a new array of int64, of any shape."""
     listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    # Anything that NumPy makes an array of on the host, such as a pandas Series: lengths are copied in any case.
+    # Anything that NumPy converts to an array on the host, such as a pandas Series: lengths are copied in any case.
     if not (listed or hasattr(type(given), "__array__")):
         raise ArrayTypeError(
             f"lengths must be a NumPy array, a list or a pandas Series, got {_type_name(given)}:"

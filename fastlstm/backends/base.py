@@ -1,10 +1,10 @@
 """The contract between the API and a backend.
 
 Shapes: T time steps, B sequences, I inputs, H hidden units, L layers, D directions. With a projection, h and y have P
-features in place of H; the c of a plain RNN has none; a merged y has H in place of D*H. Everything a backend
-is given has been checked: arrays of its own library, on one device, of the model's dtype and of the
-right shape, in native byte order. They may have any strides and may be read-only; a backend changes none of
-them, and returns new C-contiguous arrays that nobody else holds.
+features in place of H; the c of a plain RNN has none; a merged y has H in place of D*H. The arguments of a backend have
+been checked: arrays of its own library, on one device, of the model's dtype and of the right shape, in native byte
+order. They may have any strides and may be read-only. A backend does not change them, and returns new C-contiguous
+arrays to which nothing else refers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ State: TypeAlias = tuple[Array, Array]
 
 
 class ForwardResult(NamedTuple):
-    """What a forward pass gives back."""
+    """The result of a forward pass."""
 
     y: Array  # (T, B, D*H), zero past each sequence's length
     h_n: Array  # (L*D, B, H), each sequence's state at its own end
     c_n: Array  # (L*D, B, H)
-    tape: Any  # what `backward` needs, opaque to everyone else; None without keep_tape
+    tape: Any  # for `backward`, opaque elsewhere; None without keep_tape
 
 
 class Steps(NamedTuple):
@@ -53,7 +53,7 @@ class BackwardResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Dropout:
-    """Where the random masks of one forward pass come from: equal keys give equal masks on every backend.
+    """The source of the random masks of one forward pass: equal keys give equal masks on every backend.
 
     The key also determines the masks of recurrent dropout and zoneout, whose probabilities stand in the cell.
     """
@@ -63,11 +63,11 @@ class Dropout:
 
 
 class RefusedError(Exception):
-    """A kernel that checks shapes itself found one that does not fit; nothing was done."""
+    """A kernel that checks shapes itself found a wrong one; nothing was computed."""
 
 
 class Signature(NamedTuple):
-    """What calls have in common that can be prepared together."""
+    """The facts that calls share which can be prepared together."""
 
     steps: int  # T
     batch: int  # B
@@ -76,10 +76,10 @@ class Signature(NamedTuple):
 
 
 class Prepared(Protocol):
-    """A call of which everything is decided that its signature decides.
+    """A prepared call: all decisions that depend on its signature alone have been made.
 
-    Where `checks_shapes`, the kernel of a step checks the shapes of states and parameters, and :class:`RefusedError`
-    says that one does not fit: a step takes less time than to compare them in Python.
+    With `checks_shapes`, the kernel of a step checks the shapes of states and parameters, and raises
+    :class:`RefusedError` if one is wrong: comparing them in Python would take longer than the step.
     """
 
     checks_shapes: bool
@@ -125,16 +125,16 @@ class Prepared(Protocol):
 
 
 class Backend(Protocol):
-    """What every backend does."""
+    """The methods of every backend."""
 
     name: str
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
-        """Decide, once for many calls, how a model runs on arrays of the signature's shapes."""
+        """Decide how a model runs on arrays of the signature's shapes, once for many calls."""
         ...
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
-        """Say in words how each layer would be run; `rows` is the number of steps of all sequences.
+        """Describe how each layer would run; `rows` is the number of steps of all sequences.
 
         `frozen` says whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`).
         """

@@ -9,14 +9,14 @@ from fastlstm.errors import ArgumentError
 
 __all__ = ["describe_num_threads", "get_num_threads", "set_num_threads"]
 
-# What was set, and the least limit besides the number of cores. Both are asked for by every call: to look into the
-# environment and into files each time would take longer than a short call.
+# The limit that was set, and the lowest limit besides the number of cores. Every call needs both; reading environment
+# variables and files each time would take longer than a short call.
 _chosen: Limit | None
 _least: Limit | None
 
 
 def _look() -> None:
-    """Look up what the environment and the system say."""
+    """Read the limits from the environment and the system."""
     global _chosen, _least  # noqa: PLW0603
     given = number_in(os.environ.get("FASTLSTM_NUM_THREADS", ""))
     _chosen = None if given is None else Limit(given, f"FASTLSTM_NUM_THREADS={given}")
@@ -27,14 +27,14 @@ _look()
 
 
 def get_num_threads() -> int:
-    """Return the most threads that one call uses on the CPU.
+    """Return the largest number of threads that one call uses on the CPU.
 
-    What :func:`set_num_threads` or the environment variable ``FASTLSTM_NUM_THREADS`` says; else the least of the number
-    of cores this process may run on, ``OMP_NUM_THREADS``, ``NUMBA_NUM_THREADS``, and the CPU quota of a container (of
-    the process's control groups). Small calls use fewer.
+    It is set by :func:`set_num_threads` or the environment variable ``FASTLSTM_NUM_THREADS``; by default, it is the
+    lowest of the number of cores this process may run on, ``OMP_NUM_THREADS``, ``NUMBA_NUM_THREADS``, and the CPU quota
+    of a container (of the process's control groups). Small calls use fewer threads.
 
-    All but the number of cores are looked up once, when fastlstm is first used, and again by ``set_num_threads(None)``.
-    ``fastlstm info`` shows which of them holds.
+    All but the number of cores are read once, when fastlstm is first used, and again by ``set_num_threads(None)``.
+    ``fastlstm info`` shows which limit holds.
     """
     if _chosen is not None:
         return _chosen.threads
@@ -43,7 +43,7 @@ def get_num_threads() -> int:
 
 
 def describe_num_threads() -> str:
-    """Say how many threads one call uses at most, and why no more."""
+    """Describe the largest number of threads of one call, and its reason."""
     if _chosen is not None:
         reason = _chosen.reason
     elif _least is not None and _least.threads <= usable_cores():
@@ -54,7 +54,7 @@ def describe_num_threads() -> str:
 
 
 def set_num_threads(threads: int | None) -> None:
-    """Set the most threads that one call uses on the CPU, for this process; None for the default, looked up anew.
+    """Set the largest number of threads that one call uses on the CPU; None for the default, read again.
 
     Results do not depend on it: they are bit-identical for any number of threads.
 

@@ -300,7 +300,7 @@ def survives(implementation: object, proof: tuple[Problem, Arrays]) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("module", [cell, backend], ids=lambda module: module.__name__)
 def test_every_exchanged_operator_is_noticed(monkeypatch, module):
     assert all(survives(backend.BACKEND, case) for case in proofs())
