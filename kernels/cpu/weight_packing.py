@@ -162,7 +162,11 @@ def _zero_times(weights, rows, target):
 
 @routine
 def is_at_rest(h0, size, packed):
-    """Say whether the first step's product with h is zero, and need not be computed; h0 has so many elements."""
+    """Say whether the first step's product with h is zero, and need not be computed; h0 has so many elements.
+
+    Computing it anyway, on two threads of a Zen 5 virtual machine, a call of (T, B, I, H) = (1, 1, 128, 256) takes 2.6
+    times as long, and of (10, 32, 64, 128) 1.05 times.
+    """
     stay_outlined()
     return _is_zero(h0, size) and _is_zero(packed.of_zeros, packed.blocks * GATES * lanes_of(packed.of_zeros))
 

@@ -22,6 +22,9 @@ class Trials:
     short: the first has to wake a worker, which takes longer than the call, and its weights are in another core's
     caches for some more. What was measured in the past counts for nothing but when to try: the whole machine may be
     slower now. Results do not depend on it.
+
+    Without trials, on two threads of a Zen 5 virtual machine, (T, B, I, H) = (100, 1, 32, 64) takes 2.1 times as long
+    and (100, 32, 64, 32) 1.5 times.
     """
 
     FIRST_REST, LONGEST_REST = 8, 1024  # calls

@@ -184,7 +184,8 @@ def _place(workers: Sequence[_Worker]) -> None:
     """Have workers run where this thread may, but woken on other cores than its own, if there are others.
 
     Linux often wakes a worker on the very core from which it is handed its call, and moves it milliseconds later.
-    Until then the two take turns on one core, which is worst where they meet after each step.
+    Until then the two take turns on one core, which is worst where they meet after each step. Without placing, calls
+    take 1.02 to 1.06 times as long on two threads of a Zen 5 virtual machine.
     """
     if _core_of_this_thread is None:
         return
