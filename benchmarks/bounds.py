@@ -40,10 +40,10 @@ def _at_once(job: Callable[[], Callable[[], None]], threads: int) -> Iterator[Si
 @functools.cache
 def reader() -> Any:
     """Compile the loop that reads an array so many times."""
-    from fastlstm.kernels.cpu.jit import kernel
+    from fastlstm.kernels.cpu.jit import unkept_kernel
     from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, offset, store
 
-    @kernel
+    @unkept_kernel
     def read(passes, array, total):
         """Add an array up in serpentine order; eight sums, because an addition waits for the one before."""
         start = address(array)
@@ -77,9 +77,9 @@ def _reading(work: Work, threads: int) -> Callable[[], None]:
 
 @functools.cache
 def _empty() -> Any:
-    from fastlstm.kernels.cpu.jit import kernel
+    from fastlstm.kernels.cpu.jit import unkept_kernel
 
-    @kernel
+    @unkept_kernel
     def empty(a, b, c, d, e, f, g, h):
         return True
 
