@@ -271,10 +271,7 @@ def _with_columns(name: str, value: Array, shape: tuple[int, ...], columns: int)
         return value
     if value.shape[: len(shape)] == shape:
         if value.ndim == len(shape):
-            if value.dtype.kind in "iu":  # classes
-                return value
-            if columns == 1:
-                return value[..., None]
+            return value if value.dtype.kind in "iu" else value[..., None]  # integers are classes
         elif value.ndim == len(shape) + 1 and value.shape[-1] in {1, columns}:
             return value
     raise ShapeError(f"{name} must have shape {(*shape, columns)}, or {shape} for classes, got {tuple(value.shape)}")
