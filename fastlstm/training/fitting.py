@@ -22,6 +22,8 @@ from fastlstm.training.samples import Samples
 
 __all__ = ["fit"]
 
+MOST_EPOCHS = 10**9  # more are a mistake
+
 
 def fit(
     model: Model,
@@ -132,7 +134,7 @@ def fit(
             model=model,
             losses=_losses(model, loss),
             optimiser=_optimiser(model, optimiser),
-            epochs=arguments.count("epochs", epochs, least=1),
+            epochs=arguments.count("epochs", epochs, least=1, most=MOST_EPOCHS),
             batch_size=arguments.count("batch_size", batch_size, least=1),
             shuffle=checks.flag("shuffle", shuffle),
             patience=None if patience is None else arguments.count("patience", patience, least=1),
