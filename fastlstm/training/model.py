@@ -13,10 +13,11 @@ import numpy as np
 from fastlstm import checks
 from fastlstm.backends.base import Array
 from fastlstm.dispatch import array_namespace
-from fastlstm.errors import ArgumentError, DTypeError, ShapeError, shown
+from fastlstm.errors import ArgumentError, shown
+from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Tape
 from fastlstm.lstm import LSTM
-from fastlstm.training import arguments, model_file
+from fastlstm.training import model_file, parts
 from fastlstm.training.joined import Joined, join
 from fastlstm.training.linear import Linear
 from fastlstm.training.losses import length_mask
@@ -90,11 +91,11 @@ class Model:
         output: str = "last",
         scale: bool = False,
     ) -> None:
-        lstms, heads = _named_lstms(lstm), _named_heads(head)
+        lstms, heads = parts.named_lstms(lstm), parts.named_heads(head)
         if not isinstance(output, str) or output not in OUTPUTS:
             raise ArgumentError(f"output must be one of {', '.join(map(repr, OUTPUTS))}, got {shown(output)}")
         scale = checks.flag("scale", scale)
-        _check_sizes(lstms, heads)
+        parts.check_sizes(lstms, heads)
         self._assemble(lstms, heads, isinstance(head, Linear), output, scale, None)
 
     def _assemble(
@@ -234,6 +235,8 @@ class Model:
         for lstm in self.lstms.values():
             x, (h_n, _) = lstm(x, None, lengths)
         features = self._features(x, h_n, lengths)
+        if isinstance(lstm.params, FrozenParams):
+            return {name: _row_by_row(head, features) for name, head in self.heads.items()}, lengths
         return {name: head(features) for name, head in self.heads.items()}, lengths
 
     def _finished(self, name: str, prediction: Array, lengths: Any, listed: bool) -> Any:
@@ -276,9 +279,9 @@ class Model:
             return xp.broadcast_to(dy, tape.shape), None  # what it says past each length is ignored
         last = list(self.lstms.values())[-1].cell
         directions = self._directions
-        parts = dfeatures.reshape(len(dfeatures), directions, -1).swapaxes(0, 1)  # (D, B, H)
-        dh = xp.zeros((last.num_layers * directions, *parts.shape[1:]), dtype=dfeatures.dtype)
-        dh[-directions:] = parts
+        halves = dfeatures.reshape(len(dfeatures), directions, -1).swapaxes(0, 1)  # (D, B, H)
+        dh = xp.zeros((last.num_layers * directions, *halves.shape[1:]), dtype=dfeatures.dtype)
+        dh[-directions:] = halves
         return None, (dh, None)
 
     def _shares(self, like: Array, lengths: Any, shape: tuple[int, ...] | None = None) -> Array:
@@ -306,6 +309,15 @@ class Model:
 
     def _unnamed(self, values: dict[str, Any]) -> Any:
         return next(iter(values.values())) if self.single_head else values
+
+    def freeze(self) -> Model:
+        """Copy the model to one for inference: see :meth:`fastlstm.LSTM.freeze`.
+
+        What it predicts for a sequence is bit-identical whatever else is in the batch.
+        """
+        frozen = {name: lstm.freeze() for name, lstm in self.lstms.items()}
+        copied = copy.deepcopy(self.heads), self.single_head, self.output, self.scale, copy.deepcopy(self.scaler)
+        return copy.copy(self)._assemble(frozen, *copied)
 
     def to(self, library: ModuleType) -> Model:
         """Copy the model to another array library, ``numpy`` or ``cupy``; see :meth:`fastlstm.LSTM.to`."""
@@ -347,50 +359,13 @@ class Model:
         return cls.__new__(cls)._assemble(*model_file.load(path))
 
     def __repr__(self) -> str:
-        parts = [f"{name}={part!r}".partition("  #")[0] for name, part in (self.lstms | self.heads).items()]
+        named = [f"{name}={part!r}".partition("  #")[0] for name, part in (self.lstms | self.heads).items()]
         scaled = "" if not self.scale else ", scale=True"
-        return f"Model({', '.join(parts)}, output={self.output!r}{scaled})  # {self.num_parameters:,} parameters"
+        return f"Model({', '.join(named)}, output={self.output!r}{scaled})  # {self.num_parameters:,} parameters"
 
 
-def _named_lstms(given: Any) -> dict[str, LSTM]:
-    found = list(given) if isinstance(given, list | tuple) else [given]
-    if not found or not all(isinstance(lstm, LSTM) for lstm in found):
-        raise ArgumentError(f"lstm must be an LSTM, or a list of at least one, got {shown(given)}")
-    if len({id(lstm) for lstm in found}) != len(found):
-        raise ArgumentError("the same LSTM stands twice in the list: make a copy of it")
-    return {"lstm": found[0]} if isinstance(given, LSTM) else {f"lstm{k}": lstm for k, lstm in enumerate(found)}
-
-
-def _named_heads(given: Any) -> dict[str, Linear]:
-    if isinstance(given, Linear):
-        return {"head": given}
-    if not isinstance(given, Mapping) or not given or not all(isinstance(head, Linear) for head in given.values()):
-        raise ArgumentError(f"head must be a Linear, or a mapping from names to at least one, got {shown(given)}")
-    for name in given:
-        if not model_file.is_name(name):
-            raise ArgumentError(
-                "the name of a head must be a word of letters, digits and underscores, at most"
-                f" {model_file.LONGEST_NAME} of them, and neither 'x' nor 'scaler' nor start with 'lstm',"
-                f" got {shown(name)}"
-            )
-    return dict(given)
-
-
-def _check_sizes(lstms: dict[str, LSTM], heads: dict[str, Linear]) -> None:
-    first = next(iter(lstms.values()))
-    size = first.cell.input_size
-    for name, lstm in lstms.items():
-        if lstm.cell.dtype != first.cell.dtype:
-            raise DTypeError(f"{name} is {lstm.cell.dtype}, but the first LSTM is {first.cell.dtype}")
-        if lstm.batch_first != first.batch_first:
-            raise ArgumentError("all LSTMs must have the same batch_first")
-        if lstm.cell.input_size != size:
-            raise ShapeError(f"{name} must have an input_size of {size}, got {lstm.cell.input_size}")
-        size = lstm.cell.output_size
-    for name, head in heads.items():
-        weight = head.params["weight"]
-        arguments.same_library(f"head {name}", weight, "the LSTM's weight", first.params["weight_ih_l0"])
-        if weight.dtype != first.cell.dtype:
-            raise DTypeError(f"head {name} is {weight.dtype}, but the LSTM is {first.cell.dtype}")
-        if weight.shape[1] != size:
-            raise ShapeError(f"head {name} must have {size} in_features, got {weight.shape[1]}")
+def _row_by_row(head: Linear, features: Array) -> Array:
+    """Apply a head with sums in an order that does not depend on the number of rows, as it may in BLAS."""
+    weight, bias = head.params["weight"], head.params.get("bias")
+    y: Array = np.einsum("...h,kh->...k", np.ascontiguousarray(features), np.ascontiguousarray(weight))
+    return y if bias is None else y + bias
