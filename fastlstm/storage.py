@@ -27,7 +27,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ from fastlstm import files, parameters
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, DTypeError, ModelFileError, shown
 
-__all__ = ["SavedModel", "load", "save"]
+__all__ = ["Header", "SavedModel", "cell_from", "layout_of", "load", "parse_header", "read", "save", "spans", "write"]
 
 FIELDS = {  # of the description, by format
     1: {"format", "cell", "batch_first", "sha256"},
@@ -60,15 +60,22 @@ class SavedModel(NamedTuple):
     dropout_key: int | None  # None in format 1
 
 
-class _Header(NamedTuple):
+# Of the tensors of a file, by name.
+Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+
+class Header(NamedTuple):
     """What the header of a valid file says."""
 
-    cell: Cell
-    batch_first: bool
-    dropout_key: int | None
+    meaning: Any  # what the description stands for
+    layout: Layout
     description: dict[str, Any]  # all that stands in the metadata, but for the digest
     sha256: str
     length: int  # bytes of all tensors
+
+
+# Holds the header of a file, and the file's size if that is known, against all that it has to be.
+Check = Callable[[bytes, int | None], Header]
 
 
 def save(
@@ -110,18 +117,29 @@ def save(
     ModelFileError
         If there are too many parameters for the header of a model file.
     """
-    file = files.file_object(path, "write")
-    target = files.path_name(path) if file is None else None
-    # Copies, so that a thread which trains on meanwhile cannot come between the digest and the bytes.
-    little = cell.dtype.newbyteorder("<")
-    tensors = {name: np.array(params[name], dtype=little, order="C") for name in parameters.shapes(cell)}
+    tensors = {name: params[name] for name in parameters.shapes(cell)}
     description: dict[str, Any] = {"format": 1, "cell": cell.describe(), "batch_first": batch_first}
     if dropout_key is not None:
         description |= {"format": 2, "dropout_key": dropout_key}
-    description["sha256"] = _digest(description, tensors)
-    data = safetensors.numpy.save(tensors, metadata={KEY: json.dumps(description)})
+    write(path, tensors, KEY, description, _check_header)
+
+
+def write(
+    path: str | os.PathLike[str] | BinaryIO,
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    key: str,
+    description: dict[str, Any],
+    check: Check,
+) -> None:
+    """Write tensors and their description, which goes with a digest into the metadata under `key`; see :func:`save`."""
+    file = files.file_object(path, "write")
+    target = files.path_name(path) if file is None else None
+    # Copies, so that a thread which trains on meanwhile cannot come between the digest and the bytes.
+    copies = {name: np.array(t, dtype=t.dtype.newbyteorder("<"), order="C") for name, t in tensors.items()}
+    whole = description | {"sha256": _digest(description, copies)}
+    data = safetensors.numpy.save(copies, metadata={key: json.dumps(whole)})
     length = _header_length(data[:PREFIX], len(data))
-    _check_header(data[PREFIX : PREFIX + length], len(data))  # what load would refuse is never written
+    check(data[PREFIX : PREFIX + length], len(data))  # what load would refuse is never written
     if target is None:
         files.write(file, data)
     else:
@@ -153,35 +171,42 @@ def load(path: str | os.PathLike[str] | BinaryIO) -> SavedModel:
     OSError
         If the file cannot be read; a missing one is a FileNotFoundError.
     """
+    header, params = read(path, _check_header)
+    cell, batch_first, dropout_key = header.meaning
+    return SavedModel(cell, params, batch_first, dropout_key)
+
+
+def read(path: str | os.PathLike[str] | BinaryIO, check: Check) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
+    """Read a file that :func:`write` wrote: its checked header, and its tensors; see :func:`load`."""
     file = files.file_object(path, "read")
     if file is not None:
-        return _read(file, None, "the content of the file object")
+        return _read(file, None, "the content of the file object", check)
     name = files.path_name(path)
     if not stat.S_ISREG(os.stat(name).st_mode):
         raise ModelFileError(f"{name!r} is not a model file: it is not a regular file")
 
-    def read(descriptor: int) -> SavedModel:
-        return _read(open(descriptor, "rb", closefd=False), os.fstat(descriptor).st_size, repr(name))
+    def from_descriptor(descriptor: int) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
+        return _read(open(descriptor, "rb", closefd=False), os.fstat(descriptor).st_size, repr(name), check)
 
     # Should it have become a named pipe since it was looked at, this does not wait for a writer.
-    return files.with_descriptor(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), read)
+    return files.with_descriptor(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), from_descriptor)
 
 
-def _read(file: Any, size: int | None, name: str) -> SavedModel:
+def _read(file: Any, size: int | None, name: str, check: Check) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
     """Read a file of `size` bytes, or, if that is None, to its end."""
     try:
-        return _read_checked(file, size)
+        return _read_checked(file, size, check)
     except ModelFileError as error:
         raise ModelFileError(f"{name} is not a model file, or it is damaged: {error}") from error
 
 
-def _read_checked(file: Any, size: int | None) -> SavedModel:
+def _read_checked(file: Any, size: int | None, check: Check) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
     prefix = files.read(file, PREFIX)
     length = _header_length(prefix, size)
     header = files.read(file, length)
     if len(header) != length:
         raise ModelFileError("it ends within the header")
-    found = _check_header(header, size)
+    found = check(header, size)
     rest = files.read(file, found.length + 1)  # and nothing may come after it
     if len(rest) != found.length:
         there = "more" if len(rest) > found.length else len(rest)
@@ -195,12 +220,12 @@ def _read_checked(file: Any, size: int | None) -> SavedModel:
         raise ModelFileError("safetensors cannot read it") from error
     del data  # the peak is here: the file and one copy of its tensors
     # The library takes the bytes for native ones, which they are on a little-endian machine only.
-    cell = found.cell
-    little = cell.dtype.newbyteorder("<")
-    params = {name: stored.pop(name).view(little).astype(cell.dtype) for name in parameters.shapes(cell)}
+    params = {
+        name: stored.pop(name).view(dtype.newbyteorder("<")).astype(dtype) for name, (dtype, _) in found.layout.items()
+    }
     if _digest(found.description, params) != found.sha256:
         raise ModelFileError("the checksum does not fit its contents")
-    return SavedModel(cell, params, found.batch_first, found.dropout_key)
+    return found, params
 
 
 def _header_length(prefix: bytes, size: int | None) -> int:
@@ -213,35 +238,48 @@ def _header_length(prefix: bytes, size: int | None) -> int:
     return length
 
 
-def _check_header(header: bytes, size: int | None) -> _Header:
-    """Hold the header of a file of `size` bytes, if that is known, against all that it has to be."""
+def parse_header(
+    header: bytes, key: str, fields: Mapping[int, set[str]], missing: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parse a header: its entries, and the description in its metadata under `key`, of one of the formats `fields`."""
     entries = _parse(header, "header")
     metadata = entries.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or KEY not in metadata:
-        raise ModelFileError(
-            "the metadata of fastlstm is missing; for weights of PyTorch, use safetensors.numpy.load_file and"
-            " LSTM.from_torch_state_dict"
-        )
-    description = _parse(metadata[KEY], "metadata")
+    if not isinstance(metadata, dict) or key not in metadata:
+        raise ModelFileError(missing)
+    description = _parse(metadata[key], "metadata")
     number = description.get("format")
-    if type(number) is int and number > max(FIELDS):
+    if type(number) is int and number > max(fields):
         raise ModelFileError("it was written by a newer version of fastlstm")
-    if type(number) is not int or description.keys() != FIELDS.get(number):
+    if type(number) is not int or description.keys() != fields.get(number):
         raise ModelFileError("its metadata is not that of fastlstm")
-    cell, batch_first = _cell(description["cell"]), description["batch_first"]
-    if not isinstance(batch_first, bool) or not isinstance(description["sha256"], str):
+    if not isinstance(description["sha256"], str):
+        raise ModelFileError("its metadata is not that of fastlstm")
+    return entries, description
+
+
+def _check_header(header: bytes, size: int | None) -> Header:
+    """Hold the header of a file of `size` bytes, if that is known, against all that it has to be."""
+    entries, description = parse_header(
+        header,
+        KEY,
+        FIELDS,
+        "the metadata of fastlstm.LSTM is missing; for weights of PyTorch, use safetensors.numpy.load_file and"
+        " LSTM.from_torch_state_dict, and for a fastlstm.training.Model its load()",
+    )
+    cell, batch_first = cell_from(description["cell"]), description["batch_first"]
+    if not isinstance(batch_first, bool):
         raise ModelFileError("its metadata is not that of fastlstm")
     dropout_key = description.get("dropout_key")
-    if number > 1 and (type(dropout_key) is not int or dropout_key < 0):
+    if description["format"] > 1 and (type(dropout_key) is not int or dropout_key < 0):
         raise ModelFileError("its metadata is not that of fastlstm")
-    length = _check_tensors(entries, cell)
-    if size is not None and length != size - PREFIX - len(header):
-        raise ModelFileError(f"its tensors take {length} bytes, and {size - PREFIX - len(header)} are there")
+    layout = layout_of(cell, len(entries))
+    length = spans(entries, layout, None if size is None else size - PREFIX - len(header))
     sha256 = description.pop("sha256")
-    return _Header(cell, batch_first, dropout_key, description, sha256, length)
+    return Header((cell, batch_first, dropout_key), layout, description, sha256, length)
 
 
-def _cell(fields: Any) -> Cell:
+def cell_from(fields: Any) -> Cell:
+    """Return the cell that is described in a file."""
     # NumPy would take many things for a dtype, some of them large.
     if not isinstance(fields, dict) or fields.get("dtype") not in list(CODES):
         raise ModelFileError("its description of the model is broken")
@@ -254,26 +292,38 @@ def _cell(fields: Any) -> Cell:
         raise ModelFileError("its description of the model is broken, or of a newer version") from error
 
 
-def _check_tensors(entries: dict[str, Any], cell: Cell) -> int:
-    """Check that `entries` are the parameters of `cell`, no more and no less, side by side; return how many bytes."""
+def layout_of(cell: Cell, most: int) -> Layout:
+    """Return the parameters of a cell, at most as many as a file has tensors."""
     # Counted first: the description might claim a billion layers, whose names alone would fill the memory.
-    if len(entries) != cell.num_layers * cell.num_directions * len(parameters.direction_names(cell, 0, 0)):
+    if most < cell.num_layers * cell.num_directions * len(parameters.direction_names(cell, 0, 0)):
         raise ModelFileError("its tensors are not those of the model that it describes")
-    spans = []
-    for name, shape in parameters.shapes(cell).items():
+    return {name: (cell.dtype, shape) for name, shape in parameters.shapes(cell).items()}
+
+
+def spans(entries: dict[str, Any], layout: Layout, there: int | None) -> int:
+    """Check that `entries` are those of `layout`, no more and no less, side by side; return how many bytes.
+
+    If `there` is not None, it is the number of bytes that have to be there.
+    """
+    if len(entries) != len(layout):
+        raise ModelFileError("its tensors are not those of the model that it describes")
+    found = []
+    for name, (dtype, shape) in layout.items():
         entry = entries.get(name)
-        expected = {"dtype": CODES[cell.dtype.name], "shape": list(shape)}
+        expected = {"dtype": CODES[dtype.name], "shape": list(shape)}
         span = entry.pop("data_offsets", None) if isinstance(entry, dict) else None
         if entry != expected:
             raise ModelFileError("its tensors are not those of the model that it describes")
         if not isinstance(span, list) or [type(offset) for offset in span] != [int, int]:
             raise ModelFileError("its tensors have no place")
-        spans.append((span[0], span[1], math.prod(shape) * cell.dtype.itemsize))
+        found.append((span[0], span[1], math.prod(shape) * dtype.itemsize))
     position = 0
-    for begin, end, length in sorted(spans):
+    for begin, end, length in sorted(found):
         if begin != position or end != begin + length:
             raise ModelFileError("its tensors overlap, leave gaps, or have other lengths than their shapes")
         position = end
+    if there is not None and position != there:
+        raise ModelFileError(f"its tensors take {position} bytes, and {there} are there")
     return position
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastlstm.backends.cpu_limits import Limit, cgroup_cpus, limits, number_in, usable_cores
 from fastlstm.errors import ArgumentError
@@ -13,6 +15,7 @@ __all__ = ["describe_num_threads", "get_num_threads", "set_num_threads"]
 # variables and files each time would take longer than a short call.
 _chosen: Limit | None
 _least: Limit | None
+_held: list[int] = []  # limits of the calls of `at_most` that are not over
 
 
 def _look() -> None:
@@ -36,10 +39,25 @@ def get_num_threads() -> int:
     All but the number of cores are read once, when fastlstm is first used, and again by ``set_num_threads(None)``.
     ``fastlstm info`` shows which limit holds.
     """
+    if _held and (held := min(_held, default=0)):  # the last one may be over by now
+        return held
     if _chosen is not None:
         return _chosen.threads
     cores = usable_cores()
     return cores if _least is None or cores < _least.threads else _least.threads
+
+
+@contextmanager
+def at_most(threads: int) -> Iterator[None]:
+    """Hold every call of this process to so many threads, for the length of a ``with`` block in any of its threads.
+
+    For engines that run several calls at once: where each took all cores, they would wait for each other.
+    """
+    _held.append(threads)
+    try:
+        yield
+    finally:
+        _held.remove(threads)
 
 
 def describe_num_threads() -> str:

@@ -23,21 +23,42 @@ True
 """
 
 from fastlstm.training.clipping import clip_by_global_norm, clip_by_value
+from fastlstm.training.fitting import fit
+from fastlstm.training.history import History
 from fastlstm.training.joined import Joined, join
 from fastlstm.training.linear import Linear, LinearGrads
 from fastlstm.training.losses import length_mask, mean_squared_error, softmax_cross_entropy
-from fastlstm.training.optimisers import SGD, Adam
+from fastlstm.training.model import Model
+from fastlstm.training.optimisers import SGD, Adam, AdamW
+from fastlstm.training.reduction import allreduce
+from fastlstm.training.regression import (
+    huber_loss,
+    logistic_squared_error,
+    mean_absolute_error,
+    nash_sutcliffe_loss,
+    quantile_loss,
+)
 
 __all__ = [
     "SGD",
     "Adam",
+    "AdamW",
+    "History",
     "Joined",
     "Linear",
     "LinearGrads",
+    "Model",
+    "allreduce",
     "clip_by_global_norm",
     "clip_by_value",
+    "fit",
+    "huber_loss",
     "join",
     "length_mask",
+    "logistic_squared_error",
+    "mean_absolute_error",
     "mean_squared_error",
+    "nash_sutcliffe_loss",
+    "quantile_loss",
     "softmax_cross_entropy",
 ]

@@ -22,7 +22,7 @@ from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.training import arguments, tied
 from fastlstm.training.arguments import Number
 
-__all__ = ["SGD", "Adam"]
+__all__ = ["SGD", "Adam", "AdamW"]
 
 Parameters = Mapping[str, Array] | Any  # or a model, which has the mapping as its `params`
 MOST_STEPS = 2**53  # as a float, the number is exact
@@ -294,9 +294,12 @@ class Adam(Optimiser):
         self._betas = one, other
 
     def _update(self, name: str, param: Array, grad: Array) -> None:
-        beta1, beta2 = self.betas
         if self.weight_decay:
             grad = grad + self.weight_decay * param
+        self._move(name, param, grad)
+
+    def _move(self, name: str, param: Array, grad: Array) -> None:
+        beta1, beta2 = self.betas
         mean, square = self._slots["mean"][name], self._slots["square"][name]
         mean *= beta1
         mean += (1 - beta1) * grad
@@ -306,3 +309,46 @@ class Adam(Optimiser):
         denominator /= np.sqrt(1 - beta2**self.steps).item()
         denominator += self.eps
         param -= self.lr / (1 - beta1**self.steps) * mean / denominator
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), as in ``torch.optim.AdamW``.
+
+    Before Adam's step, which then has no L2 penalty, each parameter shrinks by itself::
+
+        p = p - lr * weight_decay * p
+
+    Parameters
+    ----------
+    params, lr, betas, eps
+        As for :class:`Adam`.
+    weight_decay : float
+        How much the parameters shrink at a step, relative to `lr`; at least zero.
+
+    Raises
+    ------
+    ArgumentError, DTypeError, ArrayTypeError
+        If an argument does not fit.
+
+    Examples
+    --------
+    >>> params = {"w": np.array([1.0, 2.0])}
+    >>> optimiser = AdamW(params, lr=0.1, weight_decay=0.5)
+    >>> optimiser.step({"w": np.array([0.0, 0.0])})  # without a gradient, only the decay is left
+    >>> params["w"]
+    array([0.95, 1.9 ])
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def _update(self, name: str, param: Array, grad: Array) -> None:
+        param *= 1 - self.lr * self.weight_decay
+        self._move(name, param, grad)

@@ -18,6 +18,7 @@ from fastlstm import ArgumentError, ArrayTypeError, DTypeError, FastLSTMError, S
 from fastlstm.training import (
     SGD,
     Adam,
+    AdamW,
     Linear,
     clip_by_global_norm,
     clip_by_value,
@@ -324,6 +325,12 @@ PEERS = {
     "Adam options": (
         lambda p: Adam(p, 0.03, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1),
         "Adam",
+        {"lr": 0.03, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
+    ),
+    "AdamW": (AdamW, "AdamW", {}),
+    "AdamW options": (
+        lambda p: AdamW(p, 0.03, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1),
+        "AdamW",
         {"lr": 0.03, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
     ),
 }
