@@ -8,13 +8,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastlstm import checks, dispatch, functional, parameters
+from fastlstm import checks, dispatch, functional, parameters, unroll
 from fastlstm.backends.base import Array, Dropout, State
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
 from fastlstm.mask_keys import MaskKeys
+from fastlstm.unroll import Run
 
 __all__ = ["Recurrent", "on_host"]
 
@@ -182,6 +183,50 @@ class Recurrent:
             Before any work, if an argument does not fit.
         """
         return functional.step(self.cell, self.params, x_t, state)
+
+    def unroll(self, state: State | None = None, *, steps: int, batch: int) -> Run:
+        """Begin a closed loop for training: time steps, each of whose inputs may depend on the output before.
+
+        Memory for all steps is allocated and the weights are packed once. Take the steps with ``run.step(x_t)``, and
+        then ``back = run.backward()``, ``back.step(dh_t)`` from the last to the first, and ``back.finish()``: see
+        :class:`fastlstm.unroll.Run` and :class:`fastlstm.unroll.RunBackward`. To truncate the gradient to windows,
+        start a new run from ``run.state``. Dropout between layers is that of :meth:`forward`.
+
+        Parameters
+        ----------
+        state : tuple of array, optional
+            ``(h0, c0)``, each (L, B, H); zeros by default.
+        steps : int
+            The most steps T that the run may have.
+        batch : int
+            The number of sequences B.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
+            Before any work, if an argument does not fit, or the model is bidirectional.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM
+        >>> lstm = LSTM(input_size=2, hidden_size=2, seed=0)
+        >>> run, x = lstm.unroll(steps=3, batch=1), np.ones((1, 2), np.float32)
+        >>> for _ in range(3):
+        ...     x = run.step(x)
+        >>> back, dx = run.backward(), np.ones((1, 2), np.float32)  # the loss is the sum of the last output
+        >>> for _ in range(3):
+        ...     dx = back.step(dx)
+        >>> sorted(back.finish().params)
+        ['bias_l0', 'weight_hh_l0', 'weight_ih_l0']
+        """
+        dropout = Dropout(self.cell.dropout, self._mask_keys.take()) if unroll.draws(self.cell) else None
+        try:
+            return unroll.begin(self, state, steps, batch, dropout)
+        except BaseException:
+            if dropout is not None:
+                self._mask_keys.give_back(dropout.key)
+            raise
 
     def plan(self, x: Array, lengths: Any = None) -> str:
         """Say how a call with this input would be run: backend, threads, and how each layer is divided.
