@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Self
 
@@ -227,6 +228,42 @@ class Recurrent:
             if dropout is not None:
                 self._mask_keys.give_back(dropout.key)
             raise
+
+    def compiled(self) -> Any:
+        """Pack the weights for use inside code that Numba compiles: see :mod:`fastlstm.compiled`.
+
+        Later changes of the parameters do not show in it. Callers are compiled once for all models of a dtype.
+
+        Returns
+        -------
+        Kit
+            A named tuple: an argument for functions decorated with ``numba.njit``, which call
+            ``fastlstm.compiled.step(kit, ...)`` and the like.
+
+        Raises
+        ------
+        ArgumentError
+            If the model is bidirectional, or of a variant whose step is not compiled.
+        ArrayTypeError
+            If the parameters are CuPy arrays.
+        BackendError
+            If the CPU kernels cannot run here.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM, compiled
+        >>> kit = LSTM(input_size=3, hidden_size=8, seed=0).compiled()
+        >>> x, y = np.ones((2, 3), np.float32), np.empty((2, 8), np.float32)
+        >>> h, c, h_next, c_next = np.zeros((4, 1, 2, 8), np.float32)
+        >>> compiled.step(kit, x, h, c, y, h_next, c_next)  # the same in your own @njit function
+        >>> np.array_equal(y, h_next[0])
+        True
+        """
+        dispatch.backend_named("cpu")
+        frozen = self.freeze()
+        assert isinstance(frozen.params, FrozenParams)
+        return import_module("fastlstm.compiled").make_kit(self.cell, frozen.params)
 
     def plan(self, x: Array, lengths: Any = None) -> str:
         """Say how a call with this input would be run: backend, threads, and how each layer is divided.

@@ -25,7 +25,7 @@ from fastlstm.kernels.cpu.unrolled_step import (
     BIASED,
     BLOCKS,
     CELLS,
-    DA,
+    CHUNK,
     DC,
     DH,
     DROPPED,
@@ -47,6 +47,7 @@ from fastlstm.kernels.cpu.unrolled_step import (
     X,
     at,
     multiply,
+    steps_of_cells,
 )
 from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, load_first, minimum, offset, store_first
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS, Product, add_bias, finish_edge, weights_back
@@ -85,29 +86,38 @@ def unrolled_back(
     dx,  # (B, I), OUT
 ):
     """Take the gradients back through the last step that is left, for all layers."""
-    like, batch, rows = address(dx), tape[BATCH], tape[STEPS] * tape[BATCH]
+    like, batch = address(dx), tape[BATCH]
     inputs, hidden, layers, blocks = kit[INPUTS], kit[HIDDEN], kit[LAYERS], kit[BLOCKS]
-    t, depth, tile = tape[LEFT] - 1, blocks * GATES * lanes_of(like), make_room(like)
+    t, tile = tape[LEFT] - 1, make_room(like)
+    row = t % tape[CHUNK] * batch  # the first of the step in its chunk
     between, dy = at(tape[BETWEEN], like), address(dh)
     first, second = _packed_size(inputs, blocks, like), _packed_size(hidden, blocks, like)
     for turn in range(layers):
         number = layers - 1 - turn
-        da = GateGradients(offset(at(tape[DA], like), number * rows * depth), rows, depth)
+        da = _gate_gradients(kit, tape, number, t // tape[CHUNK], like)
         _cells_back(kit, tape, number, t, dy, da)
         state = offset(at(tape[DH], like), number * batch * hidden)
         weights = at(kit[BACK_WEIGHTS], like)
         if number:
             weights = offset(weights, first + second + (number - 1) * 2 * second)
-            _product_back(da, t * batch, batch, offset(weights, second), hidden, state, tile)
-            _product_back(da, t * batch, batch, weights, hidden, between, tile)
+            _product_back(da, row, batch, offset(weights, second), hidden, state, tile)
+            _product_back(da, row, batch, weights, hidden, between, tile)
             if tape[MASKS]:
                 place = ((number - 1) * tape[STEPS] + t) * batch * hidden
                 multiply(batch * hidden, between, offset(at(tape[MASKS], like), place), between)
             dy = between
         else:
-            _product_back(da, t * batch, batch, offset(weights, first), hidden, state, tile)
-            _product_back(da, t * batch, batch, weights, inputs, like, tile)
+            _product_back(da, row, batch, offset(weights, first), hidden, state, tile)
+            _product_back(da, row, batch, weights, inputs, like, tile)
     tape[LEFT] = t
+
+
+@routine(inline=True)
+def _gate_gradients(kit, tape, number, chunk, like):
+    """Return the record of the gradients by the pre-activations of a chunk of steps, in a layer."""
+    rows, unit_row = tape[CHUNK] * tape[BATCH], kit[BLOCKS] * lanes_of(like)
+    cells = offset(at(tape[CELLS], like), number * steps_of_cells(tape) * tape[BATCH] * TAPE * unit_row)
+    return GateGradients(offset(cells, (chunk + 1) * rows * TAPE * unit_row), rows, GATES * unit_row)
 
 
 @routine
@@ -119,7 +129,8 @@ def _cells_back(kit, tape, number, t, dy, da):
     states = number * batch * hidden
     dh_rows, dc_rows = offset(at(tape[DH], dy), states), offset(at(tape[DC], dy), states)
     c_rows = offset(at(tape[C], dy), (number * (tape[STEPS] + 1) + t) * batch * hidden)
-    cells = offset(at(tape[CELLS], dy), (number * tape[STEPS] + t) * batch * blocks * TAPE * width)
+    cells = offset(at(tape[CELLS], dy), (number * steps_of_cells(tape) + t) * batch * blocks * TAPE * width)
+    first_row = t % tape[CHUNK] * batch
     for block in range(blocks):
         unit = block * width
         units, here = minimum(width, hidden - unit), cell_at(cell, unit)
@@ -130,7 +141,7 @@ def _cells_back(kit, tape, number, t, dy, da):
             dc_prev = backward(
                 here, dh, load_first(offset(dc_rows, state), units),
                 offset(cells, (row * blocks + block) * TAPE * width), units, load_first(offset(c_rows, state), units),
-                offset(part, (t * batch + row) * part_row),
+                offset(part, (first_row + row) * part_row),
             )  # fmt: skip
             store_first(offset(dc_rows, state), dc_prev, units)
 
@@ -187,22 +198,28 @@ def unrolled_finish_together(kit, tape, gradients, team, thread):
 def _finish(kit, tape, gradients, first, last, thread):
     """Compute the gradients by the parameters of some blocks of units, layer by layer."""
     width, batch, steps, hidden, layers = lanes_of(gradients), tape[BATCH], tape[STEPS], kit[HIDDEN], kit[LAYERS]
-    rows, depth, inputs = tape[TAKEN] * batch, kit[BLOCKS] * GATES * width, kit[INPUTS]
+    inputs, chunk_rows, rows = kit[INPUTS], tape[CHUNK] * batch, tape[TAKEN] * batch
     panel = offset(at(tape[PANELS], gradients), thread * PANEL_ROWS * NR * width)
+    sums_bias = at(tape[SUMS_BIAS], gradients)
     x = at(tape[X], gradients)
     for number in range(layers):
-        da = GateGradients(offset(at(tape[DA], gradients), number * steps * batch * depth), steps * batch, depth)
         h = offset(at(tape[H], gradients), number * (steps + 1) * batch * hidden)
         of_hh = offset(gradients, GATES * hidden * inputs)
         of_bias = offset(of_hh, GATES * hidden * hidden)
         of_own = offset(of_bias, GATES * hidden if kit[BIASED] else 0)
         ih = Product(x, inputs, inputs, at(tape[SUMS_IH], gradients), gradients, hidden)
         hh = Product(h, hidden, hidden, at(tape[SUMS_HH], gradients), of_hh, hidden)
-        _weights(da, rows, ih, hh, panel, first, last)
+        _begin(kit, ih, hh, rows, sums_bias, of_own, first, last)
+        for low in range(0, rows, chunk_rows):
+            da = _gate_gradients(kit, tape, number, low // chunk_rows, gradients)
+            _add_chunk(da, low, minimum(chunk_rows, rows - low), rows, ih, hh, sums_bias, panel, first, last)
+            if kit[OWN]:
+                _add_own(kit, tape, number, da, low, minimum(chunk_rows, rows - low), of_own, first, last)
+        if rows:
+            finish_edge(ih, kit[BLOCKS] * GATES * width, first, last)
+            finish_edge(hh, kit[BLOCKS] * GATES * width, first, last)
         if kit[BIASED]:
-            _bias(da, rows, hidden, at(tape[SUMS_BIAS], gradients), of_bias, first, last)
-        if kit[OWN]:
-            _own(kit, tape, number, da, rows, of_own, first, last)
+            _write_bias(hidden, sums_bias, of_bias, first, last)
         gradients, inputs = offset(of_own, kit[OWN] * hidden), hidden
         x = offset(h, batch * hidden)
         if tape[MASKS]:
@@ -210,24 +227,31 @@ def _finish(kit, tape, gradients, first, last, thread):
 
 
 @routine
-def _weights(da, rows, ih, hh, panel, first, last):
-    """Compute the gradients by the weights."""
-    width = lanes_of(panel)
-    if rows == 0:
-        for block in range(first, last):
+def _begin(kit, ih, hh, rows, sums_bias, of_own, first, last):
+    """Set to zero what is added to; and the gradients by the weights, if there was no step."""
+    width, hidden = lanes_of(sums_bias), ih.hidden
+    tile_row = GATES * width
+    _clear(offset(sums_bias, first * tile_row), (last - first) * tile_row)
+    for block in range(first, last):
+        unit = block * width
+        units = minimum(width, hidden - unit)
+        for row in range(kit[OWN]):
+            _clear(offset(of_own, row * hidden + unit), units)
+        if rows == 0:
             for gate in range(GATES):
-                row = gate * ih.hidden + block * width
-                units = minimum(width, ih.hidden - block * width)
+                row = gate * hidden + unit
                 _clear(offset(ih.gradient, row * ih.columns), units * ih.columns)
                 _clear(offset(hh.gradient, row * hh.columns), units * hh.columns)
-        return
-    for start in range(0, rows, PANEL_ROWS):
-        count = minimum(PANEL_ROWS, rows - start)
-        add, finish = start > 0, start + count == rows
-        weights_back(ih, da, start, count, start, panel, add, finish, first, last)
-        weights_back(hh, da, start, count, start, panel, add, finish, first, last)
-    finish_edge(ih, da.depth, first, last)
-    finish_edge(hh, da.depth, first, last)
+
+
+@routine
+def _add_chunk(da, low, count, rows, ih, hh, sums_bias, panel, first, last):
+    """Add the gradients by weights and bias of a chunk's rows, of which `low` is the first of all `rows`."""
+    for start in range(0, count, PANEL_ROWS):
+        some, row = minimum(PANEL_ROWS, count - start), low + start
+        add_bias(da, start, some, sums_bias, first, last)
+        weights_back(ih, da, start, some, row, panel, row > 0, row + some == rows, first, last)
+        weights_back(hh, da, start, some, row, panel, row > 0, row + some == rows, first, last)
 
 
 @routine
@@ -238,34 +262,26 @@ def _clear(start, size):
 
 
 @routine
-def _bias(da, rows, hidden, sums, gradient, first, last):
-    """Compute the gradient by the bias."""
+def _write_bias(hidden, sums, gradient, first, last):
+    """Write the gradient by the bias."""
     width = lanes_of(sums)
-    tile_row = GATES * width
-    _clear(offset(sums, first * tile_row), (last - first) * tile_row)
-    for start in range(0, rows, PANEL_ROWS):  # sums of sums lose less to rounding
-        add_bias(da, start, minimum(PANEL_ROWS, rows - start), sums, first, last)
     for block in range(first, last):
         for gate in range(GATES):
-            total = load(offset(sums, block * tile_row + gate * width))
+            total = load(offset(sums, (block * GATES + gate) * width))
             store_first(offset(gradient, gate * hidden + block * width), total, minimum(width, hidden - block * width))
 
 
 @routine
-def _own(kit, tape, number, da, rows, gradient, first, last):
-    """Compute the gradients by a variant's own parameters, (E, H)."""
+def _add_own(kit, tape, number, da, low, count, gradient, first, last):
+    """Add the gradients by a variant's own parameters, (E, H), of a chunk's rows."""
     width, hidden, batch = lanes_of(gradient), kit[HIDDEN], tape[BATCH]
-    # The routine takes the parameters' address along, but reads none.
-    cell = cell_of(kit, ADDRESSES, gradient, hidden)
-    c = offset(at(tape[C], gradient), number * (tape[STEPS] + 1) * batch * hidden)
+    cell = cell_of(kit, ADDRESSES, gradient, hidden)  # no parameters are read
+    c = offset(at(tape[C], gradient), (number * (tape[STEPS] + 1) * batch + low) * hidden)
     for block in range(first, last):
         unit = block * width
-        units, here = minimum(width, hidden - unit), cell_at(cell, unit)
-        sums = offset(gradient, unit)
-        for row in range(kit[OWN]):
-            store_first(offset(sums, row * hidden), fill(sums, 0.0), units)
+        units, here, sums = minimum(width, hidden - unit), cell_at(cell, unit), offset(gradient, unit)
         part, part_row = strip(da, unit * GATES)
-        for row in range(rows):
+        for row in range(count):
             before, after = offset(c, row * hidden + unit), offset(c, (row + batch) * hidden + unit)
             own_gradients(
                 here, offset(part, row * part_row), units, load_first(before, units), load_first(after, units), sums

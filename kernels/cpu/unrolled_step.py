@@ -26,7 +26,7 @@ from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
 from fastlstm.kernels.cpu.vector import address, lanes_of, load_first, minimum, offset, store_first
 from fastlstm.kernels.cpu.weight_packing import packed_at
 
-__all__ = ["KIT", "TAPED", "at", "signatures", "unrolled_step", "unrolled_step_taped"]
+__all__ = ["KIT", "TAPED", "at", "signatures", "steps_of_cells", "unrolled_step", "unrolled_step_taped"]
 
 # The numbers of a kit: I, H, L, rows of a variant's own parameters E, whether there is a bias, Hp/V; addresses of the
 # packed weights of all layers, their packed biases, and a variant's own parameters (L * E, H); of the weights that are
@@ -36,10 +36,13 @@ KIT = ADDRESSES + CELL
 
 # The numbers of a tape: T, B; steps taken, and those not yet taken back (-1 before the first of these); and addresses:
 # x (T, B, I); h and c (L, T + 1, B, H), the states before each step and after the last; the cells' values
-# (L, T * B, Hp/V, 5, V); gradients by pre-activations, L times T * B rows in strips; gradients by the states,
-# (L, B, H) each; the gradient that is handed from a layer to the one below (B, H); masks of dropout, and what they
-# leave of h, (L - 1, T, B, H) each, 0 for none; and what `unrolled_finish` works with.
-(STEPS, BATCH, TAKEN, LEFT, X, H, C, CELLS, DA, DH, DC, BETWEEN, MASKS, DROPPED, SUMS_IH, SUMS_HH, SUMS_BIAS,
+# (L, T' * B, Hp/V, 5, V), where T' are the steps in whole chunks, and a chunk more; steps of a chunk; gradients by the
+# states, (L, B, H) each; the gradient that is handed from a layer to the one below (B, H); masks of dropout, and what
+# they leave of h, (L - 1, T, B, H) each, 0 for none; and what `unrolled_finish` works with.
+#
+# On the way back, the gradients by the pre-activations of a chunk of steps, in strips, take the place of the cells'
+# values of the chunk after it, which are not needed any more: a tape has 7 numbers a unit and step, and not 11.
+(STEPS, BATCH, TAKEN, LEFT, X, H, C, CELLS, CHUNK, DH, DC, BETWEEN, MASKS, DROPPED, SUMS_IH, SUMS_HH, SUMS_BIAS,
  PANELS) = range(18)  # fmt: skip
 TAPED = PANELS + 1
 
@@ -73,6 +76,12 @@ def at(typingctx, number, like):
         return builder.inttoptr(number, ir.PointerType(args[1].type.pointee))
 
     return like(number, like), codegen
+
+
+@routine(inline=True)
+def steps_of_cells(tape):
+    """Return for how many steps there is room for the cells' values."""
+    return ((tape[STEPS] + tape[CHUNK] - 1) // tape[CHUNK] + 1) * tape[CHUNK]
 
 
 @by_address
@@ -113,7 +122,7 @@ def unrolled_step_taped(
     _copy(batch * inputs, address(x), kept_x)
     step = _Step(
         batch, kept_x, h, c, offset(h, batch * hidden), offset(c, batch * hidden), (steps + 1) * batch * hidden, start,
-        offset(cells, t * batch * cells_row), steps * batch * cells_row, TAPE,
+        offset(cells, t * batch * cells_row), steps_of_cells(tape) * batch * cells_row, TAPE,
         offset(at(masks, start), states), offset(at(tape[DROPPED], start), states),
         steps * batch * hidden if masks and layers > 1 else 0, make_room(start),
     )  # fmt: skip

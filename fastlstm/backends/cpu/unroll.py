@@ -122,21 +122,23 @@ def tape_of(
     lasting : bool
         Whether it is kept for many runs.
     """
-    size, layers, rows = sizes[0], cell.num_layers, steps * batch
+    size, layers = sizes[0], cell.num_layers
+    # The gradients by the weights take so many rows at a time.
+    chunk = max(1, min(steps, PANEL_ROWS // batch))
+    cells = (layers, (-(-steps // chunk) + 1) * chunk * batch, size.blocks, TAPE, size.width)
     states, state = (layers, steps + 1, batch, size.hidden), (layers, batch, size.hidden)
     largest = max(size.inputs for size in sizes)
     arrays = one_block(
-        cell.dtype, (steps, batch, size.inputs), states, states, (layers, rows, size.blocks, TAPE, size.width),
-        (layers, rows, GATES * size.stride), state, state, state[1:],
+        cell.dtype, (steps, batch, size.inputs), states, states, cells, state, state, state[1:],
         () if masks is None else masks.shape, (_panels(size, largest),), (_panels(size, size.hidden),),
         (GATES * size.stride,), (threads, PANEL_ROWS, NR * size.width),
         lasting=lasting,
     )  # fmt: skip
-    x, h, c, cells, da, dh, dc, between, dropped, *work = arrays
+    x, h, c, values, dh, dc, between, dropped, *work = arrays
     record = np.zeros(step.TAPED, np.int64)
-    record[[step.STEPS, step.BATCH, step.LEFT]] = steps, batch, -1
-    places = (step.X, step.H, step.C, step.CELLS, step.DA, step.DH, step.DC, step.BETWEEN)
-    record[list(places)] = [address_of(array) for array in (x, h, c, cells, da, dh, dc, between)]
+    record[[step.STEPS, step.BATCH, step.LEFT, step.CHUNK]] = steps, batch, -1, chunk
+    places = (step.X, step.H, step.C, step.CELLS, step.DH, step.DC, step.BETWEEN)
+    record[list(places)] = [address_of(array) for array in (x, h, c, values, dh, dc, between)]
     if masks is not None:
         record[[step.MASKS, step.DROPPED]] = address_of(masks), address_of(dropped)
     record[[step.SUMS_IH, step.SUMS_HH, step.SUMS_BIAS, step.PANELS]] = [address_of(array) for array in work]
