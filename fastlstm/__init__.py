@@ -10,6 +10,9 @@ arrays of the same library as the inputs.
 (5, 2, 8)
 """
 
+from importlib import import_module
+from typing import Any
+
 from fastlstm import functional, training
 from fastlstm.arrays import as_array
 from fastlstm.backends.threads import get_num_threads, set_num_threads
@@ -47,3 +50,10 @@ __all__ = [
     "training",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import :mod:`fastlstm.compiled` when it is used: it needs Numba, which is not loaded before it has to be."""
+    if name == "compiled":
+        return import_module("fastlstm.compiled")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
 from types import ModuleType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from fastlstm import checks, dispatch, functional, parameters, storage
+from fastlstm import checks, dispatch, functional, parameters, storage, unroll
 from fastlstm.backends.base import Array, Dropout, State
 from fastlstm.cell import VARIANTS, Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, ModelFileError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
 from fastlstm.mask_keys import MaskKeys
+from fastlstm.unroll import Run
 
 __all__ = ["Recurrent", "new_key", "on_host"]
 
@@ -197,6 +199,86 @@ class Recurrent:
             Before any work, if an argument does not fit.
         """
         return functional.step(self.cell, self.params, x_t, state)
+
+    def unroll(self, state: State | None = None, *, steps: int, batch: int) -> Run:
+        """Begin a closed loop for training: time steps, each of whose inputs may depend on the output before.
+
+        Memory for all steps is allocated and the weights are packed once. Take the steps with ``run.step(x_t)``, and
+        then ``back = run.backward()``, ``back.step(dh_t)`` from the last to the first, and ``back.finish()``: see
+        :class:`fastlstm.unroll.Run` and :class:`fastlstm.unroll.RunBackward`. To truncate the gradient to windows,
+        start a new run from ``run.state``. Dropout between layers is that of :meth:`forward`.
+
+        Parameters
+        ----------
+        state : tuple of array, optional
+            ``(h0, c0)``, each (L, B, H); zeros by default.
+        steps : int
+            The most steps T that the run may have.
+        batch : int
+            The number of sequences B.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
+            Before any work, if an argument does not fit, or the model is bidirectional.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM
+        >>> lstm = LSTM(input_size=2, hidden_size=2, seed=0)
+        >>> run, x = lstm.unroll(steps=3, batch=1), np.ones((1, 2), np.float32)
+        >>> for _ in range(3):
+        ...     x = run.step(x)
+        >>> back, dx = run.backward(), np.ones((1, 2), np.float32)  # the loss is the sum of the last output
+        >>> for _ in range(3):
+        ...     dx = back.step(dx)
+        >>> sorted(back.finish().params)
+        ['bias_l0', 'weight_hh_l0', 'weight_ih_l0']
+        """
+        dropout = Dropout(self.cell.dropout, self._mask_keys.take()) if unroll.draws(self.cell) else None
+        try:
+            return unroll.begin(self, state, steps, batch, dropout)
+        except BaseException:
+            if dropout is not None:
+                self._mask_keys.give_back(dropout.key)
+            raise
+
+    def compiled(self) -> Any:
+        """Pack the weights for use inside code that Numba compiles: see :mod:`fastlstm.compiled`.
+
+        Later changes of the parameters do not show in it. Callers are compiled once for all models of a dtype.
+
+        Returns
+        -------
+        Kit
+            A named tuple: an argument for functions decorated with ``numba.njit``, which call
+            ``fastlstm.compiled.step(kit, ...)`` and the like.
+
+        Raises
+        ------
+        ArgumentError
+            If the model is bidirectional, or of a variant whose step is not compiled.
+        ArrayTypeError
+            If the parameters are CuPy arrays.
+        BackendError
+            If the CPU kernels cannot run here.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM, compiled
+        >>> kit = LSTM(input_size=3, hidden_size=8, seed=0).compiled()
+        >>> x, y = np.ones((2, 3), np.float32), np.empty((2, 8), np.float32)
+        >>> h, c, h_next, c_next = np.zeros((4, 1, 2, 8), np.float32)
+        >>> compiled.step(kit, x, h, c, y, h_next, c_next)  # the same in your own @njit function
+        >>> np.array_equal(y, h_next[0])
+        True
+        """
+        dispatch.backend_named("cpu")
+        frozen = self.freeze()
+        assert isinstance(frozen.params, FrozenParams)
+        return import_module("fastlstm.compiled").make_kit(self.cell, frozen.params)
 
     def plan(self, x: Array, lengths: Any = None) -> str:
         """Say how a call with this input would be run: backend, threads, and how each layer is divided.

@@ -31,6 +31,11 @@ BOUNDS = {
         "float64, torch's own LSTM: the same sums in another order, over at most 65 steps; in practice 1e-14."
         " float32 is held to TORCH_RATIO in place of a fixed bound",
     ),
+    "loop": Bound(
+        1e-12,
+        None,
+        "float64 against torch's autograd through 12 steps of a closed loop: the same sums in another order",
+    ),
     "long": Bound(
         1e-12,
         None,

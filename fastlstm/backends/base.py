@@ -17,7 +17,7 @@ from fastlstm.cell import Cell
 
 __all__ = [
     "Array", "Backend", "BackwardResult", "Dropout", "ForwardResult", "Params", "Prepared", "RefusedError", "Signature",
-    "State", "Steps",
+    "State", "Steps", "Unrolled",
 ]  # fmt: skip
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; the two share no common type
@@ -124,6 +124,40 @@ class Prepared(Protocol):
         ...
 
 
+class Unrolled(Protocol):
+    """A run whose steps are taken one by one, forward and then back; the caller counts them.
+
+    The parameters are those at its start. What it returns is nobody else's.
+    """
+
+    def step(self, x: Array) -> Array:
+        """Run the next step on x (B, I), through all layers; return y (B, H)."""
+        ...
+
+    def state(self) -> tuple[Array, Array]:
+        """Return h and c after the last step, each (L, B, H)."""
+        ...
+
+    def begin_back(self, dh: Array | None, dc: Array | None) -> None:
+        """Start the way back, from gradients by the last state, each (L, B, H); zeros if None."""
+        ...
+
+    def step_back(self, dh: Array | None) -> Array:
+        """Take the gradients back through the last step that is left.
+
+        Given the loss's gradient by the step's y, zeros if None; returns that by its x.
+        """
+        ...
+
+    def state_gradient(self) -> tuple[Array, Array]:
+        """Return the gradients by the h and c before the step that was taken back last."""
+        ...
+
+    def finish(self) -> dict[str, Array]:
+        """Return the gradients by the parameters, once all steps have been taken back."""
+        ...
+
+
 class Backend(Protocol):
     """The methods of every backend."""
 
@@ -131,6 +165,19 @@ class Backend(Protocol):
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Decide how a model runs on arrays of the signature's shapes, once for many calls."""
+        ...
+
+    def unroll(
+        self,
+        cell: Cell,  # of one direction
+        params: Params,
+        steps: int,  # at most
+        batch: int,
+        h0: Array | None,  # (L, B, H), zeros if None
+        c0: Array | None,  # (L, B, H), zeros if None
+        dropout: Dropout | None,
+    ) -> Unrolled:
+        """Begin a run for training whose steps are taken one by one."""
         ...
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature, Steps
+from fastlstm.backends.base import (
+    Array,
+    BackwardResult,
+    Dropout,
+    ForwardResult,
+    Params,
+    Prepared,
+    Signature,
+    Steps,
+    Unrolled,
+)
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.parameters import direction_names
@@ -187,6 +197,15 @@ class LayeredBackend(ABC):
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         return ["step after step"] * cell.num_layers
+
+    def unroll(
+        self, cell: Cell, params: Params, steps: int, batch: int, h0: Array | None, c0: Array | None,
+        dropout: Dropout | None,
+    ) -> Unrolled:  # fmt: skip
+        """Begin a run of steps (see ``base.Backend.unroll``)."""
+        from fastlstm.backends.stepwise import Stepwise  # which imports this module
+
+        return Stepwise(self, self.xp, cell, params, steps, batch, h0, c0, dropout)
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Prepare calls of a signature (see ``base.Backend.prepare``): here, nothing is decided ahead."""

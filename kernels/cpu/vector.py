@@ -160,7 +160,9 @@ def splat_scalar(builder, scalar, dtype):
 
 @intrinsic
 def address(typingctx, array):
-    """Return a pointer to the first element of a C-contiguous array."""
+    """Return a pointer to the first element of a C-contiguous array; a pointer is returned as it is."""
+    if isinstance(array, types.CPointer):
+        return array(array), lambda context, builder, signature, args: args[0]
 
     def codegen(context, builder, signature, args):
         return cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
