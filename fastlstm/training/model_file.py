@@ -24,7 +24,7 @@ from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
 from fastlstm.errors import ModelFileError
 from fastlstm.lstm import LSTM
-from fastlstm.recurrent import on_host
+from fastlstm.stored import on_host
 from fastlstm.training.linear import Linear
 from fastlstm.training.scaler import Scaler
 
