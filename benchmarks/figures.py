@@ -118,7 +118,7 @@ def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
     ]
     if others:
         *_, worst = min(others)
-        yield f"{KINDS[worst.group]}, where a peer is best", worst
+        yield f"{KINDS[worst.group]}, the peers' best other size", worst
     starts = files["start"].cases if "start" in files else ()
     yield from (("first calls ever, which compile", case) for case in starts if case.name == "cold: all three calls")
 

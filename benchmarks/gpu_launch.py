@@ -11,6 +11,7 @@ the same in one record; beside it stands a small matrix product. The kernels are
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -93,30 +94,24 @@ def barriers(cupy: Any, rounds: int) -> Iterator[tuple[str, Measure]]:
     device = cupy.cuda.Device()
     blocks = cupy.cuda.runtime.getDeviceProperties(device.id)["multiProcessorCount"]
     sizes = [size for size in GROUPS if size <= blocks]
+    measure = functools.partial(barrier, cupy, rounds)
     for size in dict.fromkeys((*sizes, blocks)):
-        yield f"counter, grid of {size}", lambda size=size: barrier(cupy, "counter", size, 1, rounds)
+        yield f"counter, grid of {size}", functools.partial(measure, "counter", size, 1)
     for name, words in (("flags", 0), ("exchange", WORDS)):
         for size in sizes:
             count = blocks // size
-            yield (
-                f"{name}, {count} groups of {size}",
-                lambda name=name, size=size, count=count, words=words: barrier(cupy, name, size, count, rounds, words),
-            )
+            yield f"{name}, {count} groups of {size}", functools.partial(measure, name, size, count, words)
     if int(device.compute_capability) < 90:
         return  # without clusters
     for name, words in (("cluster", 0), ("cluster_exchange", WORDS)):
         for size in CLUSTERS:
             count = blocks // size
-            yield (
-                f"barrier.{name}, {count} clusters of {size}",
-                lambda name=name, size=size, count=count, words=words: barrier(
-                    cupy, name, size, count, rounds, words, cluster=size
-                ),
-            )
+            call = functools.partial(measure, name, size, count, words, cluster=size)
+            yield f"barrier.{name}, {count} clusters of {size}", call
 
 
 def barrier(
-    cupy: Any, name: str, size: int, groups: int, rounds: int, exchanged: int = 0, cluster: int = 1
+    cupy: Any, rounds: int, name: str, size: int, groups: int, exchanged: int = 0, *, cluster: int = 1
 ) -> dict[str, tuple[float, ...]]:
     """Time a kernel of `rounds` barriers; the words that it exchanges are checked."""
     kernel = module(cupy, cluster).get_function(name)

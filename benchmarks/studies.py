@@ -10,6 +10,7 @@ A study is a function that gives cases; its docstring says what is measured. All
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import math
@@ -19,8 +20,9 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def _case(name: str, builders: run.Builders, seconds: float, tolerances: Any = N
 
 def _work_case(work: Work, name: str, threads: int, seconds: float, names: list[str] | None = None) -> Case:
     problem, able = Problem.of(work), [side for side in names or _here() if peers.able(side, work)]
-    builders = {side: lambda side=side: peers.contender(side).build(problem, threads) for side in able}
+    builders = {side: functools.partial(peers.contender(side).build, problem, threads) for side in able}
     return _case(name, builders, seconds, dtype=work.dtype, threads=threads, work=work)
 
 
@@ -79,7 +81,7 @@ def ragged(threads: int, seconds: float) -> Iterator[Case]:
             yield _work_case(Work.ragged(*shape, kind=kind), f"{words}, T up to {shape[0]}", threads, seconds)
     for shape in (grid.RAGGED, grid.RAGGED_GOAL):
         both = {OURS: Problem.of(Work.ragged(*shape)), PADDED: Problem.of(Work(*shape, kind="train"))}
-        builders = {name: lambda problem=problem: sides.cpu(problem, threads) for name, problem in both.items()}
+        builders = {name: functools.partial(sides.cpu, problem, threads) for name, problem in both.items()}
         facts = {"share of the padded steps": both[OURS].work.rows / both[PADDED].work.rows}
         name = f"a training pass, T up to {shape[0]}, against ourselves padded"
         yield _case(name, builders, seconds, {PADDED: math.inf}, facts=facts, threads=threads)
@@ -92,7 +94,7 @@ def freeze(threads: int, seconds: float) -> Iterator[Case]:
     for work in [*(Work(*shape, kind="stream") for shape in streams), *(Work(*shape) for shape in sequences)]:
         problem = Problem.of(work)
         ways = {OURS: sides.cpu, LIVE: sides.not_frozen}
-        builders = {name: lambda way=way, problem=problem: way(problem, threads) for name, way in ways.items()}
+        builders = {name: functools.partial(way, problem, threads) for name, way in ways.items()}
         yield _case(f"{work.name} {work.kind}", builders, seconds, threads=threads)
 
 
@@ -162,7 +164,7 @@ def recompute(threads: int, seconds: float) -> Iterator[Case]:
             problem = Problem.of(Work(*shape, dtype, "train"))
             with sides.cpu(problem, threads):  # sets the threads
                 built = {OURS: side(problem, False), RECOMPUTED: side(problem, True)}
-                builders = {name: lambda made=made: nullcontext(made) for name, made in built.items()}
+                builders = {name: functools.partial(nullcontext, made) for name, made in built.items()}
                 less, whole = (extra_bytes(problem.model, *shape[:2], recompute=again) for again in (True, False))
                 name, facts = f"{problem.work.name} {dtype}", {SAVED: less / whole}
                 yield _case(name, builders, seconds, dtype=dtype, facts=facts, threads=threads)
@@ -184,50 +186,38 @@ def growth(threads: int, seconds: float) -> Iterator[Case]:
 
 def threads(threads: int, seconds: float) -> Iterator[Case]:
     """The same work on one thread, two, and so on, in turn; our results are compared bit by bit first."""
+    counts = range(1, threads + 1)
     for shape in ((100, 32, 64, 128), (365, 64, 32, 256)):
         for kind in ("infer", "train"):
-            yield from _scaling(Work(*shape, kind=kind), threads, seconds)
+            problem = Problem.of(Work(*shape, kind=kind))
+            bits = set()
+            for count in counts:
+                with sides.cpu(problem, count) as side:
+                    bits.add(b"".join(array.tobytes() for array in side.outputs()))
+            if len(bits) > 1:
+                raise RuntimeError(f"{problem.work.title}: not bit-identical on 1 to {threads} threads")
+            pairs = [(name, count) for name in _here((OURS, "torch")) for count in counts]
+            builders = {f"{name} {count}": functools.partial(_held, name, problem, count) for name, count in pairs}
+            case, interrupted = run.measure_sides(problem.work.title, builders, "float32", seconds * threads)
+            if interrupted:
+                raise KeyboardInterrupt
+            for count in counts:
+                values = {side.rpartition(" ")[0]: v for side, v in case.values.items() if side.endswith(f" {count}")}
+                facts = {"speed-up": clock.ratio(case.values[f"{OURS} 1"], values[OURS]).middle}
+                name = f"{problem.work.name} {kind}, {count} thread{'s' * (count > 1)}"
+                yield Case(name, values, threads=count, work=problem.work, facts=facts, refused=case.refused)
 
 
-def _scaling(work: Work, most: int, seconds: float) -> Iterator[Case]:
-    problem, builders = Problem.of(work), {}
-    for name in _here((OURS, "torch")):
-        for count in range(1, most + 1):
-            set_threads = fastlstm.set_num_threads if name == OURS else __import__("torch").set_num_threads
-            build = peers.contender(name).build(problem, count)
-            builders[f"{name} {count}"] = lambda build=build, s=set_threads, n=count: _held(build, s, n)
-    truth: list[bytes] = []
-    for count in range(1, most + 1):
-        with sides.cpu(problem, count) as side:
-            truth.append(b"".join(array.tobytes() for array in side.outputs()))
-    if any(other != truth[0] for other in truth):
-        raise RuntimeError(f"{work.title}: not bit-identical on 1 to {most} threads")
-    case, interrupted = run.measure_sides(work.title, builders, work.dtype, seconds * most)
-    if interrupted:
-        raise KeyboardInterrupt
-    for count in range(1, most + 1):
-        values = {side.rpartition(" ")[0]: v for side, v in case.values.items() if side.endswith(f" {count}")}
-        name = f"{work.name} {work.kind}, {count} thread{'s' * (count > 1)}"
-        speedup = clock.ratio(case.values[f"{OURS} 1"], case.values[f"{OURS} {count}"]).middle
-        yield Case(name, values, threads=count, work=work, facts={"speed-up": speedup}, refused=case.refused)
+@contextmanager
+def _held(name: str, problem: Problem, count: int) -> Iterator[Side]:
+    """Build a side that sets its number of threads before each sample: sides in turn have different ones."""
+    set_threads = fastlstm.set_num_threads if name == OURS else import_module("torch").set_num_threads
 
+    def first(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (set_threads(count), function(*given))[1]
 
-class _held(AbstractContextManager[Side]):
-    """A side that sets its number of threads before each sample: sides in turn have different ones."""
-
-    def __init__(self, build: Any, set_threads: Callable[[int], Any], count: int) -> None:
-        self.build, self.set_threads, self.count = build, set_threads, count
-
-    def __enter__(self) -> Side:
-        side = self.build.__enter__()
-
-        def held(function: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *given: (self.set_threads(self.count), function(*given))[1]
-
-        return Side(side.call, held(side.outputs), held(side.seconds))
-
-    def __exit__(self, *error: object) -> None:
-        self.build.__exit__(None, None, None)
+    with peers.contender(name).build(problem, count) as side:
+        yield Side(side.call, first(side.outputs), first(side.seconds))
 
 
 STEPS, LOOP = 1000, Work(1, 32, 10, 100, kind="stream")
@@ -239,61 +229,48 @@ def loop(threads: int, seconds: float) -> Iterator[Case]:
     Our model is frozen. PyTorch is called as nn.LSTM with T=1 and as nn.LSTMCell, ONNX Runtime as a graph of one step.
     """
     problem = Problem.of(LOOP)
-    ways = {OURS: (_our_loop, OURS), "torch": (_torch_loop, "torch"), "torch LSTMCell": (_cell_loop, "torch"),
-            "onnxruntime": (_onnx_loop, "onnxruntime")}  # fmt: skip
-    here = _here((OURS, "torch", "onnxruntime"))
-    builders = {name: lambda way=way: way(problem, threads) for name, (way, needs) in ways.items() if needs in here}
     with sides.cpu(problem, threads):  # sets the threads
+        builders = {name: functools.partial(nullcontext, side) for name, side in loops(problem, threads).items()}
         yield _case(f"{STEPS:,} steps, B={LOOP.batch}, H={LOOP.hidden}", builders, seconds, threads=threads)
 
 
-def _looped(step: Callable[[Any, Any], tuple[Any, Any]], first: Any, host: Callable[[Any], Any]) -> Side:
-    def call() -> Any:
-        x, state = first, None
-        for _ in range(STEPS):
-            h, state = step(x, state)
-            x = h[..., : LOOP.inputs]
-        return h
+def loops(problem: Problem, threads: int) -> dict[str, Side]:
+    """Return the closed loop of each library that is installed."""
 
-    return Side(call, lambda: (host(call()),))
+    def looped(step: Callable[[Any, Any], tuple[Any, Any]], first: Any) -> Side:
+        def call() -> Any:
+            x, state = first, None
+            for _ in range(STEPS):
+                h, state = step(x, state)
+                x = h[..., : LOOP.inputs]
+            return h
 
+        return Side(call, lambda: (np.asarray(call()).reshape(LOOP.batch, LOOP.hidden),))
 
-def _our_loop(problem: Problem, threads: int) -> AbstractContextManager[Side]:
-    return nullcontext(_looped(problem.frozen_or_trained.step, problem.x[0], lambda h: h))
+    here, x = _here((OURS, "torch", "onnxruntime")), problem.x
+    found = {OURS: looped(problem.frozen_or_trained.step, x[0])}
+    if "torch" in here:
+        torch = import_module("torch")
+        torch.set_num_threads(threads)
+        cell, weights = torch.nn.LSTMCell(LOOP.inputs, LOOP.hidden), problem.model.to_torch_state_dict()
+        cell.load_state_dict({name.removesuffix("_l0"): torch.from_numpy(value) for name, value in weights.items()})
+        cell.requires_grad_(False)
 
+        def cell_step(x: Any, state: Any) -> Any:
+            state = cell(x, state)
+            return state[0], state
 
-def _torch_loop(problem: Problem, threads: int) -> AbstractContextManager[Side]:
-    import torch
+        found["torch"] = looped(peers.torch_module(torch, problem).requires_grad_(False), torch.from_numpy(x))
+        found["torch LSTMCell"] = looped(cell_step, torch.from_numpy(x[0]))
+    if "onnxruntime" in here:
+        session, zero = peers.onnx_session(problem, threads), np.zeros((1, LOOP.batch, LOOP.hidden), x.dtype)
 
-    module = peers.torch_module(torch, problem).requires_grad_(False)
-    torch.set_num_threads(threads)
-    return nullcontext(_looped(module, torch.from_numpy(problem.x), lambda h: h[0].numpy()))
+        def graph_step(x: Any, state: Any) -> Any:
+            _, h, c = session(dict(zip(("X", "h", "c"), (x, *(state or (zero, zero))), strict=True)))
+            return h, (h, c)
 
-
-def _cell_loop(problem: Problem, threads: int) -> AbstractContextManager[Side]:
-    import torch
-
-    module = torch.nn.LSTMCell(LOOP.inputs, LOOP.hidden).requires_grad_(False)
-    weights = problem.model.to_torch_state_dict()
-    module.load_state_dict({name.removesuffix("_l0"): torch.from_numpy(value) for name, value in weights.items()})
-
-    def step(x: Any, state: Any) -> Any:
-        state = module(x, state)
-        return state[0], state
-
-    return nullcontext(_looped(step, torch.from_numpy(problem.x[0]), lambda h: h.numpy()))
-
-
-def _onnx_loop(problem: Problem, threads: int) -> AbstractContextManager[Side]:
-    zero = np.zeros((1, LOOP.batch, LOOP.hidden), problem.x.dtype)
-    run_graph = peers.onnx_session(problem, threads)
-
-    def step(x: Any, state: Any) -> Any:
-        h, c = state or (zero, zero)
-        _, h, c = run_graph({"X": x, "h": h, "c": c})
-        return h, (h, c)
-
-    return nullcontext(_looped(step, problem.x, lambda h: h[0]))
+        found["onnxruntime"] = looped(graph_step, x)
+    return found
 
 
 def roofs(threads: int, seconds: float) -> Iterator[Case]:
@@ -302,8 +279,7 @@ def roofs(threads: int, seconds: float) -> Iterator[Case]:
     works += [Work(*shape, kind="stream") for shape in grid.GOALS[:2]]
     for count in sorted({1, threads}):
         for work in works:
-            problem = Problem.of(work)
-            builders = {OURS: lambda problem=problem, count=count: sides.cpu(problem, count)} | bounds.of(work, count)
+            builders = {OURS: functools.partial(sides.cpu, Problem.of(work), count)} | bounds.of(work, count)
             name = f"{work.name} {work.kind}, {count} thread{'s' * (count > 1)}"
             never = dict.fromkeys(builders, math.inf)
             yield _case(name, builders, seconds, never, threads=count, bounds=tuple(builders)[1:])

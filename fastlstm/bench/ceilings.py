@@ -91,12 +91,10 @@ def cpu_bandwidth(threads: int, seconds: float, size: int) -> float:
 
 @contextlib.contextmanager
 def at_once(jobs: Sequence[Callable[[], None]]) -> Iterator[Callable[[int], float]]:
-    """Run jobs at once, each on a thread of its own, which is kept to a core of its own where the system lets it.
+    """Run jobs at once, each on a thread and, where the system lets it, a core of its own.
 
-    Yields
-    ------
-    seconds : callable
-        Runs each job so many times in a row; the seconds from the first start to the last end, divided by the number.
+    What is yielded runs each job so many times in a row, and returns the seconds from the first start to the last end,
+    divided by the number.
     """
     barrier = Barrier(len(jobs))
     here = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else [])
@@ -133,10 +131,7 @@ def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
 
 
 def cuda(dtypes: tuple[str, ...], size: int = CUDA_SIZE, copied: int = CUDA_BYTES, repeats: int = 10) -> Ceiling:
-    """Measure the current GPU: products in the full precision of the dtype, and a copy in its memory.
-
-    CuPy takes TF32 only if ``CUPY_TF32`` says so.
-    """
+    """Measure the current GPU: products in full precision, since CuPy takes TF32 only if asked, and a copy."""
     cupy = import_module("cupy")
     operations = {}
     for dtype in dtypes:

@@ -124,29 +124,12 @@ def take_turns(
     pause: Callable[[], None] = wait_for_quiet,
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, tuple[float, ...]], bool]:
-    """Time the sides in turn.
+    """Time sides in turn that are built and compared; give the seconds of one call for each side and whole round.
 
-    Parameters
-    ----------
-    sides : mapping of str to Side
-        The sides, built, compared, and called at least once.
-    budget : float
-        Seconds to spend, on :data:`LEAST_ROUNDS` to :data:`MOST_ROUNDS` rounds. If the rounds take more than
-        :data:`PATIENCE` times the budget, :data:`FEWEST_ROUNDS` are enough.
-    pause, now : callable
-        For tests.
-
-    Returns
-    -------
-    seconds : dict
-        For each side the seconds of one call, one for each whole round.
-    interrupted : bool
-        Whether Ctrl-C ended it: whole rounds are kept, if there are :data:`FEWEST_ROUNDS`.
-
-    Raises
-    ------
-    SideError
-        If a side fails.
+    `budget` seconds are spent on :data:`LEAST_ROUNDS` to :data:`MOST_ROUNDS` rounds; if the rounds take more than
+    :data:`PATIENCE` times that, :data:`FEWEST_ROUNDS` are enough. The second result is whether Ctrl-C ended it: whole
+    rounds are kept, if there are :data:`FEWEST_ROUNDS`. A side that fails raises SideError. `pause` and `now` are for
+    tests.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     calls, short = {}, {}

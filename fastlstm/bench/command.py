@@ -35,17 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Run the command.
+    """Run the command; 1 if one of our own sides failed or computed something else, 130 if it was interrupted.
 
-    Returns
-    -------
-    int
-        1 if one of our own sides failed or computed something else; 130 if it was interrupted; else 0.
-
-    Raises
-    ------
-    ArgumentError
-        If an option makes no sense, or a file cannot be read or written: before anything is measured.
+    An option that makes no sense, or a file that cannot be written, is an ArgumentError before anything is measured.
     """
     from fastlstm.backends.threads import get_num_threads
     from fastlstm.bench import grid, peers, report, results, run
@@ -80,13 +72,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """Make the folders and try the file before anything is measured.
-
-    Raises
-    ------
-    ArgumentError
-        The system's error in one line.
-    """
+    """Make the folders and try the file."""
     try:
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)

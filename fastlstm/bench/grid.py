@@ -16,33 +16,20 @@ __all__ = ["GOALS", "GRIDS", "crossover", "named", "of_shapes"]
 
 SMALL: dict[str, tuple[tuple[tuple[int, int, int, int], dict[str, Any]], ...]] = {
     "infer": (
-        ((1, 1, 128, 256), {}),
-        ((100, 1, 32, 64), {}),
-        ((100, 1, 128, 256), {}),
-        ((10, 32, 64, 128), {}),
-        ((100, 32, 64, 128), {}),
-        ((100, 32, 64, 128), {"layers": 2}),
-        ((100, 32, 64, 128), {"bidirectional": True}),
-        ((100, 256, 64, 128), {}),
-        ((100, 32, 64, 32), {}),
-        ((100, 32, 64, 512), {}),
-        ((365, 64, 32, 256), {}),
+        ((1, 1, 128, 256), {}), ((100, 1, 32, 64), {}), ((100, 1, 128, 256), {}), ((10, 32, 64, 128), {}),
+        ((100, 32, 64, 128), {}), ((100, 32, 64, 128), {"layers": 2}), ((100, 32, 64, 128), {"bidirectional": True}),
+        ((100, 256, 64, 128), {}), ((100, 32, 64, 32), {}), ((100, 32, 64, 512), {}), ((365, 64, 32, 256), {}),
         ((50, 64, 512, 512), {}),
     ),
     "train": (
-        ((100, 1, 32, 64), {}),
-        ((100, 32, 64, 128), {}),
-        ((100, 32, 64, 128), {"layers": 2, "bidirectional": True}),
-        ((100, 64, 32, 256), {}),
-        ((50, 64, 512, 512), {}),
+        ((100, 1, 32, 64), {}), ((100, 32, 64, 128), {}), ((100, 32, 64, 128), {"layers": 2, "bidirectional": True}),
+        ((100, 64, 32, 256), {}), ((50, 64, 512, 512), {}),
     ),
     "stream": (
-        ((1, 1, 32, 64), {}),
-        ((1, 1, 32, 64), {"unbatched": True}),
-        ((1, 1, 32, 64), {"layers": 2}),
+        ((1, 1, 32, 64), {}), ((1, 1, 32, 64), {"unbatched": True}), ((1, 1, 32, 64), {"layers": 2}),
         ((1, 32, 64, 128), {}),
     ),
-}
+}  # fmt: skip
 RAGGED = (100, 64, 32, 128)
 
 CENTRE = (100, 32, 64, 128)
@@ -54,16 +41,8 @@ MAP_STEPS = 50
 MAP_BATCHES = (1, 4, 16, 64, 256)
 MAP_HIDDENS = (32, 64, 128, 256, 512, 1024)
 # The shapes for which the project has goals, see benchmarks/goals.py.
-GOALS = (
-    (1, 1, 32, 64),
-    (1, 1, 128, 256),
-    (100, 1, 32, 64),
-    (100, 1, 128, 256),
-    (100, 32, 64, 128),
-    (365, 64, 32, 256),
-    (50, 64, 512, 512),
-    (50, 64, 1024, 1024),
-)
+GOALS = ((1, 1, 32, 64), (1, 1, 128, 256), (100, 1, 32, 64), (100, 1, 128, 256), (100, 32, 64, 128),
+         (365, 64, 32, 256), (50, 64, 512, 512), (50, 64, 1024, 1024))  # fmt: skip
 RAGGED_GOAL = (365, 64, 32, 128)
 
 
@@ -118,13 +97,7 @@ def crossover(name: str, dtypes: Iterable[str], kinds: Iterable[str]) -> list[Wo
 
 
 def of_shapes(texts: Iterable[str], dtypes: Iterable[str], kinds: Iterable[str], **options: Any) -> list[Work]:
-    """Return one work for each shape, dtype and kind.
-
-    Raises
-    ------
-    ArgumentError
-        If a shape is not T,B,I,H.
-    """
+    """Return one work for each shape, dtype and kind."""
     texts, kinds = tuple(texts), tuple(kinds)
     found = (Work.parse(text, dtype, kind, **options) for dtype in dtypes for kind in kinds for text in texts)
     return list(dict.fromkeys(found))
@@ -134,13 +107,7 @@ GRIDS = {"small": small, "full": full, "goals": goals}
 
 
 def named(name: str, dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
-    """Return the grid called `name`.
-
-    Raises
-    ------
-    ArgumentError
-        If there is none.
-    """
+    """Return the grid called `name`."""
     if name not in GRIDS:
         raise ArgumentError(f"there is no grid {name!r}; choose one of {', '.join(GRIDS)}")
     return GRIDS[name](dtypes, kinds)

@@ -283,30 +283,14 @@ def _no_gpu_for_torch() -> str | None:
 
 
 class Contender(NamedTuple):
-    """A library that computes works.
+    """A library that computes works."""
 
-    Attributes
-    ----------
-    build : callable
-        Given a problem and a number of threads, a context manager that gives a :class:`Side`.
-    device : {"cpu", "cuda"}
-        Where it computes.
-    packages : tuple of str
-        What it needs, by the names that pip and import know.
-    infers_only : bool
-        Whether it cannot train, and has float32 only, as the graphs of :func:`onnx_model`.
-    obstacle : callable
-        Returns why it cannot run here though its packages are installed, or None.
-    tolerance : float or None
-        The error allowed instead of that of the dtype.
-    """
-
-    build: Callable[[Problem, int], AbstractContextManager[Side]]
-    device: str = "cpu"
-    packages: tuple[str, ...] = ()
-    infers_only: bool = False
-    obstacle: Callable[[], str | None] = lambda: None
-    tolerance: float | None = None
+    build: Callable[[Problem, int], AbstractContextManager[Side]]  # given a number of threads
+    device: str = "cpu"  # or cuda
+    packages: tuple[str, ...] = ()  # that it needs, by the names that pip and import know
+    infers_only: bool = False  # in float32, as the graphs of onnx_model
+    obstacle: Callable[[], str | None] = lambda: None  # returns why it cannot run here though it is installed
+    tolerance: float | None = None  # instead of that of the dtype
 
 
 CPU, CUDA, COPIES = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies"
@@ -344,13 +328,7 @@ def missing(name: str) -> str | None:
 
 
 def chosen(names: str | None) -> list[str]:
-    """Read ``--peers``: names with commas between them, 'none', or None for all; our own sides are always there.
-
-    Raises
-    ------
-    ArgumentError
-        If there is no such contender.
-    """
+    """Read ``--peers``: names with commas between them, 'none', or None for all; our own sides are always there."""
     if names is None:
         return list(CONTENDERS)
     wanted = {name.strip() for name in names.split(",")} - {"none", ""}

@@ -111,14 +111,9 @@ def table_of(results: Results, cases: Sequence[Case]) -> str:
 
 
 def _fact(case: Case, name: str) -> str:
-    if name not in case.facts:
-        return "-"
-    value = case.facts[name]
-    return (
-        amount(value, "s" if name.startswith("host") else "bytes")
-        if name.startswith(("host", "bytes")) and value >= 0
-        else f"{value:.4g}"
-    )
+    value = case.facts.get(name)
+    unit = {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
+    return "-" if value is None else amount(value, unit) if unit and value >= 0 else f"{value:.4g}"
 
 
 class Score(NamedTuple):

@@ -39,42 +39,18 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that was measured on several sides.
-
-    Attributes
-    ----------
-    name : str
-        What was done.
-    values : dict of str to tuple of float
-        Of each side, in `unit`; less is better. Values at the same place belong to the same round.
-    unit : {"s", "bytes"}
-        Seconds or bytes.
-    threads : int
-        Number of threads that each side was given.
-    group : str
-        The table that the case belongs to.
-    work : Work or None
-        What was computed, if it is a work.
-    facts : dict of str to float
-        Numbers that go with it, such as an error or the seconds of the first results.
-    refused : dict of str to str
-        Sides that were not measured, and why: failed, or computed something else.
-    bounds : tuple of str
-        Sides that do not do the work: lower bounds, which neither win nor lose.
-    ratios : dict of str to Spread
-        The ratio of a side to ours where `values` do not have every round.
-    """
+    """One thing that was measured on several sides; less is better."""
 
     name: str
-    values: Mapping[str, tuple[float, ...]]
-    unit: str = "s"
-    threads: int = 1
-    group: str = ""
+    values: Mapping[str, tuple[float, ...]]  # of each side; those at the same place belong to the same round
+    unit: str = "s"  # or bytes
+    threads: int = 1  # that each side was given
+    group: str = ""  # the table that the case belongs to
     work: Work | None = None
-    facts: Mapping[str, float] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    bounds: tuple[str, ...] = ()
-    ratios: Mapping[str, Spread] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)  # such as an error, or seconds of the first results
+    refused: Mapping[str, str] = field(default_factory=dict)  # sides that failed or computed something else, and why
+    bounds: tuple[str, ...] = ()  # sides that are lower bounds: they neither win nor lose
+    ratios: Mapping[str, Spread] = field(default_factory=dict)  # to ours, where `values` do not have every round
 
     def __post_init__(self) -> None:
         if self.unit not in ("s", "bytes") or self.threads < 1:
@@ -100,42 +76,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one run found.
+    """Everything that one run found."""
 
-    Attributes
-    ----------
-    name : str
-        The name of the file without its suffix, such as "bench" or a study's.
-    machine : dict of str to str
-        Versions, processor and the like, by name.
-    threads : int
-        Number of threads that each side was given, unless a case says otherwise.
-    cases : tuple of Case
-        What was measured.
-    about : str
-        What was measured and how, in words.
-    ceilings : dict of str to Ceiling
-        By device, ``cpu`` and ``cuda``.
-    absent : dict of str to str
-        Sides that are not installed or cannot run here, and what to do about it.
-    steps : tuple of dict
-        Of a stage of ``.ci/gpu``: name, result, seconds and last line of each step.
-    made : str
-        When, in ISO 8601.
-    interrupted : bool
-        Whether Ctrl-C ended it before its end.
-    """
-
-    name: str
-    machine: Mapping[str, str]
-    threads: int
+    name: str  # of the file, without its suffix
+    machine: Mapping[str, str]  # versions, processor and the like, by name
+    threads: int  # that each side was given, unless a case says otherwise
     cases: tuple[Case, ...] = ()
-    about: str = ""
-    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
-    steps: tuple[Mapping[str, str], ...] = ()
-    made: str = ""
-    interrupted: bool = False
+    about: str = ""  # what was measured
+    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)  # by device, "cpu" and "cuda"
+    absent: Mapping[str, str] = field(default_factory=dict)  # sides that cannot run here, and what to do about it
+    steps: tuple[Mapping[str, str], ...] = ()  # of a stage of .ci/gpu: name, result, seconds, last line of the log
+    made: str = ""  # when, in ISO 8601
+    interrupted: bool = False  # by Ctrl-C
 
     def with_case(self, case: Case) -> Results:
         """Return the same and one more case."""
@@ -165,15 +117,7 @@ def save(path: Path, results: Results) -> None:
 
 
 def load(path: Path) -> Results:
-    """Read a file that :func:`save` wrote.
-
-    Raises
-    ------
-    ResultsFileError
-        If it is broken or foreign.
-    OSError
-        If it cannot be opened.
-    """
+    """Read a file that :func:`save` wrote; ResultsFileError if it is broken or foreign."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ResultsFileError("more than 256 MiB")
@@ -210,13 +154,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
 
 
 def read(text: str) -> Results:
-    """Read what :func:`text_of` made.
-
-    Raises
-    ------
-    ResultsFileError
-        If it is anything else.
-    """
+    """Read what :func:`text_of` made; ResultsFileError if it is anything else."""
     try:
         whole = json.loads(text)
     except (RecursionError, ValueError) as error:

@@ -8,6 +8,7 @@ True
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -65,29 +66,16 @@ def measure(
     progress: Callable[[Iterable[Work]], Iterable[Work]] = iter,
     keep: Callable[[Results], Any] = lambda results: None,
 ) -> Results:
-    """Measure all works.
+    """Measure all works by the sides of these names, in so many seconds each, at least; until Ctrl-C.
 
     Parameters
     ----------
-    works : sequence of Work
-        What to compute, by all sides that can.
-    names : iterable of str
-        The sides, of :data:`~fastlstm.bench.peers.CONTENDERS`; those that cannot run here are in ``Results.absent``.
-    threads : int
-        Number of threads that each side is given.
-    seconds : float
-        For timing each work, at least; building and comparing come on top.
     ours_only : sequence of Work
         The map of where a GPU pays: for our own sides, in a quarter of the time each, if there is a GPU.
     progress : callable
         Given the works, gives them one by one.
     keep : callable
         Called with the results after each work.
-
-    Returns
-    -------
-    Results
-        Everything, or what there is until Ctrl-C.
 
     Raises
     ------
@@ -122,16 +110,12 @@ def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float)
     able = [name for name in names if peers.able(name, work)]
     try:
         problem = Problem.of(work)
-        builders = {name: _builder(name, problem, threads) for name in able}
+        builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}
         tolerances = {name: peers.contender(name).tolerance for name in able}
         case, interrupted = measure_sides(work.title, builders, work.dtype, seconds, tolerances)
     except MemoryError as error:
         case, interrupted = Case(work.title, {}, refused={EVERYBODY: f"not enough memory: {error}"}), False
     return replace(case, work=work, threads=threads, group=work.kind), interrupted
-
-
-def _builder(name: str, problem: Problem, threads: int) -> Callable[[], AbstractContextManager[Side]]:
-    return lambda: peers.contender(name).build(problem, threads)
 
 
 def measure_sides(
@@ -143,15 +127,9 @@ def measure_sides(
 ) -> tuple[Case, bool]:
     """Build sides, compare them with the first that can be built, and time those that agree, in turn.
 
-    A side whose tolerance is infinite is not compared: a lower bound, or another work.
-
-    Returns
-    -------
-    case : Case
-        The values; in its facts the seconds of each side's first results, building included, and the host's seconds
-        per call of a side on a GPU; the errors of the others.
-    interrupted : bool
-        Whether Ctrl-C cut it short.
+    A side whose tolerance is infinite is not compared: a lower bound, or another work. The case has the values; in its
+    facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds per
+    call. The second result is whether Ctrl-C cut it short.
     """
     refused: dict[str, str] = {}
     built: dict[str, Side] = {}

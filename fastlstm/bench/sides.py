@@ -43,23 +43,14 @@ def host_seconds(call: Callable[[], Any], count: int) -> float:
 class Side:
     """One way to compute one problem.
 
-    Attributes
-    ----------
-    call : callable
-        Computes it once. When streaming, it continues from the state before.
-    outputs : callable
-        Computes it and returns NumPy arrays to compare, in this order: y (T, B, D * H) of an inference; y, dx, and the
-        gradient by each parameter of a training pass; h (CHECKED_STEPS, B, H) of a stream's first steps.
-    seconds : callable
-        Given `call` and a count, the seconds of each of so many calls in a row.
-    host : list of float
-        Where the calls are timed on a GPU: seconds of the host per call, until the last one is launched.
+    `outputs` returns NumPy arrays to compare: y (T, B, D * H) of an inference; y, dx, and every parameter's gradient of
+    a training pass; h (CHECKED_STEPS, B, H) of a stream's first steps.
     """
 
-    call: Callable[[], Any]
+    call: Callable[[], Any]  # computes it once; a stream continues from the state before
     outputs: Callable[[], tuple[Array, ...]]
-    seconds: Callable[[Callable[[], Any], int], float] = host_seconds
-    host: list[float] = field(default_factory=list)
+    seconds: Callable[[Callable[[], Any], int], float] = host_seconds  # of each of so many calls in a row
+    host: list[float] = field(default_factory=list)  # on a GPU: seconds of the host per call, until it is launched
 
     def time(self, count: int) -> float:
         """Seconds of each of `count` calls in a row."""
@@ -172,11 +163,7 @@ def cuda(problem: Problem, threads: int) -> Iterator[Side]:
 
 @contextlib.contextmanager
 def cuda_with_copies(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on the GPU for a caller who has NumPy arrays, timed by the host's clock.
-
-    The model stays on the GPU, as does a stream's state. Each call copies its input there and its results back: y of an
-    inference, h of a step, y and every gradient of a training pass.
-    """
+    """Our library on the GPU for a caller who has NumPy arrays, by the host's clock; model and state stay there."""
     cupy = import_module("cupy")
     model, lengths, kind = problem.model.to(cupy), problem.lengths, problem.work.kind
     state: Any = None

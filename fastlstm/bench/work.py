@@ -33,41 +33,18 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed, from a zero state.
+    """What is computed, from a zero state; ArgumentError if it makes no sense."""
 
-    Parameters
-    ----------
-    steps, batch, inputs, hidden : int
-        T, B, I and H, at least 1. When streaming, T is 1.
-    dtype : {"float32", "float64"}
-        The dtype of everything.
-    kind : {"infer", "train", "stream"}
-        The kind of call, see :data:`KINDS`.
-    lengths : tuple of int, optional
-        The length of each sequence of a ragged batch, in 1..T.
-    layers : int
-        L, the number of layers.
-    bidirectional : bool
-        Whether there are two directions; not when streaming.
-    unbatched : bool
-        Whether our side is given x as (T, I), or (I,) when streaming; B is 1 then.
-
-    Raises
-    ------
-    ArgumentError
-        If one of them makes no sense.
-    """
-
-    steps: int
-    batch: int
-    inputs: int
-    hidden: int
+    steps: int  # T, 1 when streaming
+    batch: int  # B
+    inputs: int  # I
+    hidden: int  # H
     dtype: str = "float32"
-    kind: str = "infer"
-    lengths: tuple[int, ...] | None = None
+    kind: str = "infer"  # of KINDS
+    lengths: tuple[int, ...] | None = None  # of the sequences of a ragged batch, in 1..T
     layers: int = 1
-    bidirectional: bool = False
-    unbatched: bool = False
+    bidirectional: bool = False  # not when streaming
+    unbatched: bool = False  # ours and torch get x as (T, I), or (I,) when streaming; B is 1
 
     def __post_init__(self) -> None:
         if any(type(size) is not int or size < 1 for size in self.shape):
@@ -90,13 +67,7 @@ class Work:
 
     @classmethod
     def parse(cls, text: str, dtype: str = "float32", kind: str = "infer", **options: Any) -> Work:
-        """Read ``T,B,I,H``; T becomes 1 when streaming.
-
-        Raises
-        ------
-        ArgumentError
-            If the text is anything else.
-        """
+        """Read ``T,B,I,H``; T becomes 1 when streaming. ArgumentError if the text is anything else."""
         parts = text.split(",")
         if len(parts) != 4 or not all(part.strip().isdecimal() and len(part) < 16 for part in parts):
             raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {text!r}")
@@ -158,10 +129,9 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to be moved at least: every input read once, every result written once.
+        """Bytes moved at least: parameters, x and y, the states when streaming, and in training as many gradients.
 
-        These are parameters, x and y, the states when streaming, and in training as many gradients. A single step from
-        no state needs no recurrent weights.
+        A single step from no state needs no recurrent weights.
         """
         recurrent = self.hidden if self.recurrent_rows else 0
         count = sum(4 * self.hidden * (inputs + recurrent + 1) for inputs in self._inputs_of_layers)
@@ -175,24 +145,12 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A work with its model and data, the same for all sides, which do not change them.
-
-    Attributes
-    ----------
-    work : Work
-        What it is made for.
-    model : LSTM
-        The model, its parameters NumPy arrays.
-    x : (T, B, I) array
-        The input.
-    dy : (T, B, D * H) array
-        The output's gradient; zero past each sequence's length.
-    """
+    """A work with its model and data, the same for all sides, which do not change them."""
 
     work: Work
-    model: LSTM
-    x: Array
-    dy: Array
+    model: LSTM  # its parameters are NumPy arrays
+    x: Array  # (T, B, I)
+    dy: Array  # (T, B, D * H), the output's gradient; zero past each sequence's length
 
     @classmethod
     def of(cls, work: Work) -> Problem:

@@ -52,10 +52,13 @@ def start(seconds=6.0):
 
 
 def test_the_readme_shows_the_worst_row_and_the_first_calls():
-    text = figures.section({"made-up": {"bench": bench(), "start": start()}})
+    lost = case(figures.ROWS["inference, a batch"], {OURS: 1.0, "torch": 0.25})  # is there already
+    found = bench()
+    found = dataclasses.replace(found, cases=tuple(lost if c.work == lost.work else c for c in found.cases))
+    text = figures.section({"made-up": {"bench": found, "start": start()}})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 8 and rows[2][0] == "one step, streaming" and rows[2][-1] == "2 s (2.00)"
-    assert rows[-2] == ["training, where a peer is best", "9,9,9,9", "1 s", "500 ms (**0.50**)"]
+    assert rows[-2] == ["training, the peers' best other size", "9,9,9,9", "1 s", "500 ms (**0.50**)"]
     assert rows[-1] == ["first calls ever, which compile", "", "6 s", "250 ms (**0.04**)"]
     assert "made up, 2 of 2 cores usable; 2 threads on each side" in text and figures.NO_GPU in text
 

@@ -132,7 +132,7 @@ def passed(*stages):
     return found
 
 
-@pytest.mark.parametrize("stages", [("A",), ("B",), ("C",), ("A", "B"), ("B", "A", "B"), ()], ids=" ".join)
+@pytest.mark.parametrize("stages", [("C",), ("B", "A", "B"), ()], ids=" ".join)
 def test_each_stage_runs_and_leaves_what_is_promised(tmp_path, stages):
     script = Script(tmp_path)
     status, output, results = script(*stages)
@@ -187,23 +187,16 @@ def test_nothing_in_the_environment_falsifies_what_is_measured(tmp_path):
 @pytest.mark.parametrize(
     ("stages", "environment", "expected"),
     [
-        ("A", {"BAD": "*gpu_repeat.py*"}, {"A": {"repeat": "FAILED (3)"}}),
         ("A", {"BAD": "*-m pytest*", "SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "check=3"},
          {"A": {"tests": "FAILED (3)", "check": "out of time"}}),
         ("AB", {"HANG": "*-m pytest*", "FASTLSTM_GPU_LIMITS": "tests=2"}, {"A": {"tests": "out of time"}}),
-        ("B", {"HANG": "*gpu_launch.py*", "FASTLSTM_GPU_LIMITS": "launch=2"}, {"B": {"launch": "out of time"}}),
-        ("A", {"SLOW": "* info", "FASTLSTM_GPU_LIMITS": "A=7"},
-         {"A": {"machine": "out of time", "everything else": "not run"}}),
         ("A", {"SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "A=9"},
          {"A": {"check": "out of time", "tests": "no time left", "repeat": "no time left"}}),
-        ("C", {"BAD_TOOL": "memcheck", "BLIND_TOOL": "racecheck"},
-         {"C": {"memcheck": "FAILED (9)", "racecheck": "FAILED (it says nothing of success)"}}),
-        ("C", {"MISSING": "hypothesis"}, {"C": {"suite": "not run"}}),
-        ("A", {"MISSING": "pytest"}, {"A": {"tests": "not run"}}),
+        ("C", {"BAD_TOOL": "memcheck", "BLIND_TOOL": "racecheck", "MISSING": "hypothesis"},
+         {"C": {"memcheck": "FAILED (9)", "racecheck": "FAILED (it says nothing of success)", "suite": "not run"}}),
         ("B", {"NO_GPU": "1"}, {"B": {"machine": "FAILED (it says nothing of success)", "everything else": "not run"}}),
     ],
-    ids=["repeat fails", "tests fail, check is slow", "tests hang", "launch hangs", "machine is slow",
-         "no time is left", "sanitizer", "no hypothesis", "no pytest", "no device"],
+    ids=["tests fail, check is slow", "tests hang", "no time is left", "sanitizer, no hypothesis", "no device"],
 )  # fmt: skip
 def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path, stages, environment, expected):
     status, output, results = Script(tmp_path)(*stages, **environment)
@@ -264,17 +257,6 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, kind):
     for text in (output, (script.out / "summary-A.md").read_text()):
         assert re.search(r"\| tests +\| stopped +\|", text)
     assert "All within bounds." in script.logs("A")["A-check.log"] and "A-tests.log" in script.logs("A")
-
-
-def test_a_run_that_is_killed_keeps_the_steps_that_had_ended(tmp_path):
-    script = Script(tmp_path)
-    process = script.start("A", HANG="*-m pytest*")
-    hanging = script.wait_until_it_hangs()
-    os.killpg(process.pid, signal.SIGKILL)
-    os.killpg(os.getpgid(hanging), signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert script.results() == {"A": {"machine": "passed", "check": "passed"}}
-    assert "All within bounds." in script.logs("A")["A-check.log"]
 
 
 def test_an_earlier_run_is_not_taken_for_this_one_and_other_stages_stay(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from bench_data import case, cpu_results, gpu_results, values
 
 from fastlstm import cli
-from fastlstm.bench import ceilings, command, peers, pictures, report, results, run
+from fastlstm.bench import ceilings, peers, pictures, report, results, run
 from fastlstm.bench.clock import Spread
 from fastlstm.bench.results import Case
 from fastlstm.bench.work import Work
@@ -83,13 +83,6 @@ def test_a_broken_file_is_a_typed_error_or_can_be_shown():
     for text in ("", "{", "[]", "nonsense", "[" * 100_000, '{"format": "other"}', '{"x": NaN}'):
         with pytest.raises(ResultsFileError):
             results.read(text)
-
-
-def test_a_file_names_itself_in_its_error(tmp_path):
-    for content in (b"\xff\xfe", b"{}"):
-        (tmp_path / "bad.json").write_bytes(content)
-        with pytest.raises(ResultsFileError, match=r"bad\.json holds no results"):
-            results.load(tmp_path / "bad.json")
 
 
 # The table.
@@ -233,11 +226,6 @@ def test_names_of_machines_and_sides_are_no_mathematics(matplotlib):
     assert isinstance(pictures.draw(made)["peers"], bytes)
 
 
-def test_without_matplotlib_the_reason_is_given(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert set(pictures.draw(cpu_results()).values()) == {'pictures need Matplotlib: pip install "fastlstm[bench]"'}
-
-
 # The command.
 
 
@@ -334,8 +322,3 @@ def test_a_bad_option_is_one_line_and_status_2(arguments, tmp_path, capsys):
     assert cli.main(["bench", *arguments.format(tmp_path).split()]) == 2
     message = capsys.readouterr().err
     assert message.startswith("fastlstm bench: ") and message.count("\n") == 1
-
-
-def test_without_tqdm_there_is_no_bar(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert list(command._progress()([WORK])) == [WORK]

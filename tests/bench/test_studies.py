@@ -89,9 +89,8 @@ def test_the_loop_feeds_the_output_back(torch, monkeypatch):
     for _ in range(7):
         y, state = problem.model(x[None], state)
         x = y[0, :, : studies.LOOP.inputs]
-    for build in (studies._our_loop, studies._torch_loop, studies._cell_loop):
-        with build(problem, 1) as side:
-            np.testing.assert_allclose(side.outputs()[0], y[0], atol=1e-5)
+    for side in studies.loops(problem, 1).values():
+        np.testing.assert_allclose(side.outputs()[0], y[0], atol=1e-5)
 
 
 def test_results_that_depend_on_the_threads_stop_the_study(torch, tiny, monkeypatch):

@@ -279,17 +279,6 @@ def test_missing_sides_are_listed_with_the_way_to_get_them(table):
     assert found.absent == {"other": "pip install fastlstm_no_such_package", "gpu": "no GPU here"}
 
 
-def test_a_side_that_cannot_do_a_work_is_left_out(table):
-    table["infers"] = contender(lambda: None, infers_only=True)
-    works = [
-        TINY,
-        Work(3, 2, 4, 5, "float64"),
-        Work(1, 2, 4, 5, kind="stream", layers=2),
-        Work(3, 2, 4, 5, kind="train"),
-    ]
-    assert [peers.able("infers", work) for work in works] == [True, False, False, False]
-
-
 def test_ctrl_c_keeps_the_cases_before_it(table):
     kept, calls = [], []
 
@@ -377,13 +366,6 @@ def test_a_forced_backend_or_a_missing_numba_is_told(monkeypatch):
 
     monkeypatch.setattr(fastlstm.dispatch, "backend_named", fail)
     assert peers.missing("fastlstm") == "no numba"
-
-
-def test_peers_are_chosen_by_name():
-    assert peers.chosen(" torch") == [*peers.OURS, "torch"] and peers.chosen("none") == list(peers.OURS)
-    assert peers.chosen(None) == list(peers.CONTENDERS)
-    with pytest.raises(ArgumentError, match="there is no peer 'tensorfloat'"):
-        peers.chosen("torch,tensorfloat")
 
 
 @pytest.fixture
