@@ -33,8 +33,8 @@ from fastlstm.kernels.cpu.vector import Vector, address, lanes_of, load, load_fi
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 
 __all__ = [
-    "CELL", "GATES", "NORMED", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "backward", "cell_addresses", "cell_at", "cell_of",
-    "output", "output_back", "own_gradients", "rebuild", "update",
+    "CELL", "GATES", "NORMED", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "backward", "backward_normed", "cell_addresses",
+    "cell_at", "cell_of", "output", "output_back", "own_gradients", "rebuild", "update",
 ]  # fmt: skip
 
 GATES = 4  # i, f, g, o
@@ -238,6 +238,14 @@ def backward(cell, dh, dc, tape, units, c_prev, da):
 
 
 @routine(inline=True)
+def backward_normed(cell, do, dc, tape, units, c_prev, da):
+    """Do as :func:`backward`, where c was normalised on its way to h: given the gradients by o, and by c in all."""
+    if cell.backward:  # of a variant with the bit NORMED
+        return _call_backward(cell.backward, (do, dc, tape, units, c_prev, cell.own, cell.hidden, da))
+    return _backward(NORMED, do, dc, tape, units, c_prev, cell.own, cell.hidden, da)
+
+
+@routine(inline=True)
 def own_gradients(cell, da, units, c_prev, c, sums):
     """Add one step's gradients by the variant's own parameters to `sums`, (E, H) from the vector's first unit on."""
     if cell.own_gradients:
@@ -269,8 +277,8 @@ def _routines(variant: int) -> tuple[Any, ...]:
 
 @functools.cache
 def cell_addresses(variant: int, dtype: Any) -> tuple[int, ...]:
-    """Return the addresses of a variant's routines for a dtype, compiled now if need be; zeros for the plain LSTM."""
-    if variant == PLAIN:
+    """Return the addresses of a variant's routines for a dtype, compiled now if need be; zeros if drivers have them."""
+    if variant in (PLAIN, NORMED):
         return (0,) * CELL
     pointer, vector, number = types.CPointer(from_dtype(dtype)), Vector(from_dtype(dtype)), types.intp
     signatures = (

@@ -18,6 +18,7 @@ from fastlstm.kernels.cpu.cell_step import GATES
 from fastlstm.kernels.cpu.gate_gradients import strip
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.vector import (
+    VECTOR_BYTES,
     fill,
     first_lanes,
     lanes,
@@ -28,14 +29,16 @@ from fastlstm.kernels.cpu.vector import (
     minimum,
     offset,
     store,
+    vector_pointer,
 )
 from fastlstm.kernels.cpu.vector_arithmetic import call_llvm, fma
 
 __all__ = [
-    "joined_gates", "normalise_gates", "normalise_gates_back", "normalise_units", "normalise_units_back",
+    "FAR", "normalise_gates", "normalise_gates_back", "normalise_units", "normalise_units_back",
 ]  # fmt: skip
 
 _EPSILON = 1e-5  # that of the reference
+FAR = 2  # of what is kept, that it exceeds the caches
 
 
 @intrinsic
@@ -77,6 +80,19 @@ def _sqrt(typingctx, vector):
     return vector(vector), codegen
 
 
+@intrinsic
+def _stream(typingctx, pointer, vector):
+    """Store a vector past the caches: what is read again only much later. The address is a multiple of its size."""
+
+    def codegen(context, builder, signature, args):
+        dtype = pointer.dtype
+        stored = builder.store(args[1], vector_pointer(builder, args[0], dtype), align=VECTOR_BYTES)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, vector), codegen
+
+
 @routine(inline=True)
 def _scale_of(squares, count):
     """Return 1 / sqrt(variance + epsilon), given the sums of squares of `count` centred numbers."""
@@ -84,40 +100,29 @@ def _scale_of(squares, count):
 
 
 @routine
-def normalise_gates(a, n, hidden, blocks):
-    """Normalise the products of one row over all gates of all units; return the scale.
+def _statistics(a, hidden, blocks):
+    """Return mean and scale of the products of one row over all gates of all units, (Hp/V, 4, V), zero in the padding.
 
-    Parameters
-    ----------
-    a : pointer, IN
-        (Hp/V, 4, V).
-    n : pointer, OUT
-        Likewise.
+    Zeros do not change the sum; in that of the squares, the padding is left out.
     """
     stay_outlined()
     width, count = lanes_of(a), GATES * hidden
     i = f = g = o = fill(a, 0.0)
     for block in range(blocks):
-        here, units = offset(a, block * GATES * width), minimum(width, hidden - block * width)
-        i, f = i + load_first(here, units), f + load_first(offset(here, width), units)
-        g, o = g + load_first(offset(here, 2 * width), units), o + load_first(offset(here, 3 * width), units)
+        here = offset(a, block * GATES * width)
+        i, f = i + load(here), f + load(offset(here, width))
+        g, o = g + load(offset(here, 2 * width)), o + load(offset(here, 3 * width))
     mean = _sum_of_lanes((i + f) + (g + o)) / count
     i = f = g = o = fill(a, 0.0)
     for block in range(blocks):
         here, units = offset(a, block * GATES * width), minimum(width, hidden - block * width)
-        out = offset(n, block * GATES * width)
-        n_i, n_f = _keep_first(load(here) - mean, units), _keep_first(load(offset(here, width)) - mean, units)
-        n_g = _keep_first(load(offset(here, 2 * width)) - mean, units)
-        n_o = _keep_first(load(offset(here, 3 * width)) - mean, units)
+        n_i, n_f = load(here) - mean, load(offset(here, width)) - mean
+        n_g, n_o = load(offset(here, 2 * width)) - mean, load(offset(here, 3 * width)) - mean
+        if units < width:
+            n_i, n_f = _keep_first(n_i, units), _keep_first(n_f, units)
+            n_g, n_o = _keep_first(n_g, units), _keep_first(n_o, units)
         i, f, g, o = fma(n_i, n_i, i), fma(n_f, n_f, f), fma(n_g, n_g, g), fma(n_o, n_o, o)
-        store(out, n_i)
-        store(offset(out, width), n_f)
-        store(offset(out, 2 * width), n_g)
-        store(offset(out, 3 * width), n_o)
-    scale = _scale_of((i + f) + (g + o), count)
-    for k in range(0, blocks * GATES * width, width):
-        store(offset(n, k), load(offset(n, k)) * scale)
-    return scale
+    return mean, _scale_of((i + f) + (g + o), count)
 
 
 @routine
@@ -142,14 +147,38 @@ def normalise_units(v, hidden, blocks):
 
 
 @routine
-def joined_gates(n_x, n_h, gains, bias, a, blocks):
-    """Compute a = n_x * gain_x + n_h * gain_h + bias for one row; `gains` has two rows as `a`, (Hp/V, 4, V)."""
+def normalise_gates(a, a_h, norms, scales, gains, bias, hidden, blocks, kept):
+    """Compute a = norm(a) * gain_x + norm(a_h) * gain_h + bias for one row.
+
+    Parameters
+    ----------
+    a, a_h : pointer, IN and OUT, IN
+        The products with x and with h, (Hp/V, 4, V).
+    norms, scales : pointer, OUT
+        The normalised products, (2, Hp/V, 4, V), if they are `kept`; and two vectors.
+    gains : pointer, IN
+        (2, Hp/V, 4, V), zero in the padding, where the normalised products may be anything finite.
+    bias : pointer, IN
+        (Hp/V, 4, V).
+    """
     stay_outlined()
     width = lanes_of(a)
     size = blocks * GATES * width
+    mean_x, scale_x = _statistics(a, hidden, blocks)
+    mean_h, scale_h = _statistics(a_h, hidden, blocks)
+    store(scales, scale_x)
+    store(offset(scales, width), scale_h)
+    gains_h, norms_h = offset(gains, size), offset(norms, size)
     for k in range(0, size, width):
-        total = fma(load(offset(n_x, k)), load(offset(gains, k)), load(offset(bias, k)))
-        store(offset(a, k), fma(load(offset(n_h, k)), load(offset(gains, size + k)), total))
+        n_x, n_h = (load(offset(a, k)) - mean_x) * scale_x, (load(offset(a_h, k)) - mean_h) * scale_h
+        if kept == FAR:
+            _stream(offset(norms, k), n_x)
+            _stream(offset(norms_h, k), n_h)
+        elif kept:
+            store(offset(norms, k), n_x)
+            store(offset(norms_h, k), n_h)
+        total = fma(n_x, load(offset(gains, k)), load(offset(bias, k)))
+        store(offset(a, k), fma(n_h, load(offset(gains_h, k)), total))
 
 
 @routine

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_of
+from fastlstm.kernels.cpu.cell_step import CELL, GATES, TAPE, cell_of
 from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row
 from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, NR, ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
@@ -20,7 +20,7 @@ from fastlstm.kernels.cpu.phased_cells_back import (
     cells_back,
     end_step,
     gather,
-    normed_row_back,
+    normed_rows_back,
     rnn_back,
     states_back,
 )  # fmt: skip
@@ -314,29 +314,35 @@ def _step_back(layer, rows, row_first, row_last, step, low):
         gather(layer, here - low, row_first, active)
         _product_back(
             layer.d_out, here - low, row_first, active, layer.of_out, layer.blocks, layer.dout_rows, layer.dout_row,
-            step & 1,
+            step & 1, layer.norms, 0,
         )  # fmt: skip
     if layer.kind != LSTM:
         rnn_back(layer, here, here - low, row_first, active)
     elif layer.normed:
-        for row in range(row_first, active):
-            normed_row_back(layer, rows, here, here - low, row)
+        normed_rows_back(layer, rows, here, here - low, row_first, active)
     else:
         cells_back(layer, rows, here, here - low, row_first, active)
     if layer.truncated:
         for k in range(row_first * layer.h_row, active * layer.h_row, layer.width):
             store(offset(layer.dh_rows, k), fill(layer.dh_rows, 0.0))
     else:
+        # What the step before has left, row after row, is prefetched while this step's product is computed.
+        soon, row = (layer.norms, layer.norm_row) if layer.normed else (layer.tape, layer.blocks * TAPE * layer.width)
+        before = rows.offsets[step - 1] if step else 0
+        size = (active - row_first) * row if step and layer.kind == LSTM else 0
         _product_back(
-            layer.da_h, here - low, row_first, active, layer.of_h, h_blocks, layer.dh_rows, layer.h_row, step & 1
-        )
+            layer.da_h, here - low, row_first, active, layer.of_h, h_blocks, layer.dh_rows, layer.h_row, step & 1,
+            offset(soon, (before + row_first) * row), size,
+        )  # fmt: skip
     if layer.masks.recurrent or layer.masks.zone_h or layer.has_resets:
         end_step(layer, rows, here, row_first, active)
 
 
 @routine
-def _product_back(da, place, row_first, row_last, weights, blocks, out, out_row, backwards):
+def _product_back(da, place, row_first, row_last, weights, blocks, out, out_row, backwards, soon, size):
     """Compute da @ weights for this thread's rows, the first of which stands at `place` of the chunk.
+
+    Meanwhile the weights are prefetched or, if they fit the second-level cache, the `size` elements at `soon`.
 
     Parameters
     ----------
@@ -364,11 +370,15 @@ def _product_back(da, place, row_first, row_last, weights, blocks, out, out_row,
             if single:
                 long_row(count, da, place + start, of_panel, target)
             else:
-                soon, soon_k = (offset(of_panel, KC * columns), columns) if far else (of_panel, 0)
+                count_here = minimum(MC, row_last - start)
+                part = size * count_here // (panels * (row_last - row_first))
+                ahead, ahead_k = soon, (part + depth - 1) // depth
+                soon = offset(soon, part)
+                if far:
+                    ahead, ahead_k = offset(of_panel, KC * columns), columns
                 long_product(
-                    minimum(MC, row_last - start), vectors, da, place + start, of_panel, target, out_row, soon, soon_k,
-                    soon_k * KC,
-                )  # fmt: skip
+                    count_here, vectors, da, place + start, of_panel, target, out_row, ahead, ahead_k, ahead_k * KC
+                )
 
 
 @routine

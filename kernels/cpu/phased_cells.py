@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.cell_step import GATES, cell_at, output, update
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
-from fastlstm.kernels.cpu.layer_norm import joined_gates, normalise_gates, normalise_units
+from fastlstm.kernels.cpu.layer_norm import normalise_gates, normalise_units
 from fastlstm.kernels.cpu.state_masks import zoned
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, peek, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
@@ -21,7 +21,7 @@ __all__ = [
     "block_of_cells",
     "hand_on",
     "keep_h",
-    "normed_row",
+    "normed_rows",
     "rows_at",
     "spread",
 ]
@@ -84,29 +84,31 @@ def _keep_c(layer, rows, step, low, row, block, units, c_prev, c):
 
 
 @routine
-def normed_row(layer, rows, step, low, row, n, a, outs):
-    """Normalise the products of one row, number `n` of those at hand, and run its cells."""
+def normed_rows(layer, rows, step, low, start, count, a, outs):
+    """Normalise the products of some rows, and run their cells."""
     stay_outlined()
     width, blocks, units = layer.width, layer.blocks, layer.units
-    size = blocks * GATES * width
-    n_x = offset(layer.norms, (low + row) * layer.norm_row if layer.keeps_norms else 0)
-    n_h, n_c = offset(n_x, size), offset(n_x, 2 * size)
-    scales = offset(n_c, blocks * width)
-    store(scales, normalise_gates(a, n_x, units, blocks))
-    store(offset(scales, width), normalise_gates(offset(layer.a_h, n * layer.a_row), n_h, units, blocks))
-    joined_gates(n_x, n_h, layer.gains, layer.bias, a, blocks)
-    for block in range(blocks):
-        cell, k = cell_at(layer.cell, block * width), block * width
-        held, c = _update(layer, cell, rows, step, low, row, block, offset(a, k * GATES))
-        store(offset(outs, k), held)
-        store(offset(n_c, k), c)
-    store(offset(scales, 2 * width), normalise_units(n_c, units, blocks))
-    for block in range(blocks):
-        cell, k = cell_at(layer.cell, block * width), block * width
-        here = minimum(width, units - k)
-        gain, bias = load_first(offset(layer.norm_c, k), here), load_first(offset(layer.norm_c, units + k), here)
-        shown = fma(load(offset(n_c, k)), gain, bias)
-        store(offset(outs, k), output(cell, load(offset(outs, k)), shown))
+    for n in range(count):
+        row, a_x, out = start + n, offset(a, n * layer.a_row), offset(outs, n * layer.out_row)
+        norms = offset(layer.norms, (low + row) * layer.norm_row if layer.keeps_norms else 0)
+        n_c = offset(norms, 2 * blocks * GATES * width)
+        scales = offset(n_c, blocks * width)
+        normalise_gates(
+            a_x, offset(layer.a_h, n * layer.a_row), norms, scales, layer.gains, layer.bias, units, blocks,
+            layer.keeps_norms,
+        )  # fmt: skip
+        for block in range(blocks):
+            k = block * width
+            held, c = _update(layer, cell_at(layer.cell, k), rows, step, low, row, block, offset(a_x, k * GATES))
+            store(offset(out, k), held)
+            store(offset(n_c, k), c)
+        store(offset(scales, 2 * width), normalise_units(n_c, units, blocks))
+        for block in range(blocks):
+            k = block * width
+            here = minimum(width, units - k)
+            gain, bias = load_first(offset(layer.norm_c, k), here), load_first(offset(layer.norm_c, units + k), here)
+            shown = fma(load(offset(n_c, k)), gain, bias)
+            store(offset(out, k), output(cell_at(layer.cell, k), load(offset(out, k)), shown))
 
 
 @routine

@@ -6,7 +6,7 @@ that row stands in the chunk.
 
 from __future__ import annotations
 
-from fastlstm.kernels.cpu.cell_step import GATES, TAPE, backward, cell_at, output_back
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE, backward, backward_normed, cell_at, output_back
 from fastlstm.kernels.cpu.gate_gradients import strip
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import normalise_gates_back, normalise_units_back
@@ -15,7 +15,7 @@ from fastlstm.kernels.cpu.state_masks import through
 from fastlstm.kernels.cpu.vector import fill, load, load_first, minimum, offset, peek, prefetch, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
 
-__all__ = ["cells_back", "end_step", "gather", "normed_row_back", "rnn_back", "states_back"]
+__all__ = ["cells_back", "end_step", "gather", "normed_rows_back", "rnn_back", "states_back"]
 
 
 @routine
@@ -102,37 +102,50 @@ def _cell_back(layer, rows, here, place, row, block, dh, more):
         position = rows.places[here + row] * layer.units + k
         old, dc = through(masks.zone_c, masks.start_c, position, masks.threshold_c, masks.rates, dc)
     part, part_row = strip(layer.da, k * GATES)
-    dc = backward(
-        cell_at(layer.cell, k), dh, dc + more, offset(layer.tape, at * TAPE * width), units,
-        load(offset(layer.c_rows, at * width)), offset(part, (place + row) * part_row),
-    )  # fmt: skip
+    cell, c_prev, da = (
+        cell_at(layer.cell, k),
+        load(offset(layer.c_rows, at * width)),
+        offset(part, (place + row) * part_row),
+    )
+    tape = offset(layer.tape, at * TAPE * width)
+    if layer.normed:
+        dc = backward_normed(cell, dh, dc + more, tape, units, c_prev, da)
+    else:
+        dc = backward(cell, dh, dc, tape, units, c_prev, da)
     store(state, dc + old)
 
 
 @routine
-def normed_row_back(layer, rows, here, place, row):
-    """Take one row's gradients through the normalised c, the cells, and the normalised products."""
+def normed_rows_back(layer, rows, here, place, row_first, row_last):
+    """Take the gradients of some rows through the normalised c, the cells, and the normalised products."""
     stay_outlined()
     width, units, blocks = layer.width, layer.units, layer.blocks
-    n_x = offset(layer.norms, (here + row) * layer.norm_row)
-    n_c = offset(n_x, 2 * blocks * GATES * width)
-    scales = offset(n_c, blocks * width)
-    d_shown, dout = offset(layer.d_shown, (place + row) * blocks * width), offset(layer.dout_rows, row * layer.dout_row)
-    for block in range(blocks):
-        k = block * width
-        inside = minimum(width, units - k)
-        gain, bias = load_first(offset(layer.norm_c, k), inside), load_first(offset(layer.norm_c, units + k), inside)
-        o = load(offset(layer.tape, (((here + row) * blocks + block) * TAPE + 3) * width))
-        shown = fma(load(offset(n_c, k)), gain, bias)
-        d_o, d = output_back(cell_at(layer.cell, k), load(offset(dout, k)), o, shown)
-        store(offset(dout, k), d_o)
-        store(offset(d_shown, k), d)
-        store(offset(layer.d_row, k), d)
-    normalise_units_back(layer.d_row, n_c, layer.norm_c, load(offset(scales, 2 * width)), units, blocks)
-    for block in range(blocks):
-        k = block * width
-        _cell_back(layer, rows, here, place, row, block, load(offset(dout, k)), load(offset(layer.d_row, k)))
-    normalise_gates_back(layer.da, layer.da_x, layer.da_h, place + row, n_x, layer.gains, scales, units, blocks)
+    for row in range(row_first, row_last):
+        norms = offset(layer.norms, (here + row) * layer.norm_row)
+        n_c = offset(norms, 2 * blocks * GATES * width)
+        scales = offset(n_c, blocks * width)
+        d_shown, dout = (
+            offset(layer.d_shown, (place + row) * blocks * width),
+            offset(layer.dout_rows, row * layer.dout_row),
+        )
+        for block in range(blocks):
+            k = block * width
+            inside = minimum(width, units - k)
+            gain, bias = (
+                load_first(offset(layer.norm_c, k), inside),
+                load_first(offset(layer.norm_c, units + k), inside),
+            )
+            o = load(offset(layer.tape, (((here + row) * blocks + block) * TAPE + 3) * width))
+            shown = fma(load(offset(n_c, k)), gain, bias)
+            d_o, d = output_back(cell_at(layer.cell, k), load(offset(dout, k)), o, shown)
+            store(offset(dout, k), d_o)
+            store(offset(d_shown, k), d)
+            store(offset(layer.d_row, k), d)
+        normalise_units_back(layer.d_row, n_c, layer.norm_c, load(offset(scales, 2 * width)), units, blocks)
+        for block in range(blocks):
+            k = block * width
+            _cell_back(layer, rows, here, place, row, block, load(offset(dout, k)), load(offset(layer.d_row, k)))
+        normalise_gates_back(layer.da, layer.da_x, layer.da_h, place + row, norms, layer.gains, scales, units, blocks)
 
 
 @routine

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_of
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far, zero_row
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
-from fastlstm.kernels.cpu.phased_cells import LSTM, block_of_cells, hand_on, keep_h, normed_row, rows_at, spread
+from fastlstm.kernels.cpu.layer_norm import FAR
+from fastlstm.kernels.cpu.phased_cells import LSTM, block_of_cells, hand_on, keep_h, normed_rows, rows_at, spread
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
 from fastlstm.kernels.cpu.state_masks import NUMBERS, masks_of, recurrent_mask
@@ -59,6 +60,10 @@ __all__ = ["SETTINGS", "phased_forward"]
  GAINS, OF_OUT, H_ROWS, C_ROWS, H_STATE, FACTORS, A, A_H, OUTS, H_NEW, NORMS, MASKS) = range(28)  # fmt: skip
 ADDRESSES = MASKS + NUMBERS
 SETTINGS = ADDRESSES + CELL
+
+
+# Rows whose products are normalised at a time: those with x and with h, 4H numbers each, stay in the nearer caches.
+_NORMED_ROWS = 24
 
 
 class _Layer(NamedTuple):
@@ -105,7 +110,7 @@ class _Layer(NamedTuple):
     kept: Any  # vectors a block of units leaves on the tape, 0 for none
     norms: Any  # (N, norm_row) normalised rows if they are kept, else one row
     norm_row: Any
-    keeps_norms: Any
+    keeps_norms: Any  # FAR if they exceed the caches
     ahead: Any
 
 
@@ -174,13 +179,14 @@ def _layer(
     a = offset(work, settings[A] + (0 if settings[AHEAD] else thread * MC * a_row))
     h_place, c_place = offset(work, settings[H_ROWS]), offset(work, settings[C_ROWS])
     outs_place = offset(work, settings[OUTS] + thread * MC * out_row)
-    norms_place = offset(work, settings[NORMS] + thread * norm_row)
+    norms_place, keeps_norms = offset(work, settings[NORMS] + thread * norm_row), 0
     if training:
         h_place, c_place = address(h_rows), address(c_rows)
     if outs.shape[0]:
         outs_place = address(outs)
     if norms.shape[0]:
         norms_place = address(norms)
+        keeps_norms = FAR if are_far(norms_place, norms.size) else 1
     return _Layer(
         cell_of(settings, ADDRESSES, own, units), masks_of(settings, MASKS, rates), settings[KIND], weight_ih.shape[1],
         settings[FEATURES], units, blocks, width, training, offset(weights, settings[OF_X]),
@@ -190,7 +196,7 @@ def _layer(
         h_place, h_row, c_place, offset(work, settings[H_STATE]), offset(work, settings[FACTORS]), a, a_row,
         settings[WHOLE], offset(work, settings[A_H] + thread * MC * all_gates), settings[NORMED], outs_place, out_row,
         outs.shape[0] > 0, offset(work, settings[H_NEW] + thread * MC * h_row), address(tape), tape.shape[2],
-        norms_place, norm_row, norms.shape[0] > 0, settings[AHEAD],
+        norms_place, norm_row, keeps_norms, settings[AHEAD],
     )  # fmt: skip
 
 
@@ -262,8 +268,9 @@ def _step(layer, rows, row_first, row_last, step):
     if layer.ahead and step % layer.ahead == 0:  # every row is this thread's
         count = rows.offsets[minimum(step + layer.ahead, rows.steps)] - low
         _input_products(layer, count, low, layer.a, far)
-    for start in range(row_first, active, MC):
-        count = minimum(MC, active - start)
+    most = _NORMED_ROWS if layer.normed else MC
+    for start in range(row_first, active, most):
+        count = minimum(most, active - start)
         outs = offset(layer.outs, (low + start) * layer.out_row if layer.keeps_outs else 0)
         _cells(layer, rows, step, low, start, count, outs, far)
         if layer.out_units:
@@ -318,10 +325,7 @@ def _cells(layer, rows, step, low, start, count, outs, far):
             count, h, 0, layer.of_x, h, depth, h_row, layer.of_h, zero_row(a), 0, 0, layer.a_h, layer.a_row, tile_row,
             0, blocks, backwards, far,
         )  # fmt: skip
-        for n in range(count):
-            normed_row(
-                layer, rows, step, low, start + n, n, offset(a, n * layer.a_row), offset(outs, n * layer.out_row)
-            )
+        normed_rows(layer, rows, step, low, start, count, a, outs)
         return
     if layer.ahead:
         inputs = 0

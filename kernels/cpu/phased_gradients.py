@@ -12,6 +12,8 @@ from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS, add_bias, finish_e
 
 __all__ = ["add_others", "add_weights", "clear", "finish_gates", "finish_units", "finish_weights"]
 
+_ROWS = 8  # of which the gradients by gains are added at a time
+
 
 @routine
 def clear(start, size, team, thread):
@@ -40,12 +42,12 @@ def add_others(layer, rows, sums, chunk_first, chunk_last, first, last):
     low, high, width = rows.offsets[chunk_first], rows.offsets[chunk_last], layer.width
     for start in range(low, high, PANEL_ROWS):
         add_bias(layer.da, start - low, minimum(PANEL_ROWS, high - start), sums.bias, first, last)
-    for block in range(first, last):
+    if layer.normed:
+        _add_norms(layer, sums, low, high, first, last)
+    for block in range(first, last if sums.own_size else first):
         part, part_row = strip(layer.da, block * GATES * width)
         cell, units = cell_at(layer.cell, block * width), minimum(width, layer.units - block * width)
-        if layer.normed:
-            _add_norms(layer, sums, part, part_row, low, high, block)
-        for row in range(low, high if sums.own_size else low):
+        for row in range(low, high):
             at = row * layer.blocks + block
             own_gradients(
                 cell, offset(part, (row - low) * part_row), units, load(offset(layer.c_rows, at * width)),
@@ -54,28 +56,33 @@ def add_others(layer, rows, sums, chunk_first, chunk_last, first, last):
 
 
 @routine
-def _add_norms(layer, sums, part, part_row, low, high, block):
-    """Add the gradients by the gains of layer norm, and by the bias of c, for one block."""
+def _add_norms(layer, sums, low, high, first, last):
+    """Add the gradients by the gains of layer norm, and by the bias of c, for this thread's blocks.
+
+    A few rows at a time: all rows of a block would be as many pages of memory.
+    """
     stay_outlined()
-    width, size = layer.width, layer.da.depth
-    for gate in range(GATES):
-        k = (block * GATES + gate) * width
-        x, h = load(offset(sums.gains, k)), load(offset(sums.gains, size + k))
-        for row in range(low, high):
-            d, norms = (
-                load(offset(part, (row - low) * part_row + gate * width)),
-                offset(layer.norms, row * layer.norm_row),
-            )
-            x, h = fma(d, load(offset(norms, k)), x), fma(d, load(offset(norms, size + k)), h)
-        store(offset(sums.gains, k), x)
-        store(offset(sums.gains, size + k), h)
-    k, stride = block * width, layer.blocks * width
-    gain, bias = load(offset(sums.c, k)), load(offset(sums.c, stride + k))
-    for row in range(low, high):
-        d = load(offset(layer.d_shown, (row - low) * stride + k))
-        gain, bias = fma(d, load(offset(layer.norms, row * layer.norm_row + 2 * size + k)), gain), bias + d
-    store(offset(sums.c, k), gain)
-    store(offset(sums.c, stride + k), bias)
+    width, size, stride = layer.width, layer.da.depth, layer.blocks * layer.width
+    for start in range(low, high, _ROWS):
+        end = minimum(start + _ROWS, high)
+        for block in range(first, last):
+            part, part_row = strip(layer.da, block * GATES * width)
+            for gate in range(GATES):
+                k = (block * GATES + gate) * width
+                x, h = load(offset(sums.gains, k)), load(offset(sums.gains, size + k))
+                for row in range(start, end):
+                    norms = offset(layer.norms, row * layer.norm_row + k)
+                    d = load(offset(part, (row - low) * part_row + gate * width))
+                    x, h = fma(d, load(norms), x), fma(d, load(offset(norms, size)), h)
+                store(offset(sums.gains, k), x)
+                store(offset(sums.gains, size + k), h)
+            k = block * width
+            gain, bias = load(offset(sums.c, k)), load(offset(sums.c, stride + k))
+            for row in range(start, end):
+                d = load(offset(layer.d_shown, (row - low) * stride + k))
+                gain, bias = fma(d, load(offset(layer.norms, row * layer.norm_row + 2 * size + k)), gain), bias + d
+            store(offset(sums.c, k), gain)
+            store(offset(sums.c, stride + k), bias)
 
 
 @routine

@@ -22,6 +22,7 @@ from fastlstm.backends.cpu.phased_sizes import (
     Size,
     arguments_of,
     backward_candidates,
+    chunk_of_size,
     forward_candidates,
     gradients_of,
     packed_workspace,
@@ -29,7 +30,6 @@ from fastlstm.backends.cpu.phased_sizes import (
     size_of,
 )  # fmt: skip
 from fastlstm.backends.cpu.rows import Rows
-from fastlstm.backends.cpu.sequence import chunk_of
 from fastlstm.backends.cpu.workspace import SCRATCH, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.layers import (
     RECURRENT,
@@ -257,7 +257,7 @@ def _backward(
     numbers = {
         back.STEPS: rows.longest, back.TOTAL: rows.steps, back.COLUMN: direction * size.features,
         back.CLEAR: int(rows.ragged and not direction and is_to_be_cleared(dx)), back.ACCUMULATE: direction,
-        back.CHUNK: chunk_of(rows.longest, rows.batch),
+        back.CHUNK: chunk_of_size(size, rows.longest, rows.batch),
     } | _mask_numbers(back.MASKS, given, direction)  # fmt: skip
     p = parameters
     arguments = (

@@ -24,8 +24,8 @@ from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS
 
 __all__ = [
-    "Arguments", "Size", "arguments_of", "backward_candidates", "forward_candidates", "gradients_of",
-    "packed_workspace", "schedule_of", "size_of",
+    "Arguments", "Size", "arguments_of", "backward_candidates", "chunk_of_size", "forward_candidates",
+    "gradients_of", "packed_workspace", "schedule_of", "size_of",
 ]  # fmt: skip
 
 # Rows of input products that are computed together where each step has few, and work that is worth a thread: as in
@@ -211,12 +211,18 @@ def forward_candidates(
     return Candidates((Candidate(schedule_of(threads, ahead), (workspace,), settings),), None)
 
 
+def chunk_of_size(size: Size, steps: int, batch: int) -> int:
+    """Return for how many steps gate gradients are kept: with layer norm, which has them thrice, for half as many."""
+    chunk = chunk_of(steps, batch)
+    return -(-chunk // 2) if size.normed else chunk
+
+
 @functools.lru_cache(maxsize=256)
 def backward_candidates(
     size: Size, steps: int, batch: int, recurrent: bool, zone_h: bool, truncated: bool, most: int
 ) -> Candidates:
     """Return the way to launch the backward kernel on at most so many threads."""
-    threads, chunk_rows = _threads(size, steps * batch, batch, most), chunk_of(steps, batch) * batch
+    threads, chunk_rows = _threads(size, steps * batch, batch, most), chunk_of_size(size, steps, batch) * batch
     width, depth, stride = size.width, size.gates_row, size.blocks * size.width
     panel, out_depth = NR * width, size.out_blocks * GATES * width
 
