@@ -34,7 +34,7 @@ CASES = [
     Case(9, 20, 64, 96, bidirectional=True, lengths="zeros"),  # enough work for several threads
     Case(2, 67, 130, 137),  # several slices of the weights, and more rows than go over one at a time
     Case(1, 1, 3, 5, 2, bias=False),
-    *(Case(*rows, 9, 33, 2) for rows in ((1, 4), (4, 1), (2, 2), (1, 8))),  # weights used as they lie
+    *(Case(*rows, 9, 33, 2) for rows in ((1, 4), (4, 1), (2, 2), (1, 8))),  # unpacked weights
     Case(4, 3, 2, 5, 2, True, lengths=(0, 0, 0)),
     *(Case(*rows, 9, 33, 2, peephole=True) for rows in ((1, 1), (2, 7), (6, 13))),
     Case(9, 20, 64, 97, bidirectional=True, lengths="zeros", peephole=True),
