@@ -283,7 +283,7 @@ def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, 
 
 
 @pytest.mark.parametrize("elements", [5, Pool.LEAST, 2 * Pool.LEAST])
-def test_what_no_kernel_clears_is_zero(pool, dtype, elements, monkeypatch):
+def test_padding_that_no_kernel_clears_is_zero(pool, dtype, elements, monkeypatch):
     monkeypatch.setattr(Pool, "MOST", 8 * Pool.LEAST)
     monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 7, dtype))  # memory used before
     array = new_array((elements, 5), dtype, padded=True)
