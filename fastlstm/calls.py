@@ -1,7 +1,7 @@
-"""Prepared calls: what can be decided once for all calls of one signature, at the level of the API.
+"""Prepared calls: decisions that are made once for all calls with the same signature, at the level of the API.
 
 The signature of a call is the model, the kind and shape of x, its layout, whether a tape is kept, and whether the model
-is frozen. What a caller can change between two calls of one signature is checked in each of them (:meth:`Call.takes`).
+is frozen. What a caller can change between two calls with the same signature is checked in each (:meth:`Call.takes`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Layout(NamedTuple):
 
 
 class Call:
-    """A prepared call; made by :func:`checked`, found again by :func:`find`."""
+    """A prepared call: made by :func:`checked`, looked up by :func:`find`."""
 
     __slots__ = (
         "backend",
@@ -167,7 +167,7 @@ _cells: dict[Any, Cell] = {}
 
 
 def mode(batch_first: Any, keep_tape: bool) -> int:
-    """Return what a call on whole sequences is for."""
+    """Return the purpose of a call on whole sequences."""
     return (_BATCH_FIRST if batch_first else 0) + (_KEEP_TAPE if keep_tape else 0)
 
 

@@ -1,7 +1,7 @@
 """Model files: the safetensors format, checked before it is read and replaced whole when it is written.
 
-The parameters are the file's tensors, under their names in :mod:`fastlstm.parameters`, so every tool that reads
-safetensors reads them. What the tensors do not show stands in the metadata under ``fastlstm``, as JSON::
+The parameters are the file's tensors, under their names in :mod:`fastlstm.parameters`, so every tool for safetensors
+reads them. The rest of the model is in the metadata under ``fastlstm``, as JSON::
 
     {"format": 2, "cell": {...}, "batch_first": false, "dropout_key": 123, "sha256": "..."}
 
@@ -10,13 +10,13 @@ training; each pass adds one to it. ``sha256`` is the digest of the rest of this
 and no blanks) followed by the bytes of all tensors, ordered by name; it finds a flipped bit in the weights, which the
 format itself would not. The same model always gives the same bytes.
 
-Format 1 has no ``dropout_key``. A model that draws no masks is written in format 1, which every release reads; one that
-does is written in format 2. The number is higher, though one field more is all the difference, because a reader of
-format 1 refuses fields that it does not know, and says of a higher number that the file is of a newer release. A reader
-that ignored the field would repeat masks in silence.
+Format 1 has no ``dropout_key``. A model without dropout masks is written in format 1, which every release reads; a
+model with masks is written in format 2. One more field is the only difference, but the number is higher because a
+reader of format 1 refuses unknown fields, and reports a higher number as a file of a newer release. A reader that
+ignored the field would repeat masks silently.
 
-Nothing in a file is trusted: the header is capped, parsed and held against the sizes that the description gives
-and against the file's own size, and only then is the rest read. Nothing in it is ever executed.
+Nothing in a file is trusted: the size of the header is limited, and the header is parsed and compared with the sizes in
+the description and with the size of the file, before the rest is read. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MAX_DIGITS = 19  # of an integer in the header: 64 bits; Python's would have no 
 
 
 class SavedModel(NamedTuple):
-    """What a model file holds."""
+    """The content of a model file."""
 
     cell: Cell
     params: dict[str, np.ndarray[Any, Any]]  # writeable arrays in native byte order that own their memory
@@ -65,7 +65,7 @@ Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class Header(NamedTuple):
-    """What the header of a valid file says."""
+    """The header of a valid file."""
 
     meaning: Any  # what the description stands for
     layout: Layout
@@ -88,11 +88,11 @@ def save(
     """Write a model to a file, all of it or nothing, or to a file object.
 
     At a path, the file is written beside its destination, synced, and renamed over it; then the folder is synced.
-    Whatever goes wrong before the renaming, an earlier file stays as it was, and the temporary file is removed,
-    whatever line of code is interrupted (a killed process leaves it behind, as ``.fastlstm-*.tmp``).
+    If anything fails before the renaming, an earlier file is unchanged and the temporary file is removed, also after an
+    interrupt at any line of code (a killed process leaves it behind, as ``.fastlstm-*.tmp``).
 
-    A file object is written to from its current position on, and is neither flushed, synced nor closed. What an error
-    leaves in it is a part of the model, which :func:`load` refuses.
+    A file object is written to from its current position on, and is neither flushed, synced nor closed. An error may
+    leave a part of the model in it, which :func:`load` refuses.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def save(
     batch_first : bool
         Whether the model's input and output are (B, T, features).
     dropout_key : int, optional
-        What determines the next dropout masks, at least 0 and below 10**19; None for a model that draws none.
+        Determines the next dropout masks, at least 0 and below 10**19; None for a model without masks.
 
     Raises
     ------

@@ -38,9 +38,11 @@ settings.register_profile(
 )
 settings.load_profile("fastlstm")
 
-# `pytest -m "not slow"` takes about two minutes: it leaves out these files, each of which takes longer than ten
-# seconds, the tests with the marker `slow`, and the CUDA kernels on the CPU, which are slow there.
+# `pytest -m "not slow"` takes about two minutes: it leaves out these folders and files, each of which takes longer than
+# ten seconds, the tests with the marker `slow`, and the CUDA kernels on the CPU.
 SLOW_FILES = {
+    "bench",
+    "cuda",
     "api/test_bounded_caches.py",
     "api/test_byte_order.py",
     "api/test_mutations.py",
@@ -51,8 +53,6 @@ SLOW_FILES = {
     "backends/test_team.py",
     "backends/test_threads.py",
     "backends/test_waiting.py",
-    "cuda/test_cuda_compiles.py",
-    "cuda/test_cuda_mutations.py",
     "kernels/test_cell_step_mutations.py",
     "kernels/test_damaged_caches.py",
     "kernels/test_jit.py",
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
     """
     slow = {Path(__file__).parent / name for name in SLOW_FILES}
     for item in items:
-        if item.path in slow or item.get_closest_marker("exhaustive"):
+        if item.path in slow or item.path.parent in slow or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")

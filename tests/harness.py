@@ -1,4 +1,4 @@
-"""What the tests share: the backends under test, problems made from a case, and one way to solve them."""
+"""Shared by the tests: the backends under test, problems made from a case, and one function that solves them."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ BOUNDS = {
     "streaming": Bound(
         8 * EPS[np.dtype(np.float64)],
         8 * EPS[np.dtype(np.float32)],
-        "a few rows may take another kernel, with another order of summation: a few ulp, carried through 12 steps",
+        "a small batch may take another kernel, with another order of summation: a few ulp, carried through 12 steps",
     ),
     "alone": Bound(
         16 * EPS[np.dtype(np.float64)],

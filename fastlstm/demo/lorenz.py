@@ -169,7 +169,7 @@ def plot(path: Path, truth: Array, measured: Array, forecast: Array, curves: dic
     series.plot(time, measured[shown], ".", color="0.7", markersize=4, label="measured")
     series.plot(time, truth[shown], color="black", linewidth=1, label="noise-free")
     ahead = forecast[shown - TRAINING - lead, lead - 1]
-    series.plot(time, ahead, color="tab:red", linewidth=1.2, label=f"LSTM, {lead * INTERVAL:g} time units before")
+    series.plot(time, ahead, color="tab:red", linewidth=1.2, label=f"LSTM, {lead * INTERVAL:g} time units ahead")
     series.set(xlabel="time (Lorenz time units)", ylabel="x (dimensionless)", title="Held-out part of the series")
     series.legend(loc="upper center", ncols=3, frameon=False, fontsize="small")
     series.set_ylim(top=30)

@@ -1,8 +1,8 @@
 """Weights from and to PyTorch: the state dict of a ``torch.nn.LSTM`` as NumPy arrays, without PyTorch.
 
-Names, shapes and gate order are the same on both sides, so weights go over bit for bit. The one difference is the bias:
-PyTorch keeps two, ``bias_ih`` and ``bias_hh``, which it only ever adds. Import adds them; export puts the sum
-into ``bias_ih`` and zeros into ``bias_hh``, and importing that again gives the same bits.
+Names, shapes and gate order are the same, so weights are copied bit for bit. The bias differs: PyTorch has two,
+``bias_ih`` and ``bias_hh``, and adds them. Import adds them; export writes the sum to ``bias_ih`` and zeros to
+``bias_hh``. Export and import give bit-identical weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a training loop needs beside the LSTM: losses, a linear layer, gradient clipping, optimisers.
+"""The rest of a training loop: losses, a linear layer, gradient clipping, optimisers.
 
-All of it works on NumPy and CuPy arrays alike, through the array's own methods and library. A loss returns
-its value together with its gradient, so one step of training reads from top to bottom:
+All of them work on NumPy and CuPy arrays. A loss returns its value together with its gradient, so one step of training
+reads from top to bottom:
 
 >>> import numpy as np
 >>> from fastlstm import LSTM

@@ -1,8 +1,8 @@
 """Losses. Each returns its value together with its gradient, and can leave out positions by a mask.
 
-The value is a scalar of the array library in the input's dtype; ``float(value)`` reads it. On a GPU the
-checks of class indices and masks read one number back, which waits for the current stream; without a mask and
-with probabilities as targets, nothing waits.
+The value is a scalar of the array library in the input's dtype; ``float(value)`` reads it. On a GPU, checking class
+indices and masks reads one number back, which waits for the current stream; with probabilities as targets and no mask,
+nothing waits.
 """
 
 from __future__ import annotations

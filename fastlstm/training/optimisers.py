@@ -29,7 +29,7 @@ MOST_STEPS = 2**53  # as a float, the number is exact
 
 
 class Optimiser:
-    """What all optimisers share: the checks, and arrays of state beside each parameter.
+    """Base class of the optimisers: checks, and arrays of state for each parameter.
 
     Parameters
     ----------
@@ -37,14 +37,15 @@ class Optimiser:
         The parameters, changed in place by :meth:`step`: a model such as :class:`fastlstm.LSTM` or :class:`Linear`,
         several that :func:`join` joins, or a mapping.
 
-        They are looked up at each step. Of a model, what its `params` is by then, also after ``lstm.params = {...}``.
-        Of a mapping such as ``lstm.params``, what stands in it; that the model has another mapping since is not seen.
-        Of a dict made for the optimiser, ``{**a.params, **b.params}`` or ``a.params | b.params``, neither what is
-        replaced in the models nor that two of them had the same name: use :func:`join`.
+        They are looked up at each step. Pass the model, and parameters that are replaced later are trained on, also
+        after ``lstm.params = {...}``. Pass a mapping such as ``lstm.params``, and arrays that are replaced in it are,
+        but not a new mapping of the model. A dict made for the optimiser, ``{**a.params, **b.params}`` or ``a.params |
+        b.params``, misses arrays that are replaced in the models, and drops one of two parameters with the same name:
+        use :func:`join`.
     lr : float
         The learning rate; it may be set anew between steps, as ``optimiser.lr``.
     slots : tuple of str
-        Names of the state arrays that stand beside each parameter, zero at first.
+        Names of the state arrays of each parameter, zero at first.
     """
 
     lr = Number(least=0.0)
@@ -62,7 +63,7 @@ class Optimiser:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out which arrays were seen: copies of tied ones may be tied no more, and are looked at anew."""
+        """Leave out which arrays were tied: copies of tied arrays may not be, and are checked again."""
         return self.__dict__ | {"_seen": {}}
 
     @property

@@ -1,13 +1,14 @@
-"""Numba's compiler, cut down to what kernels need.
+"""Numba's compiler, reduced to the passes that kernels need.
 
-A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
-and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
-routine stops at the text of LLVM's intermediate form, and only the whole kernel is parsed, optimised and translated.
+Only kernels call routines. Numba would optimise each routine and compile it to machine code, then the routines that
+call it, and then the kernel, at each level again. Here a routine is compiled only to the text of LLVM IR, and only the
+whole kernel is parsed, optimised and compiled.
 
-Nor are references counted: a kernel makes no arrays, and its caller keeps those that it is given. Numba would make an
-object for each of them at every call, a sixth of a short one's time, and count users even in innermost loops.
+References are not counted: a kernel makes no arrays, and its caller keeps its arguments alive. Numba would make an
+object for each argument at every call, which takes a sixth of the time of a short call, and count references even in
+innermost loops.
 
-Numba's own way to extend its compiler serves for all this: a pipeline with passes exchanged or left out.
+All this uses Numba's own extension mechanism: a pipeline with passes replaced or left out.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ __all__ = ["HOT", "KernelCompiler", "PartCompiler"]
 
 # --- LLVM ---------------------------------------------------------------------------------------------------
 
-# Names of the functions whose loops are unrolled. Elsewhere that would make a third more code, and no call faster.
+# Names of the functions whose loops are unrolled. Unrolling all loops makes a third more code, and no call faster.
 HOT: set[str] = set()
 
 
 class _Part(CodeLibrary):
-    """A module that is to be linked into others: kept as text, and neither parsed nor optimised on its own."""
+    """A module to be linked into others: kept as text, neither parsed nor optimised on its own."""
 
     def __init__(self, codegen: Any, name: str) -> None:
         super().__init__(codegen, name)
@@ -60,20 +61,20 @@ class _Part(CodeLibrary):
         self._finalized = True
 
     def get_function(self, name: str) -> Any:
-        """Numba asks whole kernels alone."""
+        """Numba calls this only for whole kernels."""
         raise NotImplementedError
 
     get_llvm_str = get_asm_str = get_function
 
 
 class _Whole(JITCodeLibrary):
-    """A module with all parts of a kernel, optimised when they are together."""
+    """A module with all parts of a kernel, optimised after linking."""
 
     def _optimize_functions(self, ll_module: Any) -> None:
         ll_module.data_layout = self._codegen._data_layout
 
     def finalize(self) -> None:
-        """Link the parts, each once, whoever calls it, and make machine code."""
+        """Link each part once, and compile to machine code."""
         found, waiting = {}, list(self._linking_libraries)
         while waiting:
             library = waiting.pop()
@@ -114,7 +115,7 @@ def _add_clean_up(passes: Any) -> None:
 
 
 class _Lower(Lower):
-    """Numba's own, without what is for debuggers, reference counts and operators with constants."""
+    """Numba's lowering, without support for debuggers, reference counts and operators with constants."""
 
     def lower_block(self, block: Any) -> None:
         """Emit a block, without a message ready for each instruction that might fail."""
@@ -125,7 +126,7 @@ class _Lower(Lower):
         self.post_block(block)
 
     def storevar(self, value: Any, name: str, argidx: int | None = None) -> None:
-        """Emit the store of a variable, whose former value nobody counts."""
+        """Emit the store of a variable, without reference counting."""
         if name in self._singly_assigned_vars:
             self._blk_local_varmap[name] = value
         else:
@@ -133,11 +134,11 @@ class _Lower(Lower):
             self.builder.store(value, self.varmap[name])
 
     def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
-        """Emit the place of a variable."""
+        """Emit the memory of a variable."""
         return cgutils.alloca_once(self.builder, lltype, name=name, zfill=False)
 
     def delvar(self, name: str) -> None:
-        """Emit nothing where a variable is used for the last time."""
+        """Emit nothing after the last use of a variable."""
 
     def lower_binop(self, resty: Any, expr: Any, op: Any) -> Any:
         """Emit an operation; Numba would first look for an implementation for constants, three times."""
@@ -206,12 +207,12 @@ class _Compiler(CompilerBase):
 
 
 class KernelCompiler(_Compiler):
-    """For what Python calls, or other kernels by its address."""
+    """The compiler of functions that Python calls, or kernels call by address."""
 
     lowering = _LowerKernel
 
 
 class PartCompiler(_Compiler):
-    """For what kernels call."""
+    """The compiler of routines."""
 
     lowering = _LowerPart

@@ -1,4 +1,4 @@
-"""Numba's dispatcher, made safe: for interrupts while a kernel is compiled, for calls within one, and for forks."""
+"""Numba's dispatcher, made safe for interrupts while a kernel is compiled, for nested calls, and for forks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["Kernel", "RefusingKernel", "Routine"]
 
 
 class Kernel(Dispatcher):
-    """A dispatcher whose table of what can be called holds each compiled kernel once, whatever is interrupted.
+    """A dispatcher whose table of compiled kernels has each kernel once, also after an interrupt.
 
-    One that Numba enters twice, because an interrupt came before it had noted that it did, makes each call ambiguous.
+    If an interrupt comes before Numba has recorded an entry, Numba enters the kernel twice, and each call is ambiguous.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -31,7 +31,7 @@ class Kernel(Dispatcher):
         super().__init__(*arguments, **options)
 
     def add_overload(self, cres: Any) -> None:
-        """Note a compiled kernel, with the ticket to enter it into the table."""
+        """Record a compiled kernel, with the ticket to enter it into the table."""
         arguments = tuple(cres.signature.args)
         enter = functools.partial(self._insert, [a._code for a in arguments], cres.entry_point, cres.objectmode)
         self._tickets.setdefault(arguments, [enter])
@@ -41,7 +41,7 @@ class Kernel(Dispatcher):
         """Compile or load the kernel for a signature."""
         arguments = tuple(normalize_signature(sig)[0])
         if arguments not in self.overloads and global_compiler_lock.is_locked():  # by this thread
-            # Numba cannot compile in the middle of a compilation, and a wait for its end would be one for ourselves.
+            # Numba cannot compile during a compilation, and this thread cannot wait for its own compilation to end.
             raise BackendError(
                 "a signal handler or a finaliser needs a kernel that is not ready, while the call that it interrupts"
                 " compiles one; make a call before, so that they are compiled"
@@ -62,13 +62,13 @@ class Kernel(Dispatcher):
 
 
 class RefusingKernel(Kernel):
-    """One that is compiled on purpose only, see ``jit.refuse_others``."""
+    """A dispatcher that compiles only on purpose, see ``jit.refuse_others``."""
 
     _can_compile = True
 
 
 class Routine(Dispatcher):
-    """What kernels call: compiled once for each dtype, where Numba would compile it anew for every constant."""
+    """The dispatcher of a routine: compiled once for each dtype; Numba would compile it for every constant."""
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
         """Find or compile the routine for arguments of some types."""

@@ -1,9 +1,9 @@
 """How a kernel is compiled and cached.
 
-A kernel is what Python calls, and a routine a part of the kernels that call it. ``compiler.py`` says what Numba's
-compiler leaves out for them, and ``target.py`` what it does not load.
+A kernel is called from Python; a routine is a part of the kernels that call it. ``compiler.py`` describes which passes
+of Numba's compiler are left out, and ``target.py`` what is not loaded.
 
-Where Numba's private parts (``private_numba.py``) are not as they are known, kernels and routines are compiled by plain
+If Numba's private parts (``private_numba.py``) are not as expected, kernels and routines are compiled by plain
 ``numba.njit``.
 """
 
@@ -65,9 +65,9 @@ KERNELS: list[Any] = []  # all that have been declared, in this order
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a kernel at its first call, without the GIL, and keep it on disk for the next process.
+    """Compile a kernel at its first call, to run without the GIL, and write it to disk for the next process.
 
-    Where no folder can be written, it is compiled in every process.
+    If no folder is writeable, it is compiled in every process.
     """
     made = unkept_kernel(function)
     if not PLAIN:
@@ -86,7 +86,7 @@ def unkept_kernel(function: Callable[..., Any]) -> Any:
 def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
     """Compile a function that only kernels call, once for each dtype; with `inline`, into each of its callers.
 
-    Left to itself, Numba compiles a function anew for every constant that it is called with.
+    By default, Numba compiles a function again for every constant argument.
     """
     if function is None:
         return functools.partial(routine, inline=inline)
@@ -98,10 +98,9 @@ def routine(function: Callable[..., Any] | None = None, *, inline: bool = False)
 
 @intrinsic
 def stay_outlined(typingctx):  # type: ignore[no-untyped-def]
-    """Keep the routine in which this stands a function of its own.
+    """Keep LLVM from inlining the routine that calls this.
 
-    LLVM would inline it. Where it is called once for a chunk or a call, that gains nothing, and twice as much code is
-    compiled.
+    For a routine that is called once per chunk or call, inlining gains nothing, and doubles the code to compile.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -112,12 +111,12 @@ def stay_outlined(typingctx):  # type: ignore[no-untyped-def]
 
 
 def unroll_loops(builder: Any) -> None:
-    """Have the loops of the function that is being built unrolled: the innermost loops of products."""
+    """Unroll the loops of the function that is being built: the innermost loops of products."""
     HOT.add(builder.function.name)
 
 
 def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
-    """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
+    """Compile or load a kernel for the types of these arguments, without calling it, unless that has been done."""
     if PLAIN:
         dispatcher.compile(tuple(map(numba.typeof, arguments)), unless_refused=True)
     elif type(dispatcher) is not RefusingKernel:
@@ -125,21 +124,21 @@ def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
 
 
 def refuse_others(dispatcher: Any) -> None:
-    """Have a kernel raise TypeError for arguments that :func:`compile_once` was not given the types of.
+    """Make a kernel raise TypeError for argument types that :func:`compile_once` was not called with.
 
-    So it may be tried on arguments that nobody has looked at: it is not compiled for whatever they are.
+    So it can be called with unchecked arguments without being compiled for their types.
     """
     if PLAIN:
         dispatcher.refuses = True
     else:
-        dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
+        dispatcher._can_compile = False  # Numba's own method for this needs a kernel that has been compiled
         # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
         # for a while would allow it to other threads' calls, too, and for good if an interrupt came meanwhile.
         dispatcher.__class__ = RefusingKernel
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
-    """Compile or load a kernel that refuses others for arguments of some types."""
+    """Compile or load a kernel with :func:`refuse_others` for the types of these arguments."""
     dispatcher.compile(signature)
 
 
@@ -147,7 +146,7 @@ def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 
 
 class _Cache(NullCache):
-    """What a dispatcher asks for compiled code, and tells of it."""
+    """The cache of a dispatcher: asked for compiled code, and given new code."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         module = function.__module__
@@ -165,18 +164,18 @@ class _Cache(NullCache):
 
     @property
     def cache_path(self) -> str | None:
-        """The first folder of those in which the kernel may be, None if it is not kept."""
+        """The first folder that may hold the kernel, None if it is not cached."""
         return str(kernel_cache.folders[0]) if self._identity and kernel_cache.folders else None
 
     def _place(self, sig: Any, codegen: Any) -> tuple[str, bytes]:
-        """Return the name of the kernel's file and the key to it: another key makes the file obsolete."""
+        """Return the name of the kernel's file and its key; a file with another key is stale."""
         constants = self._identity and self._identity[-1]
         target = repr((tuple(map(str, sig)), codegen.magic_tuple(), VECTOR_BYTES, constants))
         key = hashlib.sha256(repr((self._identity, target)).encode()).digest()
         return f"{self._name}-{hashlib.sha256(target.encode()).hexdigest()[:16]}.nbc", key
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
+        """Load a kernel without what only compiling needs: Numba would first load all functions it knows."""
         found = None
         if self._identity:
             content = kernel_cache.read(*self._place(sig, target_context.codegen()))
@@ -194,7 +193,7 @@ class _Cache(NullCache):
             return None
 
     def save_overload(self, sig: Any, cres: Any) -> None:
-        """Keep a kernel. If that fails it is compiled anew in the next process, and a warning has said so."""
+        """Write a kernel to disk. If that fails, a warning is issued, and the next process compiles it again."""
         if not self._identity or kernel_cache.problem or cres.lifted or cres.library.has_dynamic_globals:
             return
         kernel_cache.write(*self._place(sig, cres.target_context.codegen()), dumps(cres._reduce()))
@@ -206,7 +205,7 @@ CALL_TYPE = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), ir.IntTy
 
 
 def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
-    """Emit what calls the function that is being built with its own arguments, but for the one called `thread`.
+    """Emit a function that calls the function that is being built with its arguments, except for `thread`.
 
     Returns
     -------
@@ -222,7 +221,7 @@ def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
         raise BackendError(f"numba {numba.__version__} passes arguments in another way; install another release of it")
     kept = ir.LiteralStructType([arg.type for arg in function.args])
     with builder.goto_entry_block():
-        place = builder.alloca(kept)  # Numba's own way to ask for it would set it to zero first
+        place = builder.alloca(kept)  # Numba's own method would set it to zero first
     for n, arg in enumerate(function.args):
         builder.store(arg, cgutils.gep_inbounds(builder, place, 0, n))
 

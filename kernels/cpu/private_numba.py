@@ -1,4 +1,4 @@
-"""The private parts of Numba that the kernels stand on: each is checked when this is imported.
+"""The private parts of Numba that the kernels use: each is checked when this module is imported.
 
 If one is missing or has other arguments, or FASTLSTM_PLAIN_NJIT=1 is set, :data:`PLAIN` says so, and ``jit.py``
 compiles kernels and routines by plain ``numba.njit``: bit-identical, but with a slower first call in each process,
@@ -28,7 +28,7 @@ _problems: list[str] = []
 
 
 class _Missing:
-    """Stands for a private part that is not there, so that what is built of it can be defined, though not used."""
+    """Replaces a missing private part, so that code that uses it can be defined, though not run."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -38,7 +38,7 @@ class _Missing:
 
 
 def _private(module: str, name: str, *attributes: str) -> Any:
-    """Return a private part of Numba; note in `_problems` if it or an attribute of it is missing.
+    """Return a private part of Numba; record in `_problems` if it or one of its attributes is missing.
 
     An attribute that is written with parameters, ``"run_pass(self, state)"``, has to be a function with these.
     """

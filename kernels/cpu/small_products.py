@@ -1,4 +1,4 @@
-"""Products of a few rows and unpacked matrices, for the backward pass of a small batch."""
+"""Products of a small batch with unpacked matrices, for the backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def copy_or_clear(source, target, size):
         store_first(offset(target, n), load_first(offset(address(source), n), left if source.size else 0), left)
 
 
-_TOGETHER = 4  # rows of B that are read side by side
+_TOGETHER = 4  # rows of B that are read together
 
 
 @routine

@@ -1,9 +1,9 @@
-"""A target of Numba's for the kernels: what its compiler has to know to compile them, and no more.
+"""A Numba target for the kernels, which loads only what compiling them needs.
 
 The standard target loads all of Numba's functions before it compiles the first one, compiles its runtime for arrays
-with reference counts, and tries a dozen implementations for each ``a + b``: most of a second, of which a kernel, made
-of integers, pointers and vectors, needs a tenth. Numba's own way to add hardware serves for that: a target with a
-typing context, which knows the types of functions, and a target context, which knows their implementations.
+with reference counts, and tries a dozen implementations for each ``a + b``. That takes most of a second; kernels, which
+consist of integers, pointers and vectors, need a tenth of it. This uses Numba's mechanism for new hardware: a target
+with a typing context for the types of functions, and a target context for their implementations.
 """
 
 from __future__ import annotations

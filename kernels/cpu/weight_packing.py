@@ -1,4 +1,4 @@
-"""Weights, rearranged for the tile: the columns of one tile lie together, padded with zeros to whole vectors.
+"""Packing of weights for the microkernel: the columns of one block are contiguous, padded with zeros to whole vectors.
 
 Below, V is the number of lanes of a vector, and hidden units come in blocks of V: unit u is lane u % V of
 block u // V. A product with the gates' gradients runs over 4 * Hp of them, in the order (block, gate, lane),
@@ -204,7 +204,7 @@ def pack_weights(
 
 @routine
 def pack_backward(weight, hidden, columns, packed, blocks, first, last):
-    """Pack a weight for products with the gates' gradients, in panels of as many columns as a tile has.
+    """Pack a weight for products with the gates' gradients, in panels of NR vectors of columns.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def pack_backward(weight, hidden, columns, packed, blocks, first, last):
 
 @routine
 def pack_rows(source, row_length, column, columns, packed, first, last):
-    """Copy some columns of the rows `first` to `last` of a matrix side by side, for the tile's reach.
+    """Copy some columns of the rows `first` to `last` of a matrix contiguously, for the microkernel.
 
     Parameters
     ----------

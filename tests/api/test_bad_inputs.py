@@ -134,7 +134,7 @@ class Refusing:
 
 
 @each_argument
-def test_what_is_no_array_is_refused(backend, dtype, case, argument):
+def test_values_that_are_not_arrays_are_refused(backend, dtype, case, argument):
     calls = Calls(backend, dtype, case)
     good = backend.host(calls.valid(argument))
     others = [good.tolist(), memoryview(good), ArrayLike(good)]
@@ -390,7 +390,7 @@ def test_parameters_with_other_names_are_refused(backend, dtype, change):
 
 
 @pytest.mark.parametrize("params", [None, 1, "weight_ih_l0", [], {}, [("weight_ih_l0", np.zeros((8, 2)))], object()])
-def test_what_are_no_parameters_is_refused(params):
+def test_arguments_that_are_not_parameters_are_refused(params):
     with pytest.raises(fastlstm.FastLSTMError, match="param"):
         lstm_forward(params, np.zeros((3, 2, 2), np.float32))
 

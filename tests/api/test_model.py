@@ -1,4 +1,4 @@
-"""The LSTM object: what it is made of, what stays the same however it is called, copied, pickled and moved."""
+"""The LSTM object: its parameters, and results that do not depend on how it is called, copied, pickled and moved."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("prefix", ["", "lstm."])
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused(case, prefix):
+def test_mismatched_arguments_are_refused(case, prefix):
     change, error, message = REFUSED[case]
     state_dict = change(draw(Cell(3, 5, 2), np.float32))
     if isinstance(state_dict, dict) and case != "names that are no strings":
@@ -234,7 +234,7 @@ def test_a_missing_prefix_is_suggested():
 
 
 @pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh_l0"])
-def test_functions_say_what_to_do_with_names_of_pytorch(name):
+def test_functions_explain_names_of_pytorch(name):
     params = parameters.initialise(Cell(3, 5), 0) | {name: float32(20)}
     with pytest.raises(ArgumentError, match=f"unknown parameter {name};.*from_torch_state_dict"):
         parameters.cell_of(params)
@@ -334,8 +334,8 @@ def test_torch_loads_an_exported_lstm_and_computes_the_same(cell, dtype):
     assert_identical(again.params, lstm.params)
 
 
-def test_weights_that_torch_exports_survive_the_way_there_and_back(dtype):
-    """Only the split of the bias is lost: the sum is what counts, and it is the same bits."""
+def test_weights_exported_by_torch_survive_a_round_trip(dtype):
+    """Only the split of the bias is lost; the sum is bit-identical."""
     module = torch_lstm(Cell(3, 5, 2, bidirectional=True, dtype=dtype))
     state_dict = to_numpy(module)
     lstm = LSTM.from_torch_state_dict(state_dict)

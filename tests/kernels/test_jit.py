@@ -1,4 +1,4 @@
-"""Private parts of Numba: all in one file, each checked when it is imported, and to be done without."""
+"""Private parts of Numba: all in one file, each checked at import, with a fallback to plain njit."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def double(target):
         target[n] *= 2
 
 
-def test_a_plain_kernel_refuses_what_it_was_not_compiled_for(monkeypatch):
+def test_a_plain_kernel_refuses_types_that_it_was_not_compiled_for(monkeypatch):
     monkeypatch.setattr(jit, "PLAIN", "for this test")
     made = PlainKernel(double)
     jit.refuse_others(made)

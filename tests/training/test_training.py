@@ -226,7 +226,7 @@ def test_cross_entropy_invariants(logits, shift, scale, data):
 
 
 @given(st.data())
-def test_length_mask_marks_what_lies_inside(data):
+def test_length_mask_is_true_inside_each_length(data):
     steps = data.draw(st.integers(0, 7))
     lengths = data.draw(st.lists(st.integers(0, steps), max_size=5))
     mask = length_mask(lengths, steps)

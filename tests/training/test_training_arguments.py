@@ -1,4 +1,4 @@
-"""Wild arguments: every parameter of every public function of training takes them or raises a typed error."""
+"""Every parameter of every public function of training takes unusual arguments or raises a typed error."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ class LayerCall:
         ]
         small = directions == 1 and small_batch.is_small(self.size, steps, batch, packed=frozen)
         self.is_small = small and not self.keep_tape
-        # A frozen model always uses packed weights, so that inference and training are bit-identical; the kernel that
-        # trains on few rows reads unpacked weights, and sums in another order.
+        # A frozen model always uses packed weights, so that inference and training are bit-identical; the small-batch
+        # training kernel reads unpacked weights, and sums in another order.
         self._trains_small = small and self.keep_tape and not frozen
         self._small_back = directions == 1 and small_batch.is_small(self.size, steps, batch, backward=True)
         self._settings = small_batch.layer_settings(self.size)
@@ -100,7 +100,7 @@ class LayerCall:
     def _forward_small(
         self, arrays: Params, packed: Packed | None, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array, rows: Rows
     ) -> tuple[Array, LayerTape | None]:
-        """Run the layer over a few rows."""
+        """Run the layer over a small batch."""
         size = self.size
         y = np.empty((rows.count, size.hidden), size.dtype)
         given = x.reshape(rows.count, size.inputs), h0, c0, y, h_n, c_n

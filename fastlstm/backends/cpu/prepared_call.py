@@ -1,7 +1,7 @@
-"""A call of a model on the CPU: what its signature decides is decided once; layer by layer, a kernel is launched.
+"""A prepared call on the CPU: decisions by the signature are made once; each layer is a kernel launch.
 
-What a caller can change between two calls of one signature is looked at in each call: type, dtype, byte order and shape
-in ``fastlstm/calls.py``, strides, alignment and writeability where an array is handed to a kernel (``as_plain``).
+What a caller can change between two calls with the same signature is checked in each call: type, dtype, byte order and
+shape in ``fastlstm/calls.py``; strides, alignment and writeability where an array goes to a kernel (``as_plain``).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PreparedCall:
         self.layers = [LayerCall(cell, layer, signature) for layer in range(cell.num_layers)]
         self.rows = Rows(None, signature.steps, signature.batch)
         self.is_empty = self.rows.count == 0
-        # One launch for one layer of few rows, or for several on packed weights at one step.
+        # One launch for one layer with a small batch, or for one step of several layers on packed weights.
         one_layer = cell.num_layers == 1
         self.is_one_launch = (
             not self.is_empty

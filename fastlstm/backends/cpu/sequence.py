@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy import ndarray  # by a name of its own, which is found faster
+from numpy import ndarray  # a global name is looked up faster than an attribute
 
 from fastlstm.backends.base import Array, Params, Signature
 from fastlstm.backends.cpu.autotune import Trials
@@ -25,8 +25,8 @@ from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 
 __all__ = ["DirectionCall", "DirectionTape", "chunk_of", "schedules"]
 
-# Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
-# gradients anew for each chunk would cost too much.
+# Rows of a chunk of the backward pass, if a quarter of the steps has so many: with smaller chunks, reading the weights
+# and their gradients again for each chunk takes too long.
 _CHUNK_ROWS = 256
 _MOST_FOUND = 64
 # Numbers of rows from here on are rounded up, so that a ragged batch finds the schedule of others of about its size.
@@ -110,7 +110,7 @@ class DirectionCall:
         size, reverse = self.size, self.direction == 1
         tape, h_rows = self._nothing.tape, self._nothing.h_rows
         if self.keep_tape:
-            # What the unpacked weights gave could not be computed again to the same bits, and is little.
+            # Gates from unpacked weights could not be recomputed bit-identically, and take little memory.
             kept = 1 if recompute and not self._are_few(rows) else TAPE
             shapes = (rows.count, size.blocks, kept, size.width), (rows.count, size.stride)
             tape, h_rows = one_block(size.dtype, *shapes)
@@ -127,11 +127,11 @@ class DirectionCall:
         return DirectionTape(tape, h_rows, c0.copy()) if self.keep_tape else None
 
     def _are_few(self, rows: Rows) -> bool:
-        """Say whether the rows are too few for packing the weights."""
+        """Say whether there are too few rows for packing the weights."""
         return are_few(rows.count, self.size.inputs, self.size.hidden, MR)
 
     def _forward_candidates(self, kind: Any, threads: int) -> Candidates:
-        """Return the ways to launch the forward kernel; `kind` is None, or rows and ``few`` of a ragged batch."""
+        """Return candidates for the forward kernel; `kind` is None, or rows and ``few`` of a ragged batch."""
         found = self._found.get((kind, threads))
         if found is None:
             count, few = kind or (self.steps * self.batch, None)
@@ -173,7 +173,7 @@ class DirectionCall:
         return grads
 
     def _backward_candidates(self, kind: Any, threads: int) -> Candidates:
-        """Return the ways to launch the backward kernel; `kind` has the rows of a ragged batch, and `recompute`."""
+        """Return candidates for the backward kernel; `kind` has the rows of a ragged batch, and `recompute`."""
         found = self._found.get((kind, threads))
         if found is None:
             _, count, recompute = kind
@@ -237,7 +237,7 @@ def _kind(*_: Any) -> object:
 def _forward_candidates(
     size: Size, steps: int, batch: int, rows: int, few: bool, training: bool, packed: bool, column: int, threads: int
 ) -> Candidates:
-    """Return the ways to launch the forward kernel; `steps` is T, or 0 for a ragged batch."""
+    """Return candidates for the forward kernel; `steps` is T, or 0 for a ragged batch."""
     chosen = schedules(size, rows, batch, threads, few=few, packed=packed)
     found = []
     for schedule in chosen:
@@ -270,7 +270,7 @@ def chunk_of(steps: int, batch: int) -> int:
 def _backward_candidates(
     size: Size, steps: int, batch: int, rows: int, recompute: bool, direction: int, threads: int
 ) -> Candidates:
-    """Return the ways to launch the backward kernel; `steps` is T."""
+    """Return candidates for the backward kernel; `steps` is T."""
     chosen = schedules(size, rows, batch, threads, backward=True)
     chunk = chunk_of(steps, batch)
     chunk_rows, depth, panel = chunk * batch, GATES * size.stride, NR * size.width

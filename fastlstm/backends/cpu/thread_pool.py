@@ -1,16 +1,16 @@
 """Workers, and the team of threads for one kernel call.
 
-Numba's own threading layers are not used: its OpenMP layer kills a forked child at its first parallel kernel, and its
-default layer does not bear two user threads calling at once. Nor are Python's threads: ``threading`` and ``_thread``
-may be patched, and a thread that needs the interpreter may wait for it forever. Workers are threads of the operating
-system that never run Python; the interpreter's C API starts them. A kernel itself claims those that are free, and frees
-them before it returns (``kernels/cpu/worker.py`` and ``thread_team.py`` say how). Two calls at once share the workers,
-and none waits for another. Results do not depend on the number of threads.
+Numba's threading layers are not used: its OpenMP layer kills a forked child at its first parallel kernel, and its
+default layer fails when two user threads call at once. Python's threads are not used either: ``threading`` and
+``_thread`` may be patched, and a thread that needs the interpreter may wait for it forever. Workers are
+operating-system threads that never run Python; the interpreter's C API starts them. A kernel claims free workers
+itself, and frees them before it returns (see ``kernels/cpu/worker.py`` and ``thread_team.py``). Concurrent calls share
+the workers, and none waits for another. Results do not depend on the number of threads.
 
-What is left for Python is bookkeeping that no interrupt can break, each step being one operation of the interpreter: a
-list of workers that only grows, with mailboxes that say themselves whether a thread serves them; and arrays for teams,
-popped from a list for a call, and put back after it. The array of a call that was broken off is dropped. No lock is
-waited for, so that a signal handler or a finaliser may make a call at any point of another.
+Python only does bookkeeping that no interrupt can break, because each step is one operation of the interpreter: a list
+of workers that only grows, whose mailboxes show whether a thread serves them; and arrays for teams, popped from a list
+for a call and put back after it. The array of an interrupted call is dropped. No lock is waited for, so that a signal
+handler or a finaliser may make a call at any point of another call.
 """
 
 from __future__ import annotations
