@@ -10,6 +10,8 @@ import pickle
 import random
 import re
 import struct
+import subprocess
+import sys
 
 import cuda_row
 import numpy as np
@@ -442,3 +444,20 @@ def test_cupy_gives_what_numpy_gives(rng, output):
             np.testing.assert_allclose(cupy.asnumpy(value), expected[name], rtol=0, atol=1e-12, err_msg=name)
         file = saved(moved)
     assert file == saved(model)
+
+
+def test_importing_fastlstm_does_not_load_whole_models():
+    code = """if True:
+        import sys, fastlstm
+        assert not {"fastlstm.training.model", "fastlstm.training.fitting"} & sys.modules.keys()
+        assert {"Model", "fit", "History", "allreduce"} <= set(dir(fastlstm.training))
+        from fastlstm.training import *
+        assert Model.__module__ == "fastlstm.training.model" and fit.__module__ == "fastlstm.training.fitting"
+        try:
+            fastlstm.training.nothing
+        except AttributeError as error:
+            assert "nothing" in str(error)
+        else:
+            raise AssertionError
+        assert not {"numba", "sklearn", "dask", "mpi4py", "tqdm"} & sys.modules.keys()"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
