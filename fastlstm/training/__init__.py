@@ -1,10 +1,19 @@
-"""What a training loop needs beside the LSTM: losses, a linear layer, gradient clipping, optimisers.
+"""Whole models and their training; or, for a loop of your own, losses, a linear layer, clipping and optimisers.
+
+:class:`Model` is LSTM, head and scaling in one object and one file, and :func:`fit` trains it:
+
+>>> import numpy as np
+>>> from fastlstm import LSTM
+>>> from fastlstm.training import Linear, Model, fit
+>>> x = np.random.default_rng(0).normal(size=(10, 64, 3)).astype(np.float32)  # 10 time steps, 64 sequences
+>>> model = Model(LSTM(3, 8, seed=0), Linear(8, 1, seed=1), scale=True)
+>>> history = fit(model, x, x[-1, :, 0], epochs=5, validation=0.25, clip_norm=1.0, seed=0)
+>>> model.predict(x).shape
+(64, 1)
 
 All of it works on NumPy and CuPy arrays alike, through the array's own methods and library. A loss returns
 its value together with its gradient, so one step of training reads from top to bottom:
 
->>> import numpy as np
->>> from fastlstm import LSTM
 >>> from fastlstm.training import Adam, Linear, clip_by_global_norm, join, mean_squared_error
 >>> lstm, head = LSTM(3, 8, seed=0), Linear(8, 1, seed=1)
 >>> optimiser = Adam(join(lstm=lstm, head=head), lr=0.05)
