@@ -116,7 +116,7 @@ def _of_array(model: LSTM | Model, data: Any, threads: int, batch: int) -> Any:
     dtype, features, outputs, stepwise = _sizes(model)
     dask = sys.modules.get("dask.array")
     lazy = dask is not None and isinstance(data, dask.Array)
-    if not lazy and type(data) is not np.ndarray:
+    if not lazy and (not isinstance(data, np.ndarray) or isinstance(data, np.ma.MaskedArray)):
         kinds = "numpy.ndarray, dask.array.Array or xarray.DataArray"
         raise ArrayTypeError(f"data must be a {kinds}, got {type(data).__module__}.{type(data).__qualname__}")
     if data.dtype.newbyteorder("=") != dtype:

@@ -26,6 +26,7 @@ import numpy as np
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.metrics import r2_score
     from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
@@ -309,14 +310,13 @@ class LSTMClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]  # noqa
 class LSTMForecaster(BaseEstimator):  # type: ignore[misc]
     """Forecast a series: an :class:`LSTMRegressor` from each window of it to the values that come next.
 
-    All steps of the horizon are predicted at once, from the last `window` values.
+    All steps of the horizon are predicted at once, from the last `window` values. It reads one series, and not a table
+    of samples, so that scikit-learn's check_estimator is not for it.
 
     Parameters
     ----------
-    window : int
-        How many values a forecast reads.
-    horizon : int
-        How many values it predicts.
+    window, horizon : int
+        How many values a forecast reads, and how many it predicts.
     regressor : LSTMRegressor, optional
         Whose options to use; a copy of it is trained.
 
@@ -361,11 +361,11 @@ class LSTMForecaster(BaseEstimator):  # type: ignore[misc]
         return found[:, 0] if self._one else found
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Return the coefficient of determination of all forecasts within a series, as of one list of numbers."""
+        """Return the coefficient of determination of all forecasts within a series, the mean over its channels."""
         check_is_fitted(self, "regressor_")
         windows, targets = self._windows(self._series(X, self.horizon))
-        error = self.regressor_.predict(windows).reshape(targets.shape) - targets
-        return float(1 - (error**2).sum() / ((targets - targets.mean(axis=(0, 1))) ** 2).sum())
+        channels = targets.shape[2]
+        return float(r2_score(targets.reshape(-1, channels), self.regressor_.predict(windows).reshape(-1, channels)))
 
     def _series(self, X: Any, more: int) -> Array:
         """Check a series of at least a window and some more values; return it as (T, C)."""

@@ -93,6 +93,21 @@ def test_a_nan_stays_in_its_series(rng):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_arrays_on_disk_and_of_any_layout(rng, tmp_path):
+    model, data = build(), grid(rng)
+    expected = predict(model, data)
+    np.save(tmp_path / "data.npy", data)
+    for other in (
+        np.load(tmp_path / "data.npy", mmap_mode="r"),
+        np.asfortranarray(data),
+        data.astype(">f4"),
+        da.from_array(data.astype(">f4"), chunks=(2, 9, 12, 3)),
+    ):
+        found = np.asarray(predict(model, other))
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_blocks_are_held_to_their_threads(rng, monkeypatch):
     seen = []
     predicted = Model.predict
@@ -130,6 +145,7 @@ ERRORS = {
     "no model": (lambda: predict(None, DATA), ArgumentError),
     "two heads": (lambda: predict(Model(LSTM(3, 2), {"a": Linear(2, 1), "b": Linear(2, 1)}), DATA), ArgumentError),
     "a list": (lambda: predict(build(), DATA.tolist()), ArrayTypeError),
+    "a masked array": (lambda: predict(build(), np.ma.masked_invalid(DATA)), ArrayTypeError),
     "a data set": (lambda: predict(build(), xr.Dataset({"a": (("n", "time", "feature"), DATA)})), ArrayTypeError),
     "another dtype": (lambda: predict(build(), DATA.astype("f8")), DTypeError),
     "another dtype in blocks": (lambda: predict(build(), da.from_array(DATA.astype("f8"))), DTypeError),

@@ -10,12 +10,14 @@ import pickle
 import random
 import re
 import struct
+import subprocess
+import sys
 
 import cuda_row
 import numpy as np
 import pytest
 
-from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError, ModelFileError, ShapeError
+from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError, ModelFileError, ShapeError, storage
 from fastlstm.training import Linear, Model, clip_by_value, mean_squared_error
 from fastlstm.training.scaler import Scaler
 
@@ -354,6 +356,49 @@ def test_a_file_that_lies_is_refused(lie):
         loaded(changed(LIES[lie]))
 
 
+def forged(monkeypatch, change):
+    """Write a file with a right digest, of tensors and a description that were changed to fit each other."""
+    written = []
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write", lambda path, tensors, key, said, check: written.append((tensors, key, said)))
+        SMALL.save(io.BytesIO())
+    tensors, key, said = written[0]
+    tensors, said = dict(tensors), copy.deepcopy(said)
+    change(tensors, said)
+    file = io.BytesIO()
+    storage.write(file, tensors, key, said, lambda *_: None)
+    return file.getvalue()
+
+
+def wider_head(tensors, said):
+    said["heads"][0]["in"] = 3
+    tensors["a.weight"] = np.zeros((2, 3), np.float32)
+
+
+def other_dtype(tensors, said):
+    said["lstms"][1]["cell"]["dtype"] = "float64"
+    for name in [name for name in tensors if name.startswith("lstm1")]:
+        tensors[name] = tensors[name].astype(np.float64)
+    for name in [name for name in tensors if name.startswith(("a.", "scaler.a."))]:
+        tensors[name] = tensors[name].astype(np.float64)
+
+
+def wider_lstm(tensors, said):
+    said["lstms"][1]["cell"]["input_size"] = 2
+    tensors["lstm1.weight_ih_l0"] = np.zeros((4, 2), np.float32)
+
+
+def one_more(tensors, said):
+    tensors["more"] = np.zeros(0, np.float32)
+
+
+@pytest.mark.parametrize("change", [wider_head, other_dtype, wider_lstm, one_more])
+def test_parts_that_do_not_fit_each_other_are_refused(monkeypatch, change):
+    assert_same(SMALL, loaded(forged(monkeypatch, lambda tensors, said: None)))
+    with pytest.raises(ModelFileError, match=r"description of the model|tensors are not those"):
+        loaded(forged(monkeypatch, change))
+
+
 def test_a_scaler_that_cannot_scale_is_refused(rng):
     for name, value in (("x.mean", np.nan), ("x.deviation", 0.0), ("a.deviation", -1.0), ("a.mean", np.inf)):
         model = copy.deepcopy(SMALL)
@@ -442,3 +487,20 @@ def test_cupy_gives_what_numpy_gives(rng, output):
             np.testing.assert_allclose(cupy.asnumpy(value), expected[name], rtol=0, atol=1e-12, err_msg=name)
         file = saved(moved)
     assert file == saved(model)
+
+
+def test_importing_fastlstm_does_not_load_whole_models():
+    code = """if True:
+        import sys, fastlstm
+        assert not {"fastlstm.training.model", "fastlstm.training.fitting"} & sys.modules.keys()
+        assert {"Model", "fit", "History", "allreduce"} <= set(dir(fastlstm.training))
+        from fastlstm.training import *
+        assert Model.__module__ == "fastlstm.training.model" and fit.__module__ == "fastlstm.training.fitting"
+        try:
+            fastlstm.training.nothing
+        except AttributeError as error:
+            assert "nothing" in str(error)
+        else:
+            raise AssertionError
+        assert not {"numba", "sklearn", "dask", "mpi4py", "tqdm"} & sys.modules.keys()"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
