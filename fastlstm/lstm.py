@@ -170,7 +170,7 @@ class LSTM(Exchange):
         Raises
         ------
         ArgumentError, ShapeError, DTypeError, ArrayTypeError
-            If the mapping is not that of a ``torch.nn.LSTM`` without projections.
+            If the mapping is not that of a ``torch.nn.LSTM``.
         """
         cell, params = interchange.from_torch_state_dict(state_dict, prefix=prefix, dropout=dropout)
         return cls._from(cell, params, batch_first, new_key(parameters.generator(seed)))

@@ -22,7 +22,7 @@ from fastlstm.interchange import torch
 from fastlstm.interchange.source import HostArray, PathOrFile, Source, Tensor, broken_if, read_tensors, with_source
 from fastlstm.interchange.torch_pickle import Storage, Stored, unpickle
 
-__all__ = ["load_state_dict"]
+__all__ = ["load_arrays", "load_state_dict"]
 
 MAX_HEADER = 2**25  # bytes of the header of a safetensors file: some 300,000 tensors
 MOST_CHARACTERS = 2**24  # of all names together
@@ -67,6 +67,21 @@ def load_state_dict(path: PathOrFile, prefix: str = "") -> dict[str, HostArray]:
         _check_there(tensors, prefix, source.name)
         chosen = torch.select(tensors, prefix)
         return {prefix + name: array for name, array in read_tensors(source, chosen, prefix).items()}
+
+    return with_source(path, read)
+
+
+def load_arrays(path: PathOrFile, prefix: str = "") -> dict[str, HostArray]:
+    """Read every tensor whose name begins with `prefix`, under what follows it: the layers beside an LSTM, say.
+
+    Parameters and errors are those of :func:`load_state_dict`; there may be no tensor at all.
+    """
+    torch.check_prefix(prefix)
+
+    def read(source: Source) -> dict[str, HostArray]:
+        found = {name: tensor for name, tensor in _tensors(source).items() if name.startswith(prefix)}
+        arrays = read_tensors(source, found)
+        return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
     return with_source(path, read)
 

@@ -3,76 +3,18 @@
 from __future__ import annotations
 
 import io
-import itertools
 import sys
 
 import numpy as np
 import pytest
 from harness import REFERENCE
-from tolerances import assert_close, assert_identical, normalised_error
+from onnx_models import B, H, I, T, check, node_model, onnx
+from tolerances import assert_close, assert_identical
 
-from fastlstm import LSTM, ArgumentError, BackendError, DTypeError, FastLSTMError, ModelFileError, ShapeError
+from fastlstm import LSTM, ArgumentError, BackendError, DTypeError, ShapeError
 
-onnx = pytest.importorskip("onnx", reason="the oracle is missing: onnx is not installed")
-reference = pytest.importorskip("onnx.reference")
-onnxruntime = pytest.importorskip("onnxruntime", reason="the oracle is missing: onnxruntime is not installed")
-
-T, B, I, H = 6, 3, 4, 5  # noqa: E741
 from_array, helper = onnx.numpy_helper.from_array, onnx.helper
-
-
-def node_model(attributes=None, *, directions=1, bias=True, peephole=False, state=False, lengths=False, seed=0,
-               as_constants=False, dtype=np.float32):  # fmt: skip
-    """Make a model of one node, by hand, with random weights in every place."""
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape, scale=0.6).astype(dtype)  # noqa: E731
-    weights = {"W": draw(directions, 4 * H, I), "R": draw(directions, 4 * H, H)}
-    weights |= {"B": draw(directions, 8 * H)} if bias else {}
-    weights |= {"P": draw(directions, 3 * H)} if peephole else {}
-    inputs = ["x", "W", "R", "B" if bias else "", "lengths" if lengths else ""]
-    inputs += ["h0", "c0"] if state else ["", ""]
-    inputs += ["P"] if peephole else []
-    nodes = [helper.make_node("LSTM", inputs, ["Y", "h_n", "c_n"], name="the_lstm",
-                              **({"hidden_size": H} | (attributes or {})))]  # fmt: skip
-    given, real = {"x": draw(T, B, I)}, helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    if lengths:
-        given["lengths"] = np.array([T, 2, 4], np.int32)
-    if state:
-        given |= {"h0": draw(directions, B, H), "c0": draw(directions, B, H)}
-    if as_constants:
-        made = [helper.make_node("Constant", [], [name], value=from_array(a, name)) for name, a in weights.items()]
-        nodes, weights = made + nodes, {}
-    infos = [
-        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in given.items()
-    ]
-    outputs = [helper.make_tensor_value_info(name, real, None) for name in ("Y", "h_n", "c_n")]
-    graph = helper.make_graph(nodes, "g", infos, outputs, [from_array(a, name) for name, a in weights.items()])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8), given
-
-
-def run(model, given):
-    data = model if isinstance(model, bytes) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return dict(zip([output.name for output in session.get_outputs()], session.run(None, given), strict=True))
-
-
-def ours(lstm, given):
-    state = (given["h0"], given["c0"]) if "h0" in given else None
-    lengths = given["lengths"].astype(np.int64) if "lengths" in given else None
-    y, (h_n, c_n) = lstm(given["x"], state, lengths)
-    return {"y": y, "h_n": h_n, "c_n": c_n}
-
-
-def joined(y):
-    """(T, D, B, H) -> (T, B, D*H)."""
-    return y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], -1)
-
-
-def check(lstm, model, given):
-    theirs = run(model, given)
-    expected = {"y": joined(theirs["Y"]) if "Y" in theirs else theirs["y"], "h_n": theirs["h_n"], "c_n": theirs["c_n"]}
-    assert_close("onnxruntime", ours(lstm, given), expected, backend="reference", dtype=np.float32)
-
+reference = pytest.importorskip("onnx.reference", reason="the oracle is missing: onnx is not installed")
 
 NODES = {
     "plain": {},
@@ -378,83 +320,3 @@ def test_without_onnx_the_error_says_how_to_install_it(monkeypatch):
     for call in (lambda: LSTM.from_onnx(io.BytesIO()), lambda: LSTM(I, H, seed=0).to_onnx(io.BytesIO())):
         with pytest.raises(BackendError, match=r"pip install \"fastlstm\[onnx\]\""):
             call()
-
-
-# --- Damage, external data, exporters, the test of the test -----------------------------------------------------------
-
-
-def test_damaged_files_raise_typed_errors_only():
-    file, outcomes = io.BytesIO(), {"read": 0, "refused": 0}
-    LSTM(2, 2, 2, peephole=True, seed=0).to_onnx(file, state=True)
-    data, rng = file.getvalue(), np.random.default_rng(9)
-    for _ in range(1500):
-        found = bytearray(data)
-        for _ in range(rng.integers(1, 5)):
-            at = int(rng.integers(len(found)))
-            found[at : at + int(rng.integers(0, 5))] = rng.bytes(int(rng.integers(0, 5)))
-        try:
-            LSTM.from_onnx(io.BytesIO(found))
-        except FastLSTMError:
-            outcomes["refused"] += 1
-        else:
-            outcomes["read"] += 1
-    assert outcomes["refused"] > 500, outcomes
-
-
-@pytest.mark.parametrize("data", [b"", b"hello, world", b"\x08"], ids=str)
-def test_other_files_are_refused(data):
-    with pytest.raises((ModelFileError, ArgumentError), match=r"damaged|no LSTM node"):
-        LSTM.from_onnx(io.BytesIO(data))
-
-
-def test_external_data_are_read_from_the_folder_and_not_from_elsewhere(tmp_path):
-    model, _ = node_model()
-    expected = LSTM.from_onnx(model)
-    path = tmp_path / "a" / "model.onnx"
-    path.parent.mkdir()
-    onnx.save(model, path, save_as_external_data=True, location="data.bin", size_threshold=0)
-    assert_identical(LSTM.from_onnx(path).params, expected.params)
-    with pytest.raises(ModelFileError, match="another file"):
-        LSTM.from_onnx(io.BytesIO(path.read_bytes()))
-    (path.parent / "data.bin").rename(tmp_path / "data.bin")
-    with pytest.raises(ModelFileError, match="another file"):
-        LSTM.from_onnx(path)
-    path.write_bytes(path.read_bytes().replace(b"data.bin", b"../d.bin"))
-    (tmp_path / "data.bin").rename(tmp_path / "d.bin")
-    with pytest.raises(ModelFileError, match="another file"):
-        LSTM.from_onnx(path)
-
-
-@pytest.mark.filterwarnings("ignore")  # of the exporter
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_what_torch_exports_is_read_as_one_model(tmp_path, bidirectional, batch_first):
-    torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        module = torch.nn.LSTM(I, H, 2, bidirectional=bidirectional, batch_first=batch_first).eval()
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(module, (torch.zeros(T, B, I),), path, dynamo=False)
-    lstm = LSTM.from_onnx(path)
-    expected = LSTM.from_torch_state_dict({name: value.numpy() for name, value in module.state_dict().items()})
-    assert_identical(lstm.params, expected.params)
-
-
-@pytest.mark.parametrize("pair", list(itertools.combinations(range(4), 2)), ids=str)
-def test_swapping_any_two_gates_would_be_seen(pair):
-    model, given = node_model(peephole=True)
-    expected = joined(run(model, given)["Y"])
-    order = np.arange(4)
-    order[list(pair)] = order[list(pair[::-1])]
-    for tensor in model.graph.initializer:
-        array = onnx.numpy_helper.to_array(tensor)
-        blocks = array.reshape(-1, 4, H, *array.shape[2:]) if tensor.name != "P" else array.reshape(1, 3, H)
-        if tensor.name == "P" and max(pair) == 3:
-            continue
-        swapped = onnx.ModelProto()
-        swapped.CopyFrom(model)
-        (target,) = (t for t in swapped.graph.initializer if t.name == tensor.name)
-        mixed = blocks[:, order[: blocks.shape[1]]].reshape(array.shape)
-        target.CopyFrom(from_array(np.ascontiguousarray(mixed), tensor.name))
-        with REFERENCE.active():
-            assert normalised_error(ours(LSTM.from_onnx(swapped), given)["y"], expected) > 1e-3, tensor.name
