@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument(
         "--step", action="store_true", help="also those for single time steps; inference shares them in short calls"
     )
+    warm.add_argument("--loops", action="store_true", help="also those for closed loops: lstm.unroll and lstm.compiled")
     warm.set_defaults(run=_warm)
 
     bench = commands.add_parser("bench", help="measure how fast it is here, against the peers that are installed")
@@ -66,9 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=command.bench)
 
     demo = commands.add_parser("demo", help="train on real data, evaluate, save, and load again")
-    demo.add_argument("--task", choices=("co2", "vowels"), default="co2", help="default: %(default)s")
+    demo.add_argument("--task", choices=("co2", "vowels", "separation"), default="co2", help="default: %(default)s")
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--batches", type=int, help="to train on, for separation; default: 400")
     demo.add_argument("--out", type=Path, default=Path("fastlstm-demo"), help="folder to write; default: %(default)s")
     demo.set_defaults(run=_demo)
     return parser
@@ -121,7 +123,7 @@ def _warm(options: argparse.Namespace) -> int:
     from fastlstm.warm import warm
 
     dtypes = ("float32", "float64") if options.dtype == "both" else (options.dtype,)
-    report = warm(dtypes, train=options.train, step=options.step)
+    report = warm(dtypes, train=options.train, step=options.step, loops=options.loops)
     print(f"{'kernel':<22} {'compiled':>8} {'loaded':>6}")
     for name in report.compiled | report.loaded:
         print(f"{name:<22} {report.compiled.get(name, 0):8} {report.loaded.get(name, 0):6}")
@@ -137,7 +139,7 @@ def _warm(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from fastlstm.demo import run_demo
 
-    result = run_demo(options.task, options.device, options.seed, options.out)
+    result = run_demo(options.task, options.device, options.seed, options.out, options.batches)
     print(result.report)
     for path in result.files:
         print(f"wrote {path}")

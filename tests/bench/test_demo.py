@@ -1,4 +1,4 @@
-"""Both demos, end to end: what the reports claim, that nothing leaks from the held-out data, and clear errors."""
+"""The demos, end to end: what the reports claim, that nothing leaks from the held-out data, and clear errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def demo(request):
 @pytest.fixture
 def short(demo, monkeypatch):
     """The same demo with next to no training, for what does not depend on how well it learns."""
-    monkeypatch.setattr(demo, {"co2": "STEPS", "vowels": "EPOCHS"}[name_of(demo)], 2)
+    monkeypatch.setattr(demo, {"co2": "STEPS", "vowels": "EPOCHS", "separation": "BATCHES"}[name_of(demo)], 2)
     return demo
 
 
@@ -53,7 +53,7 @@ def weights(files):
         if file.suffix == ".npz":
             with np.load(file) as saved:
                 params |= dict(saved)
-    assert len(params) in (5, 8)  # one or two directions of three, and the linear layer's two
+    assert len(params) in (5, 6, 8)  # one or two directions of three, the linear layer's two, and fixed weights
     return params
 
 
@@ -237,6 +237,9 @@ def test_the_gaps_of_the_record_lie_before_the_held_out_years(demo):
         ({"device": "tpu"}, ArgumentError, "cpu, cuda"),
         ({"seed": -1}, ArgumentError, "seed"),
         ({"seed": 0.5}, ArgumentError, "seed"),
+        ({"batches": 3}, ArgumentError, "separation"),
+        ({"task": "separation", "batches": 0}, ArgumentError, "batches"),
+        ({"task": "separation", "device": "cuda"}, BackendError, "CPU"),
     ],
 )
 def test_a_bad_argument_is_refused_before_any_work(arguments, error, message, tmp_path):
