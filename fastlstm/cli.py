@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument(
         "--step", action="store_true", help="make single time steps, too; they share the kernels of short calls"
     )
+    warm.add_argument("--loops", action="store_true", help="also those for closed loops: lstm.unroll and lstm.compiled")
     warm.set_defaults(run=_warm)
 
     bench = commands.add_parser("bench", help="measure the speed here, and that of the peers that are installed")
@@ -131,7 +132,7 @@ def _warm(options: argparse.Namespace) -> int:
     from fastlstm.warm import warm
 
     dtypes = ("float32", "float64") if options.dtype == "both" else (options.dtype,)
-    report = warm(dtypes, train=options.train, step=options.step)
+    report = warm(dtypes, train=options.train, step=options.step, loops=options.loops)
     print(f"{'kernel':<22} {'compiled':>8} {'loaded':>6}")
     for name in report.compiled | report.loaded:
         print(f"{name:<22} {report.compiled.get(name, 0):8} {report.loaded.get(name, 0):6}")

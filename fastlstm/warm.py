@@ -29,7 +29,7 @@ class Report(NamedTuple):
     problem: str | None  # the reason why the next process will not find all of these kernels
 
 
-def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> Report:
+def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loops: bool = False) -> Report:
     """Compile every kernel that later processes need, or find it on disk.
 
     Each kind of call is made once on a small model. That is enough: there is one kernel for long calls and one for
@@ -43,6 +43,8 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         Also compile the kernels for training.
     step : bool
         Also make single time steps. They share the kernels of short calls.
+    loops : bool
+        Also compile the kernels of closed loops: ``lstm.unroll`` and ``lstm.compiled``.
 
     Returns
     -------
@@ -66,6 +68,8 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
         warnings.simplefilter("ignore", KernelCacheWarning)  # the report has it
         for dtype in dtypes:
             _run(dtype, train, step)
+            if loops:
+                _run_loops(dtype, jit, thread_pool.NO_TEAM)
         # With more than one thread: workers run `serve`; `run_records` runs both directions at once.
         jit.compile_for(import_module("fastlstm.kernels.cpu.worker").serve, (0, 0))
         records = thread_pool.new_records(2), thread_pool.NO_TEAM, 0
@@ -99,3 +103,16 @@ def _run(dtype: str, train: bool, step: bool) -> None:
         for recompute in (False, True) if train else ():
             y, _, tape = model.forward(x, recompute=recompute)
             model.backward(tape, y)
+
+
+def _run_loops(dtype: str, jit: Any, no_team: Any) -> None:
+    """Take one step there and back, with the kernels that Python calls, and have those that compiled code calls."""
+    model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((1, 3), dtype)
+    run = model.unroll(steps=1, batch=1)
+    y = run.step(x)
+    back = run.backward()
+    back.step(y)
+    back.finish()
+    tape = model.compiled().tape(1, 1)
+    kernel = import_module("fastlstm.kernels.cpu.unrolled_back").unrolled_finish_together
+    jit.compile_for(kernel, (tape.record, tape.record, np.empty(1, dtype), no_team, 0))

@@ -20,6 +20,7 @@ __all__ = ["TASKS", "DemoResult", "Options", "run_demo"]
 TASKS = {
     "lorenz": "forecast a chaotic system from noisy measurements of one of its three variables",
     "vowels": "tell nine speakers apart by their vowels (JapaneseVowels, sequences of different lengths)",
+    "separation": "separate two mixed sources, by an LSTM that sets the weights of the layer it watches",
     "co2": "forecast the weekly CO2 record of Mauna Loa, where a simple baseline is hard to beat",
 }
 

@@ -46,7 +46,11 @@ def weights(files):
         if file.suffix == ".npz":
             with np.load(file) as saved:
                 params |= dict(saved)
-    assert len(params) in (5, 8)  # three for each direction, and two of the linear layer
+    assert len(params) in (
+        5,
+        6,
+        8,
+    )  # three for each direction, two of the linear layer, and the fixed weights of `separation`
     return params
 
 
