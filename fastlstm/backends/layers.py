@@ -156,10 +156,12 @@ class LayeredBackend(ABC):
             dy, self._joined(dh0[::-1]), self._joined(dc0[::-1]), {name: found[name] for name in params}
         )
 
-    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
-        """Advance one time step (see ``base.Backend.step``)."""
+    def step(
+        self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``)."""
         result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
-        return result.h_n, result.c_n
+        return result.h_n[-1].copy(), result.h_n, result.c_n
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
@@ -202,8 +204,7 @@ class _LayeredCall:
 
     def step(self, params: Params, x: Array, h0: Array | None, c0: Array | None) -> tuple[Array, Array, Array]:
         """Advance one time step (see ``base.Prepared.step``)."""
-        h_n, c_n = self._backend.step(self._cell, params, x, h0, c0)
-        return h_n[-1].copy(), h_n, c_n
+        return self._backend.step(self._cell, params, x, h0, c0)
 
     def backward(
         self, params: Params, tape: Any, dy: Array | None, dh_n: Array | None, dc_n: Array | None

@@ -12,7 +12,7 @@ import numpy as np
 __all__ = ["FILES", "HEADERS", "VARIANTS", "kernel_names", "options", "source", "wide"]
 
 HEADERS = ("common.cuh", "cell_step.cuh")
-FILES = ("step.cu", "ragged.cu", "column_sum.cu")
+FILES = ("step.cu", "single_step.cu", "ragged.cu", "column_sum.cu")
 VARIANTS = ("PEEPHOLE",)  # the macros of cell_step.cuh
 
 _TYPES = {"float32": "float", "float64": "double"}

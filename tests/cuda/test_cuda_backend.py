@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from harness import Case, problem
 from host_cuda import FakeCupy, compiler
-from tolerances import assert_identical
+from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM, dispatch
 from fastlstm.backends import cuda
 from fastlstm.backends.cuda import launch
+from fastlstm.backends.cuda.backend import MOST_ROWS_OF_A_STEP
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -90,31 +91,88 @@ def test_a_step_in_time_is_one_kernel_and_one_product(xp, case):
     assert few == more  # nothing is allocated for a step
 
 
-def test_a_call_of_step_is_two_products_and_one_kernel_a_layer(xp, dtype):
+@pytest.mark.parametrize("given", [True, False], ids=["state", "no state"])
+def test_a_call_of_step_is_one_launch_a_layer(xp, dtype, given):
     case = Case(1, 3, 4, 8, 3)
     run = Run(xp, case, dtype)
-    expected = run.lstm(run.x, run.state)[1]
-    xp.pool.launched.clear()
+    state = run.state if given else None
+    expected = run.lstm(run.x, state)[1]
+    xp.pool.launched.clear(), xp.pool.own.clear()
     allocations = xp.pool.allocations
-    h, state = run.lstm.step(run.x[0], run.state)
-    assert xp.pool.launched == ["product", "product", "step_forward"] * case.layers
-    # The new states, the pre-activations of each layer, and the output's own copy.
-    assert xp.pool.allocations - allocations == 2 + case.layers + 1
+    h, found = run.lstm.step(run.x[0], state)
+    assert xp.pool.launched == ["single_step"] * case.layers and xp.pool.own == []
+    assert xp.pool.allocations - allocations == 3  # the output and the new states
     assert xp.pool.waits == []
-    assert_identical(on_host(state), on_host(expected))
-    np.testing.assert_array_equal(h.get(), expected[0][-1].get())
+    # Products summed in another order: by the kernel here, by cuBLAS there.
+    assert_close("streaming", on_host(found), on_host(expected), backend="cuda", dtype=dtype)
+    np.testing.assert_array_equal(h.get(), found[0][-1].get())
     kept = on_host(run.state)
     run.lstm.step(run.x[0], run.state)
     assert_identical(on_host(run.state), kept)
 
 
+def test_a_step_of_many_sequences_takes_cublas_unless_it_is_captured(xp, dtype):
+    batch = MOST_ROWS_OF_A_STEP + 1
+    run = Run(xp, Case(1, batch, 4, 8, 2), dtype)
+    expected = run.lstm(run.x, run.state)[1]
+    xp.pool.launched.clear()
+    h, found = run.lstm.step(run.x[0], run.state)
+    assert xp.pool.launched == ["product", "product", "step_forward"] * 2
+    assert_identical(on_host(found), on_host(expected))
+    assert not xp.shares_memory(h, found[0])
+    with xp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        captured = run.lstm.step(run.x[0], run.state)[1]
+        assert [what for what in stream.end_capture() if what[0] == "launch"] == [("launch", "single_step")] * 2
+    assert_close("streaming", on_host(captured), on_host(expected), backend="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_a_step_can_be_captured_and_depends_on_no_other_sequence(xp, dtype, batch):
+    """No cuBLAS, no copy from the host and no synchronisation: what a CUDA graph cannot hold."""
+    run = Run(xp, Case(1, batch, 3, 9, 2), dtype)
+    xp.pool.copies.clear(), xp.pool.waits.clear()
+    with xp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        h, state = run.lstm.step(run.x[0], run.state)
+        log = stream.end_capture()
+    assert log == [("launch", "single_step")] * 2
+    assert not xp.pool.copies and not xp.pool.waits
+    last = slice(batch - 1, batch)
+    alone, (h_n, c_n) = run.lstm.step(run.x[0][last], tuple(s[:, last] for s in run.state))
+    for one, all_of_them in ((alone, h[last]), (h_n, state[0][:, last]), (c_n, state[1][:, last])):
+        np.testing.assert_array_equal(one.get(), all_of_them.get())
+
+
+def test_a_whole_sequence_cannot_be_captured_and_says_so(xp):
+    run = Run(xp, WHOLE)
+    with xp.cuda.Stream(non_blocking=True) as stream, pytest.raises(NotImplementedError, match="cuBLAS"):
+        stream.begin_capture()
+        run.lstm(run.x)
+
+
+@pytest.mark.parametrize("case", [RAGGED, WHOLE], ids=str)
+def test_everything_goes_to_the_current_stream(xp, case):
+    run = Run(xp, case)
+    expected = on_host(run())
+    streams = [xp.cuda.Stream(non_blocking=True) for _ in range(2)]
+    for stream in streams:
+        before = len(xp.pool.launched) + len(xp.pool.own)
+        with stream:
+            found = run()
+        launched = [what for what in stream.log if what[0] == "launch"]
+        assert len(launched) == len(xp.pool.launched) + len(xp.pool.own) - before > 0
+        assert not [what for what in stream.log if what[0] == "synchronize"]
+        assert_identical(on_host(found), expected)
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["state", "no state"])
 def test_cupy_itself_launches_little(xp, given):
-    """Besides kernels and products: a fill for a state that is missing, and the copy of the output of `step`."""
+    """Besides kernels and products: a fill for a state that is missing."""
     run = Run(xp, Case(1, 3, 4, 8, 3))
     state, fills = (run.state, []) if given else (None, ["zeros"])
     for call, own in (
-        (lambda: run.lstm.step(run.x[0], state), [*fills, "copy"]),
+        (lambda: run.lstm.step(run.x[0], state), []),
         (lambda: run.lstm(run.x, state), [*fills, "concatenate", "concatenate"]),  # the states of three layers
         (lambda: run.lstm.forward(run.x, state), [*fills, "concatenate", "concatenate"]),
     ):
@@ -296,7 +354,8 @@ def test_what_a_kernel_reads_wide_is_aligned(xp, monkeypatch, shifted):
     lstm.backward(tape, given["dy"], (given["dh_n"], given["dc_n"]))
     parameter = shifted in lstm.params
     forward = 1 if parameter or shifted == "c0" else 4
-    assert widths["inference"]["step_forward"] == widths["step"]["step_forward"] == forward
+    assert widths["inference"]["step_forward"] == forward
+    assert widths["step"] == {"single_step": 1}
     # A tape has its own copy of c0. Only a product reads h0; the bias is part of the gates on the tape.
     assert widths["training"]["step_forward"] == (1 if parameter else 4)
     assert widths["training"]["step_backward"] == (4 if shifted in ("h0", "c0", "bias_l0") else 1)

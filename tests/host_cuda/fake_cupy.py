@@ -11,7 +11,6 @@ import contextlib
 import operator
 import sys
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +20,7 @@ import numpy as np
 from host_cuda.build import HostModule, folder
 from host_cuda.fake_cublas import cublas
 from host_cuda.memory import Allocation, OutOfMemoryError, Pool
-
-
-class CUDARuntimeError(RuntimeError):
-    """As CuPy's."""
+from host_cuda.streams import CUDARuntimeError, Event, Logged, Stream
 
 
 class Device:
@@ -57,18 +53,6 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
-
-
-class Event:
-    """As CuPy's, where all work is done at once; and the current stream."""
-
-    time = 0.0
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
 
 
 def _unpickle(host: np.ndarray) -> ndarray:
@@ -204,6 +188,7 @@ class FakeCupy(types.ModuleType):
         self.how = {"fibers": fibers, "seed": seed}
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
+        self.pool.launched, self.pool.own = Logged(), Logged()
         self.change = change or (lambda code: code)  # what a test does to the kernels' source
         properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 4, "totalGlobalMem": 0}
         runtime = types.SimpleNamespace(
@@ -211,11 +196,12 @@ class FakeCupy(types.ModuleType):
             getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
         )  # fmt: skip
         self.cuda = types.SimpleNamespace(
-            Device=Device, runtime=runtime, cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError),
+            Device=Device, runtime=runtime,
+            cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError, lambda: Stream.now().captures),
             nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
             device=types.SimpleNamespace(get_cublas_handle=lambda: Device.now() + 1000),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), is_available=lambda: devices > 0,
-            Event=Event, get_current_stream=Event, set_allocator=lambda allocator: None,
+            Event=Event, Stream=Stream, get_current_stream=Stream.now, set_allocator=lambda allocator: None,
             get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
         )  # fmt: skip
 

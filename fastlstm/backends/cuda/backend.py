@@ -16,12 +16,17 @@ from typing import Any
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
+from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights, layer_weights
 from fastlstm.backends.ragged import Packing
 from fastlstm.cell import Cell
 
-__all__ = ["CudaBackend"]
+__all__ = ["MOST_ROWS_OF_A_STEP", "CudaBackend"]
+
+# Above it, the products of a single step go to cuBLAS: the kernel reads the weights once for every four sequences, so
+# that its time grows with the batch. Not measured.
+MOST_ROWS_OF_A_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -71,22 +76,29 @@ class CudaBackend(LayeredBackend):
         with self.device.of(params["weight_hh_l0"]):
             return super().backward(cell, params, tape, dy, dh_n, dc_n)
 
-    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
-        """Advance one time step (see ``base.Backend.step``): two products and one kernel for each layer."""
+    def step(
+        self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``): one launch for each layer.
+
+        Beyond :data:`MOST_ROWS_OF_A_STEP` sequences cuBLAS's products are faster. A CUDA graph cannot capture these, so
+        a stream that is being captured gets the kernel whatever the batch is.
+        """
         with self.device.of(x):
-            batch, hidden, dtype = x.shape[0], cell.hidden_size, x.dtype
-            if not batch:
+            batch = x.shape[0]
+            if not batch or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
                 return super().step(cell, params, x, h, c)
-            h, c = (self.xp.ascontiguousarray(s) for s in self._states(cell, batch, dtype, h, c))
-            h_n, c_n = self.xp.empty(h.shape, dtype), self.xp.empty(c.shape, dtype)
-            rows, x = Rows(self.device, Packing.of(None, 1, batch)), self.xp.ascontiguousarray(x)
+            h_n, c_n = (self.xp.empty((cell.num_layers, batch, cell.hidden_size), x.dtype) for _ in range(2))
+            y = self.xp.empty((batch, cell.hidden_size), x.dtype)
+            x, h, c = (None if array is None else self.xp.ascontiguousarray(array) for array in (x, h, c))
             for layer in range(cell.num_layers):
-                weights = self._contiguous(layer_weights(cell, params, layer)[0])
-                # h_t is output and final state in one.
-                inputs, y = x.reshape(1, batch, -1), h_n[layer].reshape(1, batch, 1, hidden)
-                direction_forward(weights, inputs, h[layer], c[layer], rows, 0, y, h_n[layer], c_n[layer], False)
+                single_step(
+                    self.device, self._contiguous(layer_weights(cell, params, layer)[0]), x,
+                    None if h is None else h[layer], None if c is None else c[layer],
+                    h_n[layer], c_n[layer], y if layer == cell.num_layers - 1 else None,
+                )  # fmt: skip
                 x = h_n[layer]
-            return h_n, c_n
+            return y, h_n, c_n
 
     def layer_forward(
         self,

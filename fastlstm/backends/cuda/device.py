@@ -51,6 +51,10 @@ class Device(Protocol):
         """Whether the array's first element lies at a multiple of 16 bytes."""
         ...
 
+    def capturing(self) -> bool:
+        """Whether the current stream's work is captured for a CUDA graph, in which cuBLAS must not be called."""
+        ...
+
     def kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
         """Return a kernel, compiled at its first use (see ``kernels/cuda/loader.py``)."""
         ...
@@ -118,6 +122,10 @@ class CupyDevice:
     def aligned(self, array: Array) -> bool:
         """See :class:`Device`."""
         return bool(array.data.ptr % 16 == 0)
+
+    def capturing(self) -> bool:
+        """See :class:`Device`."""
+        return bool(self.xp.cuda.get_current_stream().is_capturing())
 
     def _kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
         kernel: Kernel = self._module(dtype, width, variant).get_function(name)
