@@ -55,11 +55,19 @@ class Gradients:
         ``(dh0, dc0)``, by the initial states, shaped as these.
     params : dict of str to array
         By each parameter, under its name.
+    flat : array or None
+        From the CUDA backend: the gradients by all parameters, one after the other, in one array (n,) that those in
+        `params` are views of. One all-reduce of NCCL, in place, does for all of them.
     """
 
     x: Array
     state: State
     params: Params
+
+    @property
+    def flat(self) -> Array | None:
+        """The array that all gradients of `params` are views of, or None."""
+        return getattr(self.params, "flat", None)
 
     def __repr__(self) -> str:
         return f"<Gradients by x {tuple(self.x.shape)}, the initial state and {len(self.params)} parameters>"

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature
+from fastlstm.backends.base import (
+    Array,
+    BackwardResult,
+    Dropout,
+    FlatArrays,
+    ForwardResult,
+    Params,
+    Prepared,
+    Signature,
+)
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.parameters import direction_names
@@ -83,8 +92,13 @@ class LayeredBackend(ABC):
         dy: Array | None,  # (T, B, D*H)
         dh_n: Array,  # (D, B, H)
         dc_n: Array,  # (D, B, H)
+        out: Sequence[Weights] | None,  # where the weights' gradients go, if the backend has said where
     ) -> LayerGradients:
         """Back-propagate through one layer, in all its directions."""
+
+    def gradient_arrays(self, params: Params) -> FlatArrays | None:
+        """Make the arrays that the weights' gradients are to be written to; None if each layer makes its own."""
+        return None
 
     def forward(
         self,
@@ -136,14 +150,20 @@ class LayeredBackend(ABC):
         dh_n, dc_n = self._states(cell, batch, cell.dtype, dh_n, dc_n)
         if not tape.layers:
             dx = self.xp.zeros((steps, batch, cell.input_size), cell.dtype)
-            zeros = {name: self.xp.zeros(value.shape, cell.dtype) for name, value in params.items()}
+            zeros: dict[str, Array] | None = self.gradient_arrays(params)
+            if zeros is None:
+                zeros = {name: self.xp.empty(value.shape, cell.dtype) for name, value in params.items()}
+            for value in zeros.values():
+                value[...] = 0
             return BackwardResult(dx, self.xp.array(dh_n), self.xp.array(dc_n), zeros)
         dh0, dc0 = [], []
         found: dict[str, Array] = {}
+        flat = self.gradient_arrays(params)
         for layer in reversed(range(cell.num_layers)):
             rows = _layer_rows(cell, layer)
+            out = None if flat is None else layer_weights(cell, flat, layer)
             grads = self.layer_backward(
-                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows]
+                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows], out
             )
             dh0.append(grads.h0)
             dc0.append(grads.c0)
@@ -152,9 +172,8 @@ class LayeredBackend(ABC):
                     found[name] = getattr(weights, role)
             mask = tape.masks[layer]
             dy = grads.x if mask is None else grads.x * mask
-        return BackwardResult(
-            dy, self._joined(dh0[::-1]), self._joined(dc0[::-1]), {name: found[name] for name in params}
-        )
+        by_name = {name: found[name] for name in params} if flat is None else flat
+        return BackwardResult(dy, self._joined(dh0[::-1]), self._joined(dc0[::-1]), by_name)
 
     def step(
         self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None

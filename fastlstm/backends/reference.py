@@ -167,6 +167,7 @@ class ReferenceBackend(LayeredBackend):
         dy: Array | None,
         dh_n: Array,
         dc_n: Array,
+        out: Sequence[Weights] | None = None,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         if dy is None:

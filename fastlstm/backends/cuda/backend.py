@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
+from fastlstm.backends.base import Array, BackwardResult, Dropout, FlatArrays, ForwardResult, Params
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
 from fastlstm.backends.cuda.launch import single_step
+from fastlstm.backends.cuda.persistent import choice_of
+from fastlstm.backends.cuda.plans import describe
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights, layer_weights
 from fastlstm.backends.ragged import Packing
@@ -100,6 +102,12 @@ class CudaBackend(LayeredBackend):
                 x = h_n[layer]
             return y, h_n, c_n
 
+    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+        """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
+        if not batch:
+            return super().plan(cell, rows, batch, frozen)
+        return [describe(choice_of(self.device, cell.dtype, cell.hidden_size, rows, batch))] * cell.num_layers
+
     def layer_forward(
         self,
         weights: Sequence[Weights],
@@ -134,21 +142,30 @@ class CudaBackend(LayeredBackend):
         dy: Array | None,
         dh_n: Array,
         dc_n: Array,
+        out: Sequence[Weights] | None,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
+        assert out is not None  # from `gradient_arrays`
         dh_n, dc_n = self.xp.ascontiguousarray(dh_n), self.xp.ascontiguousarray(dc_n)
         if dy is not None:
             dy = self.xp.ascontiguousarray(dy)
         dx = self.xp.empty(tape.x.shape, dh_n.dtype)
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
-        dweights = [
+        for d, w in enumerate(weights):
             direction_backward(
                 self._contiguous(w), tape.directions[d], tape.x, tape.rows, d, len(weights),
-                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d],
-            )
-            for d, w in enumerate(weights)
-        ]  # fmt: skip
-        return LayerGradients(dx, dh0, dc0, dweights)
+                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d],
+            )  # fmt: skip
+        return LayerGradients(dx, dh0, dc0, out)
+
+    def gradient_arrays(self, params: Params) -> FlatArrays:
+        """Make one array for the gradients of all parameters, in their order, and views of it."""
+        flat = self.xp.empty(sum(value.size for value in params.values()), params["weight_hh_l0"].dtype)
+        arrays, start = {}, 0
+        for name, value in params.items():
+            arrays[name] = flat[start : start + value.size].reshape(value.shape)
+            start += value.size
+        return FlatArrays(arrays, flat)
 
     def _contiguous(self, weights: Weights) -> Weights:
         """Return the parameters as the kernels and products take them."""

@@ -102,15 +102,15 @@ def single_step(
     )  # fmt: skip
 
 
-def column_sum(device: Device, values: Array) -> Array:
-    """Return the sum over the rows, (columns,): slab by slab, then the sums of the slabs."""
+def column_sum(device: Device, values: Array, out: Array) -> None:
+    """Write the sum over the rows to `out` (columns,): slab by slab, then the sums of the slabs."""
     kernel = device.kernel("column_sum", values.dtype)
     columns = values.shape[1]
     while True:
         rows = values.shape[0]
         slabs = max(1, -(-rows // _SLAB))
-        sums = device.xp.empty((slabs, columns), values.dtype)
+        sums = out if slabs == 1 else device.xp.empty((slabs, columns), values.dtype)
         kernel((slabs, -(-columns // _COLUMNS)), (_COLUMNS, _LANES), (values, sums, rows, columns, _SLAB))
         if slabs == 1:
-            return sums.reshape(columns)
+            return
         values = sums
