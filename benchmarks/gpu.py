@@ -25,8 +25,10 @@ import numpy as np
 from readme.gpu import MODES, OURS, STEP, load
 
 import fastlstm
+from fastlstm.backends.cuda import plans
 from fastlstm.bench.clock import spread
 
+STEPS = "fastlstm float32, by steps"  # where the plan has a persistent kernel: without it
 SIDES = {"torch float32": ("float32", False), "torch float32 TF32": ("float32", True),
          "torch float16": ("float16", False), "torch bfloat16": ("bfloat16", False)}  # fmt: skip
 # Errors against our float32 result, as a share of the largest value: what the number format alone explains, over 512
@@ -191,7 +193,7 @@ class Problem:
         self.weights = [name for name in self.model.params if name.startswith("weight")]  # torch has the same names
 
     def side(self) -> Side:
-        return Side(lambda: None, self.steps if self.cell.kind == STEP else self.forward, self.train)
+        return Side(lambda: take_path(None), self.steps if self.cell.kind == STEP else self.forward, self.train)
 
     def forward(self) -> Any:
         return self.model(self.x, lengths=self.lengths)
@@ -206,6 +208,11 @@ class Problem:
         y, _, tape = self.model.forward(self.x, lengths=self.lengths)
         grads = self.model.backward(tape, self.dy)
         return [y, grads.x, *(grads.params[name] for name in self.weights)]
+
+
+def take_path(forced: str | None) -> None:
+    """Run our recurrences by steps, if "step", or as the plan says."""
+    plans.FORCED = forced
 
 
 def torch_side(torch: Any, device: str, problem: Problem, kind: str, tf32: bool) -> Side:
@@ -255,6 +262,7 @@ def measure(cupy: Any, torch: Any, device: str, cell: Cell) -> dict[str, Any]:
     """Compare and time all sides of one cell."""
     problem = Problem(cupy, cell)
     sides = {OURS: problem.side()}
+    sides[OURS].prepare()
     truth = compared(sides[OURS], cell)
     found: dict[str, Any] = {OURS: {"agrees": True, "error": 0.0}}
     for name, (kind, tf32) in SIDES.items() if torch is not None else ():
@@ -267,6 +275,14 @@ def measure(cupy: Any, torch: Any, device: str, cell: Cell) -> dict[str, Any]:
             continue
         sides[name] = side
         found[name] = {"agrees": error <= TOLERANCE[name], "error": error}
+    plan = problem.model.plan(problem.x, problem.lengths)
+    if "one launch a sequence" in plan:
+        sides[STEPS] = sides[OURS]._replace(prepare=lambda: take_path("step"))
+        sides[STEPS].prepare()
+        ours = compared(sides[STEPS], cell)
+        error = worst_error(torch, list(map(torch.from_dlpack, ours)), truth) if torch is not None else 0.0
+        found[STEPS] = {"agrees": error <= TOLERANCE["torch float32"], "error": error}
+    found[OURS]["plan"] = plan
     del truth
     modes = MODES[:1] if cell.kind == STEP else MODES
     for mode in modes:
@@ -276,6 +292,7 @@ def measure(cupy: Any, torch: Any, device: str, cell: Cell) -> dict[str, Any]:
             found[name][mode] = {
                 "device": spread(device_us / steps), "host": spread(host_us / calls), "rounds": len(samples),
             }  # fmt: skip
+    take_path(None)
     return found
 
 

@@ -26,7 +26,7 @@ __device__ inline void store_relaxed(word_t *to, word_t value) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ inline void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Four numbers at once. ld.volatile would do as well, at the cost of system scope.
 __device__ inline float4 load_shared_by_blocks(const float *from) {

@@ -6,7 +6,7 @@
 //
 //   fetch     each warp waits for its eighth of the vector of the step before, and brings it to its part of shared memory
 //   multiply  weights in registers times vector in shared memory, summed over the lanes that share a row
-//             (one __syncthreads; the partial sums of the warps have two buffers)
+//             (one __syncthreads; the next step's sums come after a barrier of the block, in `published`)
 //   cell      one thread a sequence and unit sums the 8 warps' shares in fixed order and keeps c (backward: dc) in a
 //             register
 //   publish   the vector for the next step, before anything else is stored
@@ -48,7 +48,7 @@ template <int LANES_> struct Pass {
 #else
     static constexpr int STAGE = WARPS * 2 * TILE * SLICE;  // two tiles a warp
 #endif
-    static constexpr int SHARED = (STAGE + 2 * WARPS * ROWS * OUT) * int(sizeof(float));  // bytes
+    static constexpr int SHARED = (STAGE + WARPS * ROWS * OUT) * int(sizeof(float));  // bytes
     static_assert(ROWS % TILE == 0, "ROWS");
 };
 using Forward = Pass<SPLIT>;
@@ -247,7 +247,7 @@ __device__ inline void published(const Group &group, index_t step) {
 #else
     __syncthreads();  // all of the block's numbers are there
     if (threadIdx.x == 0) {
-        fence();
+        fence_acq_rel();
         store_relaxed(group.flags + group.rank, word_t(step + 1));
     }
 #endif

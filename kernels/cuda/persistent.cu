@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     DYNAMIC_SHARED(shared);
     using P = Forward;
     Group group = group_of<P>(vectors, flags, d);
-    float *stage = shared, *partial = shared + P::STAGE;
+    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, OUT)
 #ifdef CLUSTER
     group.vectors = shared;
 #endif
@@ -77,7 +77,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
                 for (int gate = 0; gate < GATES; ++gate) gates[n][gate] = from[gate * d.hidden];
         }
         const index_t next = step + 1 < steps ? first_row(step + 1, offsets, d) : 0;
-        float *sums = partial + (step % 2) * WARPS * ROWS * P::OUT;
         wait_for_group();
         product<P>(w, group, stage, sums, step);
         __syncthreads();
@@ -142,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     DYNAMIC_SHARED(shared);
     using P = Backward;
     Group group = group_of<P>(vectors, flags, d);
-    float *stage = shared, *partial = shared + P::STAGE;
+    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, OUT)
 #ifdef CLUSTER
     group.vectors = shared;
 #endif
@@ -192,7 +191,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
             c_prev[n] = c_tape[(step ? d.batch + before + item.row : item.row) * d.hidden + unit];
             dy_t[n] = dy ? dy[output_of(item, step, d) * d.hidden + unit] : real(0);
         }
-        float *sums = partial + (turn % 2) * WARPS * ROWS * P::OUT;
         if (turn) {
             wait_for_group();
             product<P>(w, group, stage, sums, turn - 1);

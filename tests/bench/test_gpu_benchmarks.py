@@ -23,6 +23,8 @@ import gpu_launch
 import gpu_repeat
 from readme import gpu as shown
 
+from fastlstm.backends.cuda import plans
+
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 CELLS = [[2, 8, "sequence", 1, False, 6], [3, 8, "ragged", 2, True, 6], [2, 8, "one step"]]
 
@@ -89,7 +91,7 @@ def test_the_file_is_written_after_each_cell_and_names_what_is_skipped(xp, out, 
     assert found["skipped"] == [] and found["machine"]["GPU"] == "no GPU, but a stand-in"
     for cell in found["table"]:
         side = cell["sides"][gpu.OURS]
-        assert set(side) == {"agrees", "error", *shown.MODES[: 1 if cell["kind"] == "one step" else 2]}
+        assert set(side) == {"agrees", "error", "plan", *shown.MODES[: 1 if cell["kind"] == "one step" else 2]}
         for mode in set(side) & set(shown.MODES):
             for clock in ("device", "host"):
                 low, middle, high = side[mode][clock]
@@ -108,7 +110,8 @@ def test_the_host_time_ends_before_the_device_is_waited_for(xp, monkeypatch):
     monkeypatch.setattr(gpu_common.time, "perf_counter", lambda: events.append("clock") or next(clock))
     event = type(xp.cuda.Event())
     monkeypatch.setattr(event, "record", lambda self: events.append("record"))
-    monkeypatch.setattr(event, "synchronize", lambda self: events.append("wait"))
+    for waits in (event, type(xp.cuda.get_current_stream())):
+        monkeypatch.setattr(waits, "synchronize", lambda self: events.append("wait"))
     monkeypatch.setattr(xp.cuda, "get_elapsed_time", lambda start, end: 2.0)
     assert gpu_common.elapsed(xp, lambda: events.append("call")) == (2000.0, 500_000.0)
     assert events == ["wait", "record", "clock", "call", "clock", "record", "wait"]
@@ -146,6 +149,20 @@ def test_torch_does_the_same_work_in_every_kind_of_cell_and_its_kernels_are_name
     monkeypatch.setattr(gpu, "TOLERANCE", gpu.TOLERANCE | {"torch float32": 1e-12})
     assert gpu.main(given(out, CELLS[:1], "--torch-device", "cpu")) == 1
     assert not read(out)["table"][0]["sides"]["torch float32"]["agrees"]
+
+
+def test_where_the_plan_is_persistent_the_step_path_is_timed_too(out, torch, monkeypatch):
+    monkeypatch.setattr(gpu, "SECONDS_OF_A_CELL", 0.0)
+    with cuda_row.installed(FakeCupy(architecture="80")) as xp:
+        cells = [[2, 8, "sequence", 1, False, 4], [2, 8, "one step"]]
+        assert gpu.main(given(out, cells, "--torch-device", "cpu", "--seconds", "1000")) == 0
+        kernels = [name for name in xp.pool.launched if name.startswith(("persistent", "step"))]
+    sequence, step = (cell["sides"] for cell in read(out)["table"])
+    assert "one launch a sequence" in sequence[gpu.OURS]["plan"] and sequence[gpu.STEPS]["agrees"]
+    assert set(sequence) == {gpu.OURS, *gpu.SIDES, gpu.STEPS} and set(step) == {gpu.OURS, *gpu.SIDES}
+    assert {"persistent_forward", "persistent_backward", "step_forward", "step_backward"} <= set(kernels)
+    assert plans.FORCED is None
+    assert gpu.STEPS in "\n".join(shown.comparison(read(out)["table"]))
 
 
 def test_without_torch_the_table_has_our_side_and_says_so(xp, out, monkeypatch):

@@ -181,12 +181,15 @@ inline double patience() {
     static const char *given = std::getenv("FASTLSTM_TEST_SPIN_SECONDS");
     return given ? std::atof(given) : 60;
 }
+inline void spin() {
+    std::this_thread::yield();
+    here().wait(State::spinning);
+}
 inline void spin(std::chrono::steady_clock::time_point begin) {
     if (launched->failed) throw std::runtime_error("another block failed");
     if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > patience())
         throw std::runtime_error("a block waited too long for another one");
-    std::this_thread::yield();
-    here().wait(State::spinning);
+    spin();
 }
 // Wait until `done`, as the barriers of a cluster do.
 template <class Done> void spin_until(Done done) {

@@ -21,7 +21,7 @@ inline void spin_again(int tries) {
 
 inline uint32_t load_acquire(const uint32_t *from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
 inline void store_relaxed(uint32_t *to, uint32_t value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
-inline void fence() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
+inline void fence_acq_rel() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 
 inline float load_word(const float *from) {
     float value;

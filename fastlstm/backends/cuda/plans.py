@@ -139,4 +139,4 @@ def _shared(size: int, rows: int, cluster: bool, backward: bool) -> int:
     out = 32 // lanes * _HELD
     tile = 2 if rows == 2 or inner > 1024 else 4
     stage = 2 * rows * inner if cluster else 2 * tile * inner
-    return 4 * (stage + 2 * _WARPS * rows * out)
+    return 4 * (stage + _WARPS * rows * out)
