@@ -58,12 +58,20 @@ class Gradients:
     steps : Steps or None
         ``(h, c)``, by the states after each time step, (T, L*D, B, H) each and zero past each sequence's length; with
         ``keep_state_gradients=True``. For unbatched input without the axis of the batch.
+    flat : array or None
+        From the CUDA backend: the gradients by all parameters, one after the other, in one array (n,) that those in
+        `params` are views of. One all-reduce of NCCL, in place, does for all of them.
     """
 
     x: Array
     state: State
     params: Params
     steps: Steps | None = None
+
+    @property
+    def flat(self) -> Array | None:
+        """The array that all gradients of `params` are views of, or None."""
+        return getattr(self.params, "flat", None)
 
     def __repr__(self) -> str:
         return f"<Gradients by x {tuple(self.x.shape)}, the initial state and {len(self.params)} parameters>"

@@ -16,13 +16,27 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from fastlstm.cell import Cell
 
 __all__ = [
-    "Array", "Backend", "BackwardResult", "Dropout", "ForwardResult", "Params", "Prepared", "RefusedError", "Signature",
-    "State", "Steps", "Unrolled",
+    "Array", "Backend", "BackwardResult", "Dropout", "FlatArrays", "ForwardResult", "Params", "Prepared",
+    "RefusedError", "Signature", "State", "Steps", "Unrolled",
 ]  # fmt: skip
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; the two share no common type
 Params: TypeAlias = Mapping[str, Array]  # by parameter name
 State: TypeAlias = tuple[Array, Array]
+
+
+class FlatArrays(dict[str, Array]):
+    """Arrays by name that are views of one array `flat` (n,), one after the other in the order of the names.
+
+    One collective operation, such as an all-reduce of NCCL over several GPUs, then does for all of them.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], flat: Array) -> None:
+        super().__init__(arrays)
+        self.flat = flat
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy's arrays are no views of its `flat`
 
 
 class ForwardResult(NamedTuple):

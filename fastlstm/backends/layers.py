@@ -17,6 +17,7 @@ from fastlstm.backends.base import (
     Array,
     BackwardResult,
     Dropout,
+    FlatArrays,
     ForwardResult,
     Params,
     Prepared,
@@ -111,8 +112,13 @@ class LayeredBackend(ABC):
         dh_n: Array,  # (D, B, H)
         dc_n: Array,  # (D, B, H)
         keep_steps: bool = False,
+        out: Sequence[Weights] | None = None,  # where the weights' gradients go, if the backend has said where
     ) -> LayerGradients:
         """Back-propagate through one layer, in all its directions."""
+
+    def gradient_arrays(self, params: Params) -> FlatArrays | None:
+        """Make the arrays that the weights' gradients are to be written to; None if each layer makes its own."""
+        return None
 
     def forward(
         self,
@@ -165,16 +171,22 @@ class LayeredBackend(ABC):
         dh_n, dc_n = self._states(cell, batch, cell.dtype, dh_n, dc_n)
         if not tape.layers:
             dx = self.xp.zeros((steps, batch, cell.input_size), cell.dtype)
-            zeros = {name: self.xp.zeros(value.shape, cell.dtype) for name, value in params.items()}
+            zeros: dict[str, Array] | None = self.gradient_arrays(params)
+            if zeros is None:
+                zeros = {name: self.xp.empty(value.shape, cell.dtype) for name, value in params.items()}
+            for value in zeros.values():
+                value[...] = 0
             shapes = [(steps, *state.shape) for state in (dh_n, dc_n)]
             empty = Steps(*(self.xp.zeros(shape, cell.dtype) for shape in shapes)) if keep_steps else None
             return BackwardResult(dx, self.xp.array(dh_n), self.xp.array(dc_n), zeros, empty)
         dh0, dc0, of_steps = [], [], []
         found: dict[str, Array] = {}
+        flat = self.gradient_arrays(params)
         for layer in reversed(range(cell.num_layers)):
             rows = _layer_rows(cell, layer)
+            out = None if flat is None else layer_weights(cell, flat, layer)
             grads = self.layer_backward(
-                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows], keep_steps
+                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows], keep_steps, out
             )
             of_steps.append(grads.steps)
             dh0.append(grads.h0)
@@ -184,15 +196,18 @@ class LayeredBackend(ABC):
                     found[name] = getattr(weights, role)
             mask = tape.masks[layer]
             dy = grads.x if mask is None else grads.x * mask
+        by_name = {name: found[name] for name in params} if flat is None else flat
         return BackwardResult(
-            dy, self._joined(dh0[::-1]), self._joined(dc0[::-1]), {name: found[name] for name in params},
+            dy, self._joined(dh0[::-1]), self._joined(dc0[::-1]), by_name,
             Steps(*map(self._joined_steps, zip(*of_steps[::-1], strict=True))) if keep_steps else None,
         )  # fmt: skip
 
-    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
-        """Advance one time step (see ``base.Backend.step``)."""
+    def step(
+        self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``)."""
         result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
-        return result.h_n, result.c_n
+        return result.h_n[-1].copy(), result.h_n, result.c_n
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
@@ -250,8 +265,7 @@ class _LayeredCall:
 
     def step(self, params: Params, x: Array, h0: Array | None, c0: Array | None) -> tuple[Array, Array, Array]:
         """Advance one time step (see ``base.Prepared.step``)."""
-        h_n, c_n = self._backend.step(self._cell, params, x, h0, c0)
-        return h_n[-1].copy(), h_n, c_n
+        return self._backend.step(self._cell, params, x, h0, c0)
 
     def backward(
         self,

@@ -16,6 +16,8 @@ from harness import REFERENCE, Arrays, Case, problem
 from host_cuda import FakeCupy, compiler
 from tolerances import BOUNDS, normalised_error
 
+from fastlstm import LSTM
+from fastlstm.backends.cuda import launch
 from fastlstm.functional import lstm_backward, lstm_forward
 from fastlstm.kernels.cuda import loader
 
@@ -92,6 +94,20 @@ PEEPHOLE_SLIPS = {
     "dp not read": ("load_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t)", "for (auto &d : dp_t) d = {}"),
 }  # fmt: skip
 
+STEP_SLIPS = {
+    "state not read": ("if (h_prev) add_products", "if (false) add_products"),
+    "weights of the next unit": ("weight_ih + unit * inputs", "weight_ih + (unit + 1) % hidden * inputs"),
+    "gates too close": ("weight[gate * gate_stride + k]", "weight[gate * count + k]"),
+    "last lane's share left out": ("k = threadIdx.x; k < count", "k = threadIdx.x; k + 1 < count"),
+    "half of the sum": ("int flip = 16;", "int flip = 8;"),
+    "every lane the last sequence's sums": ("if (threadIdx.x == n) gates", "gates"),
+    "bias of the gate before": ("bias[gate * hidden + unit]", "bias[(gate + 3) % GATES * hidden + unit]"),
+    "no cell state": ("c_prev ? c_prev[at] : real(0)", "real(0)"),
+    "sequences of one warp alone": ("first += index_t(gridDim.y) * STEP_ROWS", "first += batch"),
+    "output left out": ("if (y) y[at] = h_t;", ""),
+    "rows of the first group again": ("row = min(first + n, batch - 1);", "row = min(index_t(n), batch - 1);"),
+}  # fmt: skip
+
 
 def solve_twice(xp: FakeCupy, case: Case) -> list[Arrays]:
     """Forward once, backward twice on one tape; all results, once with each backward pass."""
@@ -136,7 +152,9 @@ NOTICED = 1e3  # a slip must stand out by this factor over the bound: no check m
 
 @pytest.mark.parametrize("cases", [CASES, PEEPHOLE_CASES], ids=["plain", "peephole"])
 def test_the_unchanged_kernels_pass(cases):
-    assert worst_error(lambda code: code, cases) <= BOUND
+    """After a slip, too: the check must not use what an earlier one has compiled or prepared."""
+    for change, passes in ((slipped(*SLIPS["dc not times f"]), False), (lambda code: code, True)) * 2:
+        assert (worst_error(change, cases) <= BOUND) is passes
 
 
 def slipped(old: str, new: str):
@@ -157,3 +175,31 @@ def test_a_slip_is_noticed(slip):
 @pytest.mark.parametrize("slip", PEEPHOLE_SLIPS)
 def test_a_slip_in_the_peepholes_is_noticed(slip):
     assert worst_error(slipped(*PEEPHOLE_SLIPS[slip]), PEEPHOLE_CASES) > NOTICED * BOUND
+
+
+# More inputs than a warp has lanes, sequences that fill no warp, more groups of them than the grid has blocks.
+STEP_CASE = Case(1, 7, 37, 5, 2)
+
+
+def error_of_a_step(monkeypatch, change) -> float:
+    """Return the largest error of two steps with the changed kernels."""
+    monkeypatch.setattr(launch, "_MOST_BLOCKS", 1)
+    p, found = problem(STEP_CASE), []
+    xp = FakeCupy(change=change, fibers=True, options=("-O0",))
+    for library, host in ((xp, lambda value: value.get()), (np, lambda value: value)):
+        with installed(xp) if library is xp else REFERENCE.active():
+            lstm = LSTM(37, 5, 2, dtype=np.float64)
+            lstm.params.update({name: library.array(value) for name, value in p.params.items()})
+            first, state = lstm.step(library.array(p.x[0]), tuple(map(library.array, p.state)))
+            second, state = lstm.step(library.array(p.x[0]), state)
+            found.append([host(value) for value in (first, second, *state)])
+    return max(normalised_error(ours, true) for ours, true in zip(*found, strict=True))
+
+
+def test_the_unchanged_single_step_passes(monkeypatch):
+    assert error_of_a_step(monkeypatch, lambda code: code) <= BOUND
+
+
+@pytest.mark.parametrize("slip", STEP_SLIPS)
+def test_a_slip_in_the_single_step_is_noticed(slip, monkeypatch):
+    assert error_of_a_step(monkeypatch, slipped(*STEP_SLIPS[slip])) > NOTICED * BOUND

@@ -159,6 +159,7 @@ class PhasedBackend(LayeredBackend):
         dh_n: Array,
         dc_n: Array,
         keep_steps: bool = False,
+        out: Sequence[Weights] | None = None,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         cell, size, rows = tape.given.cell, size_of(tape.given.cell, tape.given.layer), tape.rows

@@ -1,10 +1,12 @@
 """The CUDA backend: whole models and layers, on the kernels in ``kernels/cuda`` and on cuBLAS's matrix products.
 
-All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Only the packing of a
-ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call keeps six numbers for
-each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four more while it runs.
-When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are
-unchanged.
+All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Where the recurrence is
+one persistent kernel (``plans.py``), on a GPU it may wait for another stream's: two of them do not run at once, unless
+their groups are clusters. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
+keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
+more while it runs. When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the
+caller's arrays are unchanged.
 """
 
 from __future__ import annotations
@@ -13,9 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature
+from fastlstm.backends.base import (
+    Array,
+    BackwardResult,
+    Dropout,
+    FlatArrays,
+    ForwardResult,
+    Params,
+    Prepared,
+    Signature,
+)
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
+from fastlstm.backends.cuda.launch import single_step
+from fastlstm.backends.cuda.persistent import choice_of
+from fastlstm.backends.cuda.plans import describe
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import (
     Given,
@@ -30,7 +44,11 @@ from fastlstm.backends.ragged import Packing
 from fastlstm.cell import VARIANTS, Cell
 from fastlstm.errors import BackendError
 
-__all__ = ["CudaBackend"]
+__all__ = ["MOST_ROWS_OF_A_STEP", "CudaBackend"]
+
+# Above it, the products of a single step go to cuBLAS: the kernel reads the weights once for every four sequences, so
+# that its time grows with the batch. Not measured.
+MOST_ROWS_OF_A_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -93,22 +111,35 @@ class CudaBackend(LayeredBackend):
         with self.device.of(params["weight_hh_l0"]):
             return super().backward(cell, params, tape, dy, dh_n, dc_n)
 
-    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
-        """Advance one time step (see ``base.Backend.step``): two products and one kernel for each layer."""
+    def step(
+        self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``): one launch for each layer.
+
+        Beyond :data:`MOST_ROWS_OF_A_STEP` sequences cuBLAS's products are faster. A CUDA graph cannot capture these, so
+        a stream that is being captured gets the kernel whatever the batch is.
+        """
         with self.device.of(x):
-            batch, hidden, dtype = x.shape[0], cell.hidden_size, x.dtype
-            if not batch:
+            batch = x.shape[0]
+            if not batch or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
                 return super().step(cell, params, x, h, c)
-            h, c = (self.xp.ascontiguousarray(s) for s in self._states(cell, batch, dtype, h, c))
-            h_n, c_n = self.xp.empty(h.shape, dtype), self.xp.empty(c.shape, dtype)
-            rows, x = Rows(self.device, Packing.of(None, 1, batch)), self.xp.ascontiguousarray(x)
+            h_n, c_n = (self.xp.empty((cell.num_layers, batch, cell.hidden_size), x.dtype) for _ in range(2))
+            y = self.xp.empty((batch, cell.hidden_size), x.dtype)
+            x, h, c = (None if array is None else self.xp.ascontiguousarray(array) for array in (x, h, c))
             for layer in range(cell.num_layers):
-                weights = self._contiguous(layer_weights(cell, params, layer)[0])
-                # h_t is output and final state in one.
-                inputs, y = x.reshape(1, batch, -1), h_n[layer].reshape(1, batch, 1, hidden)
-                direction_forward(weights, inputs, h[layer], c[layer], rows, 0, y, h_n[layer], c_n[layer], False)
+                single_step(
+                    self.device, self._contiguous(layer_weights(cell, params, layer)[0]), x,
+                    None if h is None else h[layer], None if c is None else c[layer],
+                    h_n[layer], c_n[layer], y if layer == cell.num_layers - 1 else None,
+                )  # fmt: skip
                 x = h_n[layer]
-            return h_n, c_n
+            return y, h_n, c_n
+
+    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+        """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
+        if not batch:
+            return super().plan(cell, rows, batch, frozen)
+        return [describe(choice_of(self.device, cell.dtype, cell.hidden_size, rows, batch))] * cell.num_layers
 
     def layer_forward(
         self,
@@ -143,21 +174,30 @@ class CudaBackend(LayeredBackend):
         dh_n: Array,
         dc_n: Array,
         keep_steps: bool = False,
+        out: Sequence[Weights] | None = None,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
+        assert out is not None  # from `gradient_arrays`
         dh_n, dc_n = self.xp.ascontiguousarray(dh_n), self.xp.ascontiguousarray(dc_n)
         if dy is not None:
             dy = self.xp.ascontiguousarray(dy)
         dx = self.xp.empty(tape.x.shape, dh_n.dtype)
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
-        dweights = [
+        for d, w in enumerate(weights):
             direction_backward(
                 self._contiguous(w), tape.directions[d], tape.x, tape.rows, d, len(weights),
-                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d],
-            )
-            for d, w in enumerate(weights)
-        ]  # fmt: skip
-        return LayerGradients(dx, dh0, dc0, dweights)
+                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d],
+            )  # fmt: skip
+        return LayerGradients(dx, dh0, dc0, out)
+
+    def gradient_arrays(self, params: Params) -> FlatArrays:
+        """Make one array for the gradients of all parameters, in their order, and views of it."""
+        flat = self.xp.empty(sum(value.size for value in params.values()), params["weight_hh_l0"].dtype)
+        arrays, start = {}, 0
+        for name, value in params.items():
+            arrays[name] = flat[start : start + value.size].reshape(value.shape)
+            start += value.size
+        return FlatArrays(arrays, flat)
 
     def _contiguous(self, weights: Weights) -> Weights:
         """Return the parameters as the kernels and products take them."""

@@ -13,7 +13,7 @@ from fastlstm.backends.layers import Weights
 from fastlstm.backends.ragged import Packing
 from fastlstm.kernels.cuda import loader
 
-__all__ = ["FIELDS", "column_sum", "geometry", "step_kernel", "step_records"]
+__all__ = ["FIELDS", "column_sum", "geometry", "single_step", "step_kernel", "step_records", "variant_of"]
 
 # The fields of struct Step in kernels/cuda/common.cuh, each of 64 bits.
 FIELDS = ("first", "c_from", "c_to", "h_to", "rows", "step", "steps", "batch", "hidden", "directions", "direction")
@@ -22,6 +22,8 @@ _THREADS = 128  # of a block
 _MOST_BLOCKS = 65535  # along the second axis of a grid; kernels loop over the rows beyond it
 # As in column_sum.cu: columns and lanes of a block; and the rows that one block sums, few enough to keep the GPU busy.
 _COLUMNS, _LANES, _SLAB = 32, 8, 256
+# As in single_step.cu: lanes of a warp, hidden units of a block, and sequences of a warp.
+_WARP, _UNITS, _STEP_ROWS = 32, 4, 4
 
 
 @lru_cache(maxsize=1024)
@@ -70,19 +72,45 @@ def step_kernel(
     width = loader.wide(dtype)
     if hidden % width or not all(array is None or device.aligned(array) for array in given):
         width = 1
-    variant = () if weights.weight_peephole is None else ("PEEPHOLE",)
-    return device.kernel(name, dtype, width, variant), hidden // width
+    return device.kernel(name, dtype, width, variant_of(weights)), hidden // width
 
 
-def column_sum(device: Device, values: Array) -> Array:
-    """Return the sum over the rows, (columns,): slab by slab, then the sums of the slabs."""
+def variant_of(weights: Weights) -> tuple[str, ...]:
+    """Return the macros of a cell's variant (see ``loader.VARIANTS``)."""
+    return () if weights.weight_peephole is None else ("PEEPHOLE",)
+
+
+def single_step(
+    device: Device,
+    weights: Weights,  # C-contiguous
+    x: Array,  # (B, I), IN
+    h_prev: Array | None,  # (B, H), IN, zeros if None
+    c_prev: Array | None,  # (B, H), IN, zeros if None
+    h: Array,  # (B, H), OUT
+    c: Array,  # (B, H), OUT
+    y: Array | None,  # (B, H), OUT: a copy of h
+) -> None:
+    """Run one time step of one layer in one launch."""
+    (batch, inputs), hidden = x.shape, h.shape[1]
+    device.kernel("single_step", x.dtype, 1, variant_of(weights))(
+        (-(-hidden // _UNITS), min(-(-batch // _STEP_ROWS), _MOST_BLOCKS)),
+        (_WARP, _UNITS),
+        (
+            x, h_prev, c_prev, weights.weight_ih, weights.weight_hh, weights.bias, weights.weight_peephole, h, c, y,
+            batch, inputs, hidden,
+        ),
+    )  # fmt: skip
+
+
+def column_sum(device: Device, values: Array, out: Array) -> None:
+    """Write the sum over the rows to `out` (columns,): slab by slab, then the sums of the slabs."""
     kernel = device.kernel("column_sum", values.dtype)
     columns = values.shape[1]
     while True:
         rows = values.shape[0]
         slabs = max(1, -(-rows // _SLAB))
-        sums = device.xp.empty((slabs, columns), values.dtype)
+        sums = out if slabs == 1 else device.xp.empty((slabs, columns), values.dtype)
         kernel((slabs, -(-columns // _COLUMNS)), (_COLUMNS, _LANES), (values, sums, rows, columns, _SLAB))
         if slabs == 1:
-            return sums.reshape(columns)
+            return
         values = sums

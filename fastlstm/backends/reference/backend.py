@@ -78,6 +78,7 @@ class ReferenceBackend(LayeredBackend):
         dh_n: Array,
         dc_n: Array,
         keep_steps: bool = False,
+        out: Sequence[Weights] | None = None,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         cell, dtype = tape.given.cell, dh_n.dtype
