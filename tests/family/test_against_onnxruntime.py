@@ -25,7 +25,7 @@ def make_cases():
     rng, cases = np.random.default_rng(31), []
     for number, (place, name) in enumerate(itertools.product(range(3), NAMES)):
         for more in range(3):
-            # Of gates that are not bounded there is one at most, for a few steps: such a state grows with each of them.
+            # With gates that have no bound, the state grows from step to step: they get few steps.
             activations = [str(rng.choice(["sigmoid", "hard_sigmoid", "tanh"])), *map(str, rng.choice([*NAMES], 2))]
             activations[place] = name
             fields = {"activations": tuple(activations)}

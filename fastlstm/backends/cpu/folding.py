@@ -8,18 +8,16 @@ products; those of a frozen model once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from fastlstm.backends.base import Array, Params
 from fastlstm.cell import Cell
-from fastlstm.parameters import GATES, PEEPHOLES, gate_rows, peepholes
+from fastlstm.parameters import GATES, PEEPHOLES, direction_names, directions, gate_rows, peepholes
 
-__all__ = ["fold", "is_folded", "unfold"]
-
-_OF_GATES = re.compile("weight_[ih]h_|bias_")
+__all__ = ["Folding", "is_folded"]
 
 
 def is_folded(cell: Cell) -> bool:
@@ -27,41 +25,84 @@ def is_folded(cell: Cell) -> bool:
     return cell.gates != GATES or cell.block_size > 1
 
 
-def unfold(cell: Cell, params: Params) -> dict[str, Array]:
-    """Return the parameters with rows for all gates and units: new arrays, C-contiguous."""
-    return {name: _unfolded(cell, name, array) for name, array in params.items()}
+class _Part(NamedTuple):
+    """Rows that the kernels have, and the parameters' own that they come from."""
+
+    full: slice
+    own: slice
+    repeats: int  # S where the units of a block share a row, else 1
 
 
-def _unfolded(cell: Cell, name: str, array: Array) -> Array:
+class _Rows(NamedTuple):
+    """How the rows of a parameter are made up."""
+
+    full: int  # their number in the kernels
+    own: int  # and in the parameter
+    parts: list[_Part]
+    zeros: list[slice]  # of the kernels' rows
+
+
+class Folding:
+    """Unfolds the parameters of a cell, and folds gradients.
+
+    Parameters
+    ----------
+    cell : Cell
+        One with missing rows (:func:`is_folded`).
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        names = [direction_names(cell, layer, direction) for layer, direction in directions(cell)]
+        rows, of_peepholes = _rows_of_gates(cell), _rows_of_peepholes(cell)
+        self._rows = {of[role]: rows for of in names for role in ("weight_ih", "weight_hh", "bias") if role in of}
+        self._rows |= {of["weight_peephole"]: of_peepholes for of in names if "weight_peephole" in of}
+
+    def unfold(self, params: Params) -> dict[str, Array]:
+        """Return the parameters with rows for all gates and units: new arrays, C-contiguous."""
+        found = dict(params)
+        for name, rows in self._rows.items():
+            own = params[name]
+            full = found[name] = np.empty((rows.full, *own.shape[1:]), own.dtype)
+            for part in rows.parts:
+                if part.repeats == 1:
+                    full[part.full] = own[part.own]
+                else:  # the units of a block lie side by side
+                    full[part.full].reshape(-1, part.repeats, *own.shape[1:])[:] = own[part.own, None]
+            for zeros in rows.zeros:
+                full[zeros] = 0
+        return found
+
+    def fold(self, grads: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the gradients by the parameters that there are."""
+        found = dict(grads)
+        for name, rows in self._rows.items():
+            full = grads[name]
+            own = found[name] = np.empty((rows.own, *full.shape[1:]), full.dtype)
+            for part in rows.parts:
+                if part.repeats == 1:
+                    own[part.own] = full[part.full]
+                else:
+                    full[part.full].reshape(-1, part.repeats, *full.shape[1:]).sum(axis=1, out=own[part.own])
+        return found
+
+
+def _rows_of_gates(cell: Cell) -> _Rows:
+    """Return the rows of a weight or bias."""
     units = cell.hidden_size
-    if name.startswith("weight_peephole"):
-        rows = np.zeros((len(PEEPHOLES), units), array.dtype)
-        rows[[PEEPHOLES.index(gate) for gate in peepholes(cell)]] = array
-        return rows
-    if not _OF_GATES.match(name):
-        return array
-    full = np.zeros((len(GATES), units, *array.shape[1:]), array.dtype)
-    for gate in cell.gates:
-        given = array[gate_rows(cell, gate)]
-        # The units of a block lie side by side.
-        full[GATES.index(gate)].reshape(len(given), units // len(given), *array.shape[1:])[:] = given[:, None]
-    return full.reshape(len(GATES) * units, *array.shape[1:])
+    parts, zeros = [], []
+    for number, gate in enumerate(GATES):
+        full = slice(number * units, (number + 1) * units)
+        if gate in cell.gates:
+            parts.append(_Part(full, gate_rows(cell, gate), units // cell.gate_size(gate)))
+        else:
+            zeros.append(full)
+    return _Rows(len(GATES) * units, cell.rows, parts, zeros)
 
 
-def fold(cell: Cell, grads: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the gradients by the parameters that there are."""
-    return {name: _folded(cell, name, array) for name, array in grads.items()}
-
-
-def _folded(cell: Cell, name: str, array: Array) -> Array:
-    if name.startswith("weight_peephole"):
-        return array[[PEEPHOLES.index(gate) for gate in peepholes(cell)]]
-    if not _OF_GATES.match(name):
-        return array
-    by_gate = array.reshape(len(GATES), cell.hidden_size, *array.shape[1:])
-    found: Array = np.empty((cell.rows, *array.shape[1:]), array.dtype)
-    for gate in cell.gates:
-        blocks = cell.gate_size(gate)
-        parts = by_gate[GATES.index(gate)].reshape(blocks, cell.hidden_size // blocks, *array.shape[1:])
-        found[gate_rows(cell, gate)] = parts.sum(axis=1) if parts.shape[1] > 1 else parts[:, 0]
-    return found
+def _rows_of_peepholes(cell: Cell) -> _Rows:
+    """Return the rows of the weights of peepholes."""
+    own = peepholes(cell)
+    numbers = [(number, own.index(gate)) for number, gate in enumerate(PEEPHOLES) if gate in own]
+    parts = [_Part(slice(full, full + 1), slice(row, row + 1), 1) for full, row in numbers]
+    zeros = [slice(number, number + 1) for number, gate in enumerate(PEEPHOLES) if gate not in own]
+    return _Rows(len(PEEPHOLES), len(own), parts, zeros)

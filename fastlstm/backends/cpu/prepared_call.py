@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Signature
-from fastlstm.backends.cpu.folding import fold, is_folded
+from fastlstm.backends.cpu.folding import Folding, is_folded
 from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
 from fastlstm.backends.cpu.state_gradients import backward_with_steps
-from fastlstm.backends.cpu.weights import PACKED, Packed, full_arrays, packed_model
+from fastlstm.backends.cpu.weights import PACKED, Packed, frozen_arrays, packed_model
 from fastlstm.backends.layers import StackTape, dropout_mask
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell
@@ -50,8 +50,8 @@ class PreparedCall:
             and all(layer.is_small for layer in self.layers)
             and (one_layer or (signature.frozen and signature.steps == 1))
         )
-        self.is_folded = is_folded(cell)
-        self.checks_shapes = self.is_one_launch and not self.is_folded
+        self.folding = Folding(cell) if is_folded(cell) else None
+        self.checks_shapes = self.is_one_launch and self.folding is None
         self._given = self.layers[0].directions[0].given
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
@@ -112,8 +112,7 @@ class PreparedCall:
             packed = params.kept.get(PACKED) or packed_model(self.cell, params)
             self._launch(*packed.at_once, x, h0, c0, y, h_n, c_n)
         else:
-            arrays = full_arrays(self.cell, params) if self.is_folded else params
-            self._launch(*self._given(arrays), x, h0, c0, y, h_n, c_n)
+            self._launch(*self._given(self._arrays(params)), x, h0, c0, y, h_n, c_n)
         return y
 
     def _inference(self) -> Inference:
@@ -137,7 +136,7 @@ class PreparedCall:
     ) -> tuple[Array, StackTape | None]:
         """Run one layer after the other; the output and the tape."""
         packed: Packed | None = packed_model(self.cell, params) if isinstance(params, FrozenParams) else None
-        arrays = full_arrays(self.cell, params)
+        arrays = self._arrays(params)
         if len(self.layers) == 1:
             y, tape = self.layers[0].forward(arrays, packed, x, h0, c0, h_n, c_n, rows, recompute)
             return y, StackTape((rows.steps, rows.batch), [tape], [None]) if self.signature.keep_tape else None
@@ -151,6 +150,12 @@ class PreparedCall:
             stack.layers.append(tape)
             stack.masks.append(mask)
         return x, stack if self.signature.keep_tape else None
+
+    def _arrays(self, params: Params) -> Params:
+        """Return the parameters with rows for all gates; of a frozen model, arrays that the kernels take."""
+        if isinstance(params, FrozenParams):
+            return frozen_arrays(self.cell, params)
+        return params if self.folding is None else self.folding.unfold(params)
 
     def _without_reset(self, rows: Rows, states: Array) -> Array:
         """Set what belongs to states before the first step, (L * D, B, H), to zero in place where they are reset."""
@@ -179,7 +184,7 @@ class PreparedCall:
             dx = np.zeros((*tape.shape, self.cell.input_size), dtype)
             zeros = {name: np.zeros(value.shape, dtype) for name, value in params.items()}
             return BackwardResult(dx, dh_n.copy(), dc_n.copy(), zeros)
-        arrays = full_arrays(self.cell, params)
+        arrays = self._arrays(params)
         dh0, dc0 = np.empty(shape, dtype), np.empty(shape, dtype)
         if len(self.layers) == 1:
             dx, found = self.layers[0].backward(arrays, tape.layers[0], dy, dh_n, dc_n, dh0, dc0)
@@ -202,4 +207,4 @@ class PreparedCall:
         rows: Rows = tape.layers[0].rows
         if rows.resets is not None:
             dh0, dc0 = self._without_reset(rows, dh0), self._without_reset(rows, dc0)
-        return BackwardResult(dx, dh0, dc0, fold(self.cell, found) if self.is_folded else found)
+        return BackwardResult(dx, dh0, dc0, self.folding.fold(found) if self.folding else found)

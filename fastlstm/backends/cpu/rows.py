@@ -28,6 +28,8 @@ class Rows:
         N, the number of steps of all sequences.
     ragged : bool
         Whether the lengths differ from T.
+    is_plain : bool
+        Whether all sequences have all steps, without resets.
     resets : array or None, (T, B) bool
         Where the state of a sequence is zero before a step.
     is_kept : bool
@@ -35,7 +37,7 @@ class Rows:
         object: those of many large batches could take more memory than the calls themselves.
     """
 
-    __slots__ = ("_indices", "batch", "count", "is_kept", "lengths", "longest", "ragged", "resets", "steps")
+    __slots__ = ("_indices", "batch", "count", "is_kept", "is_plain", "lengths", "longest", "ragged", "resets", "steps")
 
     def __init__(self, lengths: Array | None, steps: int, batch: int, resets: Array | None = None) -> None:
         self.steps, self.batch, self.longest, self.count, self.ragged = steps, batch, steps, steps * batch, False
@@ -44,7 +46,8 @@ class Rows:
             if shortest < steps:
                 self.longest, self.count, self.ragged = longest, count, True
         self.lengths, self.resets = lengths, resets
-        self.is_kept = not self.ragged and resets is None and self.count + steps + 2 * batch <= _KEPT_NUMBERS
+        self.is_plain = not self.ragged and resets is None
+        self.is_kept = self.is_plain and self.count + steps + 2 * batch <= _KEPT_NUMBERS
         self._indices: dict[bool, Array] = {}
 
     def index(self, reverse: bool) -> Array:
@@ -75,11 +78,6 @@ class Rows:
         start = 2 * self.batch + self.longest + 1
         packed: Array = flat.take(self.index(reverse)[start : start + self.count], axis=0)
         return packed
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all sequences have all steps, without resets."""
-        return not self.ragged and self.resets is None
 
     def begins_reset(self, reverse: bool) -> Array:
         """Return the sequences, (B,) bool, whose state is reset before their first step."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm.backends.base import Array, Params
-from fastlstm.backends.cpu.folding import is_folded, unfold
+from fastlstm.backends.cpu.folding import Folding, is_folded
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
@@ -17,9 +17,10 @@ from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights
 from fastlstm.parameters import PEEPHOLES, direction_names
 
-__all__ = ["PACKED", "Packed", "Size", "full_arrays", "packed_model", "size_of", "variant_of"]
+__all__ = ["PACKED", "Packed", "Size", "frozen_arrays", "packed_model", "size_of", "variant_of"]
 
-PACKED = "packed for the CPU backend"  # under this key they are kept with weights that never change
+# Under these keys they are kept with weights that never change.
+PACKED, UNFOLDED = "packed for the CPU backend", "with rows for all gates, for the CPU backend"
 
 
 class Size(NamedTuple):
@@ -64,18 +65,13 @@ def variant_of(cell: Cell) -> Variant:
     return Variant(cell.peephole, forget, cell.activations, cell.clip, cell.cell_clip)
 
 
-UNFOLDED = "with rows for all gates"  # under this key they are kept with weights that never change
-
-
-def full_arrays(cell: Cell, params: Params) -> Params:
-    """Return a model's parameters with rows for all gates; of a frozen model, arrays that the kernels take."""
+def frozen_arrays(cell: Cell, params: FrozenParams) -> Params:
+    """Return the parameters of a frozen model as the kernels take them, with rows for all gates."""
     if not is_folded(cell):
-        return params.arrays if isinstance(params, FrozenParams) else params
-    if not isinstance(params, FrozenParams):
-        return unfold(cell, params)
+        return params.arrays
     found: Params | None = params.kept.get(UNFOLDED)
     if found is None:
-        found = params.kept.setdefault(UNFOLDED, unfold(cell, params.arrays))
+        found = params.kept.setdefault(UNFOLDED, Folding(cell).unfold(params.arrays))
     return found
 
 
@@ -99,7 +95,7 @@ def packed_model(cell: Cell, params: FrozenParams) -> Packed:
 
 def _pack(cell: Cell, params: FrozenParams) -> Packed:
     sizes = [size_of(cell, layer) for layer in range(cell.num_layers)]
-    found, arrays = Packed([], [], [], [[] for _ in sizes], []), full_arrays(cell, params)
+    found, arrays = Packed([], [], [], [[] for _ in sizes], []), frozen_arrays(cell, params)
     for direction in range(cell.num_directions):
         shapes = [shape for number in (0, 1) for size in sizes for shape in size.packed_shapes[number : number + 1]]
         counts = [int(np.prod(shape)) for shape in shapes]
