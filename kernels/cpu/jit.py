@@ -64,14 +64,15 @@ _OPTIONS = {"nopython": True, "_nrt": False, "no_cfunc_wrapper": True, "error_mo
 KERNELS: list[Any] = []  # all that have been declared, in this order
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], constants: tuple[Any, ...] | None = None) -> Any:
     """Compile a kernel at its first call, to run without the GIL, and write it to disk for the next process.
 
-    If no folder is writeable, it is compiled in every process.
+    If no folder is writeable, it is compiled in every process. `constants` tell it apart from others that are made by
+    the same function; where they are None, what it refers to does.
     """
     made = unkept_kernel(function)
     if not PLAIN:
-        made._cache = _Cache(function)
+        made._cache = _Cache(function, constants)
     KERNELS.append(made)
     return made
 
@@ -148,7 +149,7 @@ def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 class _Cache(NullCache):
     """The cache of a dispatcher: asked for compiled code, and given new code."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], constants: tuple[Any, ...] | None = None) -> None:
         module = function.__module__
         qualname = function.__qualname__.replace("<", "").replace(">", "")
         self._name = f"{module.rpartition('.')[2]}.{qualname}-{sys.implementation.cache_tag}"
@@ -159,8 +160,9 @@ class _Cache(NullCache):
             except (OSError, TypeError):
                 sources = None
         versions = sys.implementation.cache_tag, getattr(sys, "abiflags", ""), numba.__version__, llvmlite.__version__
-        constants = tuple(repr(cell.cell_contents) for cell in function.__closure__ or ())
-        self._identity = sources and (sources, versions, module, qualname, constants)
+        if constants is None:
+            constants = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        self._identity = sources and (sources, versions, module, qualname, tuple(map(repr, constants)))
 
     @property
     def cache_path(self) -> str | None:
@@ -241,9 +243,12 @@ def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
 # --- functions that are called by their address --------------------------------------------------------------
 
 
-def by_address(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels call by its address, at :func:`address_of`; cached as a kernel is."""
-    dispatcher = kernel(function)
+def by_address(function: Callable[..., Any], *constants: Any) -> Any:
+    """Compile a function that kernels call by its address, at :func:`address_of`; cached as a kernel is.
+
+    The `constants` are those that it was made for.
+    """
+    dispatcher = kernel(function, constants)
     refuse_others(dispatcher)
     return dispatcher
 

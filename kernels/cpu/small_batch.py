@@ -31,7 +31,7 @@ from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
 from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
-from fastlstm.kernels.cpu.small_products import copy_or_clear, product
+from fastlstm.kernels.cpu.small_products import clear, copy_or_clear, product
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.vector import (
     address,
@@ -52,8 +52,9 @@ __all__ = [
 ]  # fmt: skip
 
 # The numbers in a call's `settings`, one int64 array: I, H, whether there is a bias, the number of layers and of a
-# variant's own rows of parameters, and the addresses of its routines.
-INPUTS, HIDDEN, BIASED, LAYERS, OWN, ADDRESSES = range(6)
+# variant's own rows of parameters, whether the gradient by the h of the step before is taken for zero, and the
+# addresses of the variant's routines.
+INPUTS, HIDDEN, BIASED, LAYERS, OWN, TRUNCATED, ADDRESSES = range(7)
 SETTINGS = ADDRESSES + CELL
 
 
@@ -309,8 +310,11 @@ def small_backward(
     for low in range(rows - batch, -1, -batch):
         for sequence in range(batch):
             _cells_back(cell, tape, c0, dy, dh0, dc0, down, da, low, sequence)
-        step = offset(address(da), low * gates)
-        product(batch, gates, hidden, step, gates, 1, address(weight_hh), hidden, address(dh0))
+        if settings[TRUNCATED]:
+            clear(address(dh0), batch * hidden)
+        else:
+            step = offset(address(da), low * gates)
+            product(batch, gates, hidden, step, gates, 1, address(weight_hh), hidden, address(dh0))
     all_da, h_row = address(da), h_rows.shape[1]
     product(rows, gates, inputs, all_da, gates, 1, address(weight_ih), inputs, address(dx))
     product(gates, rows, inputs, all_da, 1, gates, address(x), inputs, address(dweight_ih))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.jit import routine
-from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, offset, splat, store, store_first
+from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, load_first, offset, splat, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 
-__all__ = ["copy_or_clear", "product"]
+__all__ = ["clear", "copy_or_clear", "product"]
 
 
 @routine
@@ -17,7 +17,14 @@ def copy_or_clear(source, target, size):
         store_first(offset(target, n), load_first(offset(address(source), n), left if source.size else 0), left)
 
 
-_TOGETHER = 4  # rows of B that are read together
+@routine
+def clear(target, size):
+    """Set so many elements to zero."""
+    for n in range(0, size, lanes_of(target)):
+        store_first(offset(target, n), fill(target, 0.0), size - n)
+
+
+_TOGETHER = 4  # rows of B that are read side by side
 
 
 @routine

@@ -11,7 +11,10 @@ from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import pack_rows
 
-__all__ = ["PANEL_ROWS", "Product", "add_bias", "add_own", "finish_edge", "inputs_back", "weights_back"]
+__all__ = [
+    "PANEL_ROWS", "CellStates", "Product", "add_bias", "add_own", "cell_before", "cell_state", "finish_edge",
+    "inputs_back", "weights_back",
+]  # fmt: skip
 
 # Rows of a chunk that a block of the weights' gradients takes at most: with 4 vectors each, those of x or h stay in L1
 # while the microkernel goes over the gates of some units.
@@ -68,10 +71,7 @@ def add_own(cell, da, rows, tape, c0, chunk_first, chunk_last, sums, first, last
         part, part_row = strip(da, unit * GATES)
         for step in range(chunk_first, chunk_last):
             for row in range(rows.offsets[step + 1] - rows.offsets[step]):
-                if step:
-                    c_prev = load(cell_state(tape, rows.offsets[step - 1] + row, block))
-                else:
-                    c_prev = load_first(offset(c0, rows.order[row] * cell.hidden + unit), units)
+                c_prev = cell_before(tape, c0, cell.hidden, rows, step, row, block, units)
                 n = rows.offsets[step] + row
                 own_gradients(
                     here, offset(part, (n - low) * part_row), units, c_prev, load(cell_state(tape, n, block)),
@@ -92,6 +92,16 @@ class CellStates(NamedTuple):
 def cell_state(tape, row, block):
     """Return a pointer to c of a row and block."""
     return offset(tape.start, ((row * tape.blocks + block) * tape.kept + tape.kept - 1) * tape.width)
+
+
+@routine(inline=True)
+def cell_before(tape, c0, hidden, rows, step, row, block, units):
+    """Load the cell state before a step, of one of the step's rows."""
+    if rows.has_resets and rows.resets[rows.offsets[step] + row]:
+        return fill(c0, 0.0)
+    if step:
+        return load(cell_state(tape, rows.offsets[step - 1] + row, block))
+    return load_first(offset(c0, rows.order[row] * hidden + block * tape.width), units)
 
 
 @routine

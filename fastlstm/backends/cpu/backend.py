@@ -66,7 +66,10 @@ class CpuBackend:
 
 
 # Variants that the kernels have.
-_COMPILED = ("peephole",)
+_COMPILED = (
+    "peephole", "forget_gate", "coupled", "block_size", "truncated", "activations", "clip", "cell_clip", "reverse",
+    "merge",
+)  # fmt: skip
 
 
 def is_compiled(cell: Cell) -> bool:

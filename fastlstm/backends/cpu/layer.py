@@ -29,6 +29,7 @@ class LayerTape(NamedTuple):
     x: Array  # (T, B, I), the input itself
     rows: Rows
     directions: list[Any]  # of DirectionTape
+    y: Array | None = None  # (T, B, D*H), if the outputs of two directions are multiplied
 
 
 class LayerCall:
@@ -37,7 +38,7 @@ class LayerCall:
     Attributes
     ----------
     is_small : bool
-        Whether the kernels for small batches run it for inference, unless the batch is ragged.
+        Whether the kernels for small batches run it for inference, unless the batch is ragged or has resets.
     state_rows : slice
         Its rows in the states of all layers.
     """
@@ -45,19 +46,20 @@ class LayerCall:
     def __init__(self, cell: Cell, number: int, signature: Signature) -> None:
         steps, batch, self.keep_tape, frozen = signature
         directions = cell.num_directions
-        self.number, self.size = number, size_of(cell, number)
+        self.number, self.size, self.merge = number, size_of(cell, number), cell.merge
         self.state_rows = slice(number * directions, (number + 1) * directions)
         names = [direction_names(cell, number, direction) for direction in range(directions)]
         self.names = [tuple(name.values()) for name in names]
         self.directions = [
             DirectionCall(self.size, names[direction], direction, signature) for direction in range(directions)
         ]
-        small = directions == 1 and small_batch.is_small(self.size, steps, batch, packed=frozen)
+        in_order = directions == 1 and not (cell.reverse and steps > 1)
+        small = in_order and small_batch.is_small(self.size, steps, batch, packed=frozen)
         self.is_small = small and not self.keep_tape
         # A frozen model always uses packed weights, so that inference and training are bit-identical; the small-batch
         # training kernel reads unpacked weights, and sums in another order.
         self._trains_small = small and self.keep_tape and not frozen
-        self._small_back = directions == 1 and small_batch.is_small(self.size, steps, batch, backward=True)
+        self._small_back = in_order and small_batch.is_small(self.size, steps, batch, backward=True)
         self._settings = small_batch.layer_settings(self.size)
         self._launch: Any = None  # of a small layer, prepared at the first call: it compiles
 
@@ -74,7 +76,7 @@ class LayerCall:
         recompute: bool,
     ) -> tuple[Array, LayerTape | None]:
         """Run the layer: its output (T, B, D*H), and what it leaves on the tape."""
-        if (self.is_small or self._trains_small) and not rows.ragged:
+        if (self.is_small or self._trains_small) and rows.is_plain:
             return self._forward_small(arrays, packed, x, h0, c0, h_n, c_n, rows)
         size, directions, threads = self.size, self.directions, get_num_threads()
         h0, c0 = as_plain(h0), as_plain(c0)
@@ -95,7 +97,8 @@ class LayerCall:
         if at_once:
             at_once.run()
         y = y.reshape(rows.steps, rows.batch, y.shape[1])
-        return y, LayerTape(x, rows, tapes) if self.keep_tape else None
+        kept = y if self.merge == "product" else None
+        return _merged(self.merge, y), LayerTape(x, rows, tapes, kept) if self.keep_tape else None
 
     def _forward_small(
         self, arrays: Params, packed: Packed | None, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array, rows: Rows
@@ -133,10 +136,11 @@ class LayerCall:
     ) -> tuple[Array, dict[str, Array]]:
         """Back-propagate through the layer: dx (T, B, I), and the gradients by its parameters."""
         size, rows, columns = self.size, tape.rows, len(self.directions) * self.size.hidden
+        dy = None if dy is None else _unmerged(self.merge, dy, tape.y)
         dy = np.empty((0, columns), size.dtype) if dy is None else dy if dy.flags.carray else as_plain(dy)
         dy = dy.reshape(-1, columns)
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
-        if self._small_back and not rows.ragged:
+        if self._small_back and rows.is_plain:
             grads = small_batch.small_backward(
                 size, self._settings, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape),
                 tape.directions[0], dy, dh_n, dc_n, dx, dh0, dc0,
@@ -151,3 +155,26 @@ class LayerCall:
                 )
                 found |= direction.named(grads)
         return dx.reshape(tape.x.shape), found
+
+
+def _merged(merge: str, y: Array) -> Array:
+    """Put the outputs of two directions together: (T, B, 2H), or (T, B, H) for all but "concat"."""
+    if merge == "concat":
+        return y
+    half = y.shape[2] // 2
+    one, other = y[..., :half], y[..., half:]
+    if merge == "product":
+        return one * other
+    total = one + other
+    return total * total.dtype.type(0.5) if merge == "mean" else total
+
+
+def _unmerged(merge: str, dy: Array, y: Array | None) -> Array:
+    """Take the gradient by the merged output to that by the outputs of the directions, (T, B, 2H)."""
+    if merge == "concat":
+        return dy
+    if merge == "product":
+        assert y is not None
+        half = dy.shape[2]
+        return np.concatenate([dy * y[..., half:], dy * y[..., :half]], axis=2)
+    return np.concatenate([dy * dy.dtype.type(0.5) if merge == "mean" else dy] * 2, axis=2)

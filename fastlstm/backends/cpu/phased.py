@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, Steps
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Steps
+from fastlstm.backends.cpu.folding import Folding, is_folded
 from fastlstm.backends.cpu.launch import launch
 from fastlstm.backends.cpu.phased_sizes import (
     Arguments,
@@ -30,6 +31,7 @@ from fastlstm.backends.cpu.phased_sizes import (
     size_of,
 )  # fmt: skip
 from fastlstm.backends.cpu.rows import Rows
+from fastlstm.backends.cpu.weights import frozen_arrays
 from fastlstm.backends.cpu.workspace import SCRATCH, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.layers import (
     RECURRENT,
@@ -39,6 +41,7 @@ from fastlstm.backends.layers import (
     LayeredBackend,
     LayerGradients,
     LayerResult,
+    StackTape,
     Weights,
     mask_start,
 )  # fmt: skip
@@ -46,6 +49,7 @@ from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import VARIANTS, Cell
+from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu import state_masks
@@ -55,13 +59,18 @@ __all__ = ["PHASED", "PhasedBackend", "is_phased"]
 
 # Fields of a cell that make a phase of their own, and the others that these kernels have.
 _PHASES = ("proj_size", "layer_norm", "recurrent_dropout", "zoneout", "nonlinearity")
-_OTHERS = ("peephole", "truncated", "reverse", "merge")
+_OTHERS = (
+    "peephole", "truncated", "reverse", "merge", "activations", "clip", "cell_clip", "forget_gate", "coupled",
+    "block_size",
+)  # fmt: skip
 _PACKED = "packed for the phased kernels"
 
 
 def is_phased(cell: Cell) -> bool:
     """Say whether a cell has a phase of its own, and these kernels have all its fields."""
     fields = [name for name, plain in VARIANTS.items() if getattr(cell, name) != plain]
+    if cell.layer_norm and is_folded(cell):  # rows that are made up would count in the norm
+        return False
     return any(name in _PHASES for name in fields) and all(name in _PHASES + _OTHERS for name in fields)
 
 
@@ -90,6 +99,13 @@ def _mask_numbers(first: int, given: Given, direction: int) -> dict[int, int]:
 def _rates(cell: Cell) -> Array:
     """Return the probabilities of zoneout, and what recurrent dropout multiplies by."""
     return np.array([*cell.zoneout, 1.0 / (1.0 - cell.recurrent_dropout)], cell.dtype)
+
+
+def _unfolded(cell: Cell, params: Params) -> Params:
+    """Return the parameters as the kernels take them, with rows for all gates."""
+    if not is_folded(cell):
+        return params
+    return frozen_arrays(cell, params) if isinstance(params, FrozenParams) else Folding(cell).unfold(params)
 
 
 class DirectionTape(NamedTuple):
@@ -132,6 +148,37 @@ class PhasedBackend(LayeredBackend):
             chosen = forward_candidates(size, steps, batch, False, *masks, get_num_threads())
             found.append(str(chosen.candidates[0].schedule))
         return found
+
+    def forward(
+        self,
+        cell: Cell,
+        params: Params,
+        x: Array,
+        h0: Array | None,
+        c0: Array | None,
+        lengths: Array | None,
+        dropout: Dropout | None,
+        keep_tape: bool,
+        recompute: bool = False,
+        resets: Array | None = None,
+    ) -> ForwardResult:
+        """Run the whole sequence through all layers (see ``base.Prepared.forward``)."""
+        params = _unfolded(cell, params)
+        return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute, resets)
+
+    def backward(
+        self,
+        cell: Cell,
+        params: Params,
+        tape: StackTape,
+        dy: Array | None,
+        dh_n: Array | None,
+        dc_n: Array | None,
+        keep_steps: bool = False,
+    ) -> BackwardResult:
+        """Back-propagate through all layers (see ``base.Prepared.backward``)."""
+        result = super().backward(cell, _unfolded(cell, params), tape, dy, dh_n, dc_n, keep_steps)
+        return result._replace(params=Folding(cell).fold(result.params)) if is_folded(cell) else result
 
     def layer_forward(self, weights: Sequence[Weights], x: Array, h0: Array, c0: Array, given: Given) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""

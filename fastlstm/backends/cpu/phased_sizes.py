@@ -11,6 +11,7 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.cpu.launch import Candidate, Candidates, settings_of
 from fastlstm.backends.cpu.schedule import Schedule
 from fastlstm.backends.cpu.sequence import chunk_of
+from fastlstm.backends.cpu.weights import variant_of
 from fastlstm.backends.cpu.workspace import Workspace
 from fastlstm.backends.layers import Weights
 from fastlstm.backends.plain_arrays import as_plain
@@ -18,7 +19,7 @@ from fastlstm.cell import Cell
 from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_cells
 from fastlstm.kernels.cpu import phased_forward as forth
-from fastlstm.kernels.cpu.cell_step import GATES, NORMED, PEEPHOLE, PLAIN, cell_addresses
+from fastlstm.kernels.cpu.cell_step import GATES, cell_addresses
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS
@@ -95,7 +96,7 @@ class Size(NamedTuple):
 def size_of(cell: Cell, layer: int) -> Size:
     """Return the size of one layer of a model; compiles the routines of its variant, if it has any."""
     kind = {None: phased_cells.LSTM, "tanh": phased_cells.TANH, "relu": phased_cells.RELU}[cell.nonlinearity]
-    variant = (PEEPHOLE if cell.peephole else PLAIN) | (NORMED if cell.layer_norm else PLAIN)
+    variant = variant_of(cell)._replace(normed=cell.layer_norm)
     units = cell.hidden_size if kind == phased_cells.LSTM else -(-cell.hidden_size // GATES)
     return Size(
         cell.layer_input_size(layer), cell.h_size, units, -(-cell.proj_size // GATES), lanes(cell.dtype), kind,

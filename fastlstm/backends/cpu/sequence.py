@@ -58,6 +58,7 @@ class DirectionCall:
 
     def __init__(self, size: Size, names: dict[str, str], direction: int, signature: Signature) -> None:
         self.size, self.direction, self.keep_tape = size, direction, signature.keep_tape
+        self.reverse = direction == 1 or size.reverse
         self.names = tuple(names.get(role) for role in ("weight_ih", "weight_hh", "bias", "weight_peephole"))
         self.steps, self.batch, self.packed = signature.steps, signature.batch, signature.frozen
         self._nothing = _nothing(size)
@@ -107,7 +108,7 @@ class DirectionCall:
         launch: Any = launch,
     ) -> DirectionTape | None:
         """Run the direction; writes y, h_n and c_n. `launch` launches the kernel; it may be that of ``AtOnce``."""
-        size, reverse = self.size, self.direction == 1
+        size, reverse = self.size, self.reverse
         tape, h_rows = self._nothing.tape, self._nothing.h_rows
         if self.keep_tape:
             # Gates from unpacked weights could not be recomputed bit-identically, and take little memory.
@@ -123,6 +124,8 @@ class DirectionCall:
             clear = int(is_to_be_cleared(y))
             numbers = {forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.CLEAR: clear}
             candidates = functools.partial(self._forward_candidates, (_rounded(rows.count), self._are_few(rows)))
+        if rows.resets is not None:
+            numbers = (numbers or {}) | {forth.RESETS: 1}
         launch(forth.sequence_forward, arguments, candidates, rows.count, threads, numbers)
         return DirectionTape(tape, h_rows, c0.copy()) if self.keep_tape else None
 
@@ -157,17 +160,19 @@ class DirectionCall:
         dc0: Array,
     ) -> list[Array]:
         """Back-propagate; writes dx, dh0 and dc0, and returns the gradients in the order of :meth:`arguments`."""
-        reverse, recompute = self.direction == 1, tape.gates.shape[2] < TAPE
+        recompute = tape.gates.shape[2] < TAPE
         given = self.arguments(arrays)
         grads = [new_array(array.shape, self.size.dtype) for array in given]
         arguments = (
-            *given, rows.pack(x, reverse), *tape, rows.index(reverse), dy, dh_n, dc_n, dx, dh0, dc0, *grads,
+            *given, rows.pack(x, self.reverse), *tape, rows.index(self.reverse), dy, dh_n, dc_n, dx, dh0, dc0, *grads,
         )  # fmt: skip
         numbers, count = None, 0
         if rows.ragged:
-            clear, chunk = int(not reverse and is_to_be_cleared(dx)), chunk_of(rows.longest, rows.batch)
+            clear, chunk = int(self.direction == 0 and is_to_be_cleared(dx)), chunk_of(rows.longest, rows.batch)
             numbers = {back.STEPS: rows.longest, back.CLEAR: clear, back.CHUNK: chunk}
             count = _rounded(rows.count)
+        if rows.resets is not None:
+            numbers = (numbers or {}) | {back.RESETS: 1}
         finder = functools.partial(self._backward_candidates, ("back", count, recompute))
         launch(back.sequence_backward, arguments, finder, rows.count, get_num_threads(), numbers)
         return grads
@@ -278,7 +283,7 @@ def _backward_candidates(
     again = None
     numbers = {
         back.BATCH: batch, back.STEPS: steps, back.TOTAL: steps, back.COLUMN: direction * size.hidden,
-        back.ACCUMULATE: direction, back.CHUNK: chunk, back.CHUNK_ROWS: chunk_rows,
+        back.ACCUMULATE: direction, back.CHUNK: chunk, back.CHUNK_ROWS: chunk_rows, back.TRUNCATED: size.truncated,
     }  # fmt: skip
     if recompute:
         again = Workspace(size.dtype, (chunk_rows, size.blocks, TAPE, size.width), *size.packed_shapes)

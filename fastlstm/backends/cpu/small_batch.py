@@ -37,7 +37,7 @@ def layer_settings(size: Size, layers: int = 1) -> Array:
     """Return the kernels' numbers; a caller keeps them, since to find them again takes most of a microsecond."""
     numbers = {
         small.INPUTS: size.inputs, small.HIDDEN: size.hidden, small.BIASED: size.biased, small.LAYERS: layers,
-        small.OWN: size.own,
+        small.OWN: size.own, small.TRUNCATED: size.truncated,
     }  # fmt: skip
     return settings_of(small.SETTINGS, numbers, size.addresses)
 
