@@ -159,7 +159,7 @@ def phased_backward(
         call, arguments = this_call()
         summon(team, call, arguments)
     inputs, work = dx.shape[1], address(scratch)
-    rows = rows_of(index, settings[BATCH], settings[STEPS])
+    rows = rows_of(index, settings[BATCH], settings[STEPS], 0)
     layer = _layer(
         weight_ih, own, norm_c, rates, tape, h_rows, c_rows, outs, norms, resets, dy, dh_steps, dc_steps, scratch,
         settings, thread,

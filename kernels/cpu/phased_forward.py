@@ -147,7 +147,7 @@ def phased_forward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    rows = rows_of(index, settings[BATCH], settings[STEPS])
+    rows = rows_of(index, settings[BATCH], settings[STEPS], 0)
     layer = _layer(
         weight_ih, own, norm_c, rates, x, resets, y, h_n, c_n, tape, h_rows, c_rows, outs, norms, packed, scratch,
         settings, thread,
