@@ -27,7 +27,7 @@ __all__ = ["Kit", "Tape", "Unrolled", "can_unroll", "kit_of", "named_gradients",
 
 # Variants that the kernels of closed loops have: those that are in the cell step alone, and read the parameters as the
 # plain LSTM has them.
-IN_THE_STEP = ("peephole",)
+IN_THE_STEP = ("peephole", "activations", "clip", "cell_clip")
 
 _PACKED_FOR_BACK = "packed for a loop's way back"
 _WORTH_A_TEAM = 1 << 22  # multiply-adds of the weights' gradients, from which on threads share them
