@@ -12,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_row
 import numpy as np
@@ -21,6 +22,7 @@ from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError, ModelFileE
 from fastlstm.training import Linear, Model, clip_by_value, mean_squared_error
 from fastlstm.training.scaler import Scaler
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "model-1.safetensors"
 OUTPUTS = ["last", "mean", "sequence"]
 # Central differences with a step of 1e-6 on values of order one, in float64.
 STEP, ATOL = 1e-6, 1e-8
@@ -224,6 +226,22 @@ def test_plain_safetensors_reads_all_parts(rng):
     model = scaled(build(several=True), rng)
     found = safetensors.numpy.load(saved(model))
     assert found.keys() == {*model.params, *(f"scaler.{name}" for name in model.scaler.arrays)}
+
+
+def test_a_file_of_format_1_loads_forever():
+    """The file was written by release 0.1.0 and is never written again: it stands for the users' files."""
+    lstms = [LSTM(3, 2, 2, dropout=0.5, batch_first=True), LSTM(2, 2, bidirectional=True, batch_first=True)]
+    expected = Model(lstms, {"flow": Linear(4, 2), "level": Linear(4, 1, bias=False)}, output="mean", scale=True)
+    count = iter(range(1, 1000))
+    expected.scaler = Scaler(
+        {f"{name}.{kind}": np.arange(size, dtype=np.float32) + next(count)
+         for name, size in (("x", 3), ("flow", 2)) for kind in ("mean", "deviation")}
+    )  # fmt: skip
+    for value in expected.params.values():
+        value[...] = np.arange(value.size).reshape(value.shape) / 16 + next(count)
+    found = Model.load(GOLDEN)
+    assert_same(expected, found)
+    assert found.lstms["lstm0"]._dropout_key == 29 and found.batch_first
 
 
 def test_files_of_one_kind_are_not_taken_for_the_other(rng):
