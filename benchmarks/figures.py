@@ -83,7 +83,7 @@ def tables(found: Mapping[str, Mapping[str, Results]], folder: Path = RESULTS) -
         for picture in sorted((folder / machine).glob("*.png")):
             parts.append(f"![{picture.stem}](results/{machine}/{picture.name})")
         for name, file in files.items():
-            parts += [f"### {name.replace('-', ' ')}", file.about, *report.text(file)]
+            parts += [f"### {name.replace('-', ' ')}", file.about, *report.text(file, list_losses=False)]
             if why := list(goals.wins(file)):
                 parts.append("\n".join(["Where a peer wins, and why:", "", *why]))
     return "\n\n".join(filter(None, parts)) + "\n"

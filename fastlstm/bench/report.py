@@ -97,11 +97,13 @@ def table_of(results: Results, cases: Sequence[Case]) -> str:
     ours = next((side for side in (CPU, CUDA) if side in sides), None)
     shares = {case.name: results.share_of_peak(case, ours) if ours else None for case in cases}
     several = len({case.work.dtype for case in cases if case.work}) > 1
-    head = ["T,B,I,H" if cases[0].work else "what", *sides, *facts]
-    rows = []
-    for case in cases:
-        name = case.work.name + (f", {case.work.dtype}" if several else "") if case.work else case.name
-        rows.append([name, *(cell(case, side) for side in sides), *(_fact(case, fact) for fact in facts)])
+    works = [case.work if case.work and case.name == case.work.title else None for case in cases]  # else it has a name
+    names = [w.name + f", {w.dtype}" * several if w else c.name for w, c in zip(works, cases, strict=True)]
+    head = ["T,B,I,H" if all(works) else "what", *sides, *facts]
+    rows = [
+        [name, *(cell(case, side) for side in sides), *(_fact(case, fact) for fact in facts)]
+        for name, case in zip(names, cases, strict=True)
+    ]
     if any(shares.values()):
         head.insert(2, "of peak")
         for case, row in zip(cases, rows, strict=True):
@@ -157,7 +159,7 @@ def machine_line(results: Results) -> str:
     return "*" + "; ".join(filter(None, parts)) + "*"
 
 
-def text(results: Results) -> Iterator[str]:
+def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
     """Return the whole report, paragraph by paragraph."""
     yield machine_line(results)
     for device, ceiling in results.ceilings.items():
@@ -166,10 +168,10 @@ def text(results: Results) -> Iterator[str]:
     for title, cases in groups(results):
         yield f"{title[:1].upper()}{title[1:]}:" if title else ""
         yield table_of(results, cases)
-    yield from summary(results)
+    yield from summary(results, list_losses=list_losses)
 
 
-def summary(results: Results) -> Iterator[str]:
+def summary(results: Results, *, list_losses: bool = True) -> Iterator[str]:
     """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
     lines = []
     for score in scores(results.cases):
@@ -178,7 +180,7 @@ def summary(results: Results) -> Iterator[str]:
             f"- against {score.peer}: faster in {score.won} of {count} rows, no difference in {score.level}, slower in"
             f" {score.lost}; geometric mean of the ratios {score.mean:.2f}"
         )
-    for case, side, found in losses(results.cases):
+    for case, side, found in losses(results.cases) if list_losses else ():
         lines.append(
             f"- LOSS at {case.name}: {side} {found.middle:.2f} (quartiles {found.low:.2f} to {found.high:.2f})"
         )
