@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,7 +215,7 @@ def test_the_utterances_are_the_published_ones():
 
 
 def test_every_data_file_has_its_source_and_licence():
-    folder = tools.Path(tools.__file__).parent / "data"
+    folder = Path(tools.__file__).parent / "data"
     text = (folder / "SOURCES.txt").read_text()
     for file in folder.glob("*.npz"):
         assert file.name in text and file.stat().st_size < 500_000
