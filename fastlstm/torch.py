@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from fastlstm import functional
 from fastlstm.backends.base import Dropout
 from fastlstm.cell import Cell
-from fastlstm.errors import ArrayTypeError, DTypeError
+from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError
 from fastlstm.interchange.torch import add
 
 __all__ = ["LSTM"]
@@ -66,7 +66,8 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
         batch_sizes, order, back = input.batch_sizes, input.sorted_indices, input.unsorted_indices
         # The rows stay sorted by length, as in the packed data.
         padded, lengths = pad_packed_sequence(PackedSequence(input.data, batch_sizes))
-        hx = None if hx is None else self.permute_hidden(hx, order)
+        if order is not None and isinstance(hx, tuple | list) and len(hx) == 2:
+            hx = self.permute_hidden(tuple(hx), order)
         y, h_n, c_n = self._run(padded, hx, lengths.numpy(), False)
         data = pack_padded_sequence(y, lengths).data
         return PackedSequence(data, batch_sizes, order, back), self.permute_hidden((h_n, c_n), back)
@@ -74,6 +75,8 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
     def _run(self, x: Any, hx: Any, lengths: Any, batch_first: bool) -> Any:
         names = [name for layer in self._all_weights for name in layer]
         weights = [getattr(self, name) for name in names]
+        if hx is not None and not (isinstance(hx, tuple | list) and len(hx) == 2):
+            raise ArgumentError(f"hx must be a pair (h_0, c_0), got {type(hx).__qualname__}")
         state = (None, None) if hx is None else tuple(hx)
         for name, tensor in (("input", x), *zip(("h_0", "c_0"), state, strict=True), *zip(names, weights, strict=True)):
             if tensor is not None:

@@ -127,6 +127,8 @@ def _hidden_size(node: Node) -> int | None:
 
 def _attributes(node: Node) -> dict[str, Any]:
     onnx = need("onnx", "onnx")
+    if any(given.ref_attr_name for given in node.proto.attribute):
+        raise ArgumentError(f"node {node.name} takes attributes from the caller of its function: they are not known")
     with broken_if(f"node {node.name}"):
         return {given.name: onnx.helper.get_attribute_value(given) for given in node.proto.attribute}
 

@@ -207,11 +207,8 @@ def _of_pickles(source: Source) -> dict[str, Tensor]:
     protocol, system = unpickle(file), unpickle(file)
     if protocol != 1001 or not isinstance(system, dict):
         raise ModelFileError("it is of an unknown version of torch.save")
-    stored, keys = _flat(unpickle(file)), unpickle(file)
     storages: dict[str, Storage] = {}
-    for tensor in stored.values():
-        if storages.setdefault(tensor.storage.key, tensor.storage) != tensor.storage:
-            raise ModelFileError("two of its storages have one key")
+    stored, keys = _flat(unpickle(file, storages)), unpickle(file)
     order: Literal["<", ">"] = "<" if system.get("little_endian", True) else ">"
     places = _places(source, keys, storages)
 
@@ -244,7 +241,7 @@ def _places(source: Source, keys: Any, storages: Mapping[str, Storage]) -> dict[
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or storage.dtype is None or storage.length != count:
             # Without its dtype, there is no telling where the next one begins.
-            raise ModelFileError("it has a storage that none of its tensors is a view of")
+            raise ModelFileError("it has a storage that its pickle does not describe")
         size = 2 if storage.dtype == "bfloat16" else np.dtype(storage.dtype).itemsize
         places[key] = (position + 8, count * size)
         position += 8 + count * size

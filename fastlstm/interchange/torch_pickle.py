@@ -72,13 +72,15 @@ _QUANTISED = ("_rebuild_qtensor", "QInt8Storage", "QUInt8Storage", "QInt32Storag
               "QUInt2x4Storage")  # fmt: skip
 
 
-def unpickle(file: Any) -> Any:
+def unpickle(file: Any, storages: dict[str, Storage] | None = None) -> Any:
     """Read one pickle from a file, and leave the file behind its end.
 
     Parameters
     ----------
     file : binary file object
         With ``read``, ``readline`` and ``tell``.
+    storages : dict, optional
+        Takes every storage that the pickle refers to, by its key.
 
     Returns
     -------
@@ -90,7 +92,7 @@ def unpickle(file: Any) -> Any:
     ModelFileError
         If the pickle is damaged, or refers to anything that tensors do not need; the message names it.
     """
-    machine = _Machine()
+    machine = _Machine({} if storages is None else storages)
     with broken_if("its pickle"):
         while True:
             code = file.read(1)
@@ -105,7 +107,8 @@ def unpickle(file: Any) -> Any:
 class _Machine:
     """A stack and a memo, and what each opcode does with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: dict[str, Storage]) -> None:
+        self.storages = storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -184,7 +187,10 @@ class _Machine:
         _expect(self.stack[-1], dict)
 
     def persistent_id(self, _: Any) -> None:
-        self.stack.append(_storage(_expect(self.stack.pop(), tuple)))
+        storage = _storage(_expect(self.stack.pop(), tuple))
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ModelFileError("two of its storages have one key")
+        self.stack.append(storage)
 
 
 _PUSHES = {
