@@ -1,7 +1,6 @@
 """A drop-in for ``torch.nn.LSTM`` on the CPU that runs fastlstm's kernels, forward and backward.
 
-``import fastlstm.torch`` needs PyTorch; nothing else in fastlstm does. Tensors and arrays share their memory, in both
-directions, so that nothing is copied on the way.
+Only this module of fastlstm imports PyTorch. Tensors and arrays share memory in both directions: no copies are made.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ _DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float
 class LSTM(torch.nn.LSTM):  # type: ignore[misc]
     """``torch.nn.LSTM`` on fastlstm's CPU kernels: the same arguments, calls, parameters and state dict.
 
-    What it does differently: it runs on the CPU in float32 and float64 only, has no second derivatives, and draws other
-    dropout masks, from PyTorch's generator too.
+    Differences: it runs on the CPU only, in float32 and float64; it has no second derivatives; dropout masks are
+    seeded by PyTorch's generator, but differ from those of PyTorch.
 
     Parameters
     ----------
@@ -112,7 +111,7 @@ def _cell(
 
 
 class _Call:
-    """One call of a module: what is no tensor."""
+    """The arguments of one call that are not tensors."""
 
     def __init__(self, cell: Cell, names: tuple[str, ...], lengths: Any, batch_first: bool, key: int | None) -> None:
         self.cell, self.names, self.lengths, self.batch_first = cell, names, lengths, batch_first

@@ -80,7 +80,7 @@ def _is_lstm(layer: Layer) -> bool:
 
 
 def _fields(layer: Layer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the cell that a layer's configuration asks for, or say what is lacking."""
+    """Return the fields of the cell that a layer's configuration asks for, or raise if one is unsupported."""
     if layer.config is None:  # weights alone: they cannot say
         return dict(given)
     found = _configured(layer, layer.config)
@@ -129,7 +129,7 @@ def _activation(layer: Layer, field: str, given: Any) -> str:
 
 
 def _of_arrays(layers: Sequence[Sequence[Any]], what: str, **fields: Any) -> tuple[Cell, dict[str, HostArray]]:
-    """Make a model of what ``get_weights()`` returns of each layer."""
+    """Make a model of the results of ``get_weights()`` of each layer."""
     parts = []
     for arrays in layers:
         if len(arrays) not in (2, 3, 4, 6) or any(not hasattr(array, "ndim") for array in arrays):

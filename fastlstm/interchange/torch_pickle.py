@@ -1,7 +1,7 @@
 """The pickles inside PyTorch's files, read without running anything of them.
 
-``pickle.Unpickler`` calls what a file names. Here the opcodes are interpreted one by one, on a list and a dictionary:
-the names that tensors need (:data:`ALLOWED`) become tokens, every other name is refused, and a call of a token
+``pickle.Unpickler`` calls the functions that a file names. Here a stack machine interprets the opcodes one by one: the
+names that tensors need (:data:`ALLOWED`) become tokens, every other name is refused, and a call of a token
 makes a :class:`Stored`, a dictionary or a tuple. Nothing is imported, called or set by name.
 """
 
@@ -105,7 +105,7 @@ def unpickle(file: Any, storages: dict[str, Storage] | None = None) -> Any:
 
 
 class _Machine:
-    """A stack and a memo, and what each opcode does with them."""
+    """A stack machine: one method for each opcode."""
 
     def __init__(self, storages: dict[str, Storage]) -> None:
         self.storages = storages
@@ -121,7 +121,7 @@ class _Machine:
             _OPCODES[name](self, argument)
 
     def marked(self) -> list[Any]:
-        """Take off what lies above the last mark, and the mark."""
+        """Pop all items above the last mark, and the mark."""
         for place in range(len(self.stack) - 1, -1, -1):
             if self.stack[place] is _MARK:
                 found = self.stack[place + 1 :]
@@ -255,8 +255,8 @@ def _allowed(module: str, name: str) -> Token:
     if name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor"):
         raise ModelFileError(f"it holds sparse tensors ({where}), which are not supported")
     raise ModelFileError(
-        f"it refers to {where}, which tensors do not need, and nothing in a file is ever run; save the weights alone,"
-        " with torch.save(model.state_dict(), path)"
+        f"it refers to {where}, which tensors do not need, and files are read without executing code; save the"
+        " weights alone, with torch.save(model.state_dict(), path)"
     )
 
 
@@ -273,7 +273,7 @@ def _storage(identity: tuple[Any, ...]) -> Storage:
 
 
 def _call(function: Token, arguments: tuple[Any, ...]) -> Any:
-    """Return what a call of an allowed name stands for."""
+    """Return the value of a call of an allowed name."""
     name = function.name
     if name == "OrderedDict":
         found: dict[Any, Any] = {}
