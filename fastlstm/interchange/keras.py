@@ -19,7 +19,7 @@ from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, ModelFileError, shown
 from fastlstm.interchange.gates import Part, assemble, refuse_variants
 from fastlstm.interchange.keras_file import Layer, layers_of
-from fastlstm.interchange.source import HostArray, Source, need, with_source
+from fastlstm.interchange.source import HostArray, Source, broken_if, need, with_source
 
 __all__ = ["from_keras", "to_keras", "write_keras"]
 
@@ -46,6 +46,10 @@ def from_keras(
         raise ArgumentError(f"layer must be a name or a list of names, got {shown(layer)}")
 
     def read(opened: Source) -> tuple[Cell, dict[str, HostArray]]:
+        with broken_if("its content"):  # HDF5 raises several kinds of errors, at any access
+            return read_undamaged(opened)
+
+    def read_undamaged(opened: Source) -> tuple[Cell, dict[str, HostArray]]:
         chosen = _chosen(layers_of(opened), names, opened.name)
         fields = [_fields(entry, given) for entry in chosen]
         if any(other != fields[0] for other in fields):
