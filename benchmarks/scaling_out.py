@@ -12,15 +12,14 @@ W. Gropp: Optimization of collective communication operations in MPICH, 2005).
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fastlstm.bench import results
 from fastlstm.cell import Cell
 from fastlstm.parameters import shapes
 
@@ -82,14 +81,12 @@ class Work(NamedTuple):
 
 def measured(machine: str, kind: str) -> list[Work]:
     """Return the float32 rows of a kind, with a batch worth dividing, from a machine's committed results."""
-    found = json.loads((RESULTS / machine / "table-1-thread.json").read_text())
-    assert found["threads"] == 1
     works = []
-    for row in found["rows"]:
-        work = row["work"]
-        if work["kind"] == kind and work["dtype"] == "float32" and work["batch"] >= 32 and work["lengths"] is None:
-            seconds = statistics.median(row["sides"]["fastlstm"]["seconds"])
-            works.append(Work(work["steps"], work["batch"], work["inputs"], work["hidden"], seconds))
+    for case in results.load(RESULTS / machine / "goals-1-thread.json").cases:
+        work = case.work
+        if work and work.is_plain and (work.kind, work.dtype) == (kind, "float32") and work.batch >= 32:
+            seconds = case.spread("fastlstm").middle
+            works.append(Work(work.steps, work.batch, work.inputs, work.hidden, seconds))
     return works
 
 

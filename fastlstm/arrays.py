@@ -1,4 +1,4 @@
-"""Arrays of other libraries, by one explicit call: nothing else converts anything."""
+"""Explicit conversion of other libraries' arrays; no other call converts an array."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ON_HOST, _ON_CUDA = (1, 3), (2, 13)  # DLPack's numbers: CPU and pinned memory;
 
 
 def as_array(value: Any) -> Array:
-    """Return the numbers of another library's array as a NumPy array or, on a GPU, as a CuPy array.
+    """Convert another library's array to a NumPy array or, on a GPU, to a CuPy array.
 
-    Nothing moves: what is in the processor's memory becomes a NumPy array, what is on an NVIDIA GPU a CuPy array, and
-    what is elsewhere is refused. Where its owner allows it, the memory is shared: changing the one changes the other.
+    No data moves between devices: arrays in host memory become NumPy arrays, arrays on an NVIDIA GPU CuPy arrays, and
+    arrays on other devices raise. Memory is shared where the owner allows it: a change of one then changes the other.
 
     Parameters
     ----------

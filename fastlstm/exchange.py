@@ -19,7 +19,7 @@ __all__ = ["Exchange"]
 
 
 class Exchange(Recurrent):
-    """The constructors that read what other software wrote, and the methods that write for it."""
+    """Constructors that read the models of other software, and methods that write models for it."""
 
     @classmethod
     def _read(cls, cell: Cell, params: dict[str, Array], batch_first: bool, seed: Any) -> Self:
@@ -43,8 +43,8 @@ class Exchange(Recurrent):
             A file of ``torch.save(model.state_dict(), path)``, of any version since 0.1.10, or a ``.safetensors`` file
             of any producer.
         prefix : str
-            What stands before the names of the LSTM's weights, such as ``"lstm."``; the names of a checkpoint's
-            dictionaries belong to it: ``"state_dict.lstm."``. The error that a wrong one raises lists the right ones.
+            Common prefix of the LSTM's parameter names, such as ``"lstm."``. The keys of nested dictionaries are part
+            of it: ``"state_dict.lstm."``. If it is wrong, the error lists the valid prefixes.
         batch_first, dropout
             As in the constructor: the file does not hold them.
         seed : None, int, SeedSequence, BitGenerator or Generator
@@ -55,8 +55,8 @@ class Exchange(Recurrent):
         ArgumentError, ShapeError, DTypeError
             If there is no LSTM with this prefix, or fastlstm cannot run it.
         ModelFileError
-            If the file is damaged, of another kind (TorchScript, tar, quantised), or refers to anything that tensors do
-            not need: nothing in it is ever run.
+            If the file is damaged, of an unsupported kind (TorchScript, tar, quantised), or refers to a class or
+            function that tensors do not need. Code in a file is never executed.
         OSError
             If the file cannot be opened.
         """
@@ -89,13 +89,14 @@ class Exchange(Recurrent):
         ----------
         source : str, path-like, binary file object, or list of array
             A file (``.keras``, ``.weights.h5``, or the ``.h5`` of older versions), which takes h5py (``pip install
-            "fastlstm[keras]"``); or what ``layer.get_weights()`` returns; or a list of such lists, for stacked layers.
+            "fastlstm[keras]"``); or the result of
+            ``layer.get_weights()``; or a list of such results, for stacked layers.
         layer : str or sequence of str, optional
             The name of the layer in the file; several become one model of stacked layers. It can be left out if there
             is one LSTM alone; otherwise the error lists the names.
         activations, merge
-            As in the constructor. The configuration in a ``.keras`` or ``.h5`` file says what they are. Weights alone
-            do not: there, Keras's defaults are taken, sigmoid, tanh and "concat", unless they are given here.
+            As in the constructor. By default they are read from the configuration in a ``.keras`` or ``.h5`` file.
+            Weights without a configuration take Keras's defaults: sigmoid, tanh and "concat".
         batch_first : bool
             True, as in Keras.
         dropout, seed
@@ -131,8 +132,8 @@ class Exchange(Recurrent):
         Returns
         -------
         list of list of numpy.ndarray
-            For each layer, what its ``set_weights()`` takes: kernel, recurrent kernel, bias; of both directions if
-            there are two.
+            For each layer, the argument of its ``set_weights()``: kernel, recurrent kernel and bias, for each
+            direction.
 
         Raises
         ------
@@ -269,7 +270,7 @@ class Exchange(Recurrent):
 
         Notes
         -----
-        What acts in training only is left out: dropout, recurrent dropout, a truncated gradient.
+        Fields that affect training only are not exported: dropout, recurrent dropout and a truncated gradient.
         """
         from fastlstm.interchange import onnx
 

@@ -1,7 +1,6 @@
 """A drop-in for ``torch.nn.LSTM`` on the CPU that runs fastlstm's kernels, forward and backward.
 
-``import fastlstm.torch`` needs PyTorch; nothing else in fastlstm does. Tensors and arrays share their memory, in both
-directions, so that nothing is copied on the way.
+Only this module of fastlstm imports PyTorch. Tensors and arrays share memory in both directions: no copies are made.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from fastlstm import functional
 from fastlstm.backends.base import Dropout
 from fastlstm.cell import Cell
-from fastlstm.errors import ArrayTypeError, DTypeError
+from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError
 from fastlstm.interchange.torch import add
 
 __all__ = ["LSTM"]
@@ -28,8 +27,8 @@ _DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float
 class LSTM(torch.nn.LSTM):  # type: ignore[misc]
     """``torch.nn.LSTM`` on fastlstm's CPU kernels: the same arguments, calls, parameters and state dict.
 
-    What it does differently: it runs on the CPU in float32 and float64 only, has no second derivatives, and draws other
-    dropout masks, from PyTorch's generator too.
+    Differences: it runs on the CPU only, in float32 and float64; it has no second derivatives; dropout masks are
+    seeded by PyTorch's generator, but differ from those of PyTorch.
 
     Parameters
     ----------
@@ -66,7 +65,8 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
         batch_sizes, order, back = input.batch_sizes, input.sorted_indices, input.unsorted_indices
         # The rows stay sorted by length, as in the packed data.
         padded, lengths = pad_packed_sequence(PackedSequence(input.data, batch_sizes))
-        hx = None if hx is None else self.permute_hidden(hx, order)
+        if order is not None and isinstance(hx, tuple | list) and len(hx) == 2:
+            hx = self.permute_hidden(tuple(hx), order)
         y, h_n, c_n = self._run(padded, hx, lengths.numpy(), False)
         data = pack_padded_sequence(y, lengths).data
         return PackedSequence(data, batch_sizes, order, back), self.permute_hidden((h_n, c_n), back)
@@ -74,6 +74,8 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
     def _run(self, x: Any, hx: Any, lengths: Any, batch_first: bool) -> Any:
         names = [name for layer in self._all_weights for name in layer]
         weights = [getattr(self, name) for name in names]
+        if hx is not None and not (isinstance(hx, tuple | list) and len(hx) == 2):
+            raise ArgumentError(f"hx must be a pair (h_0, c_0), got {type(hx).__qualname__}")
         state = (None, None) if hx is None else tuple(hx)
         for name, tensor in (("input", x), *zip(("h_0", "c_0"), state, strict=True), *zip(names, weights, strict=True)):
             if tensor is not None:
@@ -109,7 +111,7 @@ def _cell(
 
 
 class _Call:
-    """One call of a module: what is no tensor."""
+    """The arguments of one call that are not tensors."""
 
     def __init__(self, cell: Cell, names: tuple[str, ...], lengths: Any, batch_first: bool, key: int | None) -> None:
         self.cell, self.names, self.lengths, self.batch_first = cell, names, lengths, batch_first

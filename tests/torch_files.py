@@ -92,11 +92,12 @@ def plain_file(given=None, prefix="") -> bytes:
     return archive(described, given)
 
 
-def old_file(given) -> bytes:
-    """Write what torch.save wrote before version 1.6."""
-    described = {name: tensor(name, array) for name, array in given.items()}
-    for call in described.values():
-        call.arguments[0].identity += (None,)
+def old_file(given, described=None) -> bytes:
+    """Write what torch.save wrote before version 1.6: by default, the arrays themselves."""
+    if described is None:
+        described = {name: tensor(name, array) for name, array in given.items()}
+        for call in described.values():
+            call.arguments[0].identity += (None,)
     parts = [pickled(0x1950A86A20F9469CFC6C), pickled(1001), pickled({"little_endian": True}), pickled(described)]
     parts.append(pickled(list(given)))
     parts += [array.size.to_bytes(8, "little") + array.tobytes() for array in given.values()]

@@ -1,6 +1,6 @@
 """The entity-aware LSTM (Kratzert et al. 2019) as a plain LSTM with a mask: a recipe.
 
-Its input gate reads only what does not change in time, x_s; the gates f, g, o only what does, x_d, and h::
+Its input gate reads only static features, x_s; the gates f, g and o read only dynamic features, x_d, and h::
 
     i = sigmoid(W_i x_s + b_i)        f, g, o as ever, of x_d and h
 
@@ -32,7 +32,7 @@ def from_neuralhydrology(state_dict: Mapping[str, HostArray], prefix: str = "") 
         ``input_gate.weight`` (H, S), ``input_gate.bias`` (H,), ``dynamic_gates.weight_ih`` (D, 3H),
         ``dynamic_gates.weight_hh`` (H, 3H) and ``dynamic_gates.bias`` (3H,), after `prefix`.
     prefix : str
-        What stands before these names.
+        Common prefix of these names.
 
     Returns
     -------
@@ -61,5 +61,5 @@ def joined(x_d: HostArray, x_s: HostArray) -> HostArray:
 
 
 def masked(grads: Mapping[str, HostArray], mask: Mapping[str, HostArray]) -> dict[str, HostArray]:
-    """Return the gradients of what is free: with them, any optimiser leaves the zeros as they are."""
+    """Multiply gradients by the mask, so that an optimiser leaves the zeros unchanged."""
     return {name: grad * mask[name] for name, grad in grads.items()}

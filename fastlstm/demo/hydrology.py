@@ -1,7 +1,7 @@
 """A rainfall-runoff model of neuralhydrology behind the Basic Model Interface, stepped without PyTorch: a recipe.
 
 The NextGen framework and others couple models through this interface (``bmipy.Bmi``, Hutton et al. 2020): set the
-inputs of the next time step, ``update()``, read the output. The model is what a run folder of neuralhydrology holds:
+inputs of the next time step, ``update()``, read the output. The model comes from a run folder of neuralhydrology:
 one LSTM layer ("cudalstm") on weather and catchment attributes, and a linear head.
 
 The configuration file that ``initialize`` reads is YAML::
@@ -10,7 +10,8 @@ The configuration file that ``initialize`` reads is YAML::
     static_attributes: {elev_mean: 92.68, slope_mean: 17.79}   # of the catchment; a list of these for several
     time_step_seconds: 3600
 
-bmipy itself is needed only by what asks for its type; PyYAML is needed (``pip install "fastlstm[hydrology]"``).
+bmipy is optional: the class derives from its ``Bmi`` if it is installed. PyYAML is required (``pip install
+"fastlstm[hydrology]"``).
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ try:
 except ImportError:
     Bmi = object
 
-# What this recipe does not do, by the key that asks for it.
+# Keys of the configuration that this recipe does not support.
 _LACKING = ("statics_embedding", "dynamics_embedding", "use_basin_id_encoding", "evolving_attributes", "mass_inputs",
             "autoregressive_inputs", "hindcast_inputs")  # fmt: skip
 
 
 class RunFolder:
-    """What a run folder of neuralhydrology says: the names, the scaling, and the weights of the last epoch.
+    """A run folder of neuralhydrology: variable names, scaling, and the weights of the last epoch.
 
     Parameters
     ----------
@@ -183,7 +184,7 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
         """Let go of model and state."""
         self._run, self._state, self._values = None, None, {}  # type: ignore[assignment]
 
-    # What there is: names, sizes, times.
+    # Names, sizes, times.
 
     def get_component_name(self) -> str:
         """Name the model."""

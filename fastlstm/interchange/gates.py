@@ -21,12 +21,12 @@ __all__ = ["Part", "assemble", "blocks", "from_gates", "refuse_variants"]
 
 HostArray = np.ndarray[Any, Any]
 
-# What may be given with gates: what shows in the weights, or would change their number, is not among it.
+# Fields of the cell that `from_gates` accepts: those that the weights do not show and that keep their shapes.
 FIELDS = (
     "activations", "cell_clip", "clip", "coupled", "dropout", "forget_gate", "merge", "recurrent_dropout", "reverse",
     "truncated", "zoneout",
 )  # fmt: skip
-ALIASES = {"c": "g", "a": "g"}  # what the candidate is called elsewhere
+ALIASES = {"c": "g", "a": "g"}  # other names of the candidate
 
 
 class Part(NamedTuple):
@@ -70,7 +70,7 @@ def assemble(
     order, peepholes : sequence of str
         The gates of the blocks of rows, and of the rows of peephole weights.
     name : str
-        What the weights are, for messages.
+        Name of the weights in messages.
     **fields
         Other fields of the :class:`fastlstm.cell.Cell`.
 
@@ -156,7 +156,7 @@ def from_gates(
     """Make a model of weights that are given gate by gate, or stacked in any order: see ``LSTM.from_gates``."""
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
-        raise ArgumentError(f"{', '.join(unknown)} cannot be given with gates; what can is {', '.join(FIELDS)}")
+        raise ArgumentError(f"{', '.join(unknown)} cannot be given with gates; valid are {', '.join(FIELDS)}")
     layers, backwards = _listed(gates), None if backward is None else _listed(backward)
     if backwards is not None and len(backwards) != len(layers):
         raise ArgumentError(f"gates has {len(layers)} layers, backward has {len(backwards)}")

@@ -19,7 +19,7 @@ from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, ModelFileError, shown
 from fastlstm.interchange.gates import Part, assemble, refuse_variants
 from fastlstm.interchange.keras_file import Layer, layers_of
-from fastlstm.interchange.source import HostArray, Source, need, with_source
+from fastlstm.interchange.source import HostArray, Source, broken_if, need, with_source
 
 __all__ = ["from_keras", "to_keras", "write_keras"]
 
@@ -46,6 +46,10 @@ def from_keras(
         raise ArgumentError(f"layer must be a name or a list of names, got {shown(layer)}")
 
     def read(opened: Source) -> tuple[Cell, dict[str, HostArray]]:
+        with broken_if("its content"):  # HDF5 raises several kinds of errors, at any access
+            return read_undamaged(opened)
+
+    def read_undamaged(opened: Source) -> tuple[Cell, dict[str, HostArray]]:
         chosen = _chosen(layers_of(opened), names, opened.name)
         fields = [_fields(entry, given) for entry in chosen]
         if any(other != fields[0] for other in fields):
@@ -80,7 +84,7 @@ def _is_lstm(layer: Layer) -> bool:
 
 
 def _fields(layer: Layer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the cell that a layer's configuration asks for, or say what is lacking."""
+    """Return the fields of the cell that a layer's configuration asks for, or raise if one is unsupported."""
     if layer.config is None:  # weights alone: they cannot say
         return dict(given)
     found = _configured(layer, layer.config)
@@ -129,7 +133,7 @@ def _activation(layer: Layer, field: str, given: Any) -> str:
 
 
 def _of_arrays(layers: Sequence[Sequence[Any]], what: str, **fields: Any) -> tuple[Cell, dict[str, HostArray]]:
-    """Make a model of what ``get_weights()`` returns of each layer."""
+    """Make a model of the results of ``get_weights()`` of each layer."""
     parts = []
     for arrays in layers:
         if len(arrays) not in (2, 3, 4, 6) or any(not hasattr(array, "ndim") for array in arrays):

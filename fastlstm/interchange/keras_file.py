@@ -1,4 +1,4 @@
-"""The files of Keras: which LSTM layers they hold, what the configuration says of each, and where its weights lie.
+"""The files of Keras: their LSTM layers, the configuration of each, and the place of its weights.
 
 There are four kinds. ``.keras`` is a zip archive of ``config.json`` and ``model.weights.h5``; the latter stores layers
 by class and counter (``layers/lstm_1/cell/vars/0``), and only the order in ``config.json`` says which layer that is.
@@ -75,7 +75,7 @@ def _opened(file: Any) -> Any:
 
 
 def _child(group: Any, path: str) -> Any:
-    """Return a group or dataset inside `group`, or None: only what lies in this file, behind no kind of link."""
+    """Return a group or dataset inside `group`, or None; links are refused, so that no other file is read."""
     with broken_if("its HDF5 content"):
         for part in path.split("/"):
             link = group.get(part, getlink=True)
@@ -186,7 +186,7 @@ def _snake_case(name: str) -> str:
 
 
 def _by_path(file: Any, paths: Sequence[str], layer: Mapping[str, Any]) -> Callable[[], list[HostArray]]:
-    """Return what reads the weights of a layer at the first of `paths` that is there."""
+    """Return a function that reads the weights of a layer from the first existing one of `paths`."""
 
     def read() -> list[HostArray]:
         for path in paths:

@@ -64,7 +64,13 @@ def _parsed(onnx: Any, data: bytes) -> Any:
 
 
 def _of_model(model: Any, folder: str | None, names: Sequence[str] | None) -> tuple[Cell, dict[str, HostArray], bool]:
-    nodes = lstm_nodes(model, folder)
+    with broken_if(
+        "its graph"
+    ):  # every field of a damaged model may have any value and, from protobuf, some other types
+        return _of_nodes(lstm_nodes(model, folder), names)
+
+
+def _of_nodes(nodes: Sequence[Node], names: Sequence[str] | None) -> tuple[Cell, dict[str, HostArray], bool]:
     chosen = _chosen(nodes, names) if names is not None else _stacked(nodes)
     fields = [_fields(node) for node in chosen]
     if any(other != fields[0] for other in fields):
@@ -127,12 +133,14 @@ def _hidden_size(node: Node) -> int | None:
 
 def _attributes(node: Node) -> dict[str, Any]:
     onnx = need("onnx", "onnx")
+    if any(given.ref_attr_name for given in node.proto.attribute):
+        raise ArgumentError(f"node {node.name} takes attributes from the caller of its function: they are not known")
     with broken_if(f"node {node.name}"):
         return {given.name: onnx.helper.get_attribute_value(given) for given in node.proto.attribute}
 
 
 def _fields(node: Node) -> dict[str, Any]:
-    """Return the fields of the cell that a node asks for, and its layout, or say what is lacking."""
+    """Return the fields of the cell that a node asks for, and its layout, or raise if one is unsupported."""
     attributes = _attributes(node)
     unknown = sorted(set(attributes) - ATTRIBUTES)
     if unknown:

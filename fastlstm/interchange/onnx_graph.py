@@ -14,9 +14,9 @@ from fastlstm.interchange.source import HostArray, broken_if, need
 
 __all__ = ["Node", "Scope", "lstm_nodes"]
 
-# Operators by which exporters prepare weights; their results are never larger than what they are made of.
+# Operators by which exporters prepare weights; their results are never larger than their inputs.
 _FOLDED = ("Identity", "Transpose", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Cast", "Gather", "Split")
-_PASSED = ("Identity", "Dropout")  # these do nothing in inference
+_PASSED = ("Identity", "Dropout")  # the identity in inference
 _SHAPED = ("Expand", "Tile", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Identity", "Slice", "Cast", "Concat")
 DEEPEST = 64  # operators before a constant, and graphs inside each other
 
@@ -30,7 +30,7 @@ class Scope:
     outer: Scope | None
     tensors: dict[str, Any]
     makers: dict[str, Any]
-    infos: dict[str, Any]  # what the model says of the shapes of its values
+    infos: dict[str, Any]  # declared types and shapes, by name
     depth: int = 0
     found: dict[str, HostArray | None] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ class Scope:
         node = self.maker(name)
         if node is None:
             return True
-        # Their shapes may depend on the inputs, which is not what is asked.
+        # A shape may depend on the inputs without the values doing so.
         values = (
             node.input[:1] if node.op_type in (*_SHAPED, "ConstantOfShape") and node.op_type != "Concat" else node.input
         )
@@ -110,8 +110,9 @@ class Node:
 
     @property
     def name(self) -> str:
-        """Its name, or that of its first output."""
-        return self.proto.name or next((name for name in self.proto.output if name), "")
+        """Its name, or that of its first output; protobuf gives a damaged name as bytes."""
+        name = self.proto.name or next((name for name in self.proto.output if name), "")
+        return name if isinstance(name, str) else repr(name)
 
     def input(self, number: int) -> str:
         """Return the name of an input, "" if it is not given."""

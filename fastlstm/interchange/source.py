@@ -30,7 +30,7 @@ PathOrFile = str | os.PathLike[str] | IO[bytes]
 HostArray = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
 
-# What the standard library's zip and number readers raise for a damaged file.
+# Errors that zipfile, struct and json raise for a damaged file.
 _DAMAGE = (
     ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, RecursionError, RuntimeError,
     TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
@@ -73,12 +73,12 @@ def with_source(path: Any, work: Callable[[Source], _Result]) -> _Result:
     path : str, path-like or binary file object
         The file. A file object is read from its current position to its end first.
     work : callable
-        What to do with the :class:`Source`.
+        Function of the :class:`Source`.
 
     Returns
     -------
     object
-        What `work` returns.
+        The result of `work`.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def _named(work: Callable[[Source], _Result], source: Source) -> _Result:
 
 @contextmanager
 def broken_if(what: str) -> Iterator[None]:
-    """Turn what the standard library raises for a damaged file into a ModelFileError that says `what` is damaged."""
+    """Convert the standard library's errors for a damaged file to a ModelFileError that names `what`."""
     try:
         yield
     except FastLSTMError:

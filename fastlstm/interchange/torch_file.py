@@ -41,13 +41,13 @@ def load_state_dict(path: PathOrFile, prefix: str = "") -> dict[str, HostArray]:
     path : str, path-like or binary file object
         The file.
     prefix : str
-        What stands before each name, such as ``"lstm."``. In a file of dictionaries inside each other, their keys are
-        joined by dots: ``"state_dict.lstm."``.
+        Common prefix of the names, such as ``"lstm."``. Keys of nested dictionaries are joined by dots:
+        ``"state_dict.lstm."``.
 
     Returns
     -------
     dict of str to numpy.ndarray
-        What :func:`fastlstm.interchange.from_torch_state_dict` takes with the same prefix.
+        Argument of :func:`fastlstm.interchange.from_torch_state_dict`, with the same prefix.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def load_state_dict(path: PathOrFile, prefix: str = "") -> dict[str, HostArray]:
 
 
 def load_arrays(path: PathOrFile, prefix: str = "") -> dict[str, HostArray]:
-    """Read every tensor whose name begins with `prefix`, under what follows it: the layers beside an LSTM, say.
+    """Read every tensor whose name begins with `prefix`, and remove the prefix; for the layers beside an LSTM.
 
     Parameters and errors are those of :func:`load_state_dict`; there may be no tensor at all.
     """
@@ -158,7 +158,7 @@ def _of_archive(source: Source) -> dict[str, Tensor]:
         info = entries.get(f"{root}/{name}")
         if info is None:
             raise ModelFileError(f"its record {name[:200]} is missing")
-        # PyTorch never compresses; so what is read is never larger than the file.
+        # PyTorch never compresses; refusing compression bounds the size by that of the file.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > source.size:
             raise ModelFileError(f"its record {name[:200]} is compressed, or larger than the file")
         with broken_if(f"its record {name[:200]}"):
@@ -175,7 +175,7 @@ def _of_archive(source: Source) -> dict[str, Tensor]:
 
 
 def _kind_of_archive(entries: Mapping[str, Any]) -> str:
-    """Say what a zip archive without data.pkl is."""
+    """Describe a zip archive without data.pkl."""
     if "config.json" in entries and "model.weights.h5" in entries:
         return "it is a file of Keras: LSTM.from_keras reads it"
     if any(name.endswith(".npy") for name in entries):
@@ -207,11 +207,8 @@ def _of_pickles(source: Source) -> dict[str, Tensor]:
     protocol, system = unpickle(file), unpickle(file)
     if protocol != 1001 or not isinstance(system, dict):
         raise ModelFileError("it is of an unknown version of torch.save")
-    stored, keys = _flat(unpickle(file)), unpickle(file)
     storages: dict[str, Storage] = {}
-    for tensor in stored.values():
-        if storages.setdefault(tensor.storage.key, tensor.storage) != tensor.storage:
-            raise ModelFileError("two of its storages have one key")
+    stored, keys = _flat(unpickle(file, storages)), unpickle(file)
     order: Literal["<", ">"] = "<" if system.get("little_endian", True) else ">"
     places = _places(source, keys, storages)
 
@@ -244,7 +241,7 @@ def _places(source: Source, keys: Any, storages: Mapping[str, Storage]) -> dict[
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or storage.dtype is None or storage.length != count:
             # Without its dtype, there is no telling where the next one begins.
-            raise ModelFileError("it has a storage that none of its tensors is a view of")
+            raise ModelFileError("it has a storage that its pickle does not describe")
         size = 2 if storage.dtype == "bfloat16" else np.dtype(storage.dtype).itemsize
         places[key] = (position + 8, count * size)
         position += 8 + count * size

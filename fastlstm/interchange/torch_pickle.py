@@ -1,7 +1,7 @@
 """The pickles inside PyTorch's files, read without running anything of them.
 
-``pickle.Unpickler`` calls what a file names. Here the opcodes are interpreted one by one, on a list and a dictionary:
-the names that tensors need (:data:`ALLOWED`) become tokens, every other name is refused, and a call of a token
+``pickle.Unpickler`` calls the functions that a file names. Here a stack machine interprets the opcodes one by one: the
+names that tensors need (:data:`ALLOWED`) become tokens, every other name is refused, and a call of a token
 makes a :class:`Stored`, a dictionary or a tuple. Nothing is imported, called or set by name.
 """
 
@@ -72,13 +72,15 @@ _QUANTISED = ("_rebuild_qtensor", "QInt8Storage", "QUInt8Storage", "QInt32Storag
               "QUInt2x4Storage")  # fmt: skip
 
 
-def unpickle(file: Any) -> Any:
+def unpickle(file: Any, storages: dict[str, Storage] | None = None) -> Any:
     """Read one pickle from a file, and leave the file behind its end.
 
     Parameters
     ----------
     file : binary file object
         With ``read``, ``readline`` and ``tell``.
+    storages : dict, optional
+        Takes every storage that the pickle refers to, by its key.
 
     Returns
     -------
@@ -90,7 +92,7 @@ def unpickle(file: Any) -> Any:
     ModelFileError
         If the pickle is damaged, or refers to anything that tensors do not need; the message names it.
     """
-    machine = _Machine()
+    machine = _Machine({} if storages is None else storages)
     with broken_if("its pickle"):
         while True:
             code = file.read(1)
@@ -103,9 +105,10 @@ def unpickle(file: Any) -> Any:
 
 
 class _Machine:
-    """A stack and a memo, and what each opcode does with them."""
+    """A stack machine: one method for each opcode."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: dict[str, Storage]) -> None:
+        self.storages = storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -118,7 +121,7 @@ class _Machine:
             _OPCODES[name](self, argument)
 
     def marked(self) -> list[Any]:
-        """Take off what lies above the last mark, and the mark."""
+        """Pop all items above the last mark, and the mark."""
         for place in range(len(self.stack) - 1, -1, -1):
             if self.stack[place] is _MARK:
                 found = self.stack[place + 1 :]
@@ -184,7 +187,10 @@ class _Machine:
         _expect(self.stack[-1], dict)
 
     def persistent_id(self, _: Any) -> None:
-        self.stack.append(_storage(_expect(self.stack.pop(), tuple)))
+        storage = _storage(_expect(self.stack.pop(), tuple))
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ModelFileError("two of its storages have one key")
+        self.stack.append(storage)
 
 
 _PUSHES = {
@@ -249,8 +255,8 @@ def _allowed(module: str, name: str) -> Token:
     if name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor"):
         raise ModelFileError(f"it holds sparse tensors ({where}), which are not supported")
     raise ModelFileError(
-        f"it refers to {where}, which tensors do not need, and nothing in a file is ever run; save the weights alone,"
-        " with torch.save(model.state_dict(), path)"
+        f"it refers to {where}, which tensors do not need, and files are read without executing code; save the"
+        " weights alone, with torch.save(model.state_dict(), path)"
     )
 
 
@@ -267,7 +273,7 @@ def _storage(identity: tuple[Any, ...]) -> Storage:
 
 
 def _call(function: Token, arguments: tuple[Any, ...]) -> Any:
-    """Return what a call of an allowed name stands for."""
+    """Return the value of a call of an allowed name."""
     name = function.name
     if name == "OrderedDict":
         found: dict[Any, Any] = {}

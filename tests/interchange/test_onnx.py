@@ -297,6 +297,14 @@ def test_nodes_inside_a_branch_are_found_with_the_constants_around_them():
     assert_identical(LSTM.from_onnx(helper.make_model(graph)).params, expected.params)
 
 
+def test_attributes_that_the_caller_of_a_function_gives_are_refused():
+    model, _ = node_model()
+    del model.graph.node[0].attribute[:]
+    model.graph.node[0].attribute.append(onnx.AttributeProto(name="clip", ref_attr_name="bound", type=1))
+    with pytest.raises(ArgumentError, match="the caller of its function"):
+        LSTM.from_onnx(model)
+
+
 def test_a_model_without_an_lstm_says_what_it_has():
     graph = helper.make_graph([helper.make_node("GRU", ["x", "w", "r"], ["y"], hidden_size=3)], "g", [], [])
     with pytest.raises(ArgumentError, match="no LSTM node; it has GRU"):

@@ -34,6 +34,18 @@ def test_damaged_files_raise_typed_errors_only():
     assert outcomes["refused"] > 500, outcomes
 
 
+def test_names_that_are_no_text_raise_typed_errors_only():
+    """Protobuf gives them as bytes."""
+    model, _ = node_model()
+    for name in (b"the_lstm", b"W", b"x", b"Y"):
+        data = model.SerializeToString().replace(name, b"\xff" * len(name))
+        for node in (None, "the_lstm"):
+            try:
+                LSTM.from_onnx(io.BytesIO(data), node=node)
+            except FastLSTMError as error:
+                assert str(error)
+
+
 @pytest.mark.parametrize("data", [b"", b"hello, world", b"\x08"], ids=str)
 def test_other_files_are_refused(data):
     with pytest.raises((ModelFileError, ArgumentError), match=r"damaged|no LSTM node"):

@@ -75,6 +75,16 @@ def test_dictionaries_inside_each_other_are_named_by_dots_and_tensors_of_others_
         LSTM.load_torch(io.BytesIO(data))
 
 
+def test_old_files_may_have_tensors_elsewhere_than_in_dictionaries():
+    """As the states of an optimiser, in a list: their storages lie between those of the weights."""
+    given = weights()
+    storages = {"a": np.ones(3, np.float64)} | given
+    described = {"states": [tensor("a", storages["a"])]} | {name: tensor(name, array) for name, array in given.items()}
+    for call in (described["states"][0], *(described[name] for name in given)):
+        call.arguments[0].identity += (None,)
+    assert_identical(load_state_dict(io.BytesIO(old_file(storages, described))), given)
+
+
 def test_a_file_without_an_lstm_lists_its_names():
     given = {"head.weight": np.zeros((2, 2), np.float32)}
     for data in (archive({n: tensor(n, a) for n, a in given.items()}, given), safetensors.numpy.save(given)):

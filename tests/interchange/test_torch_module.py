@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from fastlstm import ArrayTypeError, DTypeError, ShapeError
+from fastlstm import ArgumentError, ArrayTypeError, DTypeError, ShapeError
 
 torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
 
@@ -244,3 +244,7 @@ def test_what_does_not_fit_is_refused(make, error, message):
 def test_a_state_that_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match="h0"):
         pair()[1](draw(T, B, I), (draw(1, B, H + 1), draw(1, B, H)))
+    for bad in (draw(1, B, H), (draw(1, B, H),), 3):
+        for x in (draw(T, B, I), pack(draw(T, B, I), [2, 7, 1, 3], enforce_sorted=False)):
+            with pytest.raises(ArgumentError, match="hx must be a pair"):
+                pair()[1](x, bad)
