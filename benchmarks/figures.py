@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 README, TABLES, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md", HERE / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MAIN = "bench"  # the file whose cases are in the README and in the pictures
-NO_GPU = "No GPU has been measured yet: `.ci/gpu OUTDIR` does that where there is one."
+NO_GPU = "No GPU is measured yet: `.ci/gpu OUTDIR` does."
 ROWS = {
     "one step, streaming": Work(1, 1, 32, 64, kind="stream"),
     "a step of 32 sequences": Work(1, 32, 64, 128, kind="stream"),
@@ -101,8 +101,8 @@ def section(found: Mapping[str, Mapping[str, Results]]) -> str:
             parts.append(report.table(["call, float32", "T,B,I,H", CPU, *peers], cells, left=2))
             parts.append(report.machine_line(files[MAIN]))
     parts.append(
-        "Behind a peer's time stands that time / ours: above 1 fastlstm is faster, **bold** is where the peer is, `=`"
-        " is no difference. [`benchmarks/RESULTS.md`](benchmarks/RESULTS.md) has all rows. " + gpu_sentence(found)
+        "In brackets: the peer's time / ours, **bold** where the peer is faster, `=` for no difference."
+        " [All rows](benchmarks/RESULTS.md). " + gpu_sentence(found)
     )
     return "\n\n".join(parts)
 
