@@ -76,7 +76,8 @@ def training(steps: int, batch: int, inputs: int, hidden: int) -> tuple[dict[str
     lstm, rng = LSTM(inputs, hidden, dtype=DTYPE, seed=0), np.random.default_rng(0)
     x0 = rng.normal(size=(batch, inputs)).astype(DTYPE)
     dy = rng.normal(size=(steps, batch, hidden)).astype(DTYPE) / steps
-    tape, gradients = lstm.compiled().tape(steps, batch), lstm.compiled().gradients()
+    kit = lstm.compiled()
+    tape, gradients = kit.tape(steps, batch, threads=fastlstm.get_num_threads()), kit.gradients()
     y, dh, dx = np.empty((batch, hidden), DTYPE), np.empty((batch, hidden), DTYPE), np.empty((batch, inputs), DTYPE)
 
     def in_python() -> Any:

@@ -89,7 +89,7 @@ def step(kit: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any) -> 
         If a shape does not fit.
     ArgumentError
         If what is written overlaps what is still read.
-    numba.core.errors.TypingError
+    numba.TypingError
         When the caller is compiled, if an array has another dtype or layout.
     """
     _steps(kit, x, h, c, y, h_next, c_next)
@@ -163,7 +163,7 @@ def _step_taped(kit: Any, tape: Any, t: Any, x: Any, y: Any) -> None:
         record[TAKEN], record[LEFT] = 0, -1
         for n in range(size):
             tape[7][n] = tape[8][n] = 0
-    _call(record[STEP_TAPED], (kit[0], record, x[0], y[0]))
+    _call(record[STEP_TAPED], (kit[0], record, x[0], y[0], tape[9], 0))
 
 
 def step_back(kit: Any, tape: Any, t: int, dh: Any, dx: Any) -> None:
@@ -206,7 +206,7 @@ def _step_back(kit: Any, tape: Any, t: Any, dh: Any, dx: Any) -> None:
     if left == 0 or t != left - 1:
         raise ArgumentError("t must be the last step of the run, and then the one before the last")
     record[LEFT] = left
-    _call(record[STEP_BACK], (kit[0], record, dh[0], dx[0]))
+    _call(record[STEP_BACK], (kit[0], record, dh[0], dx[0], tape[9], 0))
 
 
 def finish(kit: Any, tape: Any, gradients: Any) -> None:
@@ -305,7 +305,7 @@ def c_step(dtype: Any) -> Any:
 
     Returns
     -------
-    numba.core.ccallback.CFunc
+    CFunc
         Its attribute `address` is the function's, and `ctypes` the function for ctypes, which takes addresses as
         integers. That can be called in nopython mode, too.
     """

@@ -16,7 +16,7 @@ from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, lon
 from fastlstm.kernels.cpu.gemm_microkernel import NR, ROW_BLOCKS
 from fastlstm.kernels.cpu.jit import by_address, kernel, routine
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
-from fastlstm.kernels.cpu.thread_team import dismiss, share, summon
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.unrolled_step import (
     ADDRESSES,
     BACK_WEIGHTS,
@@ -84,8 +84,13 @@ def unrolled_back(
     tape,  # (TAPED,), IN and OUT
     dh,  # (B, H) the gradient by the output of the step, IN
     dx,  # (B, I), OUT
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
+    thread,
 ):
     """Take the gradients back through the last step that is left, for all layers."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
     like, batch = address(dx), tape[BATCH]
     inputs, hidden, layers, blocks = kit[INPUTS], kit[HIDDEN], kit[LAYERS], kit[BLOCKS]
     t, tile = tape[LEFT] - 1, make_room(like)
@@ -95,21 +100,27 @@ def unrolled_back(
     for turn in range(layers):
         number = layers - 1 - turn
         da = _gate_gradients(kit, tape, number, t // tape[CHUNK], like)
-        _cells_back(kit, tape, number, t, dy, da)
+        _cells_back(kit, tape, number, t, dy, da, share(blocks, team, thread))
+        barrier(team, thread)
         state = offset(at(tape[DH], like), number * batch * hidden)
         weights = at(kit[BACK_WEIGHTS], like)
         if number:
             weights = offset(weights, first + second + (number - 1) * 2 * second)
-            _product_back(da, row, batch, offset(weights, second), hidden, state, tile)
-            _product_back(da, row, batch, weights, hidden, between, tile)
+            _product_back(da, row, batch, offset(weights, second), hidden, state, tile, team, thread)
+            _product_back(da, row, batch, weights, hidden, between, tile, team, thread)
+            barrier(team, thread)  # the next layer reads all of it
             if tape[MASKS]:
                 place = ((number - 1) * tape[STEPS] + t) * batch * hidden
-                multiply(batch * hidden, between, offset(at(tape[MASKS], like), place), between)
+                if thread == 0:
+                    multiply(batch * hidden, between, offset(at(tape[MASKS], like), place), between)
+                barrier(team, thread)
             dy = between
         else:
-            _product_back(da, row, batch, offset(weights, first), hidden, state, tile)
-            _product_back(da, row, batch, weights, inputs, like, tile)
-    tape[LEFT] = t
+            _product_back(da, row, batch, offset(weights, first), hidden, state, tile, team, thread)
+            _product_back(da, row, batch, weights, inputs, like, tile, team, thread)
+    if thread == 0:
+        dismiss(team)
+        tape[LEFT] = t
 
 
 @routine(inline=True)
@@ -121,8 +132,8 @@ def _gate_gradients(kit, tape, number, chunk, like):
 
 
 @routine
-def _cells_back(kit, tape, number, t, dy, da):
-    """Take the gradients of a step back through the cells of a layer: dc in place, the others to `da`."""
+def _cells_back(kit, tape, number, t, dy, da, mine):
+    """Take the gradients of a step back through some cells of a layer: dc in place, the others to `da`."""
     width, batch, hidden, blocks = lanes_of(dy), tape[BATCH], kit[HIDDEN], kit[BLOCKS]
     own = at(kit[OWN_PARAMETERS], dy)
     cell = cell_of(kit, ADDRESSES, offset(own, number * kit[OWN] * hidden), hidden)
@@ -131,7 +142,7 @@ def _cells_back(kit, tape, number, t, dy, da):
     c_rows = offset(at(tape[C], dy), (number * (tape[STEPS] + 1) + t) * batch * hidden)
     cells = offset(at(tape[CELLS], dy), (number * steps_of_cells(tape) + t) * batch * blocks * TAPE * width)
     first_row = t % tape[CHUNK] * batch
-    for block in range(blocks):
+    for block in range(mine[0], mine[1]):
         unit = block * width
         units, here = minimum(width, hidden - unit), cell_at(cell, unit)
         part, part_row = strip(da, unit * GATES)
@@ -147,17 +158,20 @@ def _cells_back(kit, tape, number, t, dy, da):
 
 
 @routine
-def _product_back(da, first_row, rows, weights, columns, out, tile):
-    """Compute da @ W for some rows, W being packed in panels of its columns; `out` is (rows, columns)."""
+def _product_back(da, first_row, rows, weights, columns, out, tile, team, thread):
+    """Compute da @ W for some rows, W being packed in panels of its columns, which the threads share.
+
+    `out` is (rows, columns).
+    """
     width = lanes_of(out)
     panel_columns = NR * width
-    panels = (columns + panel_columns - 1) // panel_columns
+    panel_first, panel_last = share((columns + panel_columns - 1) // panel_columns, team, thread)
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several.
     together = ROW_BLOCKS if rows == 1 else 1
     for low in range(0, rows, MOST_ROWS):
         count = minimum(MOST_ROWS, rows - low)
-        for number in range(0, panels, together):
-            some = minimum(together, panels - number)
+        for number in range(panel_first, panel_last, together):
+            some = minimum(together, panel_last - number)
             column = number * panel_columns
             packed = offset(weights, column * da.depth)
             vectors = minimum(some * NR, (columns - column + width - 1) // width)
@@ -300,4 +314,8 @@ def signatures(dtype: Any, by_pointers: bool) -> dict[Any, tuple[Any, ...]]:
             types.Array(number, 1, "C"),
             types.Array(types.int64, 1, "C"),
         )
-    return {unrolled_back: (record, record, matrix, matrix), unrolled_finish: (record, record, vector)}
+    team = types.Array(types.int64, 2, "C")
+    return {
+        unrolled_back: (record, record, matrix, matrix, team, types.intp),
+        unrolled_finish: (record, record, vector),
+    }

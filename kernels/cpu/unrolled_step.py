@@ -23,8 +23,10 @@ from fastlstm.kernels.cpu.gemm_microkernel import ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.jit import by_address, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.vector import address, lanes_of, load_first, minimum, offset, store_first
 from fastlstm.kernels.cpu.weight_packing import packed_at
+from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = ["KIT", "TAPED", "at", "signatures", "steps_of_cells", "unrolled_step", "unrolled_step_taped"]
 
@@ -102,7 +104,7 @@ def unrolled_step(
         batch, address(x), address(h), address(c), address(h_next), address(c_next), stride, start, start, 0, 0, start,
         start, 0, make_room(start),
     )  # fmt: skip
-    _run(kit, step)
+    _run(kit, step, None, 0)
 
 
 @by_address
@@ -111,23 +113,30 @@ def unrolled_step_taped(
     tape,  # (TAPED,), IN and OUT
     x,  # (B, I), IN
     y,  # (B, H), OUT
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
+    thread,
 ):
     """Run the next step of all layers, and keep what the backward pass needs."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
     start, steps, batch, t = address(y), tape[STEPS], tape[BATCH], tape[TAKEN]
     hidden, inputs, layers = kit[HIDDEN], kit[INPUTS], kit[LAYERS]
     states, masks = t * batch * hidden, tape[MASKS]
     cells, cells_row = at(tape[CELLS], start), kit[BLOCKS] * TAPE * lanes_of(start)
     h, c = offset(at(tape[H], start), states), offset(at(tape[C], start), states)
-    kept_x = offset(at(tape[X], start), t * batch * inputs)
-    _copy(batch * inputs, address(x), kept_x)
+    if thread == 0:
+        _copy(batch * inputs, address(x), offset(at(tape[X], start), t * batch * inputs))
     step = _Step(
-        batch, kept_x, h, c, offset(h, batch * hidden), offset(c, batch * hidden), (steps + 1) * batch * hidden, start,
-        offset(cells, t * batch * cells_row), steps_of_cells(tape) * batch * cells_row, TAPE,
+        batch, address(x), h, c, offset(h, batch * hidden), offset(c, batch * hidden), (steps + 1) * batch * hidden,
+        start, offset(cells, t * batch * cells_row), steps_of_cells(tape) * batch * cells_row, TAPE,
         offset(at(masks, start), states), offset(at(tape[DROPPED], start), states),
         steps * batch * hidden if masks and layers > 1 else 0, make_room(start),
     )  # fmt: skip
-    _run(kit, step)
-    tape[TAKEN] = t + 1
+    _run(kit, step, team, thread)
+    if thread == 0:
+        dismiss(team)
+        tape[TAKEN] = t + 1
 
 
 @routine(inline=True)
@@ -138,19 +147,27 @@ def _copy(size, source, target):
 
 
 @routine(inline=True)
-def _run(kit, step):
-    """Run one layer after the other; each reads the new h of the one below."""
+def _run(kit, step, team, thread):
+    """Run one layer after the other; each reads the new h of the one below. Without a team, `team` is None."""
     inputs, hidden, layers, blocks = kit[INPUTS], kit[HIDDEN], kit[LAYERS], kit[BLOCKS]
     weights, bias, own = at(kit[WEIGHTS], step.y), at(kit[BIAS], step.y), at(kit[OWN_PARAMETERS], step.y)
     tile_row, x = GATES * lanes_of(step.y), step.x
+    first, last = 0, blocks
+    if team is not None:  # Numba leaves out what belongs to a None
+        first, last = share(blocks, team, thread)
     for number in range(layers):
         packed = packed_at(weights, bias, inputs, hidden, blocks)
         cell = cell_of(kit, ADDRESSES, offset(own, number * kit[OWN] * hidden), hidden)
-        _layer(cell, packed, step, number, x, number + 1 == layers)
+        _layer(cell, packed, step, number, x, number + 1 == layers, first, last)
+        if team is not None and number + 1 < layers:
+            barrier(team, thread)  # the next layer reads the h of all units
         x = offset(step.h_next, number * step.stride)
         if step.masks_stride and number + 1 < layers:
             below, x = x, offset(step.dropped, number * step.masks_stride)
-            multiply(step.batch * hidden, below, offset(step.masks, number * step.masks_stride), x)
+            if thread == 0:
+                multiply(step.batch * hidden, below, offset(step.masks, number * step.masks_stride), x)
+            if team is not None:
+                barrier(team, thread)
         weights = offset(weights, blocks * (inputs + hidden) * tile_row)
         bias = offset(bias, 2 * blocks * tile_row)
         inputs = hidden
@@ -165,16 +182,16 @@ def multiply(size, a, b, target):
 
 
 @routine
-def _layer(cell, packed, step, number, x, is_last):
-    """Run one layer, as many rows at a time as there is room for."""
+def _layer(cell, packed, step, number, x, is_last, first, last):
+    """Run some blocks of units of a layer, as many rows at a time as there is room for."""
     inputs, hidden, tile_row = packed.inputs, packed.hidden, GATES * lanes_of(step.a)
     h = offset(step.h, number * step.stride)
-    far = are_far(step.a, packed.blocks * (inputs + hidden) * tile_row)
+    far = are_far(step.a, (last - first) * (inputs + hidden) * tile_row)
     together = ROW_BLOCKS if step.batch == 1 else 1
     for low in range(0, step.batch, MOST_ROWS):
         count = minimum(MOST_ROWS, step.batch - low)
-        for block in range(0, packed.blocks, together):
-            blocks = minimum(together, packed.blocks - block)
+        for block in range(first, last, together):
+            blocks = minimum(together, last - block)
             of_x = offset(packed.of_x, block * inputs * tile_row)
             pre_activations(
                 count, blocks, offset(x, low * inputs), inputs, of_x, offset(h, low * hidden), hidden, hidden,
@@ -234,5 +251,5 @@ def signatures(dtype: Any, by_pointers: bool) -> dict[Any, tuple[Any, ...]]:
         )
     return {
         unrolled_step: (record, types.intp, matrix, states, states, matrix, states, states),
-        unrolled_step_taped: (record, record, matrix, matrix),
+        unrolled_step_taped: (record, record, matrix, matrix, types.Array(types.int64, 2, "C"), types.intp),
     }

@@ -18,7 +18,9 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.backends.cpu import unroll
+from fastlstm.backends.cpu.thread_pool import NO_TEAM, own_team
 from fastlstm.backends.cpu.weights import size_of
+from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import VARIANTS, Cell
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
@@ -50,7 +52,7 @@ def _make_stamp() -> str:
 
 
 FIELDS_OF_KIT = "inputs", "hidden", "layers", "parameters", "record", "weights", "bias", "own", "for_back"
-FIELDS_OF_TAPE = "inputs", "steps", "batch", "record", "h", "c", "dh", "dc"
+FIELDS_OF_TAPE = "inputs", "steps", "batch", "record", "h", "c", "dh", "dc", "team"
 
 
 class _Here:
@@ -69,14 +71,15 @@ class _Here:
 class _KitMethods(_Here):
     cell: Cell
 
-    def tape(self, steps: int, batch: int) -> Any:
+    def tape(self, steps: int, batch: int, *, threads: int = 1) -> Any:
         """Allocate the memory of a run for training, to be used for any number of runs.
 
         Its fields are `h` and `c`, (L, T + 1, B, H), the states before each step and after the last, of which
         ``h[:, 0]`` and ``c[:, 0]`` are to be set before a run, and are zero at first; and `dh` and `dc`, (L, B, H), the
         gradients by the states, which are zero when the way back begins, unless they were set after the first step.
+        With `threads`, each step is shared by as many at most: worth it for a large model or batch, not under prange.
         """
-        steps, batch = positive("steps", steps), positive("batch", batch)
+        steps, batch, threads = positive("steps", steps), positive("batch", batch), positive("threads", threads)
         if self.cell.dropout and self.cell.num_layers > 1:
             raise ArgumentError("compiled code draws no dropout masks: train with lstm.unroll, or without dropout")
         sizes = tuple(size_of(self.cell, layer) for layer in range(self.cell.num_layers))
@@ -85,7 +88,7 @@ class _KitMethods(_Here):
         made.dh[...] = made.dc[...] = 0
         functions = forth.unrolled_step_taped, back.unrolled_back, back.unrolled_finish
         record = np.append(made.record, [_function_address(function, self.cell.dtype) for function in functions])
-        return TAPE(self.cell.input_size, steps, batch, record, made.h, made.c, made.dh, made.dc)
+        return TAPE(self.cell.input_size, steps, batch, record, made.h, made.c, made.dh, made.dc, _team(threads))
 
     def gradients(self) -> Array:
         """Allocate an array for :func:`finish`: a number for each parameter."""
@@ -102,6 +105,12 @@ class _KitMethods(_Here):
 class _TapeMethods(_Here):
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: T={self.steps}, B={self.batch}>"  # type: ignore[attr-defined]
+
+
+def _team(threads: int) -> Array:
+    """Return a team of so many threads, within the limit."""
+    threads = min(threads, get_num_threads())
+    return own_team(threads - 1) if threads > 1 else NO_TEAM
 
 
 @functools.cache

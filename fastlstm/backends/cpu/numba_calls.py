@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import extending, njit
+from numba import TypingError, extending, njit
 from numba import types as numba_types
-from numba.core.errors import TypingError
-from numba.core.typing import templates
 
 from fastlstm.backends.cpu.kit import KIT, TAPE
 from fastlstm.kernels.cpu.jit import cgutils
 
 # Numba is typed in part, so that its own extensions would not pass.
 types: Any = numba_types
-signature_of: Any = templates.signature
 lower_builtin: Any = extending.lower_builtin
 type_callable: Any = extending.type_callable
 
@@ -76,7 +73,7 @@ def _kit_numbers(context: Any, builder: Any, kind: Any, value: Any) -> tuple[Any
 
 
 def _tape_numbers(context: Any, builder: Any, kind: Any, value: Any) -> tuple[Any, Any]:
-    """Return a tape's record, I, T, B, L, H, the number of a state's elements, and pointers to dh and dc."""
+    """Return a tape's record, I, T, B, L, H, the number of a state's elements, pointers to dh and dc, and its team."""
     record = context.make_array(_RECORD)(context, builder, _field(builder, kind, value, "record")[1]).data
     numbers = [_field(builder, kind, value, name)[1] for name in ("inputs", "steps", "batch")]
     dh, dc = (
@@ -85,8 +82,9 @@ def _tape_numbers(context: Any, builder: Any, kind: Any, value: Any) -> tuple[An
     )
     layers, _, hidden = cgutils.unpack_tuple(builder, dh.shape, 3)
     pointer = types.CPointer(_field(builder, kind, value, "dh")[0].dtype)
-    kinds = types.Tuple((types.CPointer(types.int64), *[types.intp] * 6, pointer, pointer))
-    found = [record, *numbers, layers, hidden, dh.nitems, dh.data, dc.data]
+    team = _field(builder, kind, value, "team")
+    kinds = types.Tuple((types.CPointer(types.int64), *[types.intp] * 6, pointer, pointer, team[0]))
+    found = [record, *numbers, layers, hidden, dh.nitems, dh.data, dc.data, team[1]]
     return kinds, context.make_tuple(builder, kinds, found)
 
 
@@ -122,5 +120,5 @@ def tell(function: Callable[..., Any], on_numbers: Callable[..., Any], **arrays:
             found = convert(context, builder, kind, value)
             kinds.append(found[0])
             numbers.append(found[1])
-        context.compile_internal(builder, on_numbers, signature_of(types.none, *kinds), numbers)
+        context.compile_internal(builder, on_numbers, types.none(*kinds), numbers)
         return context.get_dummy_value()

@@ -48,7 +48,7 @@ from fastlstm.kernels.cpu.worker import (
     serve,
 )
 
-__all__ = ["NO_TEAM", "available", "can_run_at_once", "new_records", "run_at_once", "run_team"]
+__all__ = ["NO_TEAM", "available", "can_run_at_once", "new_records", "own_team", "run_at_once", "run_team"]
 
 # How often a worker looks for another call before it sleeps: about a millisecond, for most of which it lets any other
 # thread run first; and where there are fewer cores than threads, some microseconds.
@@ -247,6 +247,15 @@ def _new_team(wanted: int, workers: Sequence[_Worker]) -> Array:
     team[0, WANTED], team[1, THREADS] = wanted, 1
     team[2:, MAILBOX] = [worker.address for worker in workers]
     return team
+
+
+def own_team(wanted: int) -> Array:
+    """Return a team for a caller who keeps it, and whose kernels it has one after the other; for one thread at least.
+
+    The kernels claim its workers in each call, as far as they are free then.
+    """
+    workers = _workers[: available(wanted)]
+    return _new_team(len(workers), workers) if workers else NO_TEAM
 
 
 def new_records(calls: int) -> Array:

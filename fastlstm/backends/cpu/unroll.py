@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastlstm.backends.base import Array, Dropout, Params
-from fastlstm.backends.cpu.thread_pool import available, run_team
+from fastlstm.backends.cpu.autotune import TRIALS
+from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, own_team, run_team
 from fastlstm.backends.cpu.weights import Size, packed_model, size_of
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.layers import dropout_mask
@@ -30,7 +33,8 @@ __all__ = ["Kit", "Tape", "Unrolled", "can_unroll", "kit_of", "named_gradients",
 IN_THE_STEP = ("peephole", "activations", "clip", "cell_clip")
 
 _PACKED_FOR_BACK = "packed for a loop's way back"
-_WORTH_A_TEAM = 1 << 22  # multiply-adds of the weights' gradients, from which on threads share them
+# Multiply-adds from which on threads share a step, and the weights' gradients. To meet takes a step some microseconds.
+_WORTH_A_TEAM, _FINISH_WORTH_A_TEAM = 1 << 20, 1 << 22
 
 
 def can_unroll(cell: Cell) -> bool:
@@ -171,6 +175,12 @@ def prepare(functions: dict[Any, tuple[Any, ...]]) -> None:
         compile_once(function, signature)
 
 
+@functools.lru_cache(maxsize=64)
+def _kinds(sizes: tuple[Size, ...], batch: int, threads: int) -> tuple[object, object]:
+    """Return objects for a step and for a step back, under which the trials note their times."""
+    return object(), object()
+
+
 class Unrolled:
     """A run on the kernels (see ``base.Unrolled``)."""
 
@@ -183,18 +193,31 @@ class Unrolled:
         self._cell, self._batch = cell, batch
         self._kit = kit_of(cell, frozen)
         self._threads = get_num_threads()
+        work = batch * sum(size.inputs + size.hidden for size in self._kit.sizes) * GATES * cell.hidden_size
+        self._team = own_team(self._threads - 1) if self._threads > 1 and work >= _WORTH_A_TEAM else NO_TEAM
+        self._kinds = _kinds(self._kit.sizes, batch, self._threads)
         masks = _draw(cell, steps, batch, dropout)
         self._tape = tape_of(cell, self._kit.sizes, steps, batch, masks, self._threads)
         for states, given in ((self._tape.h, h0), (self._tape.c, c0)):
             states[:, 0] = 0 if given is None else given
         self._y_shape, self._x_shape = (batch, cell.hidden_size), (batch, cell.input_size)
 
+    def _launch(self, kernel: Any, kind: object, given: Array, found: Array) -> None:
+        """Launch a kernel with the team, or alone where that proves faster, as on busy cores."""
+        if self._team is NO_TEAM:
+            kernel(self._kit.record, self._tape.record, given, found, NO_TEAM, 0)
+            return
+        way = TRIALS.pick(kind, 2)
+        start = time.perf_counter()
+        kernel(self._kit.record, self._tape.record, given, found, NO_TEAM if way else self._team, 0)
+        TRIALS.report(kind, way, time.perf_counter() - start)
+
     def step(self, x: Array) -> Array:
         """Run the next step (see ``base.Unrolled.step``)."""
         y = np.empty(self._y_shape, self._cell.dtype)
         if not x.flags.carray:
             x = as_plain(x)
-        step.unrolled_step_taped(self._kit.record, self._tape.record, x, y)
+        self._launch(step.unrolled_step_taped, self._kinds[0], x, y)
         return y
 
     def state(self) -> tuple[Array, Array]:
@@ -212,7 +235,7 @@ class Unrolled:
         """Take the gradients back through one step (see ``base.Unrolled.step_back``)."""
         dh = np.zeros(self._y_shape, self._cell.dtype) if dh is None else dh if dh.flags.carray else as_plain(dh)
         dx = np.empty(self._x_shape, self._cell.dtype)
-        back.unrolled_back(self._kit.record, self._tape.record, dh, dx)
+        self._launch(back.unrolled_back, self._kinds[1], dh, dx)
         return dx
 
     def state_gradient(self) -> tuple[Array, Array]:
@@ -224,7 +247,7 @@ class Unrolled:
         cell, record = self._cell, self._tape.record
         flat = np.empty(sum(int(np.prod(shape)) for shape in shapes(cell).values()), cell.dtype)
         threads = min(self._threads, self._kit.sizes[0].blocks, get_num_threads())
-        if threads > 1 and int(record[step.TAKEN]) * self._batch * flat.size >= _WORTH_A_TEAM:
+        if threads > 1 and int(record[step.TAKEN]) * self._batch * flat.size >= _FINISH_WORTH_A_TEAM:
             free = available(threads - 1)
             run_team(back.unrolled_finish_together, (self._kit.record, record, flat), free)
         else:
