@@ -1,8 +1,9 @@
 """The CUDA backend: whole models and layers, on the kernels in ``kernels/cuda`` and on cuBLAS's matrix products.
 
-All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Where the recurrence is
-one persistent kernel (``plans.py``), on a GPU it may wait for another stream's: two of them do not run at once, unless
-their groups are clusters. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
+(``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
+on another stream. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
 more while it runs. When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the
