@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=command.bench)
 
     demo = commands.add_parser("demo", help="train on real data, evaluate, save, and load again")
-    demo.add_argument("--task", choices=("co2", "vowels"), default="co2", help="default: %(default)s")
+    tasks = ("co2", "vowels", "gradients", "temporal-order", "adding")
+    demo.add_argument("--task", choices=tasks, default="co2", help="default: %(default)s")
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.add_argument("--out", type=Path, default=Path("fastlstm-demo"), help="folder to write; default: %(default)s")

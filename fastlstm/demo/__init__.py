@@ -1,6 +1,6 @@
-"""Two small tasks from data to result, written to be read: :mod:`fastlstm.demo.co2` and :mod:`fastlstm.demo.vowels`.
+"""Small tasks from data to result, written to be read: two on real data, and three about the cell of 1997.
 
-``fastlstm demo`` runs them. Both use the public API as any program would; their data comes inside Python packages
+``fastlstm demo`` runs them. All use the public API as any program would; their data comes inside Python packages
 (``pip install "fastlstm[demo]"``), so nothing is downloaded.
 """
 
@@ -18,6 +18,9 @@ __all__ = ["TASKS", "DemoResult", "run_demo"]
 TASKS = {
     "co2": "forecast the weekly CO2 record of Mauna Loa",
     "vowels": "tell nine speakers apart by how they say two vowels (JapaneseVowels)",
+    "gradients": "show how gradients flow back in time: plain RNNs, LSTMs, the cell of 1997",
+    "temporal-order": "tell the order of two symbols, with the cell of 1997 (task 6a of its paper)",
+    "adding": "add two marked numbers, with the cell of 1997 (task 4 of its paper)",
 }
 
 
@@ -26,7 +29,7 @@ def run_demo(task: str = "co2", device: str = "cpu", seed: int = 0, out: Path = 
 
     Parameters
     ----------
-    task : {"co2", "vowels"}
+    task : {"co2", "vowels", "gradients", "temporal-order", "adding"}
         Which demo; :data:`TASKS` describes them.
     device : {"cpu", "cuda"}
         Whether to train on NumPy or on CuPy arrays.
@@ -50,7 +53,7 @@ def run_demo(task: str = "co2", device: str = "cpu", seed: int = 0, out: Path = 
     if task not in TASKS:
         raise ArgumentError(f"there is no task {task!r}; choose one of {', '.join(TASKS)}")
     seed = arguments.count("seed", seed)
-    module = import_module(f"fastlstm.demo.{task}")
+    module = import_module(f"fastlstm.demo.{task.replace('-', '_')}")
     xp = array_library(device, module.PACKAGES)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

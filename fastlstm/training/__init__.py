@@ -22,6 +22,7 @@ its value together with its gradient, so one step of training reads from top to 
 True
 """
 
+from fastlstm.training.cell_1997 import initialise_1997
 from fastlstm.training.clipping import clip_by_global_norm, clip_by_value
 from fastlstm.training.joined import Joined, join
 from fastlstm.training.linear import Linear, LinearGrads
@@ -36,6 +37,7 @@ __all__ = [
     "LinearGrads",
     "clip_by_global_norm",
     "clip_by_value",
+    "initialise_1997",
     "join",
     "length_mask",
     "mean_squared_error",

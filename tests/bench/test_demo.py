@@ -1,4 +1,4 @@
-"""Both demos, end to end: what the reports claim, that nothing leaks from the held-out data, and clear errors."""
+"""The demos on real data, end to end: what the reports claim, that held-out data does not leak, and clear errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def short(demo, monkeypatch):
 
 co2 = pytest.mark.parametrize("demo", ["co2"], indirect=True)
 vowels = pytest.mark.parametrize("demo", ["vowels"], indirect=True)
-both = pytest.mark.parametrize("demo", TASKS, indirect=True)
+both = pytest.mark.parametrize("demo", ["co2", "vowels"], indirect=True)
 
 
 def name_of(module):
