@@ -2,7 +2,7 @@ r"""The cell: one time step of one sequence and one vector of hidden units, forw
 
 This file alone knows the gates, their activations and what a variant changes. The equations are those of
 :mod:`fastlstm.backends.reference`, in the same symbols. Every driver (large batch, small batch, gates computed again)
-calls the five routines below with a `cell`, the record :class:`Cell`, which says where a variant's routines are:
+calls the routines below with a `cell`, the record :class:`Cell`, which says where a variant's routines are:
 
 =====================  ==========================================================================================
 :func:`update`         pre-activations to the new cell state; writes the tape
@@ -12,12 +12,17 @@ calls the five routines below with a `cell`, the record :class:`Cell`, which say
 :func:`own_gradients`  gradients by a variant's own parameters
 =====================  ==========================================================================================
 
+Where c is normalised on its way to h, :func:`output_back` and :func:`backward_normed` stand for :func:`backward`.
+
 The plain LSTM is compiled into the drivers. A variant is compiled by itself, in half a second, and called by its
 address, which takes some nanoseconds for each call: drivers and products are compiled once for all variants, and the
-plain LSTM pays nothing for the family.
+plain LSTM pays nothing for the family. What a variant changes are constants of its routines, which functions such as
+:func:`_update_of` make: a forget gate that is 1 - i or 1, peepholes, activations (``gate_activations.py``), and clips,
+whose gradient is zero where they bite.
 
 On the tape, a vector of units keeps its five values side by side, :data:`TAPE` vectors: i, f, g, o and c. A variant's
-own parameters are a matrix of E rows of H numbers (peepholes: i, f, o).
+own parameters are a matrix of E rows of H numbers (peepholes: i, f, o). A gate that does not exist has pre-activations
+and gradients nonetheless: the former are not read, the latter zero.
 """
 
 from __future__ import annotations
@@ -34,8 +39,9 @@ from fastlstm.kernels.cpu.vector import Vector, address, lanes_of, load, load_fi
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
 
 __all__ = [
-    "CELL", "COUPLED", "GATES", "NONE", "OWN", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "Variant", "backward",
-    "cell_addresses", "cell_at", "cell_of", "output", "own_gradients", "rebuild", "update",
+    "CELL", "COUPLED", "GATES", "NONE", "NORMED", "OWN", "PEEPHOLE", "PLAIN", "TAPE", "Cell", "Variant", "backward",
+    "backward_normed", "cell_addresses", "cell_at", "cell_of", "output", "output_back", "own_gradients", "rebuild",
+    "update",
 ]  # fmt: skip
 
 GATES = 4  # i, f, g, o
@@ -51,24 +57,26 @@ class Variant(NamedTuple):
     activations: tuple[str, str, str] = ("sigmoid", "tanh", "tanh")
     clip: float | None = None
     cell_clip: float | None = None
+    normed: bool = False  # whether c is normalised on its way to h
 
 
-PLAIN, PEEPHOLE = Variant(), Variant(peephole=True)
+PLAIN, PEEPHOLE, NORMED = Variant(), Variant(peephole=True), Variant(normed=True)
 
 
 class Cell(NamedTuple):
-    """Where the routines of a variant are, 0 for those of the plain LSTM; and the own parameters of one vector."""
+    """Where the routines of a variant are, 0 for those that drivers have; and the own parameters of one vector."""
 
     update: Any
     rebuild: Any
     backward: Any
     own_gradients: Any
     output: Any
+    output_back: Any
     own: Any  # pointer, (E, H) from the vector's first unit on
     hidden: Any  # H
 
 
-CELL = 5  # addresses that a driver is given for a cell
+CELL = 6  # addresses that a driver is given for a cell
 
 
 def _activations(variant):
@@ -157,6 +165,7 @@ def _backward_of(variant):
     """Make the routine that takes the gradients by h and c back through one step."""
     (_, _, slope), (_, _, slope_of_g), (squash, _, slope_of_squashed) = _activations(variant)
     peephole, forget, cell_clip = variant.peephole, variant.forget, variant.cell_clip or 0.0
+    normed = variant.normed
 
     @routine(inline=True)
     def backward(dh, dc, tape, units, c_prev, own, hidden, da):
@@ -164,9 +173,12 @@ def _backward_of(variant):
         i, f = load(tape), load(offset(tape, width))
         g, o = load(offset(tape, 2 * width)), load(offset(tape, 3 * width))
         c = load(offset(tape, 4 * width))
-        squashed = squash(c)
-        da_o = dh * squashed * slope(o)
-        dc = fma(dh * o, slope_of_squashed(squashed), dc)
+        if normed:  # `dh` is the gradient by o, and `dc` has its share already: the driver has been at the output
+            da_o = dh * slope(o)
+        else:
+            squashed = squash(c)
+            da_o = dh * squashed * slope(o)
+            dc = fma(dh * o, slope_of_squashed(squashed), dc)
         if peephole:
             dc = fma(da_o, _peephole(own, hidden, 2, units), dc)
         if cell_clip:
@@ -188,6 +200,18 @@ def _backward_of(variant):
     return backward
 
 
+def _output_back_of(variant):
+    """Make the routine that takes the gradient by h back through the output, where c is normalised on its way there."""
+    squash, _, slope = _activations(variant)[2]
+
+    @routine(inline=True)
+    def output_back(dh, o, c):
+        squashed = squash(c)
+        return dh * squashed, dh * o * slope(squashed)
+
+    return output_back
+
+
 @routine(inline=True)
 def _add_peepholes(da, units, c_prev, c, hidden, sums):
     """Add one step's gradients by the peepholes to `sums`."""
@@ -199,12 +223,14 @@ def _add_peepholes(da, units, c_prev, c, hidden, sums):
 
 
 _update, _rebuild, _backward = _update_of(PLAIN), _rebuild_of(PLAIN), _backward_of(PLAIN)
+_backward_normed, _output_back = _backward_of(NORMED), _output_back_of(NORMED)
 
 _call_update = caller(lambda a, *_: types.UniTuple(Vector(a.dtype), 2))
 _call_rebuild = caller(lambda *_: types.none)
 _call_backward = caller(lambda dh, *_: dh)
 _call_own_gradients = caller(lambda *_: types.none)
 _call_output = caller(lambda held, _: held)
+_call_output_back = caller(lambda dh, *_: types.UniTuple(dh, 2))
 
 
 @routine(inline=True)
@@ -237,8 +263,9 @@ def update(cell, a, units, c_prev, tape, kept):
 def cell_at(cell, unit):
     """Return the record of the vector that starts at a unit, given that of the first one."""
     return Cell(
-        cell.update, cell.rebuild, cell.backward, cell.own_gradients, cell.output, offset(cell.own, unit), cell.hidden
-    )
+        cell.update, cell.rebuild, cell.backward, cell.own_gradients, cell.output, cell.output_back,
+        offset(cell.own, unit), cell.hidden,
+    )  # fmt: skip
 
 
 @routine(inline=True)
@@ -246,7 +273,7 @@ def cell_of(settings, first, own, hidden):
     """Read a record off the addresses that a driver is given, from number `first` of its settings on."""
     return Cell(
         settings[first], settings[first + 1], settings[first + 2], settings[first + 3], settings[first + 4],
-        address(own), hidden,
+        settings[first + 5], address(own), hidden,
     )  # fmt: skip
 
 
@@ -256,6 +283,14 @@ def output(cell, held, c):
     if cell.output:
         return _call_output(cell.output, (held, c))
     return held * tanh(c)
+
+
+@routine(inline=True)
+def output_back(cell, dh, o, c):
+    """Take the gradient by h through :func:`output` where `c` is normalised: return those by o and by this c."""
+    if cell.output_back:
+        return _call_output_back(cell.output_back, (dh, o, c))
+    return _output_back(dh, o, c)
 
 
 @routine(inline=True)
@@ -296,6 +331,14 @@ def backward(cell, dh, dc, tape, units, c_prev, da):
 
 
 @routine(inline=True)
+def backward_normed(cell, do, dc, tape, units, c_prev, da):
+    """Do as :func:`backward` where c is normalised on its way to h: given the gradients by o, and by c in all."""
+    if cell.backward:
+        return _call_backward(cell.backward, (do, dc, tape, units, c_prev, cell.own, cell.hidden, da))
+    return _backward_normed(do, dc, tape, units, c_prev, cell.own, cell.hidden, da)
+
+
+@routine(inline=True)
 def own_gradients(cell, da, units, c_prev, c, sums):
     """Add one step's gradients by the variant's own parameters to `sums`, (E, H) from the vector's first unit on."""
     if cell.own_gradients:
@@ -306,7 +349,7 @@ def own_gradients(cell, da, units, c_prev, c, sums):
 def _routines(variant: Variant) -> tuple[Any, ...]:
     """Make a variant's routines, in the order of :class:`Cell`; each is a kernel of its own, cached like the others."""
     update, rebuild, backward = _update_of(variant), _rebuild_of(variant), _backward_of(variant)
-    squash = _activations(variant)[2].value
+    squash, back_through_output = _activations(variant)[2].value, _output_back_of(variant)
 
     def variant_update(a, units, c_prev, own, hidden, tape, kept):
         return update(a, units, c_prev, own, hidden, tape, kept)
@@ -323,14 +366,17 @@ def _routines(variant: Variant) -> tuple[Any, ...]:
     def variant_output(held, c):
         return held * squash(c)
 
+    def variant_output_back(dh, o, c):
+        return back_through_output(dh, o, c)
+
     found = variant_update, variant_rebuild, variant_backward, variant_own_gradients, variant_output
-    return tuple(by_address(function, *variant) for function in found)
+    return tuple(by_address(function, *variant) for function in (*found, variant_output_back))
 
 
 @functools.cache
 def cell_addresses(variant: Variant, dtype: Any) -> tuple[int, ...]:
-    """Return the addresses of a variant's routines for a dtype, compiled now if need be; 0 for the plain LSTM's."""
-    if variant == PLAIN:
+    """Return the addresses of a variant's routines for a dtype, compiled now if need be; 0 for those in the drivers."""
+    if variant in (PLAIN, NORMED):
         return (0,) * CELL
     pointer, vector, number = types.CPointer(from_dtype(dtype)), Vector(from_dtype(dtype)), types.intp
     signatures = (
@@ -339,8 +385,10 @@ def cell_addresses(variant: Variant, dtype: Any) -> tuple[int, ...]:
         (vector, vector, pointer, number, vector, pointer, number, pointer),
         (pointer, number, vector, vector, number, pointer),
         (vector, vector),
+        (vector, vector, vector),
     )
-    needed = True, True, True, variant.peephole, variant.activations[2] != PLAIN.activations[2]
+    has_output = variant.activations[2] != PLAIN.activations[2]
+    needed = True, True, True, variant.peephole, has_output, has_output and variant.normed
     return tuple(
         address_of(function, signature) if is_needed else 0
         for function, signature, is_needed in zip(_routines(variant), signatures, needed, strict=True)
