@@ -21,6 +21,9 @@ TASKS = {
     "lorenz": "forecast a chaotic system from noisy measurements of one of its three variables",
     "vowels": "tell nine speakers apart by their vowels (JapaneseVowels, sequences of different lengths)",
     "separation": "separate two mixed sources, by an LSTM that sets the weights of the layer it watches",
+    "gradients": "show how gradients flow back in time: plain RNNs, LSTMs, the cell of 1997",
+    "temporal-order": "tell the order of two symbols, with the cell of 1997 (task 6a of its paper)",
+    "adding": "add two marked numbers, with the cell of 1997 (task 4 of its paper)",
     "co2": "forecast the weekly CO2 record of Mauna Loa, where a simple baseline is hard to beat",
 }
 

@@ -34,6 +34,7 @@ True
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastlstm.training.cell_1997 import initialise_1997
 from fastlstm.training.clipping import clip_by_global_norm, clip_by_value
 from fastlstm.training.joined import Joined, join
 from fastlstm.training.linear import Linear, LinearGrads
@@ -67,6 +68,7 @@ __all__ = [
     "clip_by_value",
     "fit",
     "huber_loss",
+    "initialise_1997",
     "join",
     "length_mask",
     "logistic_squared_error",

@@ -2,7 +2,7 @@ r"""The cell: one time step of one sequence and one vector of hidden units, forw
 
 This file alone knows the gates, their activations and what a variant changes. The equations are those of
 :mod:`fastlstm.backends.reference`, in the same symbols. Every driver (large batch, small batch, gates computed again)
-calls the five routines below with a `cell`, the record :class:`Cell`, which says where a variant's routines are:
+calls the routines below with a `cell`, the record :class:`Cell`, which says where a variant's routines are:
 
 =====================  ==========================================================================================
 :func:`update`         pre-activations to the new cell state; writes the tape
@@ -12,12 +12,17 @@ calls the five routines below with a `cell`, the record :class:`Cell`, which say
 :func:`own_gradients`  gradients by a variant's own parameters
 =====================  ==========================================================================================
 
+Where c is normalised on its way to h, :func:`output_back` and :func:`backward_normed` stand for :func:`backward`.
+
 The plain LSTM is compiled into the drivers. A variant is compiled by itself, in half a second, and called by its
 address, which takes some nanoseconds for each call: drivers and products are compiled once for all variants, and the
-plain LSTM pays nothing for the family.
+plain LSTM pays nothing for the family. What a variant changes are constants of its routines, which functions such as
+:func:`_update_of` make: a forget gate that is 1 - i or 1, peepholes, activations (``gate_activations.py``), and clips,
+whose gradient is zero where they bite.
 
 On the tape, a vector of units keeps its five values side by side, :data:`TAPE` vectors: i, f, g, o and c. A variant's
-own parameters are a matrix of E rows of H numbers (peepholes: i, f, o).
+own parameters are a matrix of E rows of H numbers (peepholes: i, f, o). A gate that does not exist has pre-activations
+and gradients nonetheless: the former are not read, the latter zero.
 """
 
 from __future__ import annotations
@@ -52,14 +57,14 @@ class Variant(NamedTuple):
     activations: tuple[str, str, str] = ("sigmoid", "tanh", "tanh")
     clip: float | None = None
     cell_clip: float | None = None
-    normed: bool = False  # whether the driver normalises c on its way to h
+    normed: bool = False  # whether c is normalised on its way to h
 
 
 PLAIN, PEEPHOLE, NORMED = Variant(), Variant(peephole=True), Variant(normed=True)
 
 
 class Cell(NamedTuple):
-    """Where the routines of a variant are, 0 for those of the plain LSTM; and the own parameters of one vector."""
+    """Where the routines of a variant are, 0 for those that drivers have; and the own parameters of one vector."""
 
     update: Any
     rebuild: Any
@@ -159,7 +164,8 @@ def _rebuild_of(variant):
 def _backward_of(variant):
     """Make the routine that takes the gradients by h and c back through one step."""
     (_, _, slope), (_, _, slope_of_g), (squash, _, slope_of_squashed) = _activations(variant)
-    peephole, forget, cell_clip, normed = variant.peephole, variant.forget, variant.cell_clip or 0.0, variant.normed
+    peephole, forget, cell_clip = variant.peephole, variant.forget, variant.cell_clip or 0.0
+    normed = variant.normed
 
     @routine(inline=True)
     def backward(dh, dc, tape, units, c_prev, own, hidden, da):
@@ -167,7 +173,7 @@ def _backward_of(variant):
         i, f = load(tape), load(offset(tape, width))
         g, o = load(offset(tape, 2 * width)), load(offset(tape, 3 * width))
         c = load(offset(tape, 4 * width))
-        if normed:  # the driver has taken `output` back: `dh` is the gradient by o
+        if normed:  # `dh` is the gradient by o, and `dc` has its share already: the driver has been at the output
             da_o = dh * slope(o)
         else:
             squashed = squash(c)
@@ -194,18 +200,8 @@ def _backward_of(variant):
     return backward
 
 
-@routine(inline=True)
-def _add_peepholes(da, units, c_prev, c, hidden, sums):
-    """Add one step's gradients by the peepholes to `sums`."""
-    width = lanes_of(da)
-    p_i, p_f, p_o = sums, offset(sums, hidden), offset(sums, 2 * hidden)
-    store_first(p_i, fma(load(da), c_prev, load_first(p_i, units)), units)
-    store_first(p_f, fma(load(offset(da, width)), c_prev, load_first(p_f, units)), units)
-    store_first(p_o, fma(load(offset(da, 3 * width)), c, load_first(p_o, units)), units)
-
-
 def _output_back_of(variant):
-    """Make the routine that takes the gradient by h back to those by o and by c."""
+    """Make the routine that takes the gradient by h back through the output, where c is normalised on its way there."""
     squash, _, slope = _activations(variant)[2]
 
     @routine(inline=True)
@@ -216,8 +212,18 @@ def _output_back_of(variant):
     return output_back
 
 
+@routine(inline=True)
+def _add_peepholes(da, units, c_prev, c, hidden, sums):
+    """Add one step's gradients by the peepholes to `sums`."""
+    width = lanes_of(da)
+    p_i, p_f, p_o = sums, offset(sums, hidden), offset(sums, 2 * hidden)
+    store_first(p_i, fma(load(da), c_prev, load_first(p_i, units)), units)
+    store_first(p_f, fma(load(offset(da, width)), c_prev, load_first(p_f, units)), units)
+    store_first(p_o, fma(load(offset(da, 3 * width)), c, load_first(p_o, units)), units)
+
+
 _update, _rebuild, _backward = _update_of(PLAIN), _rebuild_of(PLAIN), _backward_of(PLAIN)
-_backward_normed, _output_back = _backward_of(NORMED), _output_back_of(PLAIN)
+_backward_normed, _output_back = _backward_of(NORMED), _output_back_of(NORMED)
 
 _call_update = caller(lambda a, *_: types.UniTuple(Vector(a.dtype), 2))
 _call_rebuild = caller(lambda *_: types.none)
@@ -326,8 +332,8 @@ def backward(cell, dh, dc, tape, units, c_prev, da):
 
 @routine(inline=True)
 def backward_normed(cell, do, dc, tape, units, c_prev, da):
-    """Do as :func:`backward`, where c was normalised on its way to h: given the gradients by o, and by c in all."""
-    if cell.backward:  # of a variant that is `normed`
+    """Do as :func:`backward` where c is normalised on its way to h: given the gradients by o, and by c in all."""
+    if cell.backward:
         return _call_backward(cell.backward, (do, dc, tape, units, c_prev, cell.own, cell.hidden, da))
     return _backward_normed(do, dc, tape, units, c_prev, cell.own, cell.hidden, da)
 
@@ -343,8 +349,7 @@ def own_gradients(cell, da, units, c_prev, c, sums):
 def _routines(variant: Variant) -> tuple[Any, ...]:
     """Make a variant's routines, in the order of :class:`Cell`; each is a kernel of its own, cached like the others."""
     update, rebuild, backward = _update_of(variant), _rebuild_of(variant), _backward_of(variant)
-    output_back = _output_back_of(variant)
-    squash = _activations(variant)[2].value
+    squash, back_through_output = _activations(variant)[2].value, _output_back_of(variant)
 
     def variant_update(a, units, c_prev, own, hidden, tape, kept):
         return update(a, units, c_prev, own, hidden, tape, kept)
@@ -362,17 +367,15 @@ def _routines(variant: Variant) -> tuple[Any, ...]:
         return held * squash(c)
 
     def variant_output_back(dh, o, c):
-        return output_back(dh, o, c)
+        return back_through_output(dh, o, c)
 
-    found = (
-        variant_update, variant_rebuild, variant_backward, variant_own_gradients, variant_output, variant_output_back,
-    )  # fmt: skip
-    return tuple(by_address(function, *variant) for function in found)
+    found = variant_update, variant_rebuild, variant_backward, variant_own_gradients, variant_output
+    return tuple(by_address(function, *variant) for function in (*found, variant_output_back))
 
 
 @functools.cache
 def cell_addresses(variant: Variant, dtype: Any) -> tuple[int, ...]:
-    """Return the addresses of a variant's routines for a dtype, compiled now if need be; 0 for those of the drivers."""
+    """Return the addresses of a variant's routines for a dtype, compiled now if need be; 0 for those in the drivers."""
     if variant in (PLAIN, NORMED):
         return (0,) * CELL
     pointer, vector, number = types.CPointer(from_dtype(dtype)), Vector(from_dtype(dtype)), types.intp
@@ -384,8 +387,8 @@ def cell_addresses(variant: Variant, dtype: Any) -> tuple[int, ...]:
         (vector, vector),
         (vector, vector, vector),
     )
-    squashed = variant.activations[2] != PLAIN.activations[2]
-    needed = True, True, True, variant.peephole, squashed, squashed and variant.normed
+    has_output = variant.activations[2] != PLAIN.activations[2]
+    needed = True, True, True, variant.peephole, has_output, has_output and variant.normed
     return tuple(
         address_of(function, signature) if is_needed else 0
         for function, signature, is_needed in zip(_routines(variant), signatures, needed, strict=True)

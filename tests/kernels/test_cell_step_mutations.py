@@ -227,7 +227,8 @@ def mutant(slip):
     if not in_step:
         for each in ("activation", "clamped", "like"):
             setattr(step, each, getattr(changed[gate_activations], each))
-    names = ["variant_update", "variant_rebuild", "variant_backward", "variant_own_gradients", "variant_output"]
+    names = ["variant_update", "variant_rebuild", "variant_backward", "variant_own_gradients", "variant_output",
+             "variant_output_back"]  # fmt: skip
     affected = {"_add_peepholes": "variant_own_gradients", "_routines": "variant_output"}
 
     def address_of(function, signature):
