@@ -1,9 +1,13 @@
 """Layer norm of one row: n = (v - mean) / sqrt(variance + 1e-5), with the biased variance; gains come after it.
 
 A row is what a step has for one sequence: the products over all gates, (Hp/V, 4, V), or the cell state, (Hp/V, V). The
-lanes beyond the units count for nothing, and become zero. Back from n = (v - mean) * scale, it is
+lanes beyond the units count for nothing. Back from n = (v - mean) * scale, it is
 
     dv = scale * (dn - mean(dn) - n * mean(dn * n))
+
+Rows of gates may be missing, or shared by the units of a block: the kernels have a row for each gate and unit all the
+same. A gate's `share` is what each of its rows counts for: 0 if they are missing, 1 / S if S units share each. The
+gradients of S such rows belong to one, so each gets the same part of the means.
 
 Each row is summed by itself and in one order, so that results do not depend on how rows are divided among threads.
 """
@@ -28,6 +32,7 @@ from fastlstm.kernels.cpu.vector import (
     load_first,
     minimum,
     offset,
+    splat,
     store,
     vector_pointer,
 )
@@ -99,20 +104,29 @@ def _scale_of(squares, count):
     return 1.0 / _sqrt(_sum_of_lanes(squares) / count + _EPSILON)
 
 
+@routine(inline=True)
+def _shared(i, f, g, o, shares):
+    """Return the sum over the four gates, each by its share."""
+    one, other = i * splat(shares), f * splat(offset(shares, 1))
+    return (one + other) + (g * splat(offset(shares, 2)) + o * splat(offset(shares, 3)))
+
+
 @routine
-def _statistics(a, hidden, blocks):
+def _statistics(a, shares, hidden, blocks):
     """Return mean and scale of the products of one row over all gates of all units, (Hp/V, 4, V), zero in the padding.
+
+    `shares` are those of the four gates; after them comes the number of rows that there are.
 
     Zeros do not change the sum; in that of the squares, the padding is left out.
     """
     stay_outlined()
-    width, count = lanes_of(a), GATES * hidden
+    width, count = lanes_of(a), splat(offset(shares, GATES))
     i = f = g = o = fill(a, 0.0)
     for block in range(blocks):
         here = offset(a, block * GATES * width)
         i, f = i + load(here), f + load(offset(here, width))
         g, o = g + load(offset(here, 2 * width)), o + load(offset(here, 3 * width))
-    mean = _sum_of_lanes((i + f) + (g + o)) / count
+    mean = _sum_of_lanes(_shared(i, f, g, o, shares)) / count
     i = f = g = o = fill(a, 0.0)
     for block in range(blocks):
         here, units = offset(a, block * GATES * width), minimum(width, hidden - block * width)
@@ -122,7 +136,7 @@ def _statistics(a, hidden, blocks):
             n_i, n_f = _keep_first(n_i, units), _keep_first(n_f, units)
             n_g, n_o = _keep_first(n_g, units), _keep_first(n_o, units)
         i, f, g, o = fma(n_i, n_i, i), fma(n_f, n_f, f), fma(n_g, n_g, g), fma(n_o, n_o, o)
-    return mean, _scale_of((i + f) + (g + o), count)
+    return mean, _scale_of(_shared(i, f, g, o, shares), count)
 
 
 @routine
@@ -147,7 +161,7 @@ def normalise_units(v, hidden, blocks):
 
 
 @routine
-def normalise_gates(a, a_h, norms, scales, gains, bias, hidden, blocks, kept):
+def normalise_gates(a, a_h, norms, scales, gains, bias, shares, hidden, blocks, kept):
     """Compute a = norm(a) * gain_x + norm(a_h) * gain_h + bias for one row.
 
     Parameters
@@ -160,12 +174,14 @@ def normalise_gates(a, a_h, norms, scales, gains, bias, hidden, blocks, kept):
         (2, Hp/V, 4, V), zero in the padding, where the normalised products may be anything finite.
     bias : pointer, IN
         (Hp/V, 4, V).
+    shares : pointer, IN
+        Of the four gates, and the number of rows.
     """
     stay_outlined()
     width = lanes_of(a)
     size = blocks * GATES * width
-    mean_x, scale_x = _statistics(a, hidden, blocks)
-    mean_h, scale_h = _statistics(a_h, hidden, blocks)
+    mean_x, scale_x = _statistics(a, shares, hidden, blocks)
+    mean_h, scale_h = _statistics(a_h, shares, hidden, blocks)
     store(scales, scale_x)
     store(offset(scales, width), scale_h)
     gains_h, norms_h = offset(gains, size), offset(norms, size)
@@ -199,7 +215,7 @@ def normalise_units_back(d, n, gain, scale, hidden, blocks):
 
 
 @routine
-def normalise_gates_back(da, da_x, da_h, row, norms, gains, scales, hidden, blocks):
+def normalise_gates_back(da, da_x, da_h, row, norms, gains, scales, shares, blocks):
     """Take the gradient by the pre-activations of one row back to those by the products with x and with h.
 
     Parameters
@@ -214,9 +230,11 @@ def normalise_gates_back(da, da_x, da_h, row, norms, gains, scales, hidden, bloc
         Likewise, zero in the padding.
     scales : pointer, IN
         Two vectors.
+    shares : pointer, IN
+        Of the four gates, and the number of rows.
     """
     stay_outlined()
-    width, count, size = lanes_of(norms), GATES * hidden, blocks * GATES * lanes_of(norms)
+    width, count, size = lanes_of(norms), splat(offset(shares, GATES)), blocks * GATES * lanes_of(norms)
     gains_h, norms_h = offset(gains, size), offset(norms, size)
     total_x = of_n_x = total_h = of_n_h = fill(norms, 0.0)
     for block in range(blocks):
@@ -240,5 +258,8 @@ def normalise_gates_back(da, da_x, da_h, row, norms, gains, scales, hidden, bloc
             k = (block * GATES + gate) * width
             d, at = load(offset(here, gate * width)), row * part_row + gate * width
             d_x, d_h = d * load(offset(gains, k)), d * load(offset(gains_h, k))
-            store(offset(part_x, at), scale_x * (d_x - total_x - load(offset(norms, k)) * of_n_x))
-            store(offset(part_h, at), scale_h * (d_h - total_h - load(offset(norms_h, k)) * of_n_h))
+            share = splat(offset(shares, gate))
+            mean_x = fma(load(offset(norms, k)), of_n_x, total_x)
+            mean_h = fma(load(offset(norms_h, k)), of_n_h, total_h)
+            store(offset(part_x, at), scale_x * (d_x - share * mean_x))
+            store(offset(part_h, at), scale_h * (d_h - share * mean_h))

@@ -125,7 +125,7 @@ def phased_backward(
     weight_hr,  # (4U of the projection, H), or (0, H), IN
     gains,  # (2, 4U) of input and recurrent products, or (0, 4U), IN
     norm_c,  # (2, H) gain and bias of c, or (0, H), IN
-    rates,  # (3,), IN: see state_masks.py
+    rates,  # (RATES,), IN: see state_masks.py
     x,  # (N, I) packed, IN
     tape,  # what phased_forward left: (N, Up/V, 5, V), or (0, Up/V, 0, V) of a plain RNN, IN
     h_rows,  # (N, h_row), IN

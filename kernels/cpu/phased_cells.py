@@ -9,7 +9,7 @@ from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.cell_step import GATES, cell_at, output, update
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import normalise_gates, normalise_units
-from fastlstm.kernels.cpu.state_masks import zoned
+from fastlstm.kernels.cpu.state_masks import SHARES, zoned
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, peek, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
 
@@ -94,8 +94,8 @@ def normed_rows(layer, rows, step, low, start, count, a, outs):
         n_c = offset(norms, 2 * blocks * GATES * width)
         scales = offset(n_c, blocks * width)
         normalise_gates(
-            a_x, offset(layer.a_h, n * layer.a_row), norms, scales, layer.gains, layer.bias, units, blocks,
-            layer.keeps_norms,
+            a_x, offset(layer.a_h, n * layer.a_row), norms, scales, layer.gains, layer.bias,
+            offset(layer.masks.rates, SHARES), units, blocks, layer.keeps_norms,
         )  # fmt: skip
         for block in range(blocks):
             k = block * width

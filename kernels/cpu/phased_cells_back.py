@@ -11,7 +11,7 @@ from fastlstm.kernels.cpu.gate_gradients import strip
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import normalise_gates_back, normalise_units_back
 from fastlstm.kernels.cpu.phased_cells import LSTM, TANH
-from fastlstm.kernels.cpu.state_masks import through
+from fastlstm.kernels.cpu.state_masks import SHARES, through
 from fastlstm.kernels.cpu.vector import fill, load, load_first, minimum, offset, peek, prefetch, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
 
@@ -145,7 +145,8 @@ def normed_rows_back(layer, rows, here, place, row_first, row_last):
         for block in range(blocks):
             k = block * width
             _cell_back(layer, rows, here, place, row, block, load(offset(dout, k)), load(offset(layer.d_row, k)))
-        normalise_gates_back(layer.da, layer.da_x, layer.da_h, place + row, norms, layer.gains, scales, units, blocks)
+        shares = offset(layer.masks.rates, SHARES)
+        normalise_gates_back(layer.da, layer.da_x, layer.da_h, place + row, norms, layer.gains, scales, shares, blocks)
 
 
 @routine

@@ -123,7 +123,7 @@ def phased_forward(
     weight_hr,  # (4U of the projection, H), or (0, H), IN
     gains,  # (2, 4U) of input and recurrent products, or (0, 4U), IN
     norm_c,  # (2, H) gain and bias of c, or (0, H), IN
-    rates,  # (3,), IN: see state_masks.py
+    rates,  # (RATES,), IN: see state_masks.py
     x,  # (N, I) packed, IN
     h0,  # (B, F), IN
     c0,  # (B, H), or (B, 0) for a plain RNN, IN

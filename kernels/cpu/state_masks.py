@@ -17,12 +17,18 @@ from fastlstm.kernels.cpu.jit import routine
 from fastlstm.kernels.cpu.vector import Mask, address, fill, lanes, offset, splat
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
 
-__all__ = ["DRAWN", "EXPECTED", "NONE", "NUMBERS", "Masks", "masks_of", "recurrent_mask", "through", "zoned"]
+__all__ = [
+    "DRAWN", "EXPECTED", "NONE", "NUMBERS", "RATES", "SHARES", "Masks", "masks_of", "recurrent_mask", "through",
+    "zoned",
+]  # fmt: skip
 
 NONE, EXPECTED, DRAWN = range(3)  # what is done with the states: nothing; the expectation (inference); a random choice
 # The numbers of a call, from some place of its settings on: what is done with c, with h, and with h before the
 # recurrent weights (NONE or DRAWN); for each the state of the generator, and the threshold of the draws.
 ZONE_C, ZONE_H, RECURRENT, START_C, START_H, START_R, THRESHOLD_C, THRESHOLD_H, THRESHOLD_R, NUMBERS = range(10)
+
+# Where the gates' shares in a normalised row (``layer_norm.py``) stand among the rates; and the number of all rates.
+SHARES, RATES = 3, 8
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -39,12 +45,12 @@ class Masks(NamedTuple):
     threshold_c: Any
     threshold_h: Any
     threshold_r: Any
-    rates: Any  # pointer: the probabilities of zoneout of c and of h; what recurrent dropout multiplies by
+    rates: Any  # pointer: the probabilities of zoneout of c and of h; what recurrent dropout multiplies by; and SHARES
 
 
 @routine(inline=True)
 def masks_of(settings, first, rates):
-    """Read the record off a call's settings, from number `first` on; `rates` (3,) has the dtype of the states."""
+    """Read the record off a call's settings, from number `first` on; `rates` (RATES,) has the dtype of the states."""
     return Masks(
         settings[first + ZONE_C], settings[first + ZONE_H], settings[first + RECURRENT], settings[first + START_C],
         settings[first + START_H], settings[first + START_R], settings[first + THRESHOLD_C],

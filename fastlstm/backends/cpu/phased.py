@@ -54,6 +54,7 @@ from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu import state_masks
 from fastlstm.kernels.cpu.cell_step import TAPE
+from fastlstm.parameters import GATES
 
 __all__ = ["PHASED", "PhasedBackend", "is_phased"]
 
@@ -97,8 +98,9 @@ def _mask_numbers(first: int, given: Given, direction: int) -> dict[int, int]:
 
 @functools.lru_cache(maxsize=256)
 def _rates(cell: Cell) -> Array:
-    """Return the probabilities of zoneout, and what recurrent dropout multiplies by."""
-    return np.array([*cell.zoneout, 1.0 / (1.0 - cell.recurrent_dropout)], cell.dtype)
+    """Return the numbers of a cell that the kernels take, see ``state_masks.Masks``."""
+    shares = [cell.gate_size(gate) / cell.hidden_size if gate in cell.gates else 0.0 for gate in GATES]
+    return np.array([*cell.zoneout, 1.0 / (1.0 - cell.recurrent_dropout), *shares, cell.rows], cell.dtype)
 
 
 def _unfolded(cell: Cell, params: Params) -> Params:

@@ -45,7 +45,6 @@ class Size(NamedTuple):
     kind: int  # of cell
     normed: bool
     own: int  # rows of a variant's own parameters, E
-    rows: int  # of weight_ih that exist, R
     dtype: Any
     addresses: tuple[int, ...]  # of the variant's routines
 
@@ -100,7 +99,7 @@ def size_of(cell: Cell, layer: int) -> Size:
     units = cell.hidden_size if kind == phased_cells.LSTM else -(-cell.hidden_size // GATES)
     return Size(
         cell.layer_input_size(layer), cell.h_size, units, -(-cell.proj_size // GATES), lanes(cell.dtype), kind,
-        cell.layer_norm, 3 if cell.peephole else 0, cell.rows, cell.dtype, cell_addresses(variant, cell.dtype),
+        cell.layer_norm, 3 if cell.peephole else 0, cell.dtype, cell_addresses(variant, cell.dtype),
     )  # fmt: skip
 
 
