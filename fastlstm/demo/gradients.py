@@ -46,9 +46,6 @@ def run(options: Options) -> DemoResult:
         "not clipped": accuracies(seed, None, updates),
         "clipped to a norm of 1": accuracies(seed, 1.0, updates),
     }
-        "not clipped": accuracies(seed, None, updates),
-        "clipped to a norm of 1": accuracies(seed, 1.0, updates),
-    }
     path = out / "gradients.png"
     plot(path, flows, clipping)
     lines = [f"Size of dL/dh, dL/dc relative to the last of {STEPS} steps, at a distance of"]
