@@ -20,10 +20,9 @@ from fastlstm.backends.cpu.prepared_call import PreparedCall
 from fastlstm.backends.cpu.sequence import schedules
 from fastlstm.backends.cpu.unroll import Unrolled, can_unroll
 from fastlstm.backends.cpu.weights import size_of
-from fastlstm.backends.reference import BACKEND as REFERENCE
 from fastlstm.backends.stepwise import Stepwise
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.cell import VARIANTS, Cell
+from fastlstm.cell import Cell
 
 __all__ = ["BACKEND", "CpuBackend"]
 
@@ -37,8 +36,6 @@ class CpuBackend:
         """Prepare calls of a signature (see ``base.Backend.prepare``)."""
         if is_phased(cell):
             return PHASED.prepare(cell, signature)
-        if not is_compiled(cell):
-            return REFERENCE.prepare(cell, signature)
         return PreparedCall(cell, signature)
 
     def unroll(
@@ -54,8 +51,6 @@ class CpuBackend:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         if is_phased(cell):
             return PHASED.plan(cell, rows, batch, frozen)
-        if not is_compiled(cell):
-            return REFERENCE.plan(cell, rows, batch, frozen)
         found: list[str] = []
         for layer in range(cell.num_layers):
             size, threads = size_of(cell, layer), get_num_threads()
@@ -63,18 +58,6 @@ class CpuBackend:
             words = ", or ".join(map(str, chosen))
             found.append(words + (": whichever proves faster" if len(chosen) > 1 else ""))
         return found
-
-
-# Variants that the kernels have.
-_COMPILED = (
-    "peephole", "forget_gate", "coupled", "block_size", "truncated", "activations", "clip", "cell_clip", "reverse",
-    "merge",
-)  # fmt: skip
-
-
-def is_compiled(cell: Cell) -> bool:
-    """Say whether the kernels have a cell's variants; the reference runs the others."""
-    return all(name in _COMPILED or getattr(cell, name) == plain for name, plain in VARIANTS.items())
 
 
 BACKEND: Any = CpuBackend()

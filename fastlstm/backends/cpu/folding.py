@@ -54,7 +54,8 @@ class Folding:
     def __init__(self, cell: Cell) -> None:
         names = [direction_names(cell, layer, direction) for layer, direction in directions(cell)]
         rows, of_peepholes = _rows_of_gates(cell), _rows_of_peepholes(cell)
-        self._rows = {of[role]: rows for of in names for role in ("weight_ih", "weight_hh", "bias") if role in of}
+        roles = ("weight_ih", "weight_hh", "bias", "ln_gain_ih", "ln_gain_hh")
+        self._rows = {of[role]: rows for of in names for role in roles if role in of}
         self._rows |= {of["weight_peephole"]: of_peepholes for of in names if "weight_peephole" in of}
 
     def unfold(self, params: Params) -> dict[str, Array]:

@@ -70,8 +70,6 @@ _PACKED = "packed for the phased kernels"
 def is_phased(cell: Cell) -> bool:
     """Say whether a cell has a phase of its own, and these kernels have all its fields."""
     fields = [name for name, plain in VARIANTS.items() if getattr(cell, name) != plain]
-    if cell.layer_norm and is_folded(cell):  # rows that are made up would count in the norm
-        return False
     return any(name in _PHASES for name in fields) and all(name in _PHASES + _OTHERS for name in fields)
 
 
