@@ -22,14 +22,14 @@ def library() -> Any:
     """The array library: CuPy if it finds a device or FASTLSTM_TEST_GPU asks for it, else the stand-in for it."""
     asked = os.environ.get("FASTLSTM_TEST_GPU", "")
     if asked == "0":
-        return FakeCupy()
+        return FakeCupy(multiprocessors=132)
     try:
         import cupy
     except ImportError:
         if asked:
             raise
-        return FakeCupy()
-    return cupy if asked or cupy.cuda.is_available() else FakeCupy()
+        return FakeCupy(multiprocessors=132)
+    return cupy if asked or cupy.cuda.is_available() else FakeCupy(multiprocessors=132)
 
 
 def on_gpu() -> bool:

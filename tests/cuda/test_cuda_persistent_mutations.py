@@ -132,6 +132,7 @@ def noticed(case, architecture, slip):
     return any(hash_in_its_own_process(case, architecture, seed, slip) != expected for seed in SEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slip", SLIPS_OF_PLACES)
 def test_a_slip_in_what_stands_where_is_noticed(slip):
     assert noticed(PLACES, "80", SLIPS_OF_PLACES[slip])

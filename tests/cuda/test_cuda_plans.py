@@ -81,7 +81,7 @@ def test_a_path_can_be_forced_and_a_wrong_name_is_an_error(monkeypatch):
 
 @needs_compiler
 def test_a_model_says_how_it_would_run():
-    with cuda_row.installed(FakeCupy(architecture="90")) as xp:
+    with cuda_row.installed(FakeCupy(architecture="90", multiprocessors=132)) as xp:
         x = xp.array(np.ones((40, 8, 3), np.float32))
         said = LSTM(3, 256, 2, seed=0).to(xp).plan(x)
         assert said == "\n".join(
@@ -131,7 +131,7 @@ def test_a_refusal_takes_the_step_path_once_and_for_all(monkeypatch, name):
         monkeypatch.setattr(plans, "FORCED", None if refused else "step")
         if refused and prepare:
             prepare(monkeypatch)
-        with cuda_row.installed(FakeCupy(architecture="80", change=change)) as xp:
+        with cuda_row.installed(FakeCupy(architecture="80", change=change, multiprocessors=132)) as xp:
             params = {k: xp.array(value) for k, value in p.params.items()}
             state = tuple(map(xp.array, p.state))
             results = [lstm_forward(params, xp.array(p.x), state, p.lengths) for _ in range(2)]

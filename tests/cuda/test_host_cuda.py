@@ -114,7 +114,7 @@ extern "C" __global__ void CLUSTER_OF(BLOCKS) pass_on(float *values, index_t fir
 
 @pytest.fixture
 def xp():
-    return FakeCupy(seed=1)
+    return FakeCupy(seed=1, multiprocessors=132)
 
 
 def kernel(xp, name):

@@ -34,7 +34,7 @@ inline float4 load_shared_by_blocks(const float *from) {
 }
 inline void store_shared_by_blocks(float *to, float value) { __atomic_store(to, &value, __ATOMIC_RELAXED); }
 
-#ifdef CLUSTER
+#if defined(CLUSTER) && defined(BLOCKS)
 #define CLUSTER_OF(blocks)
 
 inline void store_to_block(float *mine, unsigned rank, float value) {

@@ -183,7 +183,7 @@ class FakeCupy(types.ModuleType):
         options: tuple[str, ...] = (),
         seed: int = 0,
         architecture: str = "00",
-        multiprocessors: int = 132,
+        multiprocessors: int = 4,
     ) -> None:
         super().__init__("cupy")
         folder()  # made now, so that processes started from here find it
