@@ -29,6 +29,7 @@ from fastlstm.kernels.cpu.phased_gradients import (
     add_weights,
     clear,
     finish_gates,
+    finish_states,
     finish_units,
     finish_weights,
 )  # fmt: skip
@@ -39,13 +40,11 @@ from fastlstm.kernels.cpu.vector import (
     address,
     fill,
     lanes_of,
-    load,
     load_first,
     maximum,
     minimum,
     offset,
     store,
-    store_first,
 )
 from fastlstm.kernels.cpu.weight_gradients import (
     PANEL_ROWS,
@@ -213,14 +212,8 @@ def phased_backward(
     finish_weights(hh, layer.da.depth, rows, first, last, team, thread)
     if layer.out_units:
         finish_weights(hr, layer.d_out.depth, rows, out_first, out_last, team, thread)
-    if dbias.size:
-        finish_gates(layer, sums.bias, address(dbias), first, last)
-    if layer.normed:
-        size = layer.blocks * GATES * layer.width
-        finish_gates(layer, sums.gains, address(dgains), first, last)
-        finish_gates(layer, offset(sums.gains, size), offset(address(dgains), GATES * layer.units), first, last)
-        finish_units(layer, sums.c, address(dnorm_c), first, last)
-    _finish_states(layer, rows, address(dh0), address(dc0), team, thread)
+    _finish(layer, sums, dbias, address(dgains), address(dnorm_c), first, last)
+    finish_states(layer, rows, address(dh0), address(dc0), team, thread)
     if thread == 0:
         dismiss(team)
 
@@ -382,16 +375,13 @@ def _product_back(da, place, row_first, row_last, weights, blocks, out, out_row,
 
 
 @routine
-def _finish_states(layer, rows, dh0, dc0, team, thread):
-    """Write this thread's share of the gradients by the initial states."""
+def _finish(layer, sums, dbias, dgains, dnorm_c, first, last):
+    """Write this thread's share of the gradients by bias and gains."""
     stay_outlined()
-    width, features, units = layer.width, layer.features, layer.units
-    first, last = share(rows.batch, team, thread)
-    for row in range(first, last):
-        sequence = rows.order[row]
-        for k in range(0, features, width):
-            d = load(offset(layer.dh_rows, row * layer.h_row + k))
-            store_first(offset(dh0, sequence * features + k), d, minimum(width, features - k))
-        for k in range(0, layer.blocks * width if layer.kind == LSTM else 0, width):
-            d = load(offset(layer.dc_rows, row * layer.blocks * width + k))
-            store_first(offset(dc0, sequence * units + k), d, minimum(width, units - k))
+    if dbias.size:
+        finish_gates(layer, sums.bias, address(dbias), first, last)
+    if layer.normed:
+        size = layer.blocks * GATES * layer.width
+        finish_gates(layer, sums.gains, dgains, first, last)
+        finish_gates(layer, offset(sums.gains, size), offset(dgains, GATES * layer.units), first, last)
+        finish_units(layer, sums.c, dnorm_c, first, last)

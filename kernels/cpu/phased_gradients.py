@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE, cell_at, own_gradients
 from fastlstm.kernels.cpu.gate_gradients import strip
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
+from fastlstm.kernels.cpu.phased_cells import LSTM
 from fastlstm.kernels.cpu.thread_team import share
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS, add_bias, finish_edge, weights_back
 
-__all__ = ["add_others", "add_weights", "clear", "finish_gates", "finish_units", "finish_weights"]
+__all__ = ["add_others", "add_weights", "clear", "finish_gates", "finish_states", "finish_units", "finish_weights"]
 
 _ROWS = 8  # of which the gradients by gains are added at a time
 
@@ -116,3 +117,19 @@ def finish_units(layer, sums, gradient, first, last):
         units = minimum(layer.width, layer.units - k)
         store_first(offset(gradient, k), load(offset(sums, k)), units)
         store_first(offset(gradient, layer.units + k), load(offset(sums, layer.blocks * layer.width + k)), units)
+
+
+@routine
+def finish_states(layer, rows, dh0, dc0, team, thread):
+    """Write this thread's share of the gradients by the initial states."""
+    stay_outlined()
+    width, features, units = layer.width, layer.features, layer.units
+    first, last = share(rows.batch, team, thread)
+    for row in range(first, last):
+        sequence = rows.order[row]
+        for k in range(0, features, width):
+            d = load(offset(layer.dh_rows, row * layer.h_row + k))
+            store_first(offset(dh0, sequence * features + k), d, minimum(width, features - k))
+        for k in range(0, layer.blocks * width if layer.kind == LSTM else 0, width):
+            d = load(offset(layer.dc_rows, row * layer.blocks * width + k))
+            store_first(offset(dc0, sequence * units + k), d, minimum(width, units - k))
