@@ -30,7 +30,7 @@ import bounds
 import numpy as np
 
 import fastlstm
-from fastlstm import LSTM
+from fastlstm import LSTM, RNN
 from fastlstm.bench import clock, grid, peers, report, results, run, sides
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
@@ -96,6 +96,48 @@ def freeze(threads: int, seconds: float) -> Iterator[Case]:
         ways = {OURS: sides.cpu, LIVE: sides.not_frozen}
         builders = {name: functools.partial(way, problem, threads) for name, way in ways.items()}
         yield _case(f"{work.name} {work.kind}", builders, seconds, threads=threads)
+
+
+STEP_VARIANTS: dict[str, dict[str, Any]] = {
+    "peepholes": {"peephole": True},
+    "no forget gate": {"forget_gate": False},
+    "coupled gates": {"coupled": True},
+    "1997, blocks of 2": {"forget_gate": False, "block_size": 2, "activations": ("sigmoid", "1997", "1997")},
+    "activations": {"activations": ("hard_sigmoid", "softsign", "relu")},
+    "clips": {"clip": 3.0, "cell_clip": 3.0},
+}
+TRUNCATED, RNN_NAME = "truncated", "plain RNN"
+PHASES: dict[str, dict[str, Any]] = {
+    "projection to H/2": {"proj_size": None},  # by H
+    "layer norm": {"layer_norm": True},
+    "zoneout": {"zoneout": (0.1, 0.1)},
+    "recurrent dropout": {"recurrent_dropout": 0.25},
+}
+
+
+def family(threads: int, seconds: float) -> Iterator[Case]:
+    """The family of cells against the plain LSTM of the same sizes, in float32: what a variant costs."""
+    fields = STEP_VARIANTS | {TRUNCATED: {"truncated": True}} | PHASES
+    for shape in ((100, 32, 64, 128), (50, 64, 128, 256)):
+        for kind, words in (("infer", "inference"), ("train", "training")):
+            plain = Problem.of(Work(*shape, kind=kind))
+            models: dict[str, Any] = {}
+            for name, given in fields.items():
+                size = {"proj_size": shape[3] // 2} if "proj_size" in given else given
+                models[name] = LSTM(shape[2], shape[3], seed=0, **size)
+            models[RNN_NAME] = RNN(shape[2], shape[3], seed=0)
+            builders = {OURS: functools.partial(sides.cpu, plain, threads)} | {
+                name: functools.partial(sides.cpu, _with_model(plain, model), threads) for name, model in models.items()
+            }
+            # They compute something else: nothing is compared.
+            yield _case(
+                f"{words} {plain.work.title}", builders, seconds, dict.fromkeys(models, math.inf), threads=threads
+            )
+
+
+def _with_model(problem: Problem, model: Any) -> Problem:
+    """Return a problem with another model, of which the output may have other features."""
+    return replace(problem, model=model, dy=np.ascontiguousarray(problem.dy[..., : model.cell.output_size]))
 
 
 def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None, *, recompute: bool = False) -> int:
@@ -376,7 +418,7 @@ def started(name: str, threads: int, cache: Path) -> tuple[list[float], int]:
 
 STUDIES: dict[str, Callable[[int, float], Iterator[Case]]] = {
     study.__name__: study
-    for study in (loop, ragged, hydrology, memory, recompute, freeze, roofs, start, threads, growth)
+    for study in (loop, ragged, hydrology, memory, recompute, freeze, family, roofs, start, threads, growth)
 }
 
 

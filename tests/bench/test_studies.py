@@ -52,7 +52,13 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, tiny, name):
     assert cases and len(inspect.getdoc(STUDIES[name])) > 50
     for case in cases:
         assert OURS in case.values and not case.refused, case
-        others = {"recompute": studies.RECOMPUTED, "freeze": studies.LIVE, "roofs": bounds.TILE, "memory": OURS}
+        others = {
+            "recompute": studies.RECOMPUTED,
+            "family": studies.TRUNCATED,
+            "freeze": studies.LIVE,
+            "roofs": bounds.TILE,
+            "memory": OURS,
+        }
         other = studies.PADDED if "padded" in case.name else others.get(name, "torch")
         assert other in case.values
     torch.set_num_threads(before)
