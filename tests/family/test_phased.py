@@ -83,6 +83,7 @@ CASES = [
     *(case_of(f, 7, 70, 3, 20, lengths="positive", bidirectional=True) for f in FIELDS if "reverse" not in f),
     case_of({"layer_norm": True}, 3, 2, 150, 20),
     case_of({"proj_size": 130}, 3, 20, 4, 140),
+    case_of({"proj_size": 3}, 2, 700, 3, 9),  # more rows in a step than are added to the weights' gradients at a time
     case_of({"proj_size": 3}, lengths=(0, 0, 0, 0)),
     case_of({"layer_norm": True}, lengths=(0, 0, 0, 0)),
     *map(random_case, range(60)),
