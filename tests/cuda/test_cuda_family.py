@@ -106,8 +106,7 @@ CASES = [
     *(case_of(fields, WIDE | {"resets": True}) for fields in [{}, PAPER, *ONE_WAY]),
     *(case_of(fields, RAGGED) for fields in ONE_WAY),
     *(case_of(fields, WIDE, bidirectional=True, layers=2) for fields in MERGES),
-    *map(random_case, range(8)),
-    *(pytest.param(random_case(number), marks=pytest.mark.slow) for number in range(8, 40)),
+    *map(random_case, range(24)),
 ]
 
 

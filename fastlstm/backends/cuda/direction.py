@@ -68,7 +68,7 @@ def _forward_by_steps(
     """Run the recurrence as a product and a kernel for each step."""
     device, packing, (batch, hidden) = rows.device, rows.packing, h0.shape
     reverse, keep_tape = rows.reverse(direction), tape is not None
-    starts, h0, c0 = packing.step_rows(reverse), rows.without_reset(h0, direction), rows.without_reset(c0, direction)
+    starts, h0 = packing.step_rows(reverse), rows.without_reset(h0, direction)  # c0 is the kernel's to reset
     if tape is not None:
         h_before, c_before = h_rows, c = tape.h_rows, tape.c
         if starts:

@@ -46,7 +46,7 @@ class Rows:
         return direction == 1 or self.cell.reverse
 
     def without_reset(self, state: Array, direction: int) -> Array:
-        """Return a state before a direction's first step (B, H), or its gradient, zero where it is reset there."""
+        """Return the h before a direction's first step (B, H), or its gradient, zero where it is reset there."""
         if self.resets is None:
             return state
         xp, lengths = self.device.xp, self.lengths
