@@ -61,7 +61,8 @@ struct Direction {
     index_t row;        // the first of this launch's rows
     index_t steps;      // T, each length if `lengths` is null
     index_t batch, hidden, directions;
-    index_t direction;  // 0 forward, 1 reverse
+    index_t direction;  // number of the direction
+    index_t reverse;    // 1 if it runs backwards in time
 };
 
 // The blocks that work together, and what they exchange through.
@@ -90,7 +91,7 @@ __device__ inline index_t steps_of(const Group &group, const index_t *lengths, c
 
 // The first of a step's rows, out of N.
 __device__ inline index_t first_row(index_t step, const index_t *offsets, const Direction &d) {
-    return offsets ? offsets[step] : time_of(step, d.steps, d.direction) * d.batch;
+    return offsets ? offsets[step] : time_of(step, d.steps, d.reverse) * d.batch;
 }
 
 // What a thread of the cell phase owns: item n is the thread's unit of one sequence.
@@ -111,7 +112,7 @@ __device__ inline Item item_of(
 }
 
 __device__ inline index_t output_of(const Item &item, index_t step, const Direction &d) {
-    return (time_of(step, item.length, d.direction) * d.batch + item.sequence) * d.directions + d.direction;
+    return (time_of(step, item.length, d.reverse) * d.batch + item.sequence) * d.directions + d.direction;
 }
 
 // Where element k (of INNER) of the group's sequence `place` stands in a buffer: warp by warp, sequence by sequence.

@@ -13,10 +13,14 @@ __all__ = [
     "FILES", "HEADERS", "PERSISTENT", "VARIANTS", "kernel_names", "options", "persistent_source", "source", "wide",
 ]  # fmt: skip
 
-HEADERS = ("common.cuh", "cell_step.cuh")
+HEADERS = ("common.cuh", "activations.cuh", "cell_step.cuh")
 FILES = ("step.cu", "single_step.cu", "ragged.cu", "column_sum.cu")
 PERSISTENT = ("exchange.cuh", "group.cuh", "persistent.cu")  # compiled apart: they need more options
-VARIANTS = ("PEEPHOLE",)  # the macros of cell_step.cuh
+# The macros of cell_step.cuh; those from GATE_ACTIVATION on have a value.
+VARIANTS = (
+    "PEEPHOLE", "NO_FORGET_GATE", "COUPLED", "GATE_ACTIVATION", "CANDIDATE_ACTIVATION", "OUTPUT_ACTIVATION", "CLIP",
+    "CELL_CLIP",
+)  # fmt: skip
 
 _TYPES = {"float32": "float", "float64": "double"}
 _VECTOR_BYTES = 16  # the widest load of a thread
@@ -53,7 +57,7 @@ def wide(dtype: np.dtype[Any]) -> int:
 def options(dtype: np.dtype[Any], width: int, variant: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the compiler's options for a dtype, a number of hidden units a thread (1 or :func:`wide`) and a variant.
 
-    `variant` is a selection of :data:`VARIANTS`; without any, the cell is the plain LSTM.
+    `variant` is a selection of :data:`VARIANTS`, some as ``NAME=value``; without any, the cell is the plain LSTM.
     """
     macros = (f"REAL={_TYPES[dtype.name]}", f"WIDTH={width}", *variant)
     return (*(f"-D{macro}" for macro in macros), "--std=c++17")

@@ -180,7 +180,7 @@ def builds(*, all_rows):
                 plan = plans._choose(limits, "float32", size, False, batch, "persistent").plan
                 if plan is None:
                     continue
-                variants = ((), *((macro,) for macro in loader.VARIANTS)) if architecture == 90 else ((),)
+                variants = nvrtc.VARIANTS if architecture == 90 else ((),)
                 exchanges = (plan.cluster, False) if architecture == 90 and plan.cluster else (plan.cluster,)
                 found += [(plan._replace(cluster=c), architecture, v) for c in exchanges for v in variants]
     return list(dict.fromkeys(found))
@@ -219,7 +219,7 @@ def test_persistent_kernels_keep_their_weights_in_registers(build):
 
 @needs_nvrtc
 @pytest.mark.parametrize("cluster", [False, True], ids=["flags", "cluster"])
-@pytest.mark.parametrize("variant", [(), *((macro,) for macro in loader.VARIANTS)], ids=str)
+@pytest.mark.parametrize("variant", nvrtc.VARIANTS, ids=str)
 def test_what_other_blocks_write_is_read_from_l2_and_nothing_is_left_to_chance(cluster, variant):
     plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100).plan._replace(cluster=cluster)
     options = (*options_of(plan, variant), "-arch=compute_90")

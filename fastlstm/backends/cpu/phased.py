@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Steps
-from fastlstm.backends.cpu.folding import Folding, is_folded
 from fastlstm.backends.cpu.launch import launch
 from fastlstm.backends.cpu.phased_sizes import (
     Arguments,
@@ -33,6 +32,7 @@ from fastlstm.backends.cpu.phased_sizes import (
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.weights import frozen_arrays
 from fastlstm.backends.cpu.workspace import SCRATCH, is_to_be_cleared, new_array, one_block
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import (
     RECURRENT,
     ZONEOUT_C,

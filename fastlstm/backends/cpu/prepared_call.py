@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Signature
-from fastlstm.backends.cpu.folding import Folding, is_folded
 from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
 from fastlstm.backends.cpu.state_gradients import backward_with_steps
 from fastlstm.backends.cpu.weights import PACKED, Packed, frozen_arrays, packed_model
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import StackTape, dropout_mask
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell

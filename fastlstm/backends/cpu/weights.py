@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm.backends.base import Array, Params
-from fastlstm.backends.cpu.folding import Folding, is_folded
 from fastlstm.backends.cpu.workspace import one_block
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.cell_step import COUPLED, GATES, NONE, OWN, Variant, cell_addresses

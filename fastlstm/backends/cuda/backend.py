@@ -6,8 +6,9 @@ on another stream. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy 
 
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
-more while it runs. When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the
-caller's arrays are unchanged.
+more while it runs. Cells whose time step has more phases, such as layer norm, run in array operations (``phased.py``).
+Parameters without the rows of some gates get rows for all (``folding.py``). When memory runs out, CuPy's
+``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are unchanged.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from fastlstm.backends.base import (
     FlatArrays,
     ForwardResult,
     Params,
-    Prepared,
-    Signature,
+    Steps,
 )
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
 from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.persistent import choice_of
+from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
 from fastlstm.backends.cuda.plans import describe
 from fastlstm.backends.cuda.rows import Rows
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import (
     Given,
     LayeredBackend,
@@ -42,8 +44,8 @@ from fastlstm.backends.layers import (
     layer_weights,
 )
 from fastlstm.backends.ragged import Packing
-from fastlstm.cell import VARIANTS, Cell
-from fastlstm.errors import BackendError
+from fastlstm.backends.reference.backend import merged, unmerged
+from fastlstm.cell import Cell
 
 __all__ = ["MOST_ROWS_OF_A_STEP", "CudaBackend"]
 
@@ -59,6 +61,7 @@ class LayerTape:
     x: Array  # (T, B, I), the input itself
     rows: Rows
     directions: list[DirectionTape]
+    y: list[Array]  # one per direction, (T, B, H), if they are merged by a product
 
 
 class CudaBackend(LayeredBackend):
@@ -69,13 +72,6 @@ class CudaBackend(LayeredBackend):
     def __init__(self, device: Device) -> None:
         self.device = device
         self.xp = device.xp
-
-    def prepare(self, cell: Cell, signature: Signature) -> Prepared:
-        """Prepare calls of a signature (see ``base.Backend.prepare``)."""
-        missing = [name for name, plain in VARIANTS.items() if name != "peephole" and getattr(cell, name) != plain]
-        if missing:
-            raise BackendError(f"the cuda backend has no {', '.join(missing)} yet")
-        return super().prepare(cell, signature)
 
     def forward(
         self,
@@ -91,10 +87,9 @@ class CudaBackend(LayeredBackend):
         resets: Array | None = None,
     ) -> ForwardResult:
         """Run the whole sequence through all layers, on the device of `x` (see ``base.Prepared.forward``)."""
-        if resets is not None:
-            raise BackendError("the cuda backend does not reset states within a call yet: call it for each part")
         with self.device.of(x):
-            return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute)
+            params = self._unfolded(cell, params)
+            return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute, resets)
 
     def backward(
         self,
@@ -107,10 +102,15 @@ class CudaBackend(LayeredBackend):
         keep_steps: bool = False,
     ) -> BackwardResult:
         """Back-propagate through all layers, on the device of the parameters (see ``base.Prepared.backward``)."""
-        if keep_steps:
-            raise BackendError("the cuda backend does not keep the gradients by the states of each step yet")
         with self.device.of(params["weight_hh_l0"]):
-            return super().backward(cell, params, tape, dy, dh_n, dc_n)
+            result = super().backward(cell, self._unfolded(cell, params), tape, dy, dh_n, dc_n, keep_steps)
+            if is_phased(cell) or not is_folded(cell):
+                return result
+            own = self.gradient_arrays(params)
+            for name, gradient in Folding(cell, self.xp).fold(result.params, own).items():
+                if gradient is not own[name]:
+                    own[name][...] = gradient
+            return result._replace(params=own)
 
     def step(
         self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
@@ -122,14 +122,15 @@ class CudaBackend(LayeredBackend):
         """
         with self.device.of(x):
             batch = x.shape[0]
-            if not batch or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
+            if not batch or is_phased(cell) or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
                 return super().step(cell, params, x, h, c)
             h_n, c_n = (self.xp.empty((cell.num_layers, batch, cell.hidden_size), x.dtype) for _ in range(2))
             y = self.xp.empty((batch, cell.hidden_size), x.dtype)
+            params = self._unfolded(cell, params)
             x, h, c = (None if array is None else self.xp.ascontiguousarray(array) for array in (x, h, c))
             for layer in range(cell.num_layers):
                 single_step(
-                    self.device, self._contiguous(layer_weights(cell, params, layer)[0]), x,
+                    self.device, cell, self._contiguous(layer_weights(cell, params, layer)[0]), x,
                     None if h is None else h[layer], None if c is None else c[layer],
                     h_n[layer], c_n[layer], y if layer == cell.num_layers - 1 else None,
                 )  # fmt: skip
@@ -138,7 +139,7 @@ class CudaBackend(LayeredBackend):
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
-        if not batch:
+        if not batch or is_phased(cell):
             return super().plan(cell, rows, batch, frozen)
         return [describe(choice_of(self.device, cell.dtype, cell.hidden_size, rows, batch))] * cell.num_layers
 
@@ -151,10 +152,12 @@ class CudaBackend(LayeredBackend):
         given: Given,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
+        if is_phased(given.cell):
+            return phased_forward(self.device, weights, x, h0, c0, given)
         steps, batch = x.shape[:2]
         directions, _, hidden = h0.shape
         x, h0, c0 = (self.xp.ascontiguousarray(array) for array in (x, h0, c0))
-        rows = Rows(self.device, Packing.of(given.lengths, steps, batch))
+        rows = Rows(self.device, Packing.of(given.lengths, steps, batch), given.cell, given.resets)
         y = (self.xp.zeros if rows.packing.ragged else self.xp.empty)((steps, batch, directions, hidden), x.dtype)
         if rows.packing.lengths[-1]:  # the shortest
             h_n, c_n = self.xp.empty_like(h0), self.xp.empty_like(c0)
@@ -164,13 +167,17 @@ class CudaBackend(LayeredBackend):
             direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], given.keep_tape)
             for d, w in enumerate(weights)
         ]
-        tape = LayerTape(x, rows, [found for found in tapes if found]) if given.keep_tape else None
-        return LayerResult(y.reshape(steps, batch, directions * hidden), h_n, c_n, tape)
+        parts, result = [], y.reshape(steps, batch, directions * hidden)
+        if given.cell.merge != "concat":
+            parts = [y[:, :, d] for d in range(directions)]
+            result = merged(given.cell, parts)
+        tape = LayerTape(x, rows, [found for found in tapes if found], parts) if given.keep_tape else None
+        return LayerResult(result, h_n, c_n, tape)
 
     def layer_backward(
         self,
         weights: Sequence[Weights],
-        tape: LayerTape,
+        tape: LayerTape | PhasedTape,
         dy: Array | None,
         dh_n: Array,
         dc_n: Array,
@@ -179,17 +186,25 @@ class CudaBackend(LayeredBackend):
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         assert out is not None  # from `gradient_arrays`
+        if isinstance(tape, PhasedTape):
+            return phased_backward(self.device, weights, tape, dy, dh_n, dc_n, keep_steps, out)
+        cell = tape.rows.cell
         dh_n, dc_n = self.xp.ascontiguousarray(dh_n), self.xp.ascontiguousarray(dc_n)
         if dy is not None:
-            dy = self.xp.ascontiguousarray(dy)
+            parts = [dy] if cell.merge == "concat" else unmerged(cell, dy, tape.y)
+            dy = self.xp.ascontiguousarray(parts[0]) if len(parts) == 1 else self.xp.concatenate(parts, axis=2)
+        by_states = None
+        if keep_steps:  # zero in the padding
+            shape = (tape.x.shape[0], *dh_n.shape)
+            by_states = Steps(*(self.xp.zeros(shape, dh_n.dtype) for _ in range(2)))
         dx = self.xp.empty(tape.x.shape, dh_n.dtype)
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
         for d, w in enumerate(weights):
             direction_backward(
                 self._contiguous(w), tape.directions[d], tape.x, tape.rows, d, len(weights),
-                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d],
+                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d], by_states,
             )  # fmt: skip
-        return LayerGradients(dx, dh0, dc0, out)
+        return LayerGradients(dx, dh0, dc0, out, by_states)
 
     def gradient_arrays(self, params: Params) -> FlatArrays:
         """Make one array for the gradients of all parameters, in their order, and views of it."""
@@ -200,12 +215,18 @@ class CudaBackend(LayeredBackend):
             start += value.size
         return FlatArrays(arrays, flat)
 
+    def _unfolded(self, cell: Cell, params: Params) -> Params:
+        """Return the parameters with rows for all gates and units."""
+        return Folding(cell, self.xp).unfold(params) if is_folded(cell) and not is_phased(cell) else params
+
     def _contiguous(self, weights: Weights) -> Weights:
         """Return the parameters as the kernels and products take them."""
         return Weights(*(None if w is None else self.xp.ascontiguousarray(w) for w in weights[:4]))
 
     def _states(self, cell: Cell, batch: int, dtype: Any, h: Array | None, c: Array | None) -> tuple[Array, Array]:
         """Fill in zeros for None, the same for both: states that are given are never written."""
+        if is_phased(cell):
+            return super()._states(cell, batch, dtype, h, c)
         if h is None or c is None:
             zeros = self.xp.zeros((cell.num_layers * cell.num_directions, batch, cell.hidden_size), dtype)
             h, c = (zeros if state is None else state for state in (h, c))

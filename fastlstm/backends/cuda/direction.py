@@ -3,14 +3,15 @@
 Forward: one product of all inputs with W_ih, then the recurrence. Backward: the recurrence, then the gradients of the
 weights and of the input, each one product over all steps. The recurrence is one launch (``persistent.py``) where the
 plan says so. Otherwise it is, forward, for each step one product of h_{t-1} with W_hh, added to the inputs' share, and
-one kernel; backward one kernel and one product. Both leave and read the same tape.
+one kernel; backward one kernel and one product. Both leave and read the same tape. Calls with resets take the steps,
+and so does a backward pass whose gradient is truncated, without products, or that keeps the gradients by the states.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Steps
 from fastlstm.backends.cuda.launch import column_sum, geometry, step_kernel, step_records
 from fastlstm.backends.cuda.persistent import persistent_backward, persistent_forward
 from fastlstm.backends.cuda.rows import Rows
@@ -66,7 +67,8 @@ def _forward_by_steps(
 ) -> None:
     """Run the recurrence as a product and a kernel for each step."""
     device, packing, (batch, hidden) = rows.device, rows.packing, h0.shape
-    starts, keep_tape = packing.step_rows(direction == 1), tape is not None
+    reverse, keep_tape = rows.reverse(direction), tape is not None
+    starts, h0 = packing.step_rows(reverse), rows.without_reset(h0, direction)  # c0 is the kernel's to reset
     if tape is not None:
         h_before, c_before = h_rows, c = tape.h_rows, tape.c
         if starts:
@@ -79,10 +81,10 @@ def _forward_by_steps(
         h_rows, c = (h_before, c_before) if packing.ragged else (h_n, c_n)
 
     kernel, units = step_kernel(
-        device, "step_forward", weights, hidden, gates.dtype, (weights.bias, weights.weight_peephole, c_before)
+        device, "step_forward", rows.cell, hidden, gates.dtype, (weights.bias, weights.weight_peephole, c_before)
     )
     recurrent = device.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
-    records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape)
+    records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape, reverse=reverse)
     for step, ((first, active), record) in enumerate(zip(starts, device.by_value(records), strict=True)):
         if step and c_before is not c:
             c_before = c
@@ -91,7 +93,7 @@ def _forward_by_steps(
         kernel(
             *geometry(active, units),
             (
-                gates, weights.bias, weights.weight_peephole, rows.order, rows.lengths, c_before,
+                gates, weights.bias, weights.weight_peephole, rows.order, rows.lengths, rows.resets, c_before,
                 c, h_rows, y, h_n, c_n, record,
             ),
         )  # fmt: skip
@@ -111,15 +113,16 @@ def direction_backward(
     dh0: Array,  # (B, H), OUT
     dc0: Array,  # (B, H), OUT
     out: Weights,  # the gradients by the weights, OUT
+    steps: Steps | None = None,  # (T, D, B, H) each: the gradients by the states, OUT at `direction` but for padding
 ) -> None:
     """Back-propagate through one direction."""
     xp, peephole = rows.device.xp, weights.weight_peephole
     da = xp.empty(tape.gates.shape, dh_n.dtype)
     dp = None if peephole is None else xp.zeros((dh_n.shape[0], peephole.size), dh_n.dtype)
-    if not persistent_backward(
+    if steps is not None or not persistent_backward(
         weights, tape.gates, tape.c, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0
     ):
-        _backward_by_steps(weights, tape, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0)
+        _backward_by_steps(weights, tape, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0, steps)
     _input_gradient(weights, da, rows, direction, dx)
     _weight_gradients(tape, x, rows, direction, da, dp, out)
 
@@ -137,6 +140,7 @@ def _backward_by_steps(
     dp: Array | None,  # (B, UNIT_WEIGHTS * H): gains the gradients by the unit weights
     dh0: Array,
     dc0: Array,
+    steps: Steps | None,
 ) -> None:
     """Run the recurrence backward as a kernel and a product for each step."""
     device, packing, hidden, peephole = rows.device, rows.packing, dh_n.shape[1], weights.weight_peephole
@@ -144,29 +148,35 @@ def _backward_by_steps(
     dh_next, dc_next = rows.sorted(dh_n), rows.sorted(dc_n)
     dh, dc = (dh_next, dc_next) if packing.ragged else (dh0, dc0)
 
-    kernel, units = step_kernel(device, "step_backward", weights, hidden, da.dtype, (dy, dh_next, dc_next, peephole))
+    kernel, units = step_kernel(device, "step_backward", rows.cell, hidden, da.dtype, (dy, dh_next, dc_next, peephole))
     to_h = device.product(da, weights.weight_hh, dh)
-    starts = packing.step_rows(direction == 1)
-    records = step_records(packing, starts, hidden, directions, direction, keep_tape=True)
+    reverse, zeros = rows.reverse(direction), 0  # rows of dh that a truncated gradient has made zero
+    starts, (dh_steps, dc_steps) = packing.step_rows(reverse), (None, None) if steps is None else steps
+    records = step_records(packing, starts, hidden, directions, direction, keep_tape=True, reverse=reverse)
     for (first, active), record in zip(reversed(starts), reversed(device.by_value(records)), strict=True):
         kernel(
             *geometry(active, units),
             (
                 dy, dh_next, dc_next, dc, tape.gates, tape.c, peephole, rows.order, rows.lengths,
-                da, dp, record,
+                rows.resets, dh_steps, dc_steps, da, dp, record,
             ),
         )  # fmt: skip
-        to_h(active, first)
+        if not rows.cell.truncated:
+            to_h(active, first)
+        elif active > zeros:  # the others were zero before
+            dh[zeros:active], zeros = 0, active
         dh_next, dc_next = dh, dc
     rows.restore(dh, dh0)
     rows.restore(dc, dc0)
+    if rows.resets is not None:
+        dh0[...] = rows.without_reset(dh0, direction)
 
 
 def _project(weights: Weights, x: Array, rows: Rows, direction: int) -> Array:
     """Return the inputs' share of all pre-activations, (N, 4H)."""
     a = rows.device.xp.empty((rows.packing.rows, weights.weight_ih.shape[0]), x.dtype)
     if rows.packing.rows:
-        rows.device.product(rows.pack(x, direction == 1), weights.weight_ih, a, transpose_b=True)()
+        rows.device.product(rows.pack(x, rows.reverse(direction)), weights.weight_ih, a, transpose_b=True)()
     return a
 
 
@@ -179,7 +189,7 @@ def _input_gradient(weights: Weights, da: Array, rows: Rows, direction: int, dx:
     packed = device.xp.empty((rows.packing.rows, inputs), dx.dtype)
     if rows.packing.rows:
         device.product(da, weights.weight_ih, packed)()
-    rows.unpack(packed, dx, direction == 1, accumulate=direction > 0)
+    rows.unpack(packed, dx, rows.reverse(direction), accumulate=direction > 0)
 
 
 def _weight_gradients(
@@ -188,7 +198,7 @@ def _weight_gradients(
     """Write the sums over all rows of da x^T, da h^T and da, and those over the batch of `dp`."""
     device = rows.device
     if da.shape[0]:
-        device.product(da, rows.pack(x, direction == 1), out.weight_ih, transpose_a=True)()
+        device.product(da, rows.pack(x, rows.reverse(direction)), out.weight_ih, transpose_a=True)()
         device.product(da, tape.h_rows, out.weight_hh, transpose_a=True)()
     else:
         out.weight_ih[...] = out.weight_hh[...] = 0

@@ -11,12 +11,21 @@ from fastlstm.backends.base import Array
 from fastlstm.backends.cuda.device import Device, Kernel
 from fastlstm.backends.layers import Weights
 from fastlstm.backends.ragged import Packing
+from fastlstm.cell import VARIANTS, Cell
 from fastlstm.kernels.cuda import loader
 
 __all__ = ["FIELDS", "column_sum", "geometry", "single_step", "step_kernel", "step_records", "variant_of"]
 
 # The fields of struct Step in kernels/cuda/common.cuh, each of 64 bits.
-FIELDS = ("first", "c_from", "c_to", "h_to", "rows", "step", "steps", "batch", "hidden", "directions", "direction")
+FIELDS = ("first", "c_from", "c_to", "h_to", "rows", "step", "steps", "batch", "hidden", "directions", "direction",
+          "reverse")  # fmt: skip
+
+# The structs of kernels/cuda/activations.cuh.
+_ACTIVATIONS: dict[Any, str] = {
+    "sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "Relu", "hard_sigmoid": "HardSigmoid", "softsign": "Softsign",
+    "identity": "Identity", ("CANDIDATE_ACTIVATION", "1997"): "Candidate1997",
+    ("OUTPUT_ACTIVATION", "1997"): "Output1997",
+}  # fmt: skip
 
 _THREADS = 128  # of a block
 _MOST_BLOCKS = 65535  # along the second axis of a grid; kernels loop over the rows beyond it
@@ -35,12 +44,19 @@ def geometry(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]
 
 
 def step_records(
-    packing: Packing, starts: list[tuple[int, int]], hidden: int, directions: int, direction: int, *, keep_tape: bool
+    packing: Packing,
+    starts: list[tuple[int, int]],
+    hidden: int,
+    directions: int,
+    direction: int,
+    *,
+    keep_tape: bool,
+    reverse: bool = False,
 ) -> np.ndarray[Any, Any]:
     """Return the record of each step, (S, 1), in the order of computation; `starts` is ``packing.step_rows``.
 
     With a tape, c of each step follows the initial states, (B + N, H), and h goes to the rows of the next step.
-    Without one, h and c have one place for all steps.
+    Without one, h and c have one place for all steps. Direction 1 runs backwards in time, and direction 0 if `reverse`.
 
     Their dtype is plain bytes: with named fields, NumPy lists these whenever CuPy asks for the address, which takes 10
     times as long.
@@ -56,13 +72,14 @@ def step_records(
     for name, value in (
         ("first", first), ("rows", rows), ("step", np.arange(len(starts))), ("steps", packing.steps),
         ("batch", batch), ("hidden", hidden), ("directions", directions), ("direction", direction),
+        ("reverse", reverse or direction == 1),
     ):  # fmt: skip
         column[name][:] = value
     return numbers.view(f"V{numbers.itemsize * len(FIELDS)}")
 
 
 def step_kernel(
-    device: Device, name: str, weights: Weights, hidden: int, dtype: Any, given: tuple[Array | None, ...]
+    device: Device, name: str, cell: Cell, hidden: int, dtype: Any, given: tuple[Array | None, ...]
 ) -> tuple[Kernel, int]:
     """Return a step kernel and its number of threads a row: wide loads where H and the caller's arrays allow them.
 
@@ -72,16 +89,28 @@ def step_kernel(
     width = loader.wide(dtype)
     if hidden % width or not all(array is None or device.aligned(array) for array in given):
         width = 1
-    return device.kernel(name, dtype, width, variant_of(weights)), hidden // width
+    return device.kernel(name, dtype, width, variant_of(cell)), hidden // width
 
 
-def variant_of(weights: Weights) -> tuple[str, ...]:
-    """Return the macros of a cell's variant (see ``loader.VARIANTS``)."""
-    return () if weights.weight_peephole is None else ("PEEPHOLE",)
+@lru_cache(maxsize=256)
+def variant_of(cell: Cell) -> tuple[str, ...]:
+    """Return the macros of a cell's variant (see ``loader.VARIANTS``); a number that is too large bounds nothing."""
+    flags = {"PEEPHOLE": cell.peephole, "NO_FORGET_GATE": not cell.forget_gate, "COUPLED": cell.coupled}
+    places = ("GATE_ACTIVATION", "CANDIDATE_ACTIVATION", "OUTPUT_ACTIVATION")
+    names = zip(places, cell.activations, VARIANTS["activations"], strict=True)
+    largest = float(np.finfo(cell.dtype).max)
+    bounds = {"CLIP": cell.clip, "CELL_CLIP": cell.cell_clip}
+    return (
+        *(macro for macro, given in flags.items() if given),
+        *(f"{place}={_ACTIVATIONS.get((place, name)) or _ACTIVATIONS[name]}" for place, name, plain in names
+          if name != plain),
+        *(f"{macro}={bound!r}" for macro, bound in bounds.items() if bound and bound <= largest),
+    )  # fmt: skip
 
 
 def single_step(
     device: Device,
+    cell: Cell,
     weights: Weights,  # C-contiguous
     x: Array,  # (B, I), IN
     h_prev: Array | None,  # (B, H), IN, zeros if None
@@ -92,7 +121,7 @@ def single_step(
 ) -> None:
     """Run one time step of one layer in one launch."""
     (batch, inputs), hidden = x.shape, h.shape[1]
-    device.kernel("single_step", x.dtype, 1, variant_of(weights))(
+    device.kernel("single_step", x.dtype, 1, variant_of(cell))(
         (-(-hidden // _UNITS), min(-(-batch // _STEP_ROWS), _MOST_BLOCKS)),
         (_WARP, _UNITS),
         (

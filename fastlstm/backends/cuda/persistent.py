@@ -22,7 +22,7 @@ from fastlstm.kernels.cuda import loader
 __all__ = ["FIELDS", "choice_of", "persistent_backward", "persistent_forward"]
 
 # The fields of struct Direction in kernels/cuda/persistent.cu, each of 64 bits.
-FIELDS = ("row", "steps", "batch", "hidden", "directions", "direction")
+FIELDS = ("row", "steps", "batch", "hidden", "directions", "direction", "reverse")
 
 
 def choice_of(device: Device, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int) -> Choice:
@@ -84,15 +84,16 @@ def _run(
     device, packing, hidden = rows.device, rows.packing, weights.weight_hh.shape[1]
     batch, dtype = packing.order.size, weights.weight_hh.dtype
     plan = choice_of(device, dtype, hidden, packing.rows, batch).plan
-    if plan is None:
-        return False
     backward = name == "persistent_backward"
+    if plan is None or rows.resets is not None or (backward and rows.cell.truncated):  # no product backward
+        return False
     starts = range(0, batch, plan.rows * plan.groups)
     blocks = [plan.blocks * min(plan.groups, -(-(batch - start) // plan.rows)) for start in starts]
     vectors, flags = _scratch(device, plan, backward, blocks)
-    numbers = [(start, packing.steps, batch, hidden, directions, direction) for start in starts]
+    numbers = [(start, packing.steps, batch, hidden, directions, direction, int(rows.reverse(direction)))
+               for start in starts]  # fmt: skip
     records = np.array(numbers, np.int64).reshape(-1, len(FIELDS)).view(f"V{8 * len(FIELDS)}")
-    options = (*loader.options(dtype, 1, variant_of(weights)), *(f"-D{macro}" for macro in plan.macros))
+    options = (*loader.options(dtype, 1, variant_of(rows.cell)), *(f"-D{macro}" for macro in plan.macros))
     for wave, record in enumerate(device.by_value(records)):
         flag = None if flags is None else flags[wave]
         try:

@@ -9,7 +9,7 @@ products; those of a frozen model once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,9 +49,12 @@ class Folding:
     ----------
     cell : Cell
         One with missing rows (:func:`is_folded`).
+    xp : module
+        The array library of the parameters.
     """
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, xp: Any = np) -> None:
+        self._xp = xp
         names = [direction_names(cell, layer, direction) for layer, direction in directions(cell)]
         rows, of_peepholes = _rows_of_gates(cell), _rows_of_peepholes(cell)
         roles = ("weight_ih", "weight_hh", "bias", "ln_gain_ih", "ln_gain_hh")
@@ -63,7 +66,7 @@ class Folding:
         found = dict(params)
         for name, rows in self._rows.items():
             own = params[name]
-            full = found[name] = np.empty((rows.full, *own.shape[1:]), own.dtype)
+            full = found[name] = self._xp.empty((rows.full, *own.shape[1:]), own.dtype)
             for part in rows.parts:
                 if part.repeats == 1:
                     full[part.full] = own[part.own]
@@ -73,12 +76,13 @@ class Folding:
                 full[zeros] = 0
         return found
 
-    def fold(self, grads: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the gradients by the parameters that there are."""
+    def fold(self, grads: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Return the gradients by the parameters that there are; with `out`, those with rows of their own in these."""
         found = dict(grads)
         for name, rows in self._rows.items():
             full = grads[name]
-            own = found[name] = np.empty((rows.own, *full.shape[1:]), full.dtype)
+            own = self._xp.empty((rows.own, *full.shape[1:]), full.dtype) if out is None else out[name]
+            found[name] = own
             for part in rows.parts:
                 if part.repeats == 1:
                     own[part.own] = full[part.full]
