@@ -143,7 +143,7 @@ def square(number, found, busy, patience, team, thread):
         call, arguments = this_call()
         record(team, call, arguments, size_of_call())
         return
-    found[number] = number**2
+    found[number] = number * number
     fetch_add(address(busy), 1)
     spins = 0
     while load_atomic(address(busy)) < busy[1] and spins < patience:
@@ -312,7 +312,8 @@ def who_takes(threads, items, rounds, patience):
 def rows_of_each(index, batch, steps, first_step, last_step, team, found):
     """Note which rows of some steps each thread of a team would have."""
     for thread in range(found.shape[0]):
-        found[thread] = share_rows(rows_of(index, batch, steps), first_step, last_step, team, thread)
+        first, last = share_rows(rows_of(index, batch, steps, 0), first_step, last_step, team, thread)
+        found[thread, 0], found[thread, 1] = first, last
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
