@@ -34,13 +34,12 @@ from fastlstm.kernels.cpu.weight_gradients import (
     PANEL_ROWS,
     CellStates,
     Product,
-    add_bias,
     add_own,
+    add_weights,
     cell_before,
     cell_state,
     finish_edge,
     inputs_back,
-    weights_back,
 )
 from fastlstm.kernels.cpu.weight_packing import pack_backward, pack_forward, packed_at
 from fastlstm.kernels.cpu.worker import this_call
@@ -158,7 +157,7 @@ def _run_chunks(
             barrier(team, thread)
         _chunk_back(layer, rows, chunk_first, chunk_last, settings[DIVIDED], settings[TRUNCATED], team, thread)
         barrier(team, thread)
-        _add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last)
+        add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last)
         if own_size:
             add_own(layer.cell, layer.da, rows, layer.tape, layer.c0, chunk_first, chunk_last, of_own, first, last)
         low = rows.offsets[chunk_first]
@@ -168,19 +167,6 @@ def _run_chunks(
         )
         barrier(team, thread)
         chunk_last = chunk_first
-
-
-@routine
-def _add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last):
-    """Add a chunk's gradients by the weights and the bias, for this thread's blocks."""
-    stay_outlined()
-    low, high = rows.offsets[chunk_first], rows.offsets[chunk_last]
-    for start in range(low, high, PANEL_ROWS):
-        count = minimum(PANEL_ROWS, high - start)
-        add_bias(layer.da, start - low, count, sums_bias, first, last)
-        add, finish = chunk_last < rows.steps or start > low, chunk_first == 0 and start + count == high
-        weights_back(ih, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
-        weights_back(hh, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
 
 
 @routine

@@ -12,8 +12,8 @@ from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimu
 from fastlstm.kernels.cpu.weight_packing import pack_rows
 
 __all__ = [
-    "PANEL_ROWS", "CellStates", "Product", "add_bias", "add_own", "cell_before", "cell_state", "finish_edge",
-    "inputs_back", "weights_back",
+    "PANEL_ROWS", "CellStates", "Product", "add_bias", "add_own", "add_weights", "cell_before", "cell_state",
+    "finish_edge", "inputs_back", "weights_back",
 ]  # fmt: skip
 
 # Rows of a chunk that a block of the weights' gradients takes at most: with 4 vectors each, those of x or h stay in L1
@@ -122,6 +122,19 @@ def weights_back(product, da, first_row, rows, operand_row, panel, add, finish, 
         pack_rows(product.operand, product.row_size, column, columns, panel, operand_row, operand_row + rows)
         for block in range(first, last):
             _block_back(product, da, first_row, rows, panel, add, finish_here, number, vectors, block, first, last)
+
+
+@routine
+def add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last):
+    """Add a chunk's gradients by the weights and the bias, for this thread's blocks; `layer` has `da` and `panel`."""
+    stay_outlined()
+    low, high = rows.offsets[chunk_first], rows.offsets[chunk_last]
+    for start in range(low, high, PANEL_ROWS):
+        count = minimum(PANEL_ROWS, high - start)
+        add_bias(layer.da, start - low, count, sums_bias, first, last)
+        add, finish = chunk_last < rows.steps or start > low, chunk_first == 0 and start + count == high
+        weights_back(ih, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
+        weights_back(hh, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
 
 
 @routine
