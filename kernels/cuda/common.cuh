@@ -5,6 +5,7 @@
 //   REAL   float or double
 //   WIDTH  hidden units that one thread of a step kernel handles: 1, or as many as fill 16 bytes, so that
 //          it loads and stores 128 bits at once. H must then be a multiple of WIDTH and every buffer aligned.
+//   RESETS defined: states are reset within sequences, and step kernels read where
 //   and one for each variant of the cell (cell_step.cuh)
 //
 // In the shape comments, T is time steps, B sequences, I inputs, H hidden units, D directions. The sequences
@@ -83,10 +84,14 @@ __device__ inline index_t row_of_output(index_t sequence, index_t length, const 
     return (time_of(s.step, length, s.reverse) * s.batch + sequence) * s.directions + s.direction;
 }
 
-// Whether the state of a sequence is zero before its step number `step`, by `resets` (T, B); null for none.
+// Whether the state of a sequence is zero before its step number `step`, by `resets` (T, B).
 __device__ inline bool is_reset(
     const unsigned char *resets, index_t sequence, index_t step, index_t length, const Step &s) {
-    return resets && resets[time_of(step, length, s.reverse) * s.batch + sequence];
+#ifdef RESETS
+    return resets[time_of(step, length, s.reverse) * s.batch + sequence];
+#else
+    return false;
+#endif
 }
 
 // The first element of a thread, and how far apart its elements lie, along one axis of the grid.

@@ -57,7 +57,8 @@ def wide(dtype: np.dtype[Any]) -> int:
 def options(dtype: np.dtype[Any], width: int, variant: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the compiler's options for a dtype, a number of hidden units a thread (1 or :func:`wide`) and a variant.
 
-    `variant` is a selection of :data:`VARIANTS`, some as ``NAME=value``; without any, the cell is the plain LSTM.
+    `variant` is a selection of :data:`VARIANTS`, some as ``NAME=value``, without any, the cell is the plain LSTM; and
+    ``RESETS`` (see common.cuh).
     """
     macros = (f"REAL={_TYPES[dtype.name]}", f"WIDTH={width}", *variant)
     return (*(f"-D{macro}" for macro in macros), "--std=c++17")

@@ -14,7 +14,7 @@ extern "C" __global__ void step_forward(
     const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
-    const unsigned char *resets,  // (T, B): 1 where the state is reset before that step, IN; null for none
+    const unsigned char *resets,  // (T, B): 1 where the state is reset before that step, IN; with RESETS
     const real *c_prev,        // c_{t-1} at row `c_from`, IN
     real *c,                   // c_t at row `c_to`, OUT; may be the rows of c_prev
     real *h_rows,              // h_t at row `h_to`, OUT for the sequences that go on
@@ -30,9 +30,8 @@ extern "C" __global__ void step_forward(
         load_rows<GATES>(here, s.hidden, gates);
         if (bias) load_rows<GATES>(bias + unit, s.hidden, b);
         load_rows<UNIT_WEIGHTS>(unit_weights + unit, s.hidden, p);
-        const index_t sequence = sequence_of(row, order), length = length_of(row, lengths, s);
         Units c_before = load(c_prev + (s.c_from + row) * s.hidden + unit);
-        if (is_reset(resets, sequence, s.step, length, s)) c_before = {};
+        if (is_reset(resets, sequence_of(row, order), s.step, length_of(row, lengths, s), s)) c_before = {};
         for (int k = 0; k < WIDTH; ++k) {
             OfGates gates_k, b_k;
             OfUnitWeights p_k;
@@ -45,6 +44,7 @@ extern "C" __global__ void step_forward(
         store_rows<GATES>(here, s.hidden, gates);
         store(c + (s.c_to + row) * s.hidden + unit, c_t);
 
+        const index_t sequence = sequence_of(row, order), length = length_of(row, lengths, s);
         store(y + row_of_output(sequence, length, s) * s.hidden + unit, h_t);
         if (s.step + 1 < length) {
             if (is_reset(resets, sequence, s.step + 1, length, s)) h_t = {};
@@ -69,7 +69,7 @@ extern "C" __global__ void step_backward(
     const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
-    const unsigned char *resets,  // (T, B), IN, as above; null for none
+    const unsigned char *resets,  // (T, B), IN, as above
     real *dh_steps,            // (T, D, B, H) at `direction`: the gradient by each h_t, OUT; null if nobody wants it
     real *dc_steps,            // likewise by each c_t
     real *da,                  // (N, 4H) at row `first`: by the pre-activations, OUT
@@ -84,20 +84,28 @@ extern "C" __global__ void step_backward(
         load_rows<GATES>(gates + at_gates, s.hidden, of_gates);
         load_rows<UNIT_WEIGHTS>(unit_weights + unit, s.hidden, p);
         load_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t);
-        const index_t sequence = sequence_of(row, order), length = length_of(row, lengths, s);
-        const bool reset = is_reset(resets, sequence, s.step, length, s);
+#ifdef RESETS
+        const index_t length_of_row = length_of(row, lengths, s), sequence_of_row = sequence_of(row, order);
+        const bool reset = is_reset(resets, sequence_of_row, s.step, length_of_row, s);
+        const bool reset_after =
+            s.step + 1 < length_of_row && is_reset(resets, sequence_of_row, s.step + 1, length_of_row, s);
+#else
+        const bool reset = false, reset_after = false;
+#endif
         Units c_prev = load(c + (s.c_from + row) * s.hidden + unit);
         if (reset) c_prev = {};
         const Units c_t = load(c + (s.c_to + row) * s.hidden + unit);
         Units dh_t = load(dh + at), dc_t = load(dc_next + at);
-        if (s.step + 1 < length && is_reset(resets, sequence, s.step + 1, length, s)) dh_t = {};
+        if (reset_after) dh_t = {};
         if (dy) {
-            const Units dy_t = load(dy + row_of_output(sequence, length, s) * s.hidden + unit);
+            const index_t output = row_of_output(sequence_of(row, order), length_of(row, lengths, s), s);
+            const Units dy_t = load(dy + output * s.hidden + unit);
             for (int k = 0; k < WIDTH; ++k) dh_t.unit[k] += dy_t.unit[k];
         }
         if (dh_steps) {
-            const index_t time = time_of(s.step, length, s.reverse);
-            const index_t to = ((time * s.directions + s.direction) * s.batch + sequence) * s.hidden + unit;
+            const index_t time = time_of(s.step, length_of(row, lengths, s), s.reverse);
+            const index_t to =
+                ((time * s.directions + s.direction) * s.batch + sequence_of(row, order)) * s.hidden + unit;
             store(dh_steps + to, dh_t);
             store(dc_steps + to, dc_t);
         }

@@ -96,18 +96,18 @@ PEEPHOLE_SLIPS = {
 
 RESET_CASES = (Case(5, 4, 3, 5, 1, True, lengths="zeros", resets=True),)
 RESET_SLIPS = {
-    "c before a reset kept": ("if (is_reset(resets, sequence, s.step, length, s)) c_before = {};", ""),
+    "c before a reset kept": ("length_of(row, lengths, s), s)) c_before = {};", "length_of(row, lengths, s), s)) {}"),
     "h before a reset handed on": ("if (is_reset(resets, sequence, s.step + 1, length, s)) h_t = {};", ""),
     "final h reset": ("if (s.step + 1 < length) {\n            if (is_reset", "{\n            if (is_reset"),
     "c before a reset, backward": ("if (reset) c_prev = {};", ""),
-    "dh through a reset": ("s.step + 1 < length && is_reset(resets, sequence, s.step + 1, length, s)", "false"),
+    "dh through a reset": ("if (reset_after) dh_t = {};", ""),
     "dh of this step's reset": (
-        "s.step + 1 < length && is_reset(resets, sequence, s.step + 1,", "is_reset(resets, sequence, s.step,"
+        "is_reset(resets, sequence_of_row, s.step + 1,", "is_reset(resets, sequence_of_row, s.step,"
     ),
     "dc through a reset": ("if (reset) dc_t = {};", ""),
     "resets of another sequence": ("s.reverse) * s.batch + sequence]", "s.reverse) * s.batch]"),
     "resets of the other direction": (
-        "resets && resets[time_of(step, length, s.reverse)", "resets && resets[time_of(step, length, 0)"
+        "return resets[time_of(step, length, s.reverse)", "return resets[time_of(step, length, 0)"
     ),
 }  # fmt: skip
 

@@ -81,7 +81,7 @@ def _forward_by_steps(
         h_rows, c = (h_before, c_before) if packing.ragged else (h_n, c_n)
 
     kernel, units = step_kernel(
-        device, "step_forward", rows.cell, hidden, gates.dtype, (weights.bias, weights.weight_peephole, c_before)
+        device, "step_forward", rows.variant, hidden, gates.dtype, (weights.bias, weights.weight_peephole, c_before)
     )
     recurrent = device.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
     records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape, reverse=reverse)
@@ -148,7 +148,9 @@ def _backward_by_steps(
     dh_next, dc_next = rows.sorted(dh_n), rows.sorted(dc_n)
     dh, dc = (dh_next, dc_next) if packing.ragged else (dh0, dc0)
 
-    kernel, units = step_kernel(device, "step_backward", rows.cell, hidden, da.dtype, (dy, dh_next, dc_next, peephole))
+    kernel, units = step_kernel(
+        device, "step_backward", rows.variant, hidden, da.dtype, (dy, dh_next, dc_next, peephole)
+    )
     to_h = device.product(da, weights.weight_hh, dh)
     reverse, zeros = rows.reverse(direction), 0  # rows of dh that a truncated gradient has made zero
     starts, (dh_steps, dc_steps) = packing.step_rows(reverse), (None, None) if steps is None else steps

@@ -79,7 +79,7 @@ def step_records(
 
 
 def step_kernel(
-    device: Device, name: str, cell: Cell, hidden: int, dtype: Any, given: tuple[Array | None, ...]
+    device: Device, name: str, variant: tuple[str, ...], hidden: int, dtype: Any, given: tuple[Array | None, ...]
 ) -> tuple[Kernel, int]:
     """Return a step kernel and its number of threads a row: wide loads where H and the caller's arrays allow them.
 
@@ -89,7 +89,7 @@ def step_kernel(
     width = loader.wide(dtype)
     if hidden % width or not all(array is None or device.aligned(array) for array in given):
         width = 1
-    return device.kernel(name, dtype, width, variant_of(cell)), hidden // width
+    return device.kernel(name, dtype, width, variant), hidden // width
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.backends.cuda.device import Device
-from fastlstm.backends.cuda.launch import geometry
+from fastlstm.backends.cuda.launch import geometry, variant_of
 from fastlstm.backends.ragged import Packing
 from fastlstm.cell import Cell
 
@@ -32,6 +32,7 @@ class Rows:
         self.device = device
         self.packing = packing
         self.cell = cell
+        self.variant = variant_of(cell) if resets is None else (*variant_of(cell), "RESETS")  # of the step kernels
         self.resets = None if resets is None else device.xp.ascontiguousarray(resets)
         self.order: Array | None = None  # (B,) int64, the sequence at each row
         self.lengths: Array | None = None  # (B,) int64, in that order, descending
