@@ -62,6 +62,15 @@ SLOW_FILES = {
     "kernels/test_warm.py",
 }
 
+# Each test compiles kernels of its own, and there are hundreds: these are marked `exhaustive`, as are the tests of CUDA
+# kernels that are marked `slow` by themselves.
+EXHAUSTIVE_FILES = {
+    "cuda/test_cuda_forced.py",
+    "cuda/test_cuda_mutations.py",
+    "cuda/test_cuda_persistent_mutations.py",
+    "cuda/test_cuda_phased_mutations.py",
+}
+
 _skipped: collections.Counter[str] = collections.Counter()
 _ran: collections.Counter[str] = collections.Counter()
 
@@ -96,8 +105,13 @@ def pytest_collection_modifyitems(config, items):
 
     Names of tests that differ from run to run are refused: pytest-xdist's processes need equal names.
     """
-    slow = {Path(__file__).parent / name for name in SLOW_FILES}
+    slow, exhaustive_files = (
+        {Path(__file__).parent / name for name in names} for names in (SLOW_FILES, EXHAUSTIVE_FILES)
+    )
     for item in items:
+        is_heavy = item.path.parent.name == "cuda" and any(mark.name == "slow" for mark in item.own_markers)
+        if item.path in exhaustive_files or is_heavy:
+            item.add_marker("exhaustive")
         if item.path in slow or item.path.parent in slow or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:

