@@ -246,7 +246,9 @@ def test_every_task_writes_a_picture_and_reports_its_scores(task, tmp_path):
 @pytest.mark.usefixtures("small")
 def test_a_seed_determines_everything(task, tmp_path):
     runs = [run_demo(task, seed=seed, out=tmp_path / str(i), batches=2) for i, seed in enumerate([5, 5, 6])]
-    assert runs[0].scores == runs[1].scores != runs[2].scores and runs[0].report == runs[1].report
+    assert runs[0].scores == runs[1].scores and runs[0].report == runs[1].report
+    if task != "temporal-order":  # which counts sequences: two, whatever the seed
+        assert runs[0].scores != runs[2].scores
     for first, again, other in zip(*(run.files for run in runs), strict=True):
         if first.suffix == ".safetensors":
             for name, value in LSTM.load(first).params.items():
