@@ -99,6 +99,8 @@ COMPILED = """
 import gc, json, sys
 import numpy as np, fastlstm
 fastlstm.use_backend("cpu").__enter__()
+from fastlstm.kernels.cpu import kernel_cache
+kernel_cache.folders = kernel_cache.folders[:1]  # kernels that stand beside the package are not to be found
 model = fastlstm.LSTM(3, 4, seed=0)
 before = set(sys.modules)
 if sys.argv[1:]:
