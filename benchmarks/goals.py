@@ -154,6 +154,9 @@ GOALS = (
     Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls", ratio(OLD, "on one step"), min, CHECKED),
 )  # fmt: skip
 NOTES = (
+    "A second variant of the cell is asked to compile in at most 2 s. One of the step takes 0.8 s; the first cell with"
+    " phases (layer norm, projection, zoneout, recurrent dropout, RNN) takes 2.4 s forward and 3.5 s backward of CPU,"
+    " once for all of them: they have drivers of their own. That was timed by itself and is in no file.",
     "A short bidirectional call is asked to take at most 2 us more than a plain one, and takes 4: it is a second"
     " launch. That was timed by itself and is in no file.",
 )
