@@ -1,211 +1,179 @@
-"""Write the figures of the README from the results that are committed; nobody types one.
+"""Write ``benchmarks/RESULTS.md``, its pictures, and the table of the README, from the results that are committed.
 
-    python benchmarks/figures.py          # draw the pictures, and write the figures anew
+    python benchmarks/figures.py          # draw the pictures, and write the documents
     python benchmarks/figures.py --check  # only say whether they are what the results say; status 1 if not
 
-``benchmarks/results`` has a folder for each machine: ``bench.json`` is of ``fastlstm bench``, a study's file of
-``benchmarks/study.py --out``, ``A.json``, ``B.json`` and ``C.json`` of ``.ci/gpu``, ``versions.json`` of
-``benchmarks/versions.py``, and any other of ``benchmarks/cpu.py``. Of the first two is made everything between the two
-marks in ``README.md``; of the others ``benchmarks/RESULTS.md``, with the roofs of the machine beside each row, and of
-those of a GPU one sentence between two marks of its own in ``README.md``. A row in which a peer wins is always shown,
-and ``benchmarks/reasons.toml`` has to say why it does on a CPU, and why a goal is missed: without, this fails.
+``benchmarks/results`` has a folder for each machine, with files of ``fastlstm bench --json``, ``studies.py``,
+``versions.py`` and ``.ci/gpu``, all in one format. ``goals.py`` has the goals and the reasons.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from readme import beyond, goals, gpu, kernels, limits, reasons, versions
-from studies import record
-from studies.record import Study
+import goals
 
-from fastlstm.bench import results as bench
-from fastlstm.bench.results import Results
+from fastlstm.bench import report, results
+from fastlstm.bench.peers import CPU
+from fastlstm.bench.pictures import KINDS
+from fastlstm.bench.results import Case, Results
+from fastlstm.bench.work import Work
 from fastlstm.errors import ResultsFileError
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-RESULTS = HERE / "results"
-TABLES = HERE / "RESULTS.md"
-FIRST = "bench"  # the README's file among those of `fastlstm bench`
-BEGIN = (
-    "<!-- figures: `python benchmarks/figures.py` makes them from benchmarks/results; what is typed here is lost -->"
-)
-END = "<!-- end of the figures -->"
-BEGIN_GPU, END_GPU = "<!-- GPU: made by benchmarks/figures.py -->", "<!-- end of GPU -->"
-NOTHING = (
-    "No results are committed yet. On a quiet machine, the commands in `benchmarks/README.md` measure, and"
-    " `python benchmarks/figures.py` writes what they found here."
-)
+README, TABLES, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md", HERE / "results"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MAIN = "bench"  # the file whose cases are in the README and in the pictures
+NO_GPU = "No GPU is measured yet: `.ci/gpu OUTDIR` does."
+ROWS = {
+    "one step, streaming": Work(1, 1, 32, 64, kind="stream"),
+    "a step of 32 sequences": Work(1, 32, 64, 128, kind="stream"),
+    "inference, one sequence": Work(100, 1, 32, 64),
+    "inference, a batch": Work(100, 32, 64, 128),
+    "training, a batch": Work(100, 32, 64, 128, kind="train"),
+    "training, ragged": Work.ragged(100, 64, 32, 128),
+}
+"""Six rows of the README; two more are where the peers come nearest or win, and the first calls, which compile."""
 
 
-class Machine(NamedTuple):
-    """The results of one machine."""
-
-    folder: Path
-    kernels: dict[str, Results]  # by file name
-    studies: dict[str, Study]  # by name of the study
-    gpu: dict[str, Any]  # by stage of .ci/gpu
-    versions: list[dict[str, Any]]  # comparisons of two
-
-
-def machines(folder: Path) -> list[Machine]:
-    """Read all results, one folder for each machine.
+def machines(folder: Path) -> dict[str, dict[str, Results]]:
+    """Read all results: by folder, by file name.
 
     Raises
     ------
     ResultsFileError
-        If a file is broken, or is named otherwise than its study.
+        If a file is broken, or has another name than its results.
     """
-    found = []
-    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        machine = Machine(place, {}, {}, {}, [])
-        for path in sorted(place.glob("*.json")):
-            if _kind(path) == bench.FORMAT:
-                machine.kernels[path.stem] = bench.load(path)
-                continue
-            if _kind(path) == gpu.FORMAT:
-                machine.gpu[path.stem] = gpu.load(path)
-                continue
-            if _kind(path) == versions.FORMAT:
-                machine.versions.append(versions.load(path))
-                continue
-            study = record.load(path)
-            if study.study != path.stem:
-                raise ResultsFileError(f"{path} holds the study {study.study!r}")
-            machine.studies[study.study] = study
-        if machine.kernels or machine.studies or machine.gpu or machine.versions:
-            found.append(machine)
+    found: dict[str, dict[str, Results]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        loaded = results.load(path)
+        if loaded.name != path.stem:
+            raise ResultsFileError(f"{path} holds the results {loaded.name!r}")
+        found.setdefault(path.parent.name, {})[path.stem] = loaded
     return found
 
 
-def _kind(path: Path) -> str | None:
-    """Say what a file calls itself; what is wrong with it, its own reader says."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return content.get("format") if isinstance(content, dict) else None
+def is_gpu(found: Results) -> bool:
+    """Whether it is a stage of ``.ci/gpu``."""
+    return "GPU" in found.machine
 
 
-def section(folder: Path = RESULTS, root: Path = README.parent, why: Path = reasons.FILE) -> str:
-    """Return what has to stand between the marks.
+def tables(found: Mapping[str, Mapping[str, Results]], folder: Path = RESULTS) -> str:
+    """Return what ``RESULTS.md`` has to be.
 
     Raises
     ------
-    ResultsFileError
-        If a file of results is broken.
     MissingReasonError
-        If a peer wins somewhere and no reason is given.
+        If a peer wins or a goal is missed, and no reason is given.
     """
-    found = [machine for machine in machines(folder) if machine.kernels or machine.studies]
-    if not found:
-        return NOTHING
-    given = reasons.load(why)
+    parts = [
+        "# Results",
+        "Made by `python benchmarks/figures.py` from the files in `benchmarks/results`. The method is described in"
+        " `fastlstm/bench/clock.py`. Behind a peer's time stands that time / ours: above 1 fastlstm is faster, **bold**"
+        " is where the peer is, `=` is no difference.",
+    ]
+    for machine, files in found.items():
+        parts.append(f"## {machine}")
+        if rows := list(goals.rows(files)):
+            parts.append("Goals: **bold** misses. Two values are of one thread and of two.")
+            parts += [report.table(["goal", "asked", "measured", "why it is missed"], rows, left=4), *goals.NOTES]
+        for picture in sorted((folder / machine).glob("*.png")):
+            parts.append(f"![{picture.stem}](results/{machine}/{picture.name})")
+        for name, file in files.items():
+            parts += [f"### {name.replace('-', ' ')}", file.about, *report.text(file, list_losses=False)]
+            if why := list(goals.wins(file)):
+                parts.append("\n".join(["Where a peer wins, and why:", "", *why]))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def section(found: Mapping[str, Mapping[str, Results]]) -> str:
+    """Return the README's table of eight rows, the machine, and a sentence on GPUs."""
     parts = []
-    for machine in found:
-        if len(found) > 1:
-            parts.append(f"### {machine.folder.name}")
-        if FIRST in machine.kernels:
-            parts += kernels.paragraphs(machine.kernels[FIRST], given)
-            parts += _pictures(machine.folder, root, prefix=f"{FIRST}-")
-        parts += beyond.paragraphs(machine.studies, given)
-        parts += _pictures(machine.folder, root, prefix="study-")
+    for files in found.values():
+        if MAIN in files and not is_gpu(files[MAIN]):
+            rows = dict(_rows(files))
+            peers = list(dict.fromkeys(s for case in rows.values() for s in case.values if report.is_peer(s)))
+            cells = [[words, case.work.name if case.work else "", *(report.cell(case, s) for s in (CPU, *peers))]
+                     for words, case in rows.items()]  # fmt: skip
+            parts.append(report.table(["call, float32", "T,B,I,H", CPU, *peers], cells, left=2))
+            parts.append(report.machine_line(files[MAIN]))
+    parts.append(
+        "In brackets: the peer's time / ours, **bold** where the peer is faster, `=` for no difference."
+        " [All rows](benchmarks/RESULTS.md). " + gpu_sentence(found)
+    )
     return "\n\n".join(parts)
 
 
-def tables(folder: Path = RESULTS, why: Path = reasons.FILE) -> str:
-    """Return what ``RESULTS.md`` has to be: every other table, and how far anyone could go.
-
-    Raises
-    ------
-    ResultsFileError, MissingReasonError
-        As for :func:`section`.
-    """
-    given = reasons.load(why)
-    parts = [
-        "# Results, shape by shape",
-        "Made by `python benchmarks/figures.py` from the files in `benchmarks/results`; what is typed here is lost. The"
-        " method stands in `fastlstm/bench/clock.py`.",
+def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
+    cases = {case.work: case for case in files[MAIN].cases}
+    yield from ((words, cases[work]) for words, work in ROWS.items() if work in cases)
+    others = [
+        (ratio.middle, case.name, case)
+        for work, case in cases.items()
+        for side in filter(report.is_peer, case.values)
+        if (ratio := report.ratio_of(case, side)) and work not in ROWS.values()
     ]
-    for machine in machines(folder):
-        others = {name: results for name, results in machine.kernels.items() if name != FIRST}
-        parts += [f"## {machine.folder.name}", *goals.paragraphs(others, machine.studies, given)] if others else []
-        for name, results in others.items():
-            parts.append(f"### {name.replace('-', ' ')}")
-            parts += kernels.paragraphs(results, given, every=True)
-            parts += limits.paragraphs(results, machine.studies.get("roofs"))
-        parts += [part for comparison in machine.versions for part in versions.paragraphs(comparison)]
-        if machine.gpu:
-            parts += [] if others else [f"## {machine.folder.name}"]
-            parts += [part for stage in machine.gpu.values() for part in gpu.stage(stage)]
-    return "\n\n".join(parts) + "\n"
+    if others:
+        *_, worst = min(others)
+        yield f"{KINDS[worst.group]}, the peers' best other size", worst
+    starts = files["start"].cases if "start" in files else ()
+    yield from (("first calls ever, which compile", case) for case in starts if case.name == "cold: all three calls")
 
 
-def gpu_sentence(folder: Path = RESULTS) -> str:
+def gpu_sentence(found: Mapping[str, Mapping[str, Results]]) -> str:
     """Return what the README has to say of measurements on GPUs."""
-    return gpu.sentence([machine.gpu for machine in machines(folder)])
+    words = []
+    for files in found.values():
+        stages = [file for file in files.values() if is_gpu(file)]
+        scores = report.scores(case for file in stages for case in file.cases if case.work)
+        means = ", ".join(f"{score.mean:.2f} ({score.peer})" for score in scores if score.peer == "torch cuda")
+        if means:
+            words.append(f"On {stages[0].machine['GPU']}, the geometric mean of PyTorch's time / ours is {means}.")
+    return " ".join(words) or NO_GPU
 
 
-def _pictures(folder: Path, root: Path, prefix: str) -> Iterator[str]:
-    for path in sorted(folder.glob(f"{prefix}*.png")):
-        words = path.stem.removeprefix(prefix)
-        yield f"![{words}]({path.relative_to(root).as_posix()})"
-
-
-def draw(machine: Machine) -> Iterator[Path]:
+def draw(files: Mapping[str, Results], folder: Path) -> Iterator[Path]:
     """Draw and write the pictures of a machine; give the files."""
     from fastlstm.bench import pictures
 
-    if FIRST in machine.kernels:
-        for picture, made in pictures.draw(machine.kernels[FIRST]).items():
-            if isinstance(made, bytes):
-                path = machine.folder / f"{FIRST}-{picture}.png"
-                path.write_bytes(made)
-                yield path
-    if "growth" in machine.studies:
-        path = machine.folder / "study-growth.png"
-        path.write_bytes(beyond.growth_picture(machine.studies["growth"]))
-        yield path
+    for name, made in pictures.draw(files[MAIN]).items() if MAIN in files else ():
+        if isinstance(made, bytes):
+            path = folder / f"{name}.png"
+            path.write_bytes(made)
+            yield path
 
 
-def replaced(text: str, inside: str, first: str = BEGIN, last: str = END, gap: str = "\n\n") -> str:
-    """Return a text with what stands between two marks replaced.
+def readme(text: str, inside: str) -> str:
+    """Return a text with what stands between the two marks replaced.
 
     Raises
     ------
     ValueError
         If it does not have each mark once, in this order.
     """
-    before, begin, rest = text.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end or first in after or last in before + after:
-        raise ValueError(f"README.md needs the two marks {first} and {last}, each once")
-    return f"{before}{first}{gap}{inside}{gap}{last}{after}"
-
-
-def readme(text: str, figures: str, sentence: str) -> str:
-    """Return the README with all that is generated."""
-    return replaced(replaced(text, figures), sentence, BEGIN_GPU, END_GPU, "\n")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in before + after:
+        raise ValueError(f"README.md needs the two marks {BEGIN} and {END}, each once")
+    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if figures and results differ")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if documents and results differ")
     options = parser.parse_args(arguments)
     try:
+        found = machines(RESULTS)
         if not options.check:
-            for machine in machines(RESULTS):
-                for path in draw(machine):
+            for machine, files in found.items():
+                for path in draw(files, RESULTS / machine):
                     print(f"wrote {path}")
         text = README.read_text(encoding="utf-8")
-        wanted = {README: readme(text, section(), gpu_sentence(RESULTS)), TABLES: tables()}
-    except (reasons.MissingReasonError, ResultsFileError) as error:
+        wanted = {README: readme(text, section(found)), TABLES: tables(found, RESULTS)}
+    except (goals.MissingReasonError, ResultsFileError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -215,8 +183,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             path.write_text(wanted[path], encoding="utf-8")
             print(f"wrote {path}")
-    if not stale:
-        print("The figures are what the results say.")
     return 1 if stale and options.check else 0
 
 

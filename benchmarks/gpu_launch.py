@@ -11,6 +11,7 @@ the same in one record; beside it stands a small matrix product. The kernels are
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from typing import Any
 import gpu_common
 import numpy as np
 
-from fastlstm.bench.clock import spread
+from fastlstm.bench.results import Case
+from fastlstm.bench.sides import event_seconds
 
 SOURCE = Path(__file__).with_name("gpu_barriers.cu")
 THREADS = 256
@@ -33,7 +35,8 @@ SAMPLES = 5
 LAUNCHES = 500  # of a sample: fewer than the launch queue holds, so that the host never waits for room
 RECORD = np.dtype([("arrays", np.uint64, 9), ("numbers", np.int64, 11)])
 
-Measure = Callable[[], dict[str, Any]]
+GROUP = "microbenchmarks of barriers and launches"
+Measure = Callable[[], dict[str, tuple[float, ...]]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,17 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cupy = import_module("cupy")
     gpu_common.update(options.out, machine=gpu_common.machine(cupy))
-    found: list[dict[str, Any]] = []
+    failed = False
     for name, measure in (*launches(cupy), *barriers(cupy, options.rounds), *compilations(cupy)):
         try:
-            cell = {"name": name, **measure()}
+            case = Case(name, measure(), group=GROUP)
         except (RuntimeError, ValueError, MemoryError) as error:
-            cell = {"name": name, "failed": gpu_common.one_line(error)}
-        found.append(cell)
-        gpu_common.update(options.out, launch=found)
-        print(cell, flush=True)
+            case, failed = Case(name, {}, group=GROUP, refused={"device": gpu_common.one_line(error)}), True
+        gpu_common.update(options.out, [case])
+        print(name, dict(case.values), dict(case.refused), flush=True)
     print("microbenchmarks done")
-    return int(any("failed" in cell for cell in found))
+    return int(failed)
 
 
 def module(cupy: Any, cluster: int = 1) -> Any:
@@ -62,13 +64,13 @@ def module(cupy: Any, cluster: int = 1) -> Any:
 
 
 def launches(cupy: Any) -> Iterator[tuple[str, Measure]]:
-    """Yield the empty kernels and a product: microseconds of one in a row of many, on the device and on the host."""
+    """Yield the empty kernels and a product: seconds of one in a row of many, on the device and on the host."""
     product = import_module("fastlstm.backends.cuda").BACKEND.device.product
 
     def empty(name: str, arguments: tuple[Any, ...]) -> Measure:
         return lambda: in_a_row(cupy, module(cupy).get_function(name), ((1,), (32,), arguments))
 
-    def small_product() -> dict[str, Any]:
+    def small_product() -> dict[str, tuple[float, ...]]:
         square, out = cupy.ones((8, 8), np.float32), cupy.empty((8, 8), np.float32)
         return in_a_row(cupy, product(square, square, out), ())
 
@@ -80,49 +82,37 @@ def launches(cupy: Any) -> Iterator[tuple[str, Measure]]:
     yield "product of 8 x 8", small_product
 
 
-def in_a_row(cupy: Any, call: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Time a call many times in a row."""
-
-    def sample() -> None:
-        for _ in range(LAUNCHES):
-            call(*arguments)
-
-    sample()
-    times = np.array([gpu_common.elapsed(cupy, sample) for _ in range(SAMPLES)]).T / LAUNCHES
-    return {"device": spread(times[0]), "host": spread(times[1])}
+def in_a_row(cupy: Any, call: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, tuple[float, ...]]:
+    """Time a call many times in a row; the first sample does not count."""
+    host: list[float] = []
+    times = [event_seconds(cupy.cuda, lambda: call(*arguments), LAUNCHES, host) for _ in range(1 + SAMPLES)]
+    return {"device": tuple(times[1:]), "host": tuple(host[1:])}
 
 
 def barriers(cupy: Any, rounds: int) -> Iterator[tuple[str, Measure]]:
-    """Yield all barriers: microseconds of a round."""
+    """Yield all barriers: seconds of a round."""
     device = cupy.cuda.Device()
     blocks = cupy.cuda.runtime.getDeviceProperties(device.id)["multiProcessorCount"]
     sizes = [size for size in GROUPS if size <= blocks]
+    measure = functools.partial(barrier, cupy, rounds)
     for size in dict.fromkeys((*sizes, blocks)):
-        yield f"counter, grid of {size}", lambda size=size: barrier(cupy, "counter", size, 1, rounds)
+        yield f"counter, grid of {size}", functools.partial(measure, "counter", size, 1)
     for name, words in (("flags", 0), ("exchange", WORDS)):
         for size in sizes:
             count = blocks // size
-            yield (
-                f"{name}, {count} groups of {size}",
-                lambda name=name, size=size, count=count, words=words: barrier(cupy, name, size, count, rounds, words),
-            )
+            yield f"{name}, {count} groups of {size}", functools.partial(measure, name, size, count, words)
     if int(device.compute_capability) < 90:
-        yield "barrier.cluster", lambda: {"not run": "this device has no clusters"}
-        return
+        return  # without clusters
     for name, words in (("cluster", 0), ("cluster_exchange", WORDS)):
         for size in CLUSTERS:
             count = blocks // size
-            yield (
-                f"barrier.{name}, {count} clusters of {size}",
-                lambda name=name, size=size, count=count, words=words: barrier(
-                    cupy, name, size, count, rounds, words, cluster=size
-                ),
-            )
+            call = functools.partial(measure, name, size, count, words, cluster=size)
+            yield f"barrier.{name}, {count} clusters of {size}", call
 
 
 def barrier(
-    cupy: Any, name: str, size: int, groups: int, rounds: int, exchanged: int = 0, cluster: int = 1
-) -> dict[str, Any]:
+    cupy: Any, rounds: int, name: str, size: int, groups: int, exchanged: int = 0, *, cluster: int = 1
+) -> dict[str, tuple[float, ...]]:
     """Time a kernel of `rounds` barriers; the words that it exchanges are checked."""
     kernel = module(cupy, cluster).get_function(name)
     words = cupy.empty(groups * (STRIDE + 2 * exchanged), np.uint32)
@@ -130,11 +120,11 @@ def barrier(
     times = []
     for _ in range(1 + SAMPLES):
         words[...] = 0
-        times.append(gpu_common.elapsed(cupy, lambda: kernel((size, groups), (THREADS,), arguments))[0] / rounds)
+        times.append(event_seconds(cupy.cuda, lambda: kernel((size, groups), (THREADS,), arguments), 1) / rounds)
     wrong = words[: groups * STRIDE].reshape(groups, STRIDE)[:, -1].get()
     if exchanged and wrong.any():
-        return {"failed": f"{wrong.sum()} threads read words of another round"}
-    return {"device": spread(times[1:])}
+        raise RuntimeError(f"{wrong.sum()} threads read words of another round")
+    return {"device": tuple(times[1:])}
 
 
 def compilations(cupy: Any) -> Iterator[tuple[str, Measure]]:
@@ -142,12 +132,12 @@ def compilations(cupy: Any) -> Iterator[tuple[str, Measure]]:
     loader, dtype = import_module("fastlstm.kernels.cuda.loader"), np.dtype(np.float32)
     source = f"{loader.source()}\n// {time.time_ns()}"  # no cache has that
 
-    def load() -> dict[str, Any]:
+    def load() -> dict[str, tuple[float, ...]]:
         if hasattr(cupy, "clear_memo"):
             cupy.clear_memo()  # else CuPy remembers within the process
         begin = time.perf_counter()
         cupy.RawModule(code=source, options=loader.options(dtype, loader.wide(dtype))).get_function("step_forward")
-        return {"host": 3 * (1e6 * (time.perf_counter() - begin),)}
+        return {"host": (time.perf_counter() - begin,)}
 
     yield "kernels of one dtype, compiled", load
     yield "kernels of one dtype, from the disk", load

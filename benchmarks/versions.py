@@ -1,9 +1,9 @@
 """Two versions of fastlstm on one machine, in turn: ``python benchmarks/versions.py OLD_PYTHON NEW_PYTHON --out FILE``.
 
-Each interpreter has one of the versions installed. Two processes, one for each, hold the same models; a block of calls
-of the one follows a block of the other, so that a slow phase of the machine meets both. A cell's ratio is the median
-over the rounds of old time / new time: above 1, the new version is faster. A first call is timed in processes of its
-own, with an empty kernel cache, in CPU seconds.
+Each interpreter has one of the versions installed. Two processes, one each, hold the same models and take turns, as the
+sides of ``fastlstm bench``. A process may be slower than its like throughout, by where its memory lies, so several
+pairs of processes are measured. The ratio is old time / new time: above 1 the new version is faster. A first call is
+timed in processes of its own, with an empty kernel cache, in CPU seconds.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-# T, B, I, H
-INFER = ((1, 1, 128, 256), (100, 1, 32, 64), (100, 1, 128, 256), (100, 32, 64, 128), (10, 32, 64, 128),
-         (1000, 32, 64, 128), (100, 1, 64, 128), (100, 256, 64, 128), (100, 32, 64, 32), (100, 32, 64, 512),
-         (365, 64, 32, 256), (50, 64, 512, 512))  # fmt: skip
-TRAIN = ((100, 1, 32, 64), (100, 32, 64, 128), (100, 64, 32, 256), (50, 64, 512, 512))
+from fastlstm.bench import clock, grid, results, run
+from fastlstm.bench.peers import CPU
+from fastlstm.bench.results import Case
+from fastlstm.bench.sides import Side
 
+ABOUT = __doc__.partition("\n\n")[2].strip()
 WORKER = """
 import json, sys, time
 import numpy as np
@@ -93,7 +92,13 @@ FIRST = """
 import sys, time
 import numpy as np
 import fastlstm
-start, what = time.process_time(), sys.argv[1]
+start = time.process_time()
+try:  # kernels that stand beside the source from other runs are not to be found
+    from fastlstm.kernels.cpu import kernel_cache
+    kernel_cache.folders = kernel_cache.folders[:1]
+except (ImportError, AttributeError):  # a version that looks in one folder only
+    pass
+what = sys.argv[1]
 model, x = fastlstm.LSTM(32, 64, seed=0), np.ones((40, 8, 32), np.float32)
 if what == "inference":
     model(x)
@@ -110,83 +115,77 @@ class Version:
     """One process that holds the models."""
 
     def __init__(self, python: str, threads: int) -> None:
-        command = [python, "-c", WORKER, json.dumps([INFER, TRAIN, threads])]
+        shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
+        command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()
         )
         self.cells = json.loads(self._line())
 
+    def __enter__(self) -> Version:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()  # closes the pipes
+
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
-    def seconds(self, cell: str, count: int) -> float:
-        """Run so many calls of a cell."""
-        assert self.process.stdin is not None
-        print(json.dumps([cell, count]), file=self.process.stdin, flush=True)
-        return float(self._line())
+    def side(self, cell: str) -> Side:
+        """The calls of a cell as a side."""
+
+        def seconds(_: object, count: int) -> float:
+            assert self.process.stdin is not None
+            print(json.dumps([cell, count]), file=self.process.stdin, flush=True)
+            return float(self._line()) / count
+
+        return Side(lambda: None, tuple, seconds)
 
 
-def compare(old: Version, new: Version, cell: str, rounds: int, block: float) -> dict[str, Any]:
-    """Time blocks of calls in turn."""
-    count = max(1, round(block / max(1e-7, min(new.seconds(cell, 1) for _ in range(3)))))
-    pairs = [(old.seconds(cell, count) / count, new.seconds(cell, count) / count) for _ in range(rounds)]
-    ratios = sorted(a / b for a, b in pairs)
-    return {
-        "old us": 1e6 * statistics.median(a for a, _ in pairs), "new us": 1e6 * statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios), "quartiles": [ratios[rounds // 4], ratios[3 * rounds // 4]],
-    }  # fmt: skip
+def first_call(python: str, what: str) -> float:
+    """CPU seconds of a first call with an empty kernel cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "FASTLSTM_NUM_THREADS": "1", "FASTLSTM_QUIET": "1"}
+        command = [python, "-c", FIRST, what]
+        done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=True)
+        return float(done.stdout)
 
 
-def first_calls(old: str, new: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Time first calls with an empty kernel cache, in CPU seconds."""
-    found = {}
-    for what in ("inference", "training", "step", "frozen step"):
-        seconds: dict[str, list[float]] = {old: [], new: []}
-        for _ in range(rounds):
-            for python in (old, new):
-                with tempfile.TemporaryDirectory() as cache:
-                    environment = os.environ | {
-                        "NUMBA_CACHE_DIR": cache,
-                        "FASTLSTM_NUM_THREADS": "1",
-                        "FASTLSTM_QUIET": "1",
-                    }
-                    done = subprocess.run(
-                        [python, "-c", FIRST, what],
-                        env=environment,
-                        cwd=cache,
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    )
-                    seconds[python].append(float(done.stdout))
-        a, b = (statistics.median(seconds[python]) for python in (old, new))
-        found[what] = {"old s": a, "new s": b, "new / old": b / a}
-    return found
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", help="the interpreter of the old version")
-    parser.add_argument("new", help="that of the new one")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--names", nargs=2, default=["old", "new"], help="of the versions, for the file")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--block", type=float, default=0.02, help="seconds of a block of calls, at least one call")
-    options = parser.parse_args()
-    found: dict[str, Any] = {"format": "fastlstm versions 1", "versions": options.names, "calls": {}}
-    found["first calls"] = first_calls(options.old, options.new, 3)
+    add = parser.add_argument
+    add("old", help="the interpreter of the old version")
+    add("new", help="that of the new one")
+    add("--out", type=Path, required=True, help="the JSON file to write")
+    add("--name", default="old", help="of the old version, for the file")
+    add("--threads", type=int, nargs="+", default=[1, 2])
+    add("--processes", type=int, default=3, help="pairs of processes, and of first calls")
+    add("--seconds", type=float, default=0.5, help="for a cell of each pair of processes")
+    options = parser.parse_args(arguments)
+    pythons = {CPU: options.new, options.name: options.old}
+    found = run.begin(options.out.stem, [], max(options.threads), ABOUT)[0]
+    for what in ("inference", "training", "step", "frozen step") if options.processes else ():
+        rounds = [
+            {name: first_call(python, what) for name, python in pythons.items()} for _ in range(options.processes)
+        ]
+        values = {name: tuple(seconds[name] for seconds in rounds) for name in pythons}
+        found = found.with_case(Case(what, values, group="first call, empty kernel cache, CPU time"))
     for threads in options.threads:
-        old, new = Version(options.old, threads), Version(options.new, threads)
-        table = found["calls"][str(threads)] = {}
-        for cell in new.cells:
-            table[cell] = compare(old, new, cell, options.rounds, options.block)
-            print(f"{threads} threads  {cell:36} {table[cell]['ratio']:.2f}", file=sys.stderr)
-    from fastlstm.diagnostics import describe_for_others
-
-    found["machine"] = describe_for_others()
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        group, cases = f"calls on {threads} thread{'s' * (threads > 1)}", dict[str, Case]()
+        for _ in range(options.processes):
+            with Version(options.old, threads) as old, Version(options.new, threads) as new:
+                for cell in new.cells:
+                    sides = {CPU: new.side(cell), options.name: old.side(cell)}
+                    times, interrupted = clock.take_turns(sides, options.seconds)
+                    if interrupted:
+                        return 130
+                    if cell in cases:
+                        times = {name: cases[cell].values[name] + more for name, more in times.items()}
+                    cases[cell] = Case(cell, times, threads=threads, group=group)
+        found = replace(found, cases=(*found.cases, *cases.values()))
+    results.save(options.out, found)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Prepared calls: what can be decided once for all calls of one signature, at the level of the API.
+"""Prepared calls: decisions that are made once for all calls with the same signature, at the level of the API.
 
 The signature of a call is the model, the kind and shape of x, its layout, whether a tape is kept, and whether the model
-is frozen. What a caller can change between two calls of one signature is checked in each of them (:meth:`Call.takes`).
+is frozen. What a caller can change between two calls with the same signature is checked in each (:meth:`Call.takes`).
 """
 
 from __future__ import annotations
@@ -82,11 +82,25 @@ class Layout(NamedTuple):
 
 
 class Call:
-    """A prepared call; made by :func:`checked`, found again by :func:`find`."""
+    """A prepared call: made by :func:`checked`, looked up by :func:`find`."""
 
     __slots__ = (
-        "backend", "batched", "cell", "compares_shapes", "dtype", "forced", "frozen", "kind", "layout", "on_host",
-        "params", "prepared", "state_shape", "x_shape", "y_shape",
+        "backend",
+        "batched",
+        "c_shape",
+        "cell",
+        "compares_shapes",
+        "dtype",
+        "forced",
+        "frozen",
+        "h_shape",
+        "kind",
+        "layout",
+        "on_host",
+        "params",
+        "prepared",
+        "x_shape",
+        "y_shape",
     )  # fmt: skip
 
     def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature, *, is_step: bool) -> None:
@@ -100,7 +114,8 @@ class Call:
         self.on_host = dispatch.kind_of("x", x).library == "numpy"
         self.params = tuple(parameters.shapes(cell).items())
         self.x_shape, self.y_shape = x.shape, layout.sequence_shape(cell.output_size)
-        self.state_shape = (states, layout.batch, cell.hidden_size) if layout.batched else (states, cell.hidden_size)
+        rows = (states, layout.batch) if layout.batched else (states,)
+        self.h_shape, self.c_shape = (*rows, cell.h_size), (*rows, cell.c_size)
 
     def takes(self, array: Any, shape: tuple[int, ...]) -> bool:
         """Say whether an argument is an array of this shape, and of the call's type, dtype and byte order."""
@@ -128,7 +143,7 @@ class Call:
 
     def takes_all(self, params: Mapping[str, Any], x: Any, state: Any) -> bool:  # noqa: PLR0911  # the fastest way
         """Say whether parameters, input and state are as this call needs them: what :meth:`takes` says of each."""
-        kind, dtype, shape = self.kind, self.dtype, self.state_shape
+        kind, dtype = self.kind, self.dtype
         if self.forced != forced() or type(x) is not kind or x.shape != self.x_shape:
             return False
         if x.dtype is not dtype and x.dtype != dtype:
@@ -139,7 +154,7 @@ class Call:
             h, c = state
             if not type(h) is type(c) is kind:
                 return False
-            if self.compares_shapes and not h.shape == shape == c.shape:
+            if self.compares_shapes and not (h.shape == self.h_shape and c.shape == self.c_shape):
                 return False
             if not (h.dtype is dtype is c.dtype or h.dtype == dtype == c.dtype):
                 return False
@@ -152,7 +167,7 @@ _cells: dict[Any, Cell] = {}
 
 
 def mode(batch_first: Any, keep_tape: bool) -> int:
-    """Return what a call on whole sequences is for."""
+    """Return the purpose of a call on whole sequences."""
     return (_BATCH_FIRST if batch_first else 0) + (_KEEP_TAPE if keep_tape else 0)
 
 

@@ -1,4 +1,4 @@
-"""Every check of an argument, done before any work: nothing has been changed when one of these raises."""
+"""The checks of arguments, done before any work: nothing has been changed when one of them raises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["array", "dropout_seed", "flag", "lengths", "params", "state", "state_gradient"]
+__all__ = ["array", "dropout_seed", "flag", "lengths", "params", "resets", "state", "state_gradient"]
 
 
 def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
@@ -23,11 +23,11 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
     Parameters
     ----------
     name : str
-        What the caller calls this argument.
+        The name of the argument, for the message.
     value : object
         The argument.
     like : array
-        One of the model's parameters, whose library, device and dtype are asked for.
+        One of the model's parameters: `value` must have its library, device and dtype.
     shape : tuple of int or None
         The size of each axis; None allows any.
     axes : str
@@ -41,7 +41,7 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
     Raises
     ------
     ArrayTypeError, DTypeError, ShapeError, shown
-        With the argument's name, what was expected and what came.
+        With the name of the argument, what was expected and what was given.
     """
     if type(value) is not type(like):
         _same_library(name, value, like)
@@ -105,7 +105,7 @@ def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
     for name, shape in shapes.items():
         value = given[name]
         if not (type(value) is kind and value.shape == shape and value.dtype == dtype and value.device == device):
-            # Brings it to the dtype's byte order, or says why not.
+            # Convert it to native byte order, or raise.
             value = array(name, value, like, shape, parameters.axes(name))
         checked[name] = value
     return checked
@@ -135,14 +135,15 @@ def _pair(
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise ArgumentError(f"{name} must be a pair ({parts[0]}, {parts[1]}), got {type(given).__qualname__}")
     rows = cell.num_layers * cell.num_directions
-    shape = (rows, cell.hidden_size) if batch is None else (rows, batch, cell.hidden_size)
-    axes = "(L*D, H)" if batch is None else "(L*D, B, H)"
+    leading = (rows,) if batch is None else (rows, batch)
     checked: list[Array | None] = []
-    for part, value in zip(parts, given, strict=True):
+    sizes = (cell.h_size, "P" if cell.proj_size else "H"), (cell.c_size, "H")
+    for part, value, (size, letter) in zip(parts, given, sizes, strict=True):
         if value is None and optional:
             checked.append(None)
             continue
-        checked.append(array(part, value, like, shape, axes))
+        axes = f"(L*D, {letter})" if batch is None else f"(L*D, B, {letter})"
+        checked.append(array(part, value, like, (*leading, size), axes))
     return checked[0], checked[1]
 
 
@@ -166,13 +167,29 @@ def lengths(given: Any, steps: int, batch: int | None) -> np.ndarray[Any, Any] |
     return values
 
 
-_FEW_LENGTHS = 64  # which Python compares faster than NumPy
+def resets(given: Any, like: Array, shape: tuple[int, ...]) -> Array | None:
+    """Check where states are set to zero: booleans of the parameters' library, one for each step and sequence."""
+    if given is None:
+        return None
+    if type(given) is not type(like):
+        _same_library("resets", given, like)
+    if given.device != like.device:
+        raise ArrayTypeError(f"resets is on {given.device}, but the parameters are on {like.device}")
+    if given.dtype != np.bool_:
+        raise DTypeError(f"resets must be booleans, got dtype {given.dtype}")
+    if given.shape != shape:
+        axes = "(T,)" if len(shape) == 1 else "of x without its features"
+        raise ShapeError(f"resets must have shape {axes} = {shape}, got {tuple(given.shape)}")
+    return given
+
+
+_FEW_LENGTHS = 64  # up to this many, Python compares faster than NumPy
 
 
 def _integers(given: Any, batch: int) -> np.ndarray[Any, Any]:
-    """Return lengths as a new array of int64, of whatever shape."""
+    """Return lengths as a new array of int64, of any shape."""
     listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
-    # Anything that NumPy makes an array of on the host, such as a pandas Series: lengths are copied in any case.
+    # Anything that NumPy converts to an array on the host, such as a pandas Series: lengths are copied in any case.
     if not (listed or hasattr(type(given), "__array__")):
         raise ArrayTypeError(
             f"lengths must be a NumPy array, a list or a pandas Series, got {_type_name(given)}:"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlstm.bench import command
+from fastlstm.demo import TASKS
 from fastlstm.errors import FastLSTMError
 from fastlstm.lstm import LSTM
 
@@ -42,33 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastlstm", description="The LSTM for people who live in NumPy and CuPy.")
+    parser = argparse.ArgumentParser(prog="fastlstm", description="An LSTM for NumPy and CuPy arrays.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="what is here: versions, backends, processor, threads, caches, GPU")
-    info.add_argument("--shape", type=_shape, metavar="T,B,I,H", help="say how a layer of this shape would be run")
+    info = commands.add_parser("info", help="show versions, backends, processor, threads, caches and GPU")
+    info.add_argument("--shape", type=_shape, metavar="T,B,I,H", help="show how a layer of this shape would run")
     info.set_defaults(run=_info)
 
     check = commands.add_parser("check", help="compare every backend with the float64 reference; status 1 if one fails")
-    check.add_argument("--backend", action="append", help="check only this one; may be repeated")
+    check.add_argument("--backend", action="append", help="check only this backend; may be repeated")
     check.set_defaults(run=_check)
 
-    warm = commands.add_parser("warm", help="compile the CPU kernels ahead; status 1 if they cannot be kept on disk")
+    warm = commands.add_parser("warm", help="compile the CPU kernels ahead; status 1 if they cannot be written to disk")
     warm.add_argument("--dtype", choices=("float32", "float64", "both"), default="both", help="default: %(default)s")
-    warm.add_argument("--train", action="store_true", help="also the kernels for training")
+    warm.add_argument("--train", action="store_true", help="compile the kernels for training, too")
     warm.add_argument(
-        "--step", action="store_true", help="also those for single time steps; inference shares them in short calls"
+        "--step", action="store_true", help="make single time steps, too; they share the kernels of short calls"
     )
+    warm.add_argument("--loops", action="store_true", help="also those for closed loops: lstm.unroll and lstm.compiled")
     warm.set_defaults(run=_warm)
 
-    bench = commands.add_parser("bench", help="measure how fast it is here, against the peers that are installed")
+    bench = commands.add_parser("bench", help="measure the speed here, and that of the peers that are installed")
     command.add_arguments(bench)
     bench.set_defaults(run=command.bench)
 
-    demo = commands.add_parser("demo", help="train on real data, evaluate, save, and load again")
-    demo.add_argument("--task", choices=("co2", "vowels"), default="co2", help="default: %(default)s")
+    tasks = "".join(f"\n  {name:<16}{about}" for name, about in TASKS.items())
+    demo = commands.add_parser(
+        "demo",
+        help="train a model, compare it with baselines, save it, and draw a picture",
+        description=f"Train a model, compare it with baselines, save it, and draw a picture.\n\ntasks:{tasks}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "--task", choices=tuple(TASKS), metavar="NAME", default=next(iter(TASKS)), help="default: %(default)s"
+    )
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--batches", type=int, metavar="N", help="batches to train on; default: the task's own")
     demo.add_argument("--out", type=Path, default=Path("fastlstm-demo"), help="folder to write; default: %(default)s")
     demo.set_defaults(run=_demo)
     return parser
@@ -102,7 +113,7 @@ def _check(options: argparse.Namespace) -> int:
     here = backends()
     for name, reason in here.items():
         if reason is not None:
-            print(f"{name}: not checked, {reason}")
+            print(f"{name} is not checked: {reason}")
     chosen = options.backend or [name for name, reason in here.items() if reason is None]
     print(f"Largest error over {sum(1 for _ in cases())} cases, as a share of the largest true value of its array.")
     print(f"{'backend':<10} {'dtype':<8} {'quantity':<11} {'error':>9}  {'bound':>7}")
@@ -121,7 +132,7 @@ def _warm(options: argparse.Namespace) -> int:
     from fastlstm.warm import warm
 
     dtypes = ("float32", "float64") if options.dtype == "both" else (options.dtype,)
-    report = warm(dtypes, train=options.train, step=options.step)
+    report = warm(dtypes, train=options.train, step=options.step, loops=options.loops)
     print(f"{'kernel':<22} {'compiled':>8} {'loaded':>6}")
     for name in report.compiled | report.loaded:
         print(f"{name:<22} {report.compiled.get(name, 0):8} {report.loaded.get(name, 0):6}")
@@ -137,7 +148,7 @@ def _warm(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from fastlstm.demo import run_demo
 
-    result = run_demo(options.task, options.device, options.seed, options.out)
+    result = run_demo(options.task, options.device, options.seed, options.out, options.batches)
     print(result.report)
     for path in result.files:
         print(f"wrote {path}")

@@ -1,7 +1,7 @@
-"""What ``fastlstm info`` and ``fastlstm check`` say.
+"""The facts that ``fastlstm info`` and ``fastlstm check`` print.
 
-Of this machine: the version, the backends and why one is missing, processor, threads, caches, GPU. And how far every
-backend that runs here agrees with the reference in float64, over a grid of cases.
+``info``: versions, backends and the reason why one is missing, processor, threads, caches, GPU. ``check``: the largest
+difference between every backend that runs here and the float64 reference, over a grid of cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PACKAGES = ("numpy", "numba", "llvmlite", "safetensors", "cupy-cuda12x", "cupy-
 
 
 def backends() -> dict[str, str | None]:
-    """Name of each backend, with None if it runs here, else the reason why it does not."""
+    """Return the name of each backend, with None if it runs here, else the reason why it does not."""
     found: dict[str, str | None] = {}
     for name in dispatch.BACKENDS:
         try:
@@ -40,7 +40,7 @@ def backends() -> dict[str, str | None]:
 
 
 def describe() -> dict[str, str]:
-    """Everything that a report of a problem or of a measurement should name, as text."""
+    """Return, as text, what a report of a problem or a measurement should contain."""
     result = {"fastlstm": __version__, "python": f"{platform.python_version()} on {platform.platform()}"}
     result |= {name: found for name in _PACKAGES if (found := _version(name)) is not None}
     for name, reason in backends().items():
@@ -54,13 +54,13 @@ def describe() -> dict[str, str]:
 
 
 def describe_for_others() -> dict[str, str]:
-    """The same for files that are passed on, without what is the user's own affair: folders, the system's release."""
+    """Return the same for files that are published, without private facts: folders, the release of the system."""
     public = {name: text for name, text in describe().items() if name != "kernel cache"}
     return public | {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
 
 
 def processor() -> str:
-    """Name of the processor, as the system gives it."""
+    """Return the name of the processor, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -103,12 +103,12 @@ def _gpu() -> str:
 # --- agreement with the reference -----------------------------------------------------------------------------
 
 # Largest error allowed, as a share of the largest true value of its array. Float32 keeps 24 bits (6e-8), and
-# the longest sums here have some hundred terms of either sign; float64 keeps 53 bits (1e-16).
+# the longest sums here have a few hundred terms of either sign; float64 keeps 53 bits (1e-16).
 BOUNDS = {"float32": 1e-5, "float64": 1e-13}
 
 
 class Case(NamedTuple):
-    """One model and batch to compare on."""
+    """One model and batch to compare backends on."""
 
     steps: int
     batch: int
@@ -131,12 +131,12 @@ class Agreement(NamedTuple):
 
     @property
     def within_bound(self) -> bool:
-        """Whether the error is in its bound; an error that is no number is not."""
+        """Whether the error is within its bound; NaN is not."""
         return bool(self.error <= BOUNDS[self.dtype])
 
 
 def cases() -> Iterator[Case]:
-    """The grid: sizes of one, odd sizes and whole vectors, layers, directions, bias, ragged batches."""
+    """Yield the grid: sizes of one, odd sizes and whole vectors, layers, directions, bias, ragged batches."""
     sizes = [(1, 1, 1, 1), (3, 2, 5, 3), (7, 5, 4, 17), (12, 8, 16, 32), (9, 13, 3, 65)]
     for steps, batch, inputs, hidden in sizes:
         for num_layers, bidirectional in ((1, False), (1, True), (2, False), (3, True)):
@@ -145,12 +145,12 @@ def cases() -> Iterator[Case]:
 
 
 def compare(backend: str) -> list[Agreement]:
-    """Compare one backend with the float64 reference; the largest error of each quantity, per dtype.
+    """Compare one backend with the float64 reference; return the largest error of each quantity and dtype.
 
     Raises
     ------
     BackendError
-        If there is no such backend, or it cannot run here.
+        If there is no such backend, or it cannot run on this machine.
     """
     dispatch.backend_named(backend)
     worst: dict[tuple[str, str], Agreement] = {}
@@ -165,7 +165,7 @@ def compare(backend: str) -> list[Agreement]:
 
 
 def _errors(case: Case, backend: str, library: Any, dtype: str, seed: int) -> dict[str, float]:
-    """Run one case on the backend and on the reference; the error of each quantity."""
+    """Run one case on the backend and on the reference; return the error of each quantity."""
     rng = np.random.default_rng(seed)
     model = LSTM(
         case.input_size, case.hidden_size, case.num_layers, case.bias, bidirectional=case.bidirectional, dtype=dtype,
@@ -188,7 +188,7 @@ def _errors(case: Case, backend: str, library: Any, dtype: str, seed: int) -> di
 
 
 def _run(model: LSTM, backend: str, data: dict[str, Any], lengths: Any) -> dict[str, Any]:
-    """Output, states and every gradient by name; parameters of all layers and directions under one name each."""
+    """Return output, states and gradients by name; gradients of all layers and directions share a name."""
     with dispatch.use_backend(backend):
         y, (h_n, c_n), tape = model.forward(data["x"], (data["h0"], data["c0"]), lengths)
         grads = model.backward(tape, data["dy"], (data["dh_n"], data["dc_n"]))

@@ -1,9 +1,9 @@
-"""From the type of an array to the backend that runs it: one table, and nothing loaded before it is needed.
+"""From the type of an array to the backend that runs it: one table; backends are loaded at their first use.
 
-What this file has to hold:
+Requirements:
 
 - importing it loads neither Numba nor CuPy; a backend's module is imported at its first use;
-- no other file asks which backend runs: they call :func:`backend_for` and use what comes back;
+- no other file asks which backend runs: they call :func:`backend_for` and use its result;
 - ``FASTLSTM_BACKEND`` (read once, at import) or :func:`use_backend` force a backend for debugging.
 """
 
@@ -26,20 +26,20 @@ __all__ = ["array_namespace", "backend_for", "backend_named", "forced", "kind_of
 
 
 class Kind(NamedTuple):
-    """One kind of array: the library it belongs to, and the backends that take it, the default first."""
+    """One kind of array: its library, and the backends that take it, the default first."""
 
     library: str
     backends: tuple[str, ...]
 
 
-# Numba's kernels are made of LLVM intrinsics, which the interpreter cannot run: with JIT off, the reference does.
+# The CPU kernels are LLVM intrinsics, which the interpreter cannot run: with the JIT off, the reference runs.
 _NUMPY = ("reference",) if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0") else ("cpu", "reference")
 
 TABLE = {
     ("numpy", "ndarray"): Kind("numpy", _NUMPY),
     ("cupy", "ndarray"): Kind("cupy", ("cuda",)),
 }
-# Subclasses of ndarray that would silently lose their meaning.
+# Subclasses of ndarray whose meaning would be lost silently.
 REFUSED = {
     ("numpy", "MaskedArray"): "its mask would be lost; fill it (numpy.ma.filled) and pass lengths for ragged batches",
     ("numpy", "matrix"): "pass numpy.asarray of it",
@@ -47,7 +47,7 @@ REFUSED = {
 BACKENDS = ("cpu", "cuda", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("fastlstm_backend", default=os.environ.get("FASTLSTM_BACKEND") or None)
-forced = _forced.get  # the name of the backend that is forced here, or None
+forced = _forced.get  # the name of the forced backend, or None
 _kinds: dict[type, Kind] = {}
 _loaded: dict[str, Backend] = {}
 
@@ -58,7 +58,7 @@ def kind_of(name: str, value: Any) -> Kind:
     Raises
     ------
     ArrayTypeError
-        If `value` is no array of a library in the table.
+        If `value` is not an array of a library in the table.
     """
     kind = _kinds.get(type(value))
     if kind is None:
@@ -93,7 +93,7 @@ def backend_named(name: str) -> Backend:
     Raises
     ------
     BackendError
-        If there is no such backend, or it cannot run here; the message says what to install.
+        If there is no such backend, or it cannot run on this machine; the message says what to install.
     """
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -140,5 +140,5 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def array_namespace(value: Any) -> Any:
-    """Return the module whose functions work on `value`: ``numpy`` or ``cupy``, already imported by its owner."""
+    """Return the module whose functions work on `value`: ``numpy`` or ``cupy``, which its owner has imported."""
     return sys.modules[kind_of("array", value).library]

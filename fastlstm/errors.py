@@ -3,7 +3,7 @@
 Each one derives from :class:`FastLSTMError` and from the built-in error that a
 NumPy user would expect, so both ``except ValueError`` and
 ``except fastlstm.FastLSTMError`` work. All of them are raised before any work
-is done: nothing has been changed when one arrives.
+is done, so nothing has been changed when one is caught.
 """
 
 __all__ = [
@@ -39,15 +39,15 @@ class DTypeError(FastLSTMError, TypeError):
 
 
 class ArrayTypeError(FastLSTMError, TypeError):
-    """An argument is no array, or arrays of different libraries or devices were mixed."""
+    """An argument is not an array, or arrays of different libraries or devices were mixed."""
 
 
 class BackendError(FastLSTMError, RuntimeError):
-    """The backend for this kind of array cannot run here; the message says what to install."""
+    """The backend for this kind of array cannot run on this machine; the message says what to install."""
 
 
 class FrozenError(FastLSTMError, TypeError):
-    """The parameters of a frozen model were to be changed."""
+    """An attempt to change the parameters of a frozen model."""
 
 
 class ModelFileError(FastLSTMError, ValueError):
@@ -55,15 +55,15 @@ class ModelFileError(FastLSTMError, ValueError):
 
 
 class ResultsFileError(FastLSTMError, ValueError):
-    """A file of the benchmark's results is broken, or was not written by ``fastlstm bench``."""
+    """A file of benchmark results is broken, or was not written by ``fastlstm bench``."""
 
 
 class KernelCacheWarning(UserWarning):
-    """Compiled CPU kernels cannot be kept on disk; results are right, but every process compiles its kernels anew."""
+    """Compiled CPU kernels cannot be written to disk; results are right, but every process compiles its own kernels."""
 
 
 LONGEST = 200  # characters of a value in a message
-# What the conversion of a value raises where the value is at fault.
+# What the conversion of a bad value raises.
 _REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, SyntaxError)
 _SCALARS = (type(None), bool, int, float, complex, str, bytes)
 
@@ -71,9 +71,9 @@ _SCALARS = (type(None), bool, int, float, complex, str, bytes)
 def refused(value: object, error: Exception) -> bool:
     """Whether `error`, caught while `value` was converted, is about the value.
 
-    A foreign object's own code may raise anything, also inside a list. From the conversion of a scalar of Python or
-    NumPy, any other error is that of a signal handler that ran meanwhile, such as a TimeoutError, and must not be taken
-    for bad input.
+    The code of a foreign object, also inside a list, may raise anything. The conversion of a Python or NumPy scalar
+    raises only _REFUSALS: any other error, such as a TimeoutError, comes from a signal handler that ran meanwhile, and
+    is not about the value.
     """
     kind = type(value)
     of_numpy = kind.__module__.partition(".")[0] == "numpy"

@@ -1,9 +1,9 @@
-"""Paths and file objects: what may be read and written, and files that an interrupt leaves whole or absent.
+"""Paths and file objects: checks before reading and writing, and files that are whole or absent after an interrupt.
 
-An interrupt (Ctrl-C, an exception from a signal handler) can come between any two bytecodes, also between the one that
-opens a file and the one that stores what came back. So
+An interrupt (Ctrl-C, an exception from a signal handler) can come between any two bytecodes, also between opening a
+file and storing its descriptor. So
 
-- a descriptor is stored by the C code that opens it, and forgotten by the C code that closes it, in
+- a descriptor is stored by the C code that opens it, and dropped by the C code that closes it, in
   :func:`with_descriptor`;
 - the name of a temporary file is chosen before the file exists, and removed whatever happened, in :func:`replace`;
 - both cleanups run twice: if the first is interrupted, the second is not, and if it is not, the second does nothing.
@@ -35,9 +35,9 @@ def file_object(path: Any, method: str) -> Any:
     Parameters
     ----------
     path : object
-        What the caller gave.
+        The argument of the caller.
     method : {"read", "write"}
-        What it is for.
+        How it will be used.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def _close(opened: list[int]) -> None:
 
 
 def replace(target: str, data: bytes) -> None:
-    """Put `data` in the place of the file `target`, whole, and see to it that it stays there when the power fails.
+    """Replace the file `target` by `data`, all of it or nothing, also if the power fails.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def replace(target: str, data: bytes) -> None:
     target = os.path.realpath(target)
     permissions = _permissions(target)
     folder = os.path.dirname(target)
-    # The name owes nothing to the target's, which may be as long as the file system allows.
+    # The name does not contain the target's name, which may be as long as the file system allows.
     temporary = os.path.join(folder, f".fastlstm-{secrets.token_hex(16)}.tmp")
     try:
         try:
@@ -219,7 +219,7 @@ def _permissions(target: str) -> int | None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make the renaming last, where the system can: Windows opens no folders, some file systems sync none."""
+    """Sync the folder, so that the renaming lasts. Windows cannot open folders; some file systems cannot sync them."""
     if not hasattr(os, "O_DIRECTORY"):
         return
 

@@ -1,4 +1,4 @@
-"""Parameters that cannot change, so that a backend may keep what it makes of them from call to call."""
+"""Parameters that cannot change, so that a backend may keep packed weights between calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["FrozenParams"]
 
 
 class FrozenParams(dict[str, Array]):
-    """The parameters of a frozen model: a dict that cannot change, of arrays that cannot.
+    """The parameters of a frozen model: an immutable dict of read-only arrays.
 
-    What stands in it are read-only views of memory that only this object knows: NumPy refuses to make them writeable.
+    Its values are read-only views of memory that only this object refers to: NumPy refuses to make them writeable.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ class FrozenParams(dict[str, Array]):
     cell : Cell
         As given.
     arrays : dict of str to numpy.ndarray
-        The same memory for the kernels, who take no read-only arrays, but do not change these.
+        The same memory, writeable, for the kernels: they take no read-only arrays, but do not change these.
     kept : dict
-        For a backend: what it made of the parameters, under a key of its own.
+        What a backend derives from the parameters, such as packed weights, under its own key.
 
     Examples
     --------
@@ -69,5 +69,5 @@ class FrozenParams(dict[str, Array]):
 
 
 def _read_only(array: Array) -> Array:
-    """View an array in a way that cannot be undone, as a view's flag could be: its base is a buffer to read only."""
+    """Return a view whose base is a read-only buffer; the writeable flag of a plain view could be set again."""
     return np.asarray(memoryview(array).toreadonly())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlstm import calls, checks, dispatch
-from fastlstm.backends.base import Array, Dropout, Params, RefusedError, State
+from fastlstm.backends.base import Array, Dropout, Params, RefusedError, State, Steps
 from fastlstm.calls import STEP, Call
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
@@ -55,11 +55,23 @@ class Gradients:
         ``(dh0, dc0)``, by the initial states, shaped as these.
     params : dict of str to array
         By each parameter, under its name.
+    steps : Steps or None
+        ``(h, c)``, by the states after each time step, (T, L*D, B, H) each and zero past each sequence's length; with
+        ``keep_state_gradients=True``. For unbatched input without the axis of the batch.
+    flat : array or None
+        From the CUDA backend: the gradients by all parameters, one after the other, in one array (n,) that those in
+        `params` are views of. One all-reduce of NCCL, in place, does for all of them.
     """
 
     x: Array
     state: State
     params: Params
+    steps: Steps | None = None
+
+    @property
+    def flat(self) -> Array | None:
+        """The array that all gradients of `params` are views of, or None."""
+        return getattr(self.params, "flat", None)
 
     def __repr__(self) -> str:
         return f"<Gradients by x {tuple(self.x.shape)}, the initial state and {len(self.params)} parameters>"
@@ -75,6 +87,8 @@ def lstm_forward(
     dropout: float = 0.0,
     dropout_seed: int = 0,
     recompute: bool = False,
+    resets: Array | None = None,
+    cell: Cell | None = None,
 ) -> tuple[Array, State, Tape]:
     """Run an LSTM over whole sequences and keep what the backward pass needs.
 
@@ -98,6 +112,11 @@ def lstm_forward(
         Determines the dropout masks.
     recompute : bool
         Save memory: see :meth:`fastlstm.LSTM.forward`.
+    resets : array of bool, (T, B), (B, T) with `batch_first`, or (T,), optional
+        Where the state of a sequence is zero before a time step.
+    cell : Cell, optional
+        The model, if it is one that the parameters do not show: activations, clips, a plain RNN, and so on. Its
+        dropout then holds.
 
     Returns
     -------
@@ -127,11 +146,15 @@ def lstm_forward(
     >>> grads.x.shape, sorted(grads.params)
     ((5, 4, 3), ['bias_l0', 'weight_hh_l0', 'weight_ih_l0'])
     """
-    cell = calls.cell_of(params, dropout)
-    source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.dropout else None
+    if cell is None:
+        cell = calls.cell_of(params, dropout)
+    elif not isinstance(cell, Cell):
+        raise ArgumentError(f"cell must be a Cell, got {type(cell).__qualname__}")
+    source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.draws else None
     y, state, tape = run(
-        cell, params, x, state, lengths, batch_first=batch_first, dropout=source, keep_tape=True, recompute=recompute
-    )
+        cell, params, x, state, lengths, resets,
+        batch_first=batch_first, dropout=source, keep_tape=True, recompute=recompute,
+    )  # fmt: skip
     assert tape is not None
     return y, state, tape
 
@@ -141,6 +164,8 @@ def lstm_backward(
     tape: Tape,
     dy: Array | None,
     dstate: tuple[Array | None, Array | None] | None = None,
+    *,
+    keep_state_gradients: bool = False,
 ) -> Gradients:
     """Back-propagate through the forward pass that left `tape`.
 
@@ -154,6 +179,8 @@ def lstm_backward(
         The loss's gradient by the output `y`, shaped as it; ignored past each length. None for zero.
     dstate : tuple of array, optional
         ``(dh_n, dc_n)``, the loss's gradients by the final states, shaped as these; either may be None.
+    keep_state_gradients : bool
+        Whether to return the gradients by the states after each step too.
 
     Returns
     -------
@@ -169,6 +196,8 @@ def lstm_backward(
         raise ArgumentError(f"tape must come from a forward pass, got {type(tape).__qualname__}")
     call = tape.call
     layout, dh_n, dc_n = call.layout, None, None
+    if keep_state_gradients is not False:
+        keep_state_gradients = checks.flag("keep_state_gradients", keep_state_gradients)
     if not (dstate is None and call.takes_params(params) and call.takes(dy, call.y_shape)):
         params = checks.params(call.cell, params)
         like = params["weight_hh_l0"]
@@ -178,8 +207,13 @@ def lstm_backward(
             dy = checks.array("dy", dy, like, call.y_shape, layout.axes)
         dh_n, dc_n = map(layout.state_to_backend, checks.state_gradient(call.cell, dstate, layout.state_batch, like))
     dy = None if dy is None else layout.to_backend(dy)
-    result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n)
-    return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params)
+    if not keep_state_gradients:
+        result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n)
+        return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params)
+    result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n, True)
+    assert result.steps is not None
+    steps = result.steps if layout.batched else Steps(*(d[:, :, 0] for d in result.steps))
+    return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params, steps)
 
 
 def run(
@@ -188,6 +222,7 @@ def run(
     x: Array,
     state: State | None,
     lengths: Any,
+    resets: Any = None,
     *,
     batch_first: bool,
     dropout: Dropout | None,
@@ -204,12 +239,16 @@ def run(
         lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     if recompute is not False:
         recompute = checks.flag("recompute", recompute)
+    if resets is not None:
+        resets = checks.resets(resets, params["weight_hh_l0"], layout.sequence_shape(0)[:-1])
+        resets = layout.to_backend(resets)
     h0, c0 = (None, None) if state is None else state
     if layout.is_direct:
-        y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute)
+        y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute, resets)
         return y, (h_n, c_n), Tape(call, record) if keep_tape else None
     h0, c0 = layout.state_to_backend(h0), layout.state_to_backend(c0)
-    y, h_n, c_n, record = call.prepared.forward(params, layout.to_backend(x), h0, c0, lengths, dropout, recompute)
+    x = layout.to_backend(x)
+    y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute, resets)
     tape = Tape(call, record) if keep_tape else None
     return layout.to_caller(y), layout.state_to_caller(h_n, c_n), tape
 

@@ -1,24 +1,22 @@
-"""class LSTM(Recurrent): the parameters of a model and the calls on them. What people touch."""
+"""class LSTM(Exchange): the parameters of a model and the calls on them. What people touch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from fastlstm import checks, interchange, parameters, storage
+from fastlstm import checks, interchange, parameters
 from fastlstm.backends.base import Array
-from fastlstm.cell import Cell, integer
-from fastlstm.errors import ArgumentError, shown
-from fastlstm.frozen import FrozenParams
-from fastlstm.recurrent import Recurrent, on_host
+from fastlstm.cell import Cell
+from fastlstm.exchange import Exchange
+from fastlstm.recurrent import new_key, on_host
 
 __all__ = ["LSTM"]
 
 
-class LSTM(Recurrent):
+class LSTM(Exchange):
     """A long short-term memory network over NumPy or CuPy arrays.
 
     The constructor and the call follow ``torch.nn.LSTM``. The equations are those of Hochreiter and
@@ -42,10 +40,44 @@ class LSTM(Recurrent):
     bidirectional : bool
         Whether each layer also runs backwards in time; the outputs stand side by side.
     proj_size : int
-        Must be 0: projections are not supported yet.
+        Number P of features of h, as in PyTorch: ``h = weight_hr_l0 @ (o * tanh(c))``, of shape (P, H); P < H, and 0
+        for no projection. Output and h then have P features, c has H.
     peephole : bool
         Whether the gates also see the cell state (Gers, Schraudolph and Schmidhuber 2002): i and f the one before the
         step, o the new one. Each unit has three more parameters, ``weight_peephole_l0`` (3, H).
+    forget_gate : bool
+        False: the cell of 1997, which forgets nothing (f = 1); its weights have no rows for f.
+    coupled : bool
+        Whether f = 1 - i (Greff et al. 2017), without rows for f: ONNX's `input_forget`.
+    block_size : int
+        Number S of consecutive units that share i, f and o, the memory blocks of 1997; H is a multiple of S.
+    truncated : bool
+        Whether gradients are those of 1997: none reaches the h of the step before, so that errors travel back in time
+        in c alone. What `grads.x` has is our extension, so that stacked layers learn: in the paper it is zero.
+    activations : tuple of str
+        Functions of the gates, the candidate and the output, out of ``sigmoid``, ``tanh``, ``relu``, ``hard_sigmoid``
+        (0.2 a + 0.5 between 0 and 1), ``softsign``, ``identity`` and ``1997`` (candidate 4 sigmoid(a) - 2, output
+        2 sigmoid(c) - 1).
+    clip : float, optional
+        Clips the pre-activations to [-clip, clip], as ONNX Runtime does; the gradient is zero where it bites.
+    cell_clip : float, optional
+        Clips c, as cuDNN and TensorFlow Lite do.
+    layer_norm : bool
+        Whether ``weight_ih @ x`` and ``weight_hh @ h`` are normalised, each with a gain, and c with gain and bias
+        before its output activation (Ba, Kiros and Hinton 2016, as in haste).
+    recurrent_dropout : float
+        Probability of dropping an h on its way into the next step, in :meth:`forward` only; a sequence has one mask
+        (Gal and Ghahramani 2016).
+    zoneout : tuple of float
+        Probabilities that a unit keeps its old c, its old h (Krueger et al. 2017), in :meth:`forward`; a call for
+        inference uses the expectation.
+    forget_bias : float
+        The initial bias of the forget gate.
+    reverse : bool
+        Whether the only direction runs backwards in time: ONNX's `reverse`, Keras's `go_backwards` with the outputs in
+        the order of the inputs.
+    merge : str
+        How the outputs of two directions are put together: ``concat``, ``sum``, ``mean`` or ``product``.
     dtype : dtype
         float32 or float64: the dtype of parameters, inputs and outputs.
     seed : None, int, SeedSequence, BitGenerator or Generator
@@ -85,77 +117,31 @@ class LSTM(Recurrent):
         proj_size: int = 0,
         *,
         peephole: bool = False,
+        forget_gate: bool = True,
+        coupled: bool = False,
+        block_size: int = 1,
+        truncated: bool = False,
+        activations: tuple[str, str, str] = ("sigmoid", "tanh", "tanh"),
+        clip: float | None = None,
+        cell_clip: float | None = None,
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: tuple[float, float] = (0.0, 0.0),
+        forget_bias: float = 1.0,
+        reverse: bool = False,
+        merge: str = "concat",
         dtype: Any = np.float32,
         seed: Any = None,
     ) -> None:
-        if integer(proj_size) != 0:
-            raise ArgumentError(f"proj_size must be 0, got {shown(proj_size)}: projections are not supported yet")
-        cell = Cell(input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, peephole)
+        cell = Cell(
+            input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, peephole, proj_size, forget_gate,
+            coupled, block_size, truncated, activations, clip, cell_clip, layer_norm, recurrent_dropout, zoneout,
+            reverse, merge,
+        )  # fmt: skip
         checks.flag("batch_first", batch_first)  # before the parameters are drawn
         rng = parameters.generator(seed)
-        self._assemble(cell, parameters.initialise(cell, rng), batch_first, _new_key(rng))
-
-    def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
-        """Write the model to a file in the safetensors format.
-
-        A file at a path appears whole or not at all: it is written beside `path`, synced, and renamed over it. A file
-        object is written to from its current position on, and is neither flushed, synced nor closed; an error may
-        leave a part of the model in it, which :meth:`load` refuses.
-
-        With dropout between layers, the file also has what determines the next masks: the model that is loaded draws
-        the masks that this one would draw next.
-
-        Parameters
-        ----------
-        path : str, path-like or binary file object
-            Where to write; an existing file is replaced.
-
-        Raises
-        ------
-        ArgumentError
-            If `path` is neither a path nor a binary file object that can be written to.
-        OSError
-            If the file cannot be written.
-
-        Examples
-        --------
-        >>> import io
-        >>> lstm, file = LSTM(input_size=3, hidden_size=8, seed=0), io.BytesIO()
-        >>> lstm.save(file)
-        >>> position = file.seek(0)
-        >>> LSTM.load(file)
-        LSTM(3, 8, dtype=float32)  # 384 parameters
-        """
-        given = checks.params(self.cell, self.params)
-        params = {name: on_host(name, value) for name, value in given.items()}
-        draws_masks = self.cell.dropout and self.cell.num_layers > 1
-        storage.save(path, self.cell, params, self.batch_first, self._dropout_key if draws_masks else None)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str] | BinaryIO) -> LSTM:
-        """Read a model that :meth:`save` wrote; its parameters are NumPy arrays.
-
-        Parameters
-        ----------
-        path : str, path-like or binary file object
-            The file. A file object is read from its current position to its end.
-
-        Raises
-        ------
-        ArgumentError
-            If `path` is neither a path nor a binary file object that can be read from.
-        ModelFileError
-            If the file is broken, truncated or foreign; nothing large is allocated.
-        OSError
-            If the file cannot be opened.
-
-        Notes
-        -----
-        Dropout masks go on where they were when the model was saved. Files of format 1 do not say where that was:
-        all models from such files draw the same masks, from the first on.
-        """
-        saved = storage.load(path)
-        return cls._from(saved.cell, saved.params, saved.batch_first, saved.dropout_key or 0)
+        params = parameters.initialise(cell, rng, forget_bias)
+        self._assemble(cell, params, batch_first, new_key(rng))
 
     @classmethod
     def from_torch_state_dict(
@@ -184,10 +170,10 @@ class LSTM(Recurrent):
         Raises
         ------
         ArgumentError, ShapeError, DTypeError, ArrayTypeError
-            If the mapping is not that of a ``torch.nn.LSTM`` without projections.
+            If the mapping is not that of a ``torch.nn.LSTM``.
         """
         cell, params = interchange.from_torch_state_dict(state_dict, prefix=prefix, dropout=dropout)
-        return cls._from(cell, params, batch_first, _new_key(parameters.generator(seed)))
+        return cls._from(cell, params, batch_first, new_key(parameters.generator(seed)))
 
     def to_torch_state_dict(self, *, prefix: str = "") -> dict[str, np.ndarray[Any, Any]]:
         """Return the weights under PyTorch's names: the inverse of :meth:`from_torch_state_dict`.
@@ -197,26 +183,3 @@ class LSTM(Recurrent):
         given = checks.params(self.cell, self.params)
         params = {name: on_host(name, value) for name, value in given.items()}
         return interchange.to_torch_state_dict(self.cell, params, prefix=prefix)
-
-    def __repr__(self) -> str:
-        cell = self.cell
-        options = [
-            f"{name}={value!r}"
-            for name, value, default in (
-                ("num_layers", cell.num_layers, 1),
-                ("bias", cell.bias, True),
-                ("batch_first", self.batch_first, False),
-                ("dropout", cell.dropout, 0.0),
-                ("bidirectional", cell.bidirectional, False),
-                ("peephole", cell.peephole, False),
-            )
-            if value != default
-        ]
-        arguments = ", ".join([str(cell.input_size), str(cell.hidden_size), *options, f"dtype={cell.dtype.name}"])
-        frozen = ".freeze()" if isinstance(self.params, FrozenParams) else ""
-        return f"LSTM({arguments}){frozen}  # {self.num_parameters:,} parameters"
-
-
-def _new_key(rng: np.random.Generator) -> int:
-    """Draw where the dropout masks of a new model start."""
-    return int(rng.integers(2**63))

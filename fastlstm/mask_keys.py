@@ -1,4 +1,4 @@
-"""The keys of dropout masks: no two calls draw with the same."""
+"""The keys of dropout masks: no two calls use the same key."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["MaskKeys"]
 
 
 class MaskKeys:
-    """Successive keys, each taken once; one that is given back is the next to be taken.
+    """Successive keys, each taken once; a key that is given back is taken next.
 
-    Taking and giving back are one operation of the interpreter each, so there is no lock: calls in other threads, in a
-    signal handler or in a finaliser may come at any point. A call that is broken off between two of these operations
-    leaves a key unused.
+    Taking and giving back are one operation of the interpreter each, so no lock is needed: calls from other threads,
+    from a signal handler or from a finaliser may run at any point. A call that is interrupted between two of these
+    operations leaves a key unused.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class MaskKeys:
             return next(self._fresh)
 
     def give_back(self, key: int) -> None:
-        """Give back a key that no mask was drawn with."""
+        """Give back a key that was not used for a mask."""
         self._returned.appendleft(key)
 
     @property

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
 
-from fastlstm import checks, dispatch, functional, parameters
+from fastlstm import checks, dispatch, functional, parameters, unroll
 from fastlstm.backends.base import Array, Dropout, State
-from fastlstm.cell import Cell
+from fastlstm.cell import VARIANTS, Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
 from fastlstm.mask_keys import MaskKeys
+from fastlstm.stored import Stored, on_host
+from fastlstm.unroll import Run
 
-__all__ = ["Recurrent", "on_host"]
+__all__ = ["Recurrent", "new_key", "on_host"]
 
 
-class Recurrent:
+class Recurrent(Stored):
     """The parameters of a model, and the calls on them.
 
     Attributes
@@ -43,19 +46,21 @@ class Recurrent:
     def _from(cls, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int = 0) -> Self:
         return cls.__new__(cls)._assemble(cell, params, batch_first, dropout_key)
 
-    def __call__(self, x: Array, state: State | None = None, lengths: Any = None) -> tuple[Array, State]:
+    def __call__(
+        self, x: Array, state: State | None = None, lengths: Any = None, resets: Any = None
+    ) -> tuple[Array, State]:
         """Run the model for inference: no dropout, and nothing kept for a backward pass.
 
         Parameters and results are those of :meth:`forward`, without the tape.
         """
         y, state, _ = functional.run(
-            self.cell, self.params, x, state, lengths,
+            self.cell, self.params, x, state, lengths, resets,
             batch_first=self.batch_first, dropout=None, keep_tape=False,
         )  # fmt: skip
         return y, state
 
     def forward(
-        self, x: Array, state: State | None = None, lengths: Any = None, *, recompute: bool = False
+        self, x: Array, state: State | None = None, lengths: Any = None, resets: Any = None, *, recompute: bool = False
     ) -> tuple[Array, State, Tape]:
         """Run the model for training, with dropout, and keep what :meth:`backward` needs.
 
@@ -67,6 +72,9 @@ class Recurrent:
             ``(h0, c0)``, each (L*D, B, H), or (L*D, H) for unbatched input; zeros by default.
         lengths : (B,) integers, optional
             The length of each sequence, in 0..T, in any order; all T by default.
+        resets : array of bool, (T, B), (B, T) with `batch_first`, or (T,), optional
+            Where the state of a sequence is zero before a time step; no gradient crosses it. A reverse direction has
+            it before that step in its own order.
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer and gives the same gradients to the last bit. In place of the ``7 * T * B * H``
@@ -90,10 +98,10 @@ class Recurrent:
         """
         dropout = None
         try:
-            if self.cell.dropout and self.cell.num_layers > 1:
+            if self.cell.draws:
                 dropout = Dropout(self.cell.dropout, self._mask_keys.take())
             y, state, tape = functional.run(
-                self.cell, self.params, x, state, lengths,
+                self.cell, self.params, x, state, lengths, resets,
                 batch_first=self.batch_first, dropout=dropout, keep_tape=True, recompute=recompute,
             )  # fmt: skip
         except BaseException:
@@ -121,7 +129,12 @@ class Recurrent:
             setattr(self, name, value)
 
     def backward(
-        self, tape: Tape, dy: Array | None, dstate: tuple[Array | None, Array | None] | None = None
+        self,
+        tape: Tape,
+        dy: Array | None,
+        dstate: tuple[Array | None, Array | None] | None = None,
+        *,
+        keep_state_gradients: bool = False,
     ) -> Gradients:
         """Back-propagate through the forward pass that left `tape`, with the parameters unchanged since.
 
@@ -133,11 +146,15 @@ class Recurrent:
             The loss's gradient by `y`, shaped as it; ignored past each length. None for zero.
         dstate : tuple of array, optional
             ``(dh_n, dc_n)``, the loss's gradients by the final states; either may be None.
+        keep_state_gradients : bool
+            Whether to return the gradients by the states after each time step too, as ``grads.steps``: to look at how
+            they grow or vanish. Takes longer.
 
         Returns
         -------
         Gradients
-            ``grads.x``, ``grads.state = (dh0, dc0)`` and ``grads.params[name]``.
+            ``grads.x``, ``grads.state = (dh0, dc0)`` and ``grads.params[name]``; ``grads.steps = (dh, dc)``, each
+            (T, L*D, B, H), if asked for.
 
         Raises
         ------
@@ -155,7 +172,7 @@ class Recurrent:
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")
-        return functional.lstm_backward(self.params, tape, dy, dstate)
+        return functional.lstm_backward(self.params, tape, dy, dstate, keep_state_gradients=keep_state_gradients)
 
     def step(self, x_t: Array, state: State | None = None) -> tuple[Array, State]:
         """Advance by one time step: streaming inference.
@@ -182,6 +199,86 @@ class Recurrent:
             Before any work, if an argument does not fit.
         """
         return functional.step(self.cell, self.params, x_t, state)
+
+    def unroll(self, state: State | None = None, *, steps: int, batch: int) -> Run:
+        """Begin a closed loop for training: time steps, each of whose inputs may depend on the output before.
+
+        Memory for all steps is allocated and the weights are packed once. Take the steps with ``run.step(x_t)``, and
+        then ``back = run.backward()``, ``back.step(dh_t)`` from the last to the first, and ``back.finish()``: see
+        :class:`fastlstm.unroll.Run` and :class:`fastlstm.unroll.RunBackward`. To truncate the gradient to windows,
+        start a new run from ``run.state``. Dropout between layers is that of :meth:`forward`.
+
+        Parameters
+        ----------
+        state : tuple of array, optional
+            ``(h0, c0)``, each (L, B, H); zeros by default.
+        steps : int
+            The most steps T that the run may have.
+        batch : int
+            The number of sequences B.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
+            Before any work, if an argument does not fit, or the model is bidirectional.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM
+        >>> lstm = LSTM(input_size=2, hidden_size=2, seed=0)
+        >>> run, x = lstm.unroll(steps=3, batch=1), np.ones((1, 2), np.float32)
+        >>> for _ in range(3):
+        ...     x = run.step(x)
+        >>> back, dx = run.backward(), np.ones((1, 2), np.float32)  # the loss is the sum of the last output
+        >>> for _ in range(3):
+        ...     dx = back.step(dx)
+        >>> sorted(back.finish().params)
+        ['bias_l0', 'weight_hh_l0', 'weight_ih_l0']
+        """
+        dropout = Dropout(self.cell.dropout, self._mask_keys.take()) if unroll.draws(self.cell) else None
+        try:
+            return unroll.begin(self, state, steps, batch, dropout)
+        except BaseException:
+            if dropout is not None:
+                self._mask_keys.give_back(dropout.key)
+            raise
+
+    def compiled(self) -> Any:
+        """Pack the weights for use inside code that Numba compiles: see :mod:`fastlstm.compiled`.
+
+        Later changes of the parameters do not show in it. Callers are compiled once for all models of a dtype.
+
+        Returns
+        -------
+        Kit
+            A named tuple: an argument for functions decorated with ``numba.njit``, which call
+            ``fastlstm.compiled.step(kit, ...)`` and the like.
+
+        Raises
+        ------
+        ArgumentError
+            If the model is bidirectional, or of a variant whose step is not compiled.
+        ArrayTypeError
+            If the parameters are CuPy arrays.
+        BackendError
+            If the CPU kernels cannot run here.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM, compiled
+        >>> kit = LSTM(input_size=3, hidden_size=8, seed=0).compiled()
+        >>> x, y = np.ones((2, 3), np.float32), np.empty((2, 8), np.float32)
+        >>> h, c, h_next, c_next = np.zeros((4, 1, 2, 8), np.float32)
+        >>> compiled.step(kit, x, h, c, y, h_next, c_next)  # the same in your own @njit function
+        >>> np.array_equal(y, h_next[0])
+        True
+        """
+        dispatch.backend_named("cpu")
+        frozen = self.freeze()
+        assert isinstance(frozen.params, FrozenParams)
+        return import_module("fastlstm.compiled").make_kit(self.cell, frozen.params)
 
     def plan(self, x: Array, lengths: Any = None) -> str:
         """Say how a call with this input would be run: backend, threads, and how each layer is divided.
@@ -278,8 +375,25 @@ class Recurrent:
         # A cell of its own: the calls that are prepared for it are those of one array library.
         return self._from(replace(self.cell), params, self.batch_first, self._dropout_key)
 
+    def __repr__(self) -> str:
+        cell = self.cell
+        options = [
+            f"{name}={value!r}"
+            for name, value, default in (
+                ("num_layers", cell.num_layers, 1),
+                ("bias", cell.bias, True),
+                ("batch_first", self.batch_first, False),
+                ("dropout", cell.dropout, 0.0),
+                ("bidirectional", cell.bidirectional, False),
+                *((name, getattr(cell, name), default) for name, default in VARIANTS.items()),
+            )
+            if value != default
+        ]
+        arguments = ", ".join([str(cell.input_size), str(cell.hidden_size), *options, f"dtype={cell.dtype.name}"])
+        frozen = ".freeze()" if isinstance(self.params, FrozenParams) else ""
+        return f"{type(self).__name__}({arguments}){frozen}  # {self.num_parameters:,} parameters"
 
-def on_host(name: str, value: Array) -> np.ndarray[Any, Any]:
-    """Return a parameter as a NumPy array."""
-    host: np.ndarray[Any, Any] = value if dispatch.kind_of(name, value).library == "numpy" else value.get()
-    return host
+
+def new_key(rng: np.random.Generator) -> int:
+    """Draw where the dropout masks of a new model start."""
+    return int(rng.integers(2**63))

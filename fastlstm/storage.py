@@ -1,7 +1,7 @@
 """Model files: the safetensors format, checked before it is read and replaced whole when it is written.
 
-The parameters are the file's tensors, under their names in :mod:`fastlstm.parameters`, so every tool that reads
-safetensors reads them. What the tensors do not show stands in the metadata under ``fastlstm``, as JSON::
+The parameters are the file's tensors, under their names in :mod:`fastlstm.parameters`, so every tool for safetensors
+reads them. The rest of the model is in the metadata under ``fastlstm``, as JSON::
 
     {"format": 2, "cell": {...}, "batch_first": false, "dropout_key": 123, "sha256": "..."}
 
@@ -10,23 +10,24 @@ training; each pass adds one to it. ``sha256`` is the digest of the rest of this
 and no blanks) followed by the bytes of all tensors, ordered by name; it finds a flipped bit in the weights, which the
 format itself would not. The same model always gives the same bytes.
 
-Format 1 has no ``dropout_key``. A model that draws no masks is written in format 1, which every release reads; one that
-does is written in format 2. The number is higher, though one field more is all the difference, because a reader of
-format 1 refuses fields that it does not know, and says of a higher number that the file is of a newer release. A reader
-that ignored the field would repeat masks in silence.
+Format 1 has no ``dropout_key``. A model without dropout masks is written in format 1, which every release reads; a
+model with masks is written in format 2. One more field is the only difference, but the number is higher because a
+reader of format 1 refuses unknown fields, and reports a higher number as a file of a newer release. A reader that
+ignored the field would repeat masks silently.
 
-Nothing in a file is trusted: the header is capped, parsed and held against the sizes that the description gives
-and against the file's own size, and only then is the rest read. Nothing in it is ever executed.
+Nothing in a file is trusted: the size of the header is limited, and the header is parsed and compared with the sizes in
+the description and with the size of the file, before the rest is read. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -35,9 +36,9 @@ from safetensors import SafetensorError
 
 from fastlstm import files, parameters
 from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, DTypeError, ModelFileError
+from fastlstm.errors import ArgumentError, DTypeError, ModelFileError, shown
 
-__all__ = ["SavedModel", "load", "save"]
+__all__ = ["Header", "SavedModel", "cell_from", "layout_of", "load", "parse_header", "read", "save", "spans", "write"]
 
 FIELDS = {  # of the description, by format
     1: {"format", "cell", "batch_first", "sha256"},
@@ -51,7 +52,7 @@ MAX_DIGITS = 19  # of an integer in the header: 64 bits; Python's would have no 
 
 
 class SavedModel(NamedTuple):
-    """What a model file holds."""
+    """The content of a model file."""
 
     cell: Cell
     params: dict[str, np.ndarray[Any, Any]]  # writeable arrays in native byte order that own their memory
@@ -59,15 +60,22 @@ class SavedModel(NamedTuple):
     dropout_key: int | None  # None in format 1
 
 
-class _Header(NamedTuple):
-    """What the header of a valid file says."""
+# Of the tensors of a file, by name.
+Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
-    cell: Cell
-    batch_first: bool
-    dropout_key: int | None
+
+class Header(NamedTuple):
+    """The header of a valid file."""
+
+    meaning: Any  # what the description stands for
+    layout: Layout
     description: dict[str, Any]  # all that stands in the metadata, but for the digest
     sha256: str
     length: int  # bytes of all tensors
+
+
+# Holds the header of a file, and the file's size if that is known, against all that it has to be.
+Check = Callable[[bytes, int | None], Header]
 
 
 def save(
@@ -80,11 +88,11 @@ def save(
     """Write a model to a file, all of it or nothing, or to a file object.
 
     At a path, the file is written beside its destination, synced, and renamed over it; then the folder is synced.
-    Whatever goes wrong before the renaming, an earlier file stays as it was, and the temporary file is removed,
-    whatever line of code is interrupted (a killed process leaves it behind, as ``.fastlstm-*.tmp``).
+    If anything fails before the renaming, an earlier file is unchanged and the temporary file is removed, also after an
+    interrupt at any line of code (a killed process leaves it behind, as ``.fastlstm-*.tmp``).
 
-    A file object is written to from its current position on, and is neither flushed, synced nor closed. What an error
-    leaves in it is a part of the model, which :func:`load` refuses.
+    A file object is written to from its current position on, and is neither flushed, synced nor closed. An error may
+    leave a part of the model in it, which :func:`load` refuses.
 
     Parameters
     ----------
@@ -98,7 +106,7 @@ def save(
     batch_first : bool
         Whether the model's input and output are (B, T, features).
     dropout_key : int, optional
-        What determines the next dropout masks, at least 0 and below 10**19; None for a model that draws none.
+        Determines the next dropout masks, at least 0 and below 10**19; None for a model without masks.
 
     Raises
     ------
@@ -109,18 +117,29 @@ def save(
     ModelFileError
         If there are too many parameters for the header of a model file.
     """
-    file = files.file_object(path, "write")
-    target = files.path_name(path) if file is None else None
-    # Copies, so that a thread which trains on meanwhile cannot come between the digest and the bytes.
-    little = cell.dtype.newbyteorder("<")
-    tensors = {name: np.array(params[name], dtype=little, order="C") for name in parameters.shapes(cell)}
+    tensors = {name: params[name] for name in parameters.shapes(cell)}
     description: dict[str, Any] = {"format": 1, "cell": cell.describe(), "batch_first": batch_first}
     if dropout_key is not None:
         description |= {"format": 2, "dropout_key": dropout_key}
-    description["sha256"] = _digest(description, tensors)
-    data = safetensors.numpy.save(tensors, metadata={KEY: json.dumps(description)})
+    write(path, tensors, KEY, description, _check_header)
+
+
+def write(
+    path: str | os.PathLike[str] | BinaryIO,
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    key: str,
+    description: dict[str, Any],
+    check: Check,
+) -> None:
+    """Write tensors and their description, which goes with a digest into the metadata under `key`; see :func:`save`."""
+    file = files.file_object(path, "write")
+    target = files.path_name(path) if file is None else None
+    # Copies, so that a thread which trains on meanwhile cannot come between the digest and the bytes.
+    copies = {name: np.array(t, dtype=t.dtype.newbyteorder("<"), order="C") for name, t in tensors.items()}
+    whole = description | {"sha256": _digest(description, copies)}
+    data = safetensors.numpy.save(copies, metadata={key: json.dumps(whole)})
     length = _header_length(data[:PREFIX], len(data))
-    _check_header(data[PREFIX : PREFIX + length], len(data))  # what load would refuse is never written
+    check(data[PREFIX : PREFIX + length], len(data))  # what load would refuse is never written
     if target is None:
         files.write(file, data)
     else:
@@ -152,35 +171,42 @@ def load(path: str | os.PathLike[str] | BinaryIO) -> SavedModel:
     OSError
         If the file cannot be read; a missing one is a FileNotFoundError.
     """
+    header, params = read(path, _check_header)
+    cell, batch_first, dropout_key = header.meaning
+    return SavedModel(cell, params, batch_first, dropout_key)
+
+
+def read(path: str | os.PathLike[str] | BinaryIO, check: Check) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
+    """Read a file that :func:`write` wrote: its checked header, and its tensors; see :func:`load`."""
     file = files.file_object(path, "read")
     if file is not None:
-        return _read(file, None, "the content of the file object")
+        return _read(file, None, "the content of the file object", check)
     name = files.path_name(path)
     if not stat.S_ISREG(os.stat(name).st_mode):
         raise ModelFileError(f"{name!r} is not a model file: it is not a regular file")
 
-    def read(descriptor: int) -> SavedModel:
-        return _read(open(descriptor, "rb", closefd=False), os.fstat(descriptor).st_size, repr(name))
+    def from_descriptor(descriptor: int) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
+        return _read(open(descriptor, "rb", closefd=False), os.fstat(descriptor).st_size, repr(name), check)
 
     # Should it have become a named pipe since it was looked at, this does not wait for a writer.
-    return files.with_descriptor(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), read)
+    return files.with_descriptor(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), from_descriptor)
 
 
-def _read(file: Any, size: int | None, name: str) -> SavedModel:
+def _read(file: Any, size: int | None, name: str, check: Check) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
     """Read a file of `size` bytes, or, if that is None, to its end."""
     try:
-        return _read_checked(file, size)
+        return _read_checked(file, size, check)
     except ModelFileError as error:
         raise ModelFileError(f"{name} is not a model file, or it is damaged: {error}") from error
 
 
-def _read_checked(file: Any, size: int | None) -> SavedModel:
+def _read_checked(file: Any, size: int | None, check: Check) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
     prefix = files.read(file, PREFIX)
     length = _header_length(prefix, size)
     header = files.read(file, length)
     if len(header) != length:
         raise ModelFileError("it ends within the header")
-    found = _check_header(header, size)
+    found = check(header, size)
     rest = files.read(file, found.length + 1)  # and nothing may come after it
     if len(rest) != found.length:
         there = "more" if len(rest) > found.length else len(rest)
@@ -194,12 +220,12 @@ def _read_checked(file: Any, size: int | None) -> SavedModel:
         raise ModelFileError("safetensors cannot read it") from error
     del data  # the peak is here: the file and one copy of its tensors
     # The library takes the bytes for native ones, which they are on a little-endian machine only.
-    cell = found.cell
-    little = cell.dtype.newbyteorder("<")
-    params = {name: stored.pop(name).view(little).astype(cell.dtype) for name in parameters.shapes(cell)}
+    params = {
+        name: stored.pop(name).view(dtype.newbyteorder("<")).astype(dtype) for name, (dtype, _) in found.layout.items()
+    }
     if _digest(found.description, params) != found.sha256:
         raise ModelFileError("the checksum does not fit its contents")
-    return SavedModel(cell, params, found.batch_first, found.dropout_key)
+    return found, params
 
 
 def _header_length(prefix: bytes, size: int | None) -> int:
@@ -212,64 +238,92 @@ def _header_length(prefix: bytes, size: int | None) -> int:
     return length
 
 
-def _check_header(header: bytes, size: int | None) -> _Header:
-    """Hold the header of a file of `size` bytes, if that is known, against all that it has to be."""
+def parse_header(
+    header: bytes, key: str, fields: Mapping[int, set[str]], missing: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parse a header: its entries, and the description in its metadata under `key`, of one of the formats `fields`."""
     entries = _parse(header, "header")
     metadata = entries.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or KEY not in metadata:
-        raise ModelFileError(
-            "the metadata of fastlstm is missing; for weights of PyTorch, use safetensors.numpy.load_file and"
-            " LSTM.from_torch_state_dict"
-        )
-    description = _parse(metadata[KEY], "metadata")
+    if not isinstance(metadata, dict) or key not in metadata:
+        raise ModelFileError(missing)
+    description = _parse(metadata[key], "metadata")
     number = description.get("format")
-    if type(number) is int and number > max(FIELDS):
+    if type(number) is int and number > max(fields):
         raise ModelFileError("it was written by a newer version of fastlstm")
-    if type(number) is not int or description.keys() != FIELDS.get(number):
+    if type(number) is not int or description.keys() != fields.get(number):
         raise ModelFileError("its metadata is not that of fastlstm")
-    cell, batch_first = _cell(description["cell"]), description["batch_first"]
-    if not isinstance(batch_first, bool) or not isinstance(description["sha256"], str):
+    if not isinstance(description["sha256"], str):
+        raise ModelFileError("its metadata is not that of fastlstm")
+    return entries, description
+
+
+def _check_header(header: bytes, size: int | None) -> Header:
+    """Hold the header of a file of `size` bytes, if that is known, against all that it has to be."""
+    entries, description = parse_header(
+        header,
+        KEY,
+        FIELDS,
+        "the metadata of fastlstm.LSTM is missing; for weights of PyTorch, use safetensors.numpy.load_file and"
+        " LSTM.from_torch_state_dict, and for a fastlstm.training.Model its load()",
+    )
+    cell, batch_first = cell_from(description["cell"]), description["batch_first"]
+    if not isinstance(batch_first, bool):
         raise ModelFileError("its metadata is not that of fastlstm")
     dropout_key = description.get("dropout_key")
-    if number > 1 and (type(dropout_key) is not int or dropout_key < 0):
+    if description["format"] > 1 and (type(dropout_key) is not int or dropout_key < 0):
         raise ModelFileError("its metadata is not that of fastlstm")
-    length = _check_tensors(entries, cell)
-    if size is not None and length != size - PREFIX - len(header):
-        raise ModelFileError(f"its tensors take {length} bytes, and {size - PREFIX - len(header)} are there")
+    layout = layout_of(cell, len(entries))
+    length = spans(entries, layout, None if size is None else size - PREFIX - len(header))
     sha256 = description.pop("sha256")
-    return _Header(cell, batch_first, dropout_key, description, sha256, length)
+    return Header((cell, batch_first, dropout_key), layout, description, sha256, length)
 
 
-def _cell(fields: Any) -> Cell:
+def cell_from(fields: Any) -> Cell:
+    """Return the cell that is described in a file."""
     # NumPy would take many things for a dtype, some of them large.
     if not isinstance(fields, dict) or fields.get("dtype") not in list(CODES):
         raise ModelFileError("its description of the model is broken")
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Cell)})
+    if unknown:
+        raise ModelFileError(f"this version does not know {', '.join(map(shown, unknown))} of a model's description")
     try:
         return Cell(**fields)
     except (TypeError, ArgumentError, DTypeError) as error:
         raise ModelFileError("its description of the model is broken, or of a newer version") from error
 
 
-def _check_tensors(entries: dict[str, Any], cell: Cell) -> int:
-    """Check that `entries` are the parameters of `cell`, no more and no less, side by side; return how many bytes."""
+def layout_of(cell: Cell, most: int) -> Layout:
+    """Return the parameters of a cell, at most as many as a file has tensors."""
     # Counted first: the description might claim a billion layers, whose names alone would fill the memory.
-    if len(entries) != cell.num_layers * cell.num_directions * len(parameters.direction_names(cell, 0, 0)):
+    if most < cell.num_layers * cell.num_directions * len(parameters.direction_names(cell, 0, 0)):
         raise ModelFileError("its tensors are not those of the model that it describes")
-    spans = []
-    for name, shape in parameters.shapes(cell).items():
+    return {name: (cell.dtype, shape) for name, shape in parameters.shapes(cell).items()}
+
+
+def spans(entries: dict[str, Any], layout: Layout, there: int | None) -> int:
+    """Check that `entries` are those of `layout`, no more and no less, side by side; return how many bytes.
+
+    If `there` is not None, it is the number of bytes that have to be there.
+    """
+    if len(entries) != len(layout):
+        raise ModelFileError("its tensors are not those of the model that it describes")
+    found = []
+    for name, (dtype, shape) in layout.items():
         entry = entries.get(name)
-        expected = {"dtype": CODES[cell.dtype.name], "shape": list(shape)}
+        expected = {"dtype": CODES[dtype.name], "shape": list(shape)}
         span = entry.pop("data_offsets", None) if isinstance(entry, dict) else None
         if entry != expected:
             raise ModelFileError("its tensors are not those of the model that it describes")
         if not isinstance(span, list) or [type(offset) for offset in span] != [int, int]:
             raise ModelFileError("its tensors have no place")
-        spans.append((span[0], span[1], math.prod(shape) * cell.dtype.itemsize))
+        found.append((span[0], span[1], math.prod(shape) * dtype.itemsize))
     position = 0
-    for begin, end, length in sorted(spans):
+    for begin, end, length in sorted(found):
         if begin != position or end != begin + length:
             raise ModelFileError("its tensors overlap, leave gaps, or have other lengths than their shapes")
         position = end
+    if there is not None and position != there:
+        raise ModelFileError(f"its tensors take {position} bytes, and {there} are there")
     return position
 
 

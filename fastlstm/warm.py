@@ -1,4 +1,4 @@
-"""Compile the CPU kernels ahead of time: for images, for read-only installations, and for a fast first call."""
+"""Compile the CPU kernels ahead of time: for container images, read-only installations, and a fast first call."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ __all__ = ["Report", "warm"]
 
 
 class Report(NamedTuple):
-    """What :func:`warm` did."""
+    """The result of :func:`warm`."""
 
-    compiled: dict[str, int]  # by kernel, how often: once for each dtype and kind of arguments
-    loaded: dict[str, int]  # those that were on disk already
+    compiled: dict[str, int]  # by kernel: the number of compilations, one for each dtype and kind of arguments
+    loaded: dict[str, int]  # by kernel: the number loaded from disk
     seconds: float
-    cache: str  # the folders that were used, or why there is none
-    problem: str | None  # why the next process will not find all of these kernels
+    cache: str  # the folders that were used, or the reason why there is none
+    problem: str | None  # the reason why the next process will not find all of these kernels
 
 
-def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> Report:
+def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loops: bool = False) -> Report:
     """Compile every kernel that later processes need, or find it on disk.
 
-    Each kind of call is made once on a small model. Which kernel runs depends on the sizes, but a kernel serves all of
-    them: one for long calls and one for short ones.
+    Each kind of call is made once on a small model. That is enough: there is one kernel for long calls and one for
+    short calls, and each serves all sizes.
 
     Parameters
     ----------
     dtypes : sequence of {"float32", "float64"}
         The dtypes of the models.
     train : bool
-        Whether for training, too.
+        Also compile the kernels for training.
     step : bool
-        Whether for single time steps, too. They share the kernels of short calls.
+        Also make single time steps. They share the kernels of short calls.
+    loops : bool
+        Also compile the kernels of closed loops: ``lstm.unroll`` and ``lstm.compiled``.
 
     Returns
     -------
@@ -51,7 +53,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
     Raises
     ------
     BackendError
-        If the CPU backend cannot run here.
+        If the CPU backend cannot run on this machine.
     """
     backend_named("cpu")
     thread_pool: Any = import_module("fastlstm.backends.cpu.thread_pool")
@@ -59,14 +61,16 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
     jit = import_module("fastlstm.kernels.cpu.jit")
     cache.announce(silently=True)
     problem: str | None = jit.PLAIN or (cache.describe() if cache.SOURCES is None else None)
-    if problem is not None:  # nothing would be kept
+    if problem is not None:  # no kernel would be kept on disk
         return Report({}, {}, 0.0, "none", problem)
     start, before = time.perf_counter(), _counts(jit.KERNELS)
     with warnings.catch_warnings(), use_backend("cpu"):
-        warnings.simplefilter("ignore", KernelCacheWarning)  # the report says it
+        warnings.simplefilter("ignore", KernelCacheWarning)  # the report has it
         for dtype in dtypes:
             _run(dtype, train, step)
-        # Needed where there is more than one thread: workers wait in one, the other runs both directions at once.
+            if loops:
+                _run_loops(dtype, jit, thread_pool.NO_TEAM)
+        # With more than one thread: workers run `serve`; `run_records` runs both directions at once.
         jit.compile_for(import_module("fastlstm.kernels.cpu.worker").serve, (0, 0))
         records = thread_pool.new_records(2), thread_pool.NO_TEAM, 0
         jit.compile_for(import_module("fastlstm.kernels.cpu.thread_team").run_records, records)
@@ -76,7 +80,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False) -> R
 
 
 def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Count how often each kernel has been compiled, and how often loaded."""
+    """Count compilations and loads of each kernel."""
     compiled, loaded = Counter[str](), Counter[str]()
     for kernel in kernels:
         compiled[kernel.__name__] += sum(kernel.stats.cache_misses.values())
@@ -85,7 +89,7 @@ def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:
 
 
 def _run(dtype: str, train: bool, step: bool) -> None:
-    """Make each kind of call once, with few rows and with many, and one for each variant of the cell."""
+    """Make each kind of call once, with a small and a large batch, and one for each variant of the cell."""
     model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((2, 2, 3), dtype)
     LSTM(3, 4, peephole=True, dtype=np.dtype(dtype), seed=0)(x)
     model(x, lengths=[1, 2])
@@ -99,3 +103,16 @@ def _run(dtype: str, train: bool, step: bool) -> None:
         for recompute in (False, True) if train else ():
             y, _, tape = model.forward(x, recompute=recompute)
             model.backward(tape, y)
+
+
+def _run_loops(dtype: str, jit: Any, no_team: Any) -> None:
+    """Take one step there and back, with the kernels that Python calls, and have those that compiled code calls."""
+    model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((1, 3), dtype)
+    run = model.unroll(steps=1, batch=1)
+    y = run.step(x)
+    back = run.backward()
+    back.step(y)
+    back.finish()
+    tape = model.compiled().tape(1, 1)
+    kernel = import_module("fastlstm.kernels.cpu.unrolled_back").unrolled_finish_together
+    jit.compile_for(kernel, (tape.record, tape.record, np.empty(1, dtype), no_team, 0))

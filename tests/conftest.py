@@ -1,13 +1,15 @@
 """The parametrisation of every test over backend x dtype, and the tables printed after a run.
 
 ``FASTLSTM_TEST_BACKENDS=reference,cpu`` chooses the backends; one that is named there and cannot run fails.
-``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test.
+``FASTLSTM_TEST_EXAMPLES=1000`` sets the number of examples of each hypothesis test. ``FASTLSTM_EXHAUSTIVE=2/4`` runs,
+of the tests marked ``exhaustive``, the second quarter alone: ``.ci/run`` takes one quarter after the other.
 """
 
 from __future__ import annotations
 
 import collections
 import os
+from pathlib import Path
 
 # Before NumPy is imported: a BLAS with threads is slower on these small products, on busy machines many times slower,
 # because its idle threads spin on the cores that the backend's own threads, or other processes, need.
@@ -36,11 +38,48 @@ settings.register_profile(
 )
 settings.load_profile("fastlstm")
 
+# `pytest -m "not slow"` takes about two minutes: it leaves out these folders and files, each of which takes longer than
+# ten seconds, the tests with the marker `slow`, and the CUDA kernels on the CPU.
+SLOW_FILES = {
+    "bench",
+    "cuda",
+    "api/test_bounded_caches.py",
+    "api/test_byte_order.py",
+    "api/test_mutations.py",
+    "api/test_packaging.py",
+    "api/test_storage_interrupts.py",
+    "backends/test_interrupts.py",
+    "backends/test_memory.py",
+    "backends/test_team.py",
+    "backends/test_threads.py",
+    "backends/test_waiting.py",
+    "kernels/test_cell_step_mutations.py",
+    "kernels/test_damaged_caches.py",
+    "kernels/test_jit.py",
+    "kernels/test_kernel_cache.py",
+    "kernels/test_page_ends.py",
+    "kernels/test_vector_widths.py",
+    "kernels/test_warm.py",
+}
+
+# Each test compiles kernels of its own, and there are hundreds: these are marked `exhaustive`, as are the tests of CUDA
+# kernels that are marked `slow` by themselves.
+EXHAUSTIVE_FILES = {
+    "cuda/test_cuda_forced.py",
+    "cuda/test_cuda_mutations.py",
+    "cuda/test_cuda_persistent_mutations.py",
+    "cuda/test_cuda_phased_mutations.py",
+}
+
 _skipped: collections.Counter[str] = collections.Counter()
 _ran: collections.Counter[str] = collections.Counter()
 
 
-@pytest.fixture(params=CHOSEN_BACKENDS or KNOWN_BACKENDS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "cuda")) for name in CHOSEN_BACKENDS or KNOWN_BACKENDS
+    ]
+)
 def backend(request):
     """Each backend in turn, forced for the length of the test."""
     under_test = BackendUnderTest(request.param)
@@ -60,10 +99,29 @@ def dtype(request):
     return np.dtype(request.param)
 
 
-def pytest_collection_modifyitems(items):
-    """Refuse names of tests that differ from run to run: pytest-xdist's processes could not agree on them."""
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(config, items):
+    """Mark slow files, and leave out exhaustive tests that are not this run's part.
+
+    Names of tests that differ from run to run are refused: pytest-xdist's processes need equal names.
+    """
+    slow, exhaustive_files = (
+        {Path(__file__).parent / name for name in names} for names in (SLOW_FILES, EXHAUSTIVE_FILES)
+    )
+    for item in items:
+        is_heavy = item.path.parent.name == "cuda" and any(mark.name == "slow" for mark in item.own_markers)
+        if item.path in exhaustive_files or is_heavy:
+            item.add_marker("exhaustive")
+        if item.path in slow or item.path.parent in slow or item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")
+    if part := os.environ.get("FASTLSTM_EXHAUSTIVE"):
+        number, of = map(int, part.split("/"))
+        exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
+        left_out = {item for place, item in enumerate(exhaustive) if place % of != number % of}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter):

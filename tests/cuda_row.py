@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from host_cuda import FakeCupy, compiler
 
-from fastlstm import dispatch
+from fastlstm import calls, dispatch
 from fastlstm.backends.cuda import CudaBackend, CupyDevice
 
 
@@ -22,14 +22,14 @@ def library() -> Any:
     """The array library: CuPy if it finds a device or FASTLSTM_TEST_GPU asks for it, else the stand-in for it."""
     asked = os.environ.get("FASTLSTM_TEST_GPU", "")
     if asked == "0":
-        return FakeCupy()
+        return FakeCupy(multiprocessors=132)
     try:
         import cupy
     except ImportError:
         if asked:
             raise
-        return FakeCupy()
-    return cupy if asked or cupy.cuda.is_available() else FakeCupy()
+        return FakeCupy(multiprocessors=132)
+    return cupy if asked or cupy.cuda.is_available() else FakeCupy(multiprocessors=132)
 
 
 def on_gpu() -> bool:
@@ -59,13 +59,18 @@ def backend() -> CudaBackend:
 
 @contextlib.contextmanager
 def installed(xp: Any = None) -> Iterator[Any]:
-    """Put a library where fastlstm finds CuPy, for the length of a ``with`` block: the row's own, or a stand-in."""
+    """Put a library where fastlstm finds CuPy, for the length of a ``with`` block: the row's own, or a stand-in.
+
+    Prepared calls of the functions hold their backend: another library must not get those of the one before.
+    """
     before = sys.modules.get("cupy"), dispatch._loaded.get("cuda")
+    calls._cells.clear()
     sys.modules["cupy"] = xp = xp or library()
     try:
         dispatch._loaded["cuda"] = backend() if xp is library() else CudaBackend(CupyDevice())
         yield xp
     finally:
+        calls._cells.clear()
         for table, key, value in ((sys.modules, "cupy", before[0]), (dispatch._loaded, "cuda", before[1])):
             if value is None:
                 table.pop(key, None)

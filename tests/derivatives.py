@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from harness import DROPOUT_SEED, Arrays, BackendUnderTest, Problem
+from harness import DROPOUT_SEED, Arrays, BackendUnderTest, Problem, model_of
 
 from fastlstm.backends.base import Dropout
 from fastlstm.functional import lstm_forward
@@ -48,8 +48,10 @@ def differentiate(p: Problem, slope: Callable[[Arrays, str, tuple[int, ...]], fl
 def backward_pass(implementation: Any, p: Problem) -> tuple[Arrays, Arrays]:
     """Run a backend below the public functions: its outputs, and its gradients under the names of `inputs`."""
     assert p.state is not None and not p.batch_first
-    dropout = Dropout(p.cell.dropout, DROPOUT_SEED) if p.cell.dropout else None
-    result = implementation.forward(p.cell, p.params, p.x, *p.state, p.lengths, dropout, keep_tape=True)
+    dropout = Dropout(p.cell.dropout, DROPOUT_SEED) if p.cell.draws else None
+    result = implementation.forward(
+        p.cell, p.params, p.x, *p.state, p.lengths, dropout, keep_tape=True, resets=p.resets
+    )
     grads = implementation.backward(p.cell, p.params, result.tape, p.dy, *p.dstate)
     gradients = {"dx": grads.x, "dh0": grads.h0, "dc0": grads.c0}
     gradients |= {f"d{name}": value for name, value in grads.params.items()}
@@ -58,13 +60,15 @@ def backward_pass(implementation: Any, p: Problem) -> tuple[Arrays, Arrays]:
 
 def complex_step(implementation: Any, p: Problem) -> Arrays:
     """Differentiate by Im f(v + ih) / h (Squire and Trapp 1998); needs a backend that computes with complex numbers."""
-    dropout = Dropout(p.cell.dropout, DROPOUT_SEED) if p.cell.dropout else None
+    dropout = Dropout(p.cell.dropout, DROPOUT_SEED) if p.cell.draws else None
 
     def slope(values: Arrays, name: str, index: tuple[int, ...]) -> float:
         perturbed = {key: value.astype(np.complex128) for key, value in values.items()}
         perturbed[name][index] += 1j * COMPLEX_STEP
         q = with_inputs(p, perturbed)
-        result = implementation.forward(p.cell, q.params, q.x, *q.state, p.lengths, dropout, keep_tape=False)
+        result = implementation.forward(
+            p.cell, q.params, q.x, *q.state, p.lengths, dropout, keep_tape=False, resets=p.resets
+        )
         return loss(p, result.y, result.h_n, result.c_n).imag / COMPLEX_STEP
 
     return differentiate(p, slope)
@@ -78,7 +82,8 @@ def central_differences(backend: BackendUnderTest, p: Problem) -> Arrays:
         to = backend.array
         y, (h_n, c_n), _ = lstm_forward(
             {key: to(v) for key, v in q.params.items()}, to(q.x), (to(q.state[0]), to(q.state[1])), p.lengths,
-            batch_first=p.batch_first, dropout=p.cell.dropout, dropout_seed=DROPOUT_SEED,
+            batch_first=p.batch_first, dropout_seed=DROPOUT_SEED, **model_of(p),
+            resets=None if p.resets is None else to(p.resets),
         )  # fmt: skip
         return loss(p, backend.host(y), backend.host(h_n), backend.host(c_n))
 

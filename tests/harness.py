@@ -1,4 +1,4 @@
-"""What the tests share: the backends under test, problems made from a case, and one way to solve them."""
+"""Shared by the tests: the backends under test, problems made from a case, and one function that solves them."""
 
 from __future__ import annotations
 
@@ -113,18 +113,22 @@ class Case:
     lengths: str | tuple[int, ...] | None = None  # "positive": 1..T; "zeros": 0..T, some 0, unsorted; or as given
     dropout: float = 0.0
     peephole: bool = False
+    fields: tuple[tuple[str, Any], ...] = ()  # more fields of the cell
+    resets: bool = False
     one_hot: bool = False  # x has a single one per step, dy a single one in all
     seed: int = 0
 
     @property
     def cell(self) -> Cell:
         sizes = self.inputs, self.hidden, self.layers
-        return Cell(*sizes, self.bias, self.dropout, self.bidirectional, np.float64, self.peephole)
+        fields = {"peephole": self.peephole} | dict(self.fields)
+        return Cell(*sizes, self.bias, self.dropout, self.bidirectional, np.float64, **fields)
 
     def __str__(self) -> str:
-        named = ("bidirectional", "batch_first", "peephole")
+        named = ("bidirectional", "batch_first", "peephole", "resets")
         flags = [f"L{self.layers}"] + [name for name in named if getattr(self, name)]
         flags += [name for name, on in (("nobias", not self.bias), ("nostate", not self.state)) if on]
+        flags += [f"{name}={value}" for name, value in self.fields]
         flags += ["one_hot"] * self.one_hot + [f"dropout{self.dropout}"] * bool(self.dropout)
         ragged = [f"lengths-{self.lengths if isinstance(self.lengths, str) else 'given'}"] * (self.lengths is not None)
         return "-".join([f"T{self.steps}", f"B{self.batch}", f"I{self.inputs}", f"H{self.hidden}", *flags, *ragged])
@@ -142,6 +146,7 @@ class Problem:
     dy: np.ndarray
     dstate: tuple[np.ndarray, np.ndarray]
     batch_first: bool = False
+    resets: np.ndarray | None = None  # in the caller's layout
 
     def astype(self, dtype: Any) -> Problem:
         """Return the same numbers in another dtype."""
@@ -172,7 +177,9 @@ def problem(case: Case) -> Problem:
         x = np.eye(case.inputs)[rng.integers(case.inputs, size=outer)]
         dy = np.zeros_like(dy)
         dy.flat[rng.integers(dy.size)] = 1.0
-    states = [draw(cell.num_layers * cell.num_directions, case.batch, case.hidden) for _ in range(4)]
+    sizes = [cell.h_size, cell.c_size] * 2
+    states = [draw(cell.num_layers * cell.num_directions, case.batch, size) for size in sizes]
+    resets = rng.random(outer) < 0.3 if case.resets else None
     return Problem(
         cell,
         params,
@@ -182,6 +189,7 @@ def problem(case: Case) -> Problem:
         _batch_first(dy) if case.batch_first else dy,
         (states[2], states[3]),
         case.batch_first,
+        _batch_first(resets) if resets is not None and case.batch_first else resets,
     )
 
 
@@ -201,6 +209,12 @@ def _lengths(case: Case, rng: np.random.Generator) -> np.ndarray | None:
     return lengths
 
 
+def model_of(p: Problem) -> dict[str, Any]:
+    """Say what model a problem's parameters are of, as far as they do not show it themselves."""
+    shown = dataclasses.replace(p.cell, peephole=False, proj_size=0, layer_norm=False)
+    return {"dropout": p.cell.dropout} if shown.is_plain else {"cell": p.cell}
+
+
 def solve(p: Problem, backend: BackendUnderTest) -> Arrays:
     """Run forward and backward on a backend, and return every result on the host, by name."""
     to = backend.array
@@ -212,8 +226,9 @@ def solve(p: Problem, backend: BackendUnderTest) -> Arrays:
             p.state and (to(p.state[0]), to(p.state[1])),
             p.lengths,
             batch_first=p.batch_first,
-            dropout=p.cell.dropout,
+            **model_of(p),
             dropout_seed=DROPOUT_SEED,
+            resets=None if p.resets is None else to(p.resets),
         )
         grads = lstm_backward(params, tape, to(p.dy), (to(p.dstate[0]), to(p.dstate[1])))
     return results(backend, y, h_n, c_n, grads)

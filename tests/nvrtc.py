@@ -12,6 +12,15 @@ from typing import Any, NamedTuple
 # What CuPy adds to the options that it is given (cupy/cuda/compiler.py), besides folders of headers.
 OPTIONS_OF_CUPY = ("-ftz=true", "--device-as-default-execution-space")
 
+# Variants to compile: each macro, and those with the most work at once.
+_ALL = ("GATE_ACTIVATION=HardSigmoid", "CANDIDATE_ACTIVATION=Softsign", "OUTPUT_ACTIVATION=Relu", "CLIP=0.5",
+        "CELL_CLIP=0.25")  # fmt: skip
+VARIANTS: list[tuple[str, ...]] = [
+    (), ("RESETS",), ("PEEPHOLE",), ("PEEPHOLE", *_ALL, "RESETS"), ("PEEPHOLE", "COUPLED", *_ALL),
+    ("NO_FORGET_GATE", "CANDIDATE_ACTIVATION=Candidate1997", "OUTPUT_ACTIVATION=Output1997"),
+    ("GATE_ACTIVATION=Identity", "CLIP=1e-05"),
+]  # fmt: skip
+
 
 class Resources(NamedTuple):
     """What a kernel takes of a multiprocessor."""

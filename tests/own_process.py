@@ -1,4 +1,4 @@
-"""Scripts that could hang, or that spoil their process: each runs in one of its own, with a time limit."""
+"""Runs scripts that could hang, or that change their process, in a process of their own with a time limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness import BackendUnderTest
 EXAMPLES = int(os.environ.get("FASTLSTM_TEST_EXAMPLES", "0"))  # of generated tests: those here are longer, too
 
 # `infer()` and `train()` return the bits of calls for which a team is planned, and had: in one direction, in both
-# directions, and of a step on a few rows. `has_team()` says whether they are right, and made with all workers.
+# directions, and of a step of a small batch. `has_team()` says whether they are right, and made with all workers.
 PRELUDE = """
 import os, sys, time
 import numpy as np

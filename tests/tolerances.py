@@ -31,6 +31,11 @@ BOUNDS = {
         "float64, torch's own LSTM: the same sums in another order, over at most 65 steps; in practice 1e-14."
         " float32 is held to TORCH_RATIO in place of a fixed bound",
     ),
+    "loop": Bound(
+        1e-12,
+        None,
+        "float64 against torch's autograd through 12 steps of a closed loop: the same sums in another order",
+    ),
     "long": Bound(
         1e-12,
         None,
@@ -56,6 +61,12 @@ BOUNDS = {
         None,
         "a step of 1e-5 truncates at 1e-10 times the third derivative and rounds at 1e-16 / 1e-5",
     ),
+    "layer norm": Bound(
+        1e-9,
+        2e-3,
+        "as agreement; but where h has few features, the normalised W_hh h hardly depends on its size, so that the"
+        " gradient by h is a difference of numbers up to 1 / sqrt(1e-5) times larger, at each of some steps",
+    ),
     "agreement": Bound(
         1e-12,
         5e-6,
@@ -70,7 +81,7 @@ BOUNDS = {
     "streaming": Bound(
         8 * EPS[np.dtype(np.float64)],
         8 * EPS[np.dtype(np.float32)],
-        "a few rows may take another kernel, with another order of summation: a few ulp, carried through 12 steps",
+        "a small batch may take another kernel, with another order of summation: a few ulp, carried through 12 steps",
     ),
     "alone": Bound(
         16 * EPS[np.dtype(np.float64)],

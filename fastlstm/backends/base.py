@@ -1,9 +1,10 @@
 """The contract between the API and a backend.
 
-Shapes: T time steps, B sequences, I inputs, H hidden units, L layers, D directions. Everything a backend
-is given has been checked: arrays of its own library, on one device, of the model's dtype and of the
-right shape, in native byte order. They may have any strides and may be read-only; a backend changes none of
-them, and returns new C-contiguous arrays that nobody else holds.
+Shapes: T time steps, B sequences, I inputs, H hidden units, L layers, D directions. With a projection, h and y have P
+features in place of H; the c of a plain RNN has none; a merged y has H in place of D*H. The arguments of a backend have
+been checked: arrays of its own library, on one device, of the model's dtype and of the right shape, in native byte
+order. They may have any strides and may be read-only. A backend does not change them, and returns new C-contiguous
+arrays to which nothing else refers.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from fastlstm.cell import Cell
 
 __all__ = [
-    "Array", "Backend", "BackwardResult", "Dropout", "ForwardResult", "Params", "Prepared", "RefusedError", "Signature",
-    "State",
+    "Array", "Backend", "BackwardResult", "Dropout", "FlatArrays", "ForwardResult", "Params", "Prepared",
+    "RefusedError", "Signature", "State", "Steps", "Unrolled",
 ]  # fmt: skip
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray; the two share no common type
@@ -24,13 +25,34 @@ Params: TypeAlias = Mapping[str, Array]  # by parameter name
 State: TypeAlias = tuple[Array, Array]
 
 
+class FlatArrays(dict[str, Array]):
+    """Arrays by name that are views of one array `flat` (n,), one after the other in the order of the names.
+
+    One collective operation, such as an all-reduce of NCCL over several GPUs, then does for all of them.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], flat: Array) -> None:
+        super().__init__(arrays)
+        self.flat = flat
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy's arrays are no views of its `flat`
+
+
 class ForwardResult(NamedTuple):
-    """What a forward pass gives back."""
+    """The result of a forward pass."""
 
     y: Array  # (T, B, D*H), zero past each sequence's length
     h_n: Array  # (L*D, B, H), each sequence's state at its own end
     c_n: Array  # (L*D, B, H)
-    tape: Any  # what `backward` needs, opaque to everyone else; None without keep_tape
+    tape: Any  # for `backward`, opaque elsewhere; None without keep_tape
+
+
+class Steps(NamedTuple):
+    """The gradients by the states after each time step."""
+
+    h: Array  # (T, L*D, B, H), zero past each sequence's length
+    c: Array  # (T, L*D, B, H)
 
 
 class BackwardResult(NamedTuple):
@@ -40,22 +62,26 @@ class BackwardResult(NamedTuple):
     h0: Array  # (L*D, B, H)
     c0: Array  # (L*D, B, H)
     params: dict[str, Array]  # by parameter name, shaped as the parameters
+    steps: Steps | None = None  # if they were asked for
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Where the dropout masks of one forward pass come from: equal keys give equal masks on every backend."""
+    """The source of the random masks of one forward pass: equal keys give equal masks on every backend.
 
-    probability: float
+    The key also determines the masks of recurrent dropout and zoneout, whose probabilities stand in the cell.
+    """
+
+    probability: float  # of dropout between layers, 0 for none
     key: int
 
 
 class RefusedError(Exception):
-    """A kernel that checks shapes itself found one that does not fit; nothing was done."""
+    """A kernel that checks shapes itself found a wrong one; nothing was computed."""
 
 
 class Signature(NamedTuple):
-    """What calls have in common that can be prepared together."""
+    """The facts that calls share which can be prepared together."""
 
     steps: int  # T
     batch: int  # B
@@ -64,10 +90,10 @@ class Signature(NamedTuple):
 
 
 class Prepared(Protocol):
-    """A call of which everything is decided that its signature decides.
+    """A prepared call: all decisions that depend on its signature alone have been made.
 
-    Where `checks_shapes`, the kernel of a step checks the shapes of states and parameters, and :class:`RefusedError`
-    says that one does not fit: a step takes less time than to compare them in Python.
+    With `checks_shapes`, the kernel of a step checks the shapes of states and parameters, and raises
+    :class:`RefusedError` if one is wrong: comparing them in Python would take longer than the step.
     """
 
     checks_shapes: bool
@@ -79,8 +105,9 @@ class Prepared(Protocol):
         h0: Array | None,  # (L*D, B, H), zeros if None
         c0: Array | None,  # (L*D, B, H), zeros if None; None if h0 is
         lengths: Array | None,  # (B,) int64 on the host, in 0..T, unsorted; all T if None
-        dropout: Dropout | None,  # between layers; None for none
+        dropout: Dropout | None,  # None for inference: no dropout, and zoneout by its expectation
         recompute: bool,  # keep h and c alone, and compute the gates again in `backward`; more may be kept
+        resets: Array | None = None,  # (T, B) bool: the state of a sequence is zero before that step
     ) -> ForwardResult:
         """Run the whole sequence through all layers."""
         ...
@@ -105,22 +132,70 @@ class Prepared(Protocol):
         dy: Array | None,  # (T, B, D*H), zeros if None; ignored past each length
         dh_n: Array | None,  # (L*D, B, H), zeros if None
         dc_n: Array | None,  # (L*D, B, H), zeros if None
+        keep_steps: bool = False,  # also return the gradients by the states after each step
     ) -> BackwardResult:
         """Back-propagate through time, layers and directions; every gradient."""
         ...
 
 
+class Unrolled(Protocol):
+    """A run whose steps are taken one by one, forward and then back; the caller counts them.
+
+    The parameters are those at its start. What it returns is nobody else's.
+    """
+
+    def step(self, x: Array) -> Array:
+        """Run the next step on x (B, I), through all layers; return y (B, H)."""
+        ...
+
+    def state(self) -> tuple[Array, Array]:
+        """Return h and c after the last step, each (L, B, H)."""
+        ...
+
+    def begin_back(self, dh: Array | None, dc: Array | None) -> None:
+        """Start the way back, from gradients by the last state, each (L, B, H); zeros if None."""
+        ...
+
+    def step_back(self, dh: Array | None) -> Array:
+        """Take the gradients back through the last step that is left.
+
+        Given the loss's gradient by the step's y, zeros if None; returns that by its x.
+        """
+        ...
+
+    def state_gradient(self) -> tuple[Array, Array]:
+        """Return the gradients by the h and c before the step that was taken back last."""
+        ...
+
+    def finish(self) -> dict[str, Array]:
+        """Return the gradients by the parameters, once all steps have been taken back."""
+        ...
+
+
 class Backend(Protocol):
-    """What every backend does."""
+    """The methods of every backend."""
 
     name: str
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
-        """Decide, once for many calls, how a model runs on arrays of the signature's shapes."""
+        """Decide how a model runs on arrays of the signature's shapes, once for many calls."""
+        ...
+
+    def unroll(
+        self,
+        cell: Cell,  # of one direction
+        params: Params,
+        steps: int,  # at most
+        batch: int,
+        h0: Array | None,  # (L, B, H), zeros if None
+        c0: Array | None,  # (L, B, H), zeros if None
+        dropout: Dropout | None,
+    ) -> Unrolled:
+        """Begin a run for training whose steps are taken one by one."""
         ...
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
-        """Say in words how each layer would be run; `rows` is the number of steps of all sequences.
+        """Describe how each layer would run; `rows` is the number of steps of all sequences.
 
         `frozen` says whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`).
         """

@@ -1,8 +1,8 @@
-"""What limits the threads of this process from outside: cores, environment variables, and a container's CPU quota.
+"""Limits on the threads of this process from outside: cores, environment variables, and a container's CPU quota.
 
-A quota is a share of CPU time and not a number of cores: a container may run on all 64 cores of a machine, but for two
-seconds of CPU time per second. More threads than that are halted together in the middle of a call, while others wait
-for them.
+A quota is a share of CPU time, not a number of cores: a container may run on all 64 cores of a machine, but use two
+seconds of CPU time per second. Where more threads run, the system halts them in the middle of a call, and the others
+wait for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Limit", "cgroup_cpus", "limits", "usable_cores"]
 
 
 class Limit(NamedTuple):
-    """The most threads for one reason."""
+    """A largest number of threads, and its reason."""
 
     threads: int
     reason: str
@@ -24,7 +24,7 @@ class Limit(NamedTuple):
 
 def usable_cores() -> int:
     """Return the number of cores that this process may run on."""
-    if count := getattr(os, "process_cpu_count", None):  # Python 3.13, which heeds its own option -X cpu_count
+    if count := getattr(os, "process_cpu_count", None):  # Python 3.13: respects the option -X cpu_count
         return count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -35,7 +35,7 @@ def limits(environment: Mapping[str, str], quota: float | None) -> list[Limit]:
     Parameters
     ----------
     environment : mapping of str to str
-        Such as ``os.environ``: ``OMP_NUM_THREADS``, which may be a list of which the first number counts, and
+        Such as ``os.environ``: ``OMP_NUM_THREADS`` (of a list, the first number counts) and
         ``NUMBA_NUM_THREADS``.
     quota : float or None
         From :func:`cgroup_cpus`. Its whole part counts, or 1.
@@ -51,7 +51,7 @@ def limits(environment: Mapping[str, str], quota: float | None) -> list[Limit]:
 
 
 def number_in(text: str) -> int | None:
-    """Return the positive integer that a text is, None if it is none or more than there can be threads."""
+    """Return a text as a positive integer, None if it is not one or has seven digits or more."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdigit() and len(text) < 7 and int(text) > 0 else None
 
@@ -59,9 +59,9 @@ def number_in(text: str) -> int | None:
 def cgroup_cpus(membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float | None:
     """Return how many CPUs the quotas of this process's control groups allow, None for any number.
 
-    The quota of a group holds for all groups below it, so the least one counts, of version 2 (``cpu.max``) and version
-    1 (``cpu.cfs_quota_us``). In a container, the groups' names may be those outside of it, while its own group is
-    mounted as the root: names that are not there are skipped. Files that cannot be read or understood are no limit.
+    The quota of a group holds for all groups below it, so the lowest one counts, of version 2 (``cpu.max``) and version
+    1 (``cpu.cfs_quota_us``). In a container, the groups may have their names from outside, while the container's own
+    group is mounted as the root: names that do not exist are skipped. Files that cannot be read or parsed set no limit.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def _groups(membership: Path, mounted: Path) -> Iterator[tuple[Path, int]]:
         controllers, _, name = rest.partition(":")
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
         if number == "0" and not controllers:
-            # Beside version 1, version 2 is mounted in a folder of its own.
+            # With version 1 present, version 2 is mounted in a folder of its own.
             roots, version = (mounted, mounted / "unified"), 2
         elif "cpu" in controllers.split(","):
             roots, version = (mounted / controllers, mounted / "cpu"), 1
@@ -92,7 +92,7 @@ def _groups(membership: Path, mounted: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _quota(folder: Path, version: int) -> float | None:
-    """Return the CPUs that one group may use: its quota of CPU time for each period, in microseconds."""
+    """Return the CPUs that one group may use: its quota of CPU time divided by its period, both in microseconds."""
     if version == 2:
         quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
     else:
@@ -108,5 +108,5 @@ def _read(path: Path) -> str:
     try:
         with path.open(encoding="ascii") as file:
             return file.read(1 << 16)
-    except (OSError, ValueError):  # not there, not ours to read, or not text
+    except (OSError, ValueError):  # missing, not readable, or not text
         return ""

@@ -1,4 +1,4 @@
-"""Sequences of different lengths without padding: sorted by length, their steps packed. Plain NumPy, on the host."""
+"""Ragged batches without padding: sequences sorted by length, their steps packed. Plain NumPy, on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Packing", "is_kept"]
 class Packing:
     """How the steps of a ragged batch are packed: the longest sequence first, step by step, without padding.
 
-    One for equal lengths is kept for each size of a batch, if it is small: short calls need not make it anew.
+    For equal lengths it is kept for each small batch size, so that short calls do not make it again.
     """
 
     steps: int  # T

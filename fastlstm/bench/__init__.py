@@ -1,8 +1,8 @@
-"""``fastlstm bench``: how fast this is, here, against what it is compared with, losses included.
+"""``fastlstm bench``: speed on this machine, compared with other libraries, losses included.
 
-Read in this order: :mod:`~fastlstm.bench.work` says what there is to compute, :mod:`~fastlstm.bench.sides` and
-:mod:`~fastlstm.bench.peers` who computes it, :mod:`~fastlstm.bench.clock` how that is timed (the method),
-:mod:`~fastlstm.bench.ceilings` what the machine could do at most, :mod:`~fastlstm.bench.grid` which sizes are measured,
-:mod:`~fastlstm.bench.run` does it, and :mod:`~fastlstm.bench.results` is what comes out. The modules ``table``,
-``pictures`` and ``page`` show results and measure nothing. Each is imported when it is needed.
+Read in this order: :mod:`~fastlstm.bench.work` (what is computed) and :mod:`~fastlstm.bench.grid` (at which sizes),
+:mod:`~fastlstm.bench.sides` and :mod:`~fastlstm.bench.peers` (by which library), :mod:`~fastlstm.bench.clock` (the
+timing loop), :mod:`~fastlstm.bench.ceilings` (peak and bandwidth of the machine), :mod:`~fastlstm.bench.run` (a
+measurement), :mod:`~fastlstm.bench.results` (its file), :mod:`~fastlstm.bench.report` and
+:mod:`~fastlstm.bench.pictures` (tables and pictures). The programs in ``benchmarks/`` use the same modules.
 """

@@ -1,8 +1,8 @@
-"""What this machine can do at most, measured: the yardsticks of the table and of the roofline.
+"""Peak and bandwidth of this machine, measured: the roofline.
 
-The peak of the processor is that of the very matrix tile that the kernels are made of, on data that stay in the
-first-level cache, on all threads at once; the peak of a GPU is that of a large matrix product of cuBLAS. The bandwidth
-is that of a copy between two arrays far larger than the caches, counted as bytes read and bytes written.
+The peak of the processor is that of the kernels' own GEMM microkernel on data in L1, on all threads at once; the peak
+of a GPU is that of a large product of cuBLAS. The bandwidth is that of a copy between two arrays far larger than the
+caches, bytes read and bytes written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from fastlstm.bench.results import Ceiling
 from fastlstm.bench.sides import event_seconds
 
-__all__ = ["at_once", "cpu", "cpu_bandwidth", "cpu_peak", "cuda", "of", "tile_job"]
+__all__ = ["at_once", "cpu_bandwidth", "cpu_peak", "cuda", "of", "tile_job"]
 
 SECONDS = 0.3  # for each ceiling
 CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 29  # of each of the two arrays of a copy
@@ -33,28 +33,24 @@ _OPERATIONS = 5e7  # of a sample of the tile: about half a millisecond
 
 
 def of(device: str, threads: int, dtypes: tuple[str, ...]) -> Ceiling:
-    """Measure the ceilings of a device, ``cpu`` or ``cuda``."""
-    return cpu(threads, dtypes) if device == "cpu" else cuda(dtypes)
-
-
-def cpu(threads: int, dtypes: tuple[str, ...]) -> Ceiling:
-    """Measure the processor, with so many threads at once."""
+    """Measure a device: ``cpu``, with so many threads at once, or ``cuda``."""
+    if device == "cuda":
+        return cuda(dtypes)
     operations = {dtype: cpu_peak(dtype, threads, SECONDS) for dtype in dtypes}
     return Ceiling(operations, cpu_bandwidth(threads, SECONDS, CPU_BYTES))
 
 
 @functools.cache
 def _tiles() -> tuple[Any, int, int]:
-    """Compile the loop over bare tiles; return it, and the tile's rows and vectors."""
-    from numba import njit
-
+    """Compile a loop over the microkernel; return it, and the rows and vectors of a tile."""
     from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, tile
+    from fastlstm.kernels.cpu.jit import unkept_kernel
 
     # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
     address: Any = import_module("fastlstm.kernels.cpu.vector").address
 
-    # References are not counted, as in kernels.
-    @njit(nogil=True, _nrt=False)  # type: ignore[call-overload, untyped-decorator, unused-ignore]
+    # What plain Numba compiles cannot call the kernels' parts.
+    @unkept_kernel  # type: ignore[untyped-decorator, unused-ignore]
     def tiles(count: int, k: int, a: Any, b: Any, c: Any) -> None:
         for _ in range(count):
             left, right, sums, row = address(a), address(b), address(c), c.shape[1]
@@ -64,10 +60,7 @@ def _tiles() -> tuple[Any, int, int]:
 
 
 def tile_job(dtype: str, operations: float) -> tuple[Callable[[], None], float]:
-    """Return a call of the bare tile on data in the first-level cache, and its operations: about so many, one at least.
-
-    A multiply-add is two operations.
-    """
+    """Return a call of the bare microkernel on data in L1, and its operations: about as many as asked for."""
     from fastlstm.kernels.cpu.vector import lanes
 
     tiles, rows, vectors = _tiles()
@@ -80,7 +73,7 @@ def tile_job(dtype: str, operations: float) -> tuple[Callable[[], None], float]:
 
 
 def cpu_peak(dtype: str, threads: int, seconds: float) -> float:
-    """Operations per second of `threads` threads at once, each with the bare tile on data in the first-level cache."""
+    """Operations per second of `threads` threads at once, each with the bare microkernel on data in L1."""
     jobs = [tile_job(dtype, _OPERATIONS) for _ in range(threads)]
     return sum(operations for _, operations in jobs) / _shortest([job for job, _ in jobs], seconds)
 
@@ -98,12 +91,10 @@ def cpu_bandwidth(threads: int, seconds: float, size: int) -> float:
 
 @contextlib.contextmanager
 def at_once(jobs: Sequence[Callable[[], None]]) -> Iterator[Callable[[int], float]]:
-    """Run jobs at once, each on a thread of its own, which is kept to a core of its own where the system lets it.
+    """Run jobs at once, each on a thread and, where the system lets it, a core of its own.
 
-    Yields
-    ------
-    seconds : callable
-        Runs each job so many times in a row; the seconds from the first start to the last end, divided by the number.
+    What is yielded runs each job so many times in a row, and returns the seconds from the first start to the last end,
+    divided by the number.
     """
     barrier = Barrier(len(jobs))
     here = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else [])
@@ -140,10 +131,7 @@ def _shortest(jobs: Sequence[Callable[[], None]], seconds: float) -> float:
 
 
 def cuda(dtypes: tuple[str, ...], size: int = CUDA_SIZE, copied: int = CUDA_BYTES, repeats: int = 10) -> Ceiling:
-    """Measure the current GPU: products in the full precision of the dtype, and a copy in its memory.
-
-    CuPy takes TF32 only if ``CUPY_TF32`` says so.
-    """
+    """Measure the current GPU: products in full precision, since CuPy takes TF32 only if asked, and a copy."""
     cupy = import_module("cupy")
     operations = {}
     for dtype in dtypes:
@@ -160,4 +148,4 @@ def cuda(dtypes: tuple[str, ...], size: int = CUDA_SIZE, copied: int = CUDA_BYTE
 
 def _best(cupy: Any, call: Callable[[], Any], repeats: int) -> float:
     call()
-    return min(event_seconds(cupy, call, 1) for _ in range(repeats))
+    return min(event_seconds(cupy.cuda, call, 1) for _ in range(repeats))

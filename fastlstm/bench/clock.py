@@ -1,27 +1,19 @@
-"""The method: how the sides of a comparison are timed, and when a difference counts as one.
+"""The timing loop of every benchmark, and the rule by which a difference counts.
 
-1. All sides of a row are in one process, on the same model and data, with equal threads and equal precision. What
-   each computes is compared with the truth before anything is timed (:func:`disagreement`); a side that computes
-   something else is not timed.
-2. What it takes to build a side (which compiles, for some) and to have its first results (which compiles, for others)
-   is measured and reported on its own (:class:`Timing`), and is part of no other figure.
-3. The sides take turns, one sample of each a round, and the order rotates from round to round: a drift of the
-   machine's speed meets all of them, and none always follows the same one.
-4. Before each sample there is a pause, of :data:`PAUSE` and again until no thread of the process works meanwhile
-   (:func:`wait_for_quiet`): the idle threads of other libraries spin on their cores for a while after they have worked,
-   some for a tenth of a second, and would be measured with the next side. After the pause the caches are cold, and the
-   cores asleep; some take milliseconds of dense vector arithmetic until it has its full speed. So the side runs
-   untimed for :data:`WARM`, unless a call takes so long (:data:`LONG`) that this does not show.
-5. A sample is several calls in a row, so many that it lasts :data:`SAMPLE`; how many is settled once for each side,
-   after the warm-up. The clock is the host's; CUDA events for work that stays on a GPU.
-6. The figures are medians over rounds, with their quartiles. A ratio is taken in each round, between samples that
-   were taken within moments of each other; its median and quartiles are those of the rounds' ratios.
-7. Where the quartiles of a ratio lie on both sides of one, or at one, there is no difference (:func:`verdict`).
+1. All sides of a case run on the same model and data, with the same threads and precision. Results are compared before
+   anything is timed (:func:`disagreement`); a side that computes something else is not timed.
+2. Building a side and its first results, which compile, are timed separately and are part of no other figure.
+3. The sides take turns, one sample each per round, and the order rotates from round to round: a change of the
+   machine's speed affects all of them, and none always follows the same one.
+4. Before each sample there is a pause of :data:`PAUSE`, repeated until no thread of the process works
+   (:func:`wait_for_quiet`): idle threads of other libraries spin for up to 0.1 s after a call. Then the side runs
+   untimed for :data:`WARM`, because caches are cold and cores asleep; calls longer than :data:`LONG` do without.
+5. A sample is as many calls in a row as last :data:`SAMPLE`, by the host's clock, or by CUDA events on a GPU.
+6. Figures are medians over rounds with their quartiles. A ratio is taken within each round; its median and quartiles
+   are those of the rounds' ratios. Where 1 lies between its quartiles, there is no difference (:func:`verdict`).
 
 >>> ratio([2.0, 2.2, 1.8, 2.0], [1.0, 1.0, 1.0, 1.0])
 Spread(low=1.95, middle=2.0, high=2.05)
->>> verdict(ratio([2.0, 2.2, 1.8, 2.0], [1.0, 1.0, 1.0, 1.0]))
-'faster'
 >>> verdict(ratio([1.1, 0.9, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]))
 'no difference'
 """
@@ -30,7 +22,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,18 +29,7 @@ import numpy as np
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import Array
 
-__all__ = [
-    "SideError",
-    "Spread",
-    "Timing",
-    "calls_for",
-    "disagreement",
-    "ratio",
-    "spread",
-    "take_turns",
-    "verdict",
-    "wait_for_quiet",
-]
+__all__ = ["SideError", "Spread", "disagreement", "ratio", "spread", "take_turns", "verdict", "wait_for_quiet"]
 
 PAUSE, LONGEST_PAUSE = 0.02, 1.0  # seconds
 QUIET = 0.1  # share of a pause for which all threads of the process together may work
@@ -57,9 +37,9 @@ SAMPLE = 1e-3  # seconds
 WARM = 3e-3  # seconds
 LONG = 0.1  # seconds
 LEAST_ROUNDS, MOST_ROUNDS = 5, 400
-FEWEST_ROUNDS, PATIENCE = 3, 3.0  # where the rounds have taken so many times the budget; and of an interrupted row
-# Errors allowed, as a share of the largest true value of an array. They are above what float32 and float64 explain,
-# over sums of some ten thousand terms and a thousand steps, and below what any narrower format (TF32, bfloat16) does.
+FEWEST_ROUNDS, PATIENCE = 3, 3.0  # once the rounds have taken so many times the budget; and after Ctrl-C
+# Errors allowed, as a share of the largest true value of an array: above what float32 and float64 explain over sums of
+# some ten thousand terms and a thousand steps, below what a narrower format (TF32, bfloat16) causes.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-11}
 
 
@@ -79,33 +59,6 @@ class Spread(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What was measured of one side.
-
-    Attributes
-    ----------
-    seconds : tuple of float
-        Of one call, one for each round.
-    calls : int
-        Number of calls in a row that each of them is the mean of.
-    build : float
-        Seconds that it took to build the side.
-    first : float
-        Seconds until its first results were on the host.
-    """
-
-    seconds: tuple[float, ...]
-    calls: int
-    build: float
-    first: float
-
-    @property
-    def spread(self) -> Spread:
-        """The median of the seconds, and their quartiles."""
-        return spread(self.seconds)
-
-
 def spread(values: Sequence[float]) -> Spread:
     """Return median and quartiles, interpolated linearly."""
     low, middle, high = np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75))
@@ -113,39 +66,35 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
-    """Return the spread of theirs / ours, taken in each round: above one where ours is faster."""
+    """Return the spread of theirs / ours, taken in each round: above 1 where ours is faster."""
     return spread([their / our for their, our in zip(theirs, ours, strict=True)])
 
 
 def verdict(found: Spread) -> str:
-    """Say of a ratio theirs / ours whether ours is 'faster', 'slower', or there is 'no difference'.
-
-    There is none if one lies between the quartiles of the rounds' ratios: then it is not even in three rounds out of
-    four that the same side won.
-    """
+    """Return 'faster' or 'slower' if both quartiles of theirs / ours are on one side of 1, else 'no difference'."""
     if found.low > 1:
         return "faster"
     return "slower" if found.high < 1 else "no difference"
 
 
-def disagreement(truth: Sequence[Array], found: Sequence[Array], dtype: str) -> str | None:
-    """Compare results; say in words what is wrong with them, or None if they are equal within :data:`TOLERANCE`."""
+def disagreement(
+    truth: Sequence[Array], found: Sequence[Array], dtype: str, tolerance: float | None = None
+) -> str | None:
+    """Compare results; return what is wrong with them, or None if they are equal within :data:`TOLERANCE`."""
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
     if len(truth) != len(found):
         return f"computes {len(found)} arrays and not {len(truth)}"
     for true, value in zip(truth, found, strict=True):
         if true.shape != value.shape or value.dtype != np.dtype(dtype):
             return f"computes {value.dtype} {value.shape} and not {dtype} {true.shape}"
-        scale = float(np.abs(true).max()) or 1.0
-        error = float(np.abs(value - true).max()) / scale
-        if not error <= TOLERANCE[dtype]:
-            return (
-                f"computes something else: off by {error:.1e} of the largest value, allowed are {TOLERANCE[dtype]:.0e}"
-            )
+        error = float(np.abs(value - true).max()) / (float(np.abs(true).max()) or 1.0)
+        if not error <= allowed:
+            return f"computes something else: off by {error:.1e} of the largest value, allowed are {allowed:.0e}"
     return None
 
 
 def calls_for(side: Side) -> tuple[int, float]:
-    """Warm a side up; return how many calls make a sample long enough, and the seconds of one of them."""
+    """Warm a side up; return how many calls make a sample, and the seconds of one of them."""
     count = 1
     seconds = side.time(count)
     while seconds * count < SAMPLE and count < 1_000_000:
@@ -159,13 +108,7 @@ def wait_for_quiet(
     now: Callable[[], float] = time.perf_counter,
     worked: Callable[[], float] = time.process_time,
 ) -> None:
-    """Sleep until the threads of this process are idle, or :data:`LONGEST_PAUSE` is over.
-
-    Parameters
-    ----------
-    sleep, now, worked : callable
-        For tests: the pause, the clock, and the seconds that all threads together have worked.
-    """
+    """Sleep until the threads of this process are idle, at most :data:`LONGEST_PAUSE`; the arguments are for tests."""
     until = now() + LONGEST_PAUSE
     while True:
         start, work = now(), worked()
@@ -180,45 +123,26 @@ def take_turns(
     *,
     pause: Callable[[], None] = wait_for_quiet,
     now: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, tuple[float, ...]], dict[str, int], bool]:
-    """Time the sides in turn.
+) -> tuple[dict[str, tuple[float, ...]], bool]:
+    """Time sides in turn that are built and compared; give the seconds of one call for each side and whole round.
 
-    Parameters
-    ----------
-    sides : mapping of str to Side
-        The sides, built, compared, and called at least once.
-    budget : float
-        Seconds to spend; at least :data:`LEAST_ROUNDS` rounds are made, at most :data:`MOST_ROUNDS`. Only where they
-        take more than :data:`PATIENCE` times the budget, :data:`FEWEST_ROUNDS` are enough.
-    pause, now : callable
-        For tests.
-
-    Returns
-    -------
-    seconds : dict
-        For each side the seconds of one call, one for each whole round.
-    calls : dict
-        For each side the number of calls in a sample.
-    interrupted : bool
-        Whether Ctrl-C ended it. What whole rounds there are is kept, nothing of fewer than :data:`FEWEST_ROUNDS`.
-
-    Raises
-    ------
-    SideError
-        If a side fails.
+    `budget` seconds are spent on :data:`LEAST_ROUNDS` to :data:`MOST_ROUNDS` rounds; if the rounds take more than
+    :data:`PATIENCE` times that, :data:`FEWEST_ROUNDS` are enough. The second result is whether Ctrl-C ended it: whole
+    rounds are kept, if there are :data:`FEWEST_ROUNDS`. A side that fails raises SideError. `pause` and `now` are for
+    tests.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     calls, short = {}, {}
     names = list(sides)
     name, interrupted = "", False
     begin = now()
-    end = begin + budget
     try:
         for name, side in sides.items():
             calls[name], one = calls_for(side)
             short[name] = one < LONG
         for turn in range(MOST_ROUNDS if names else 0):
-            if now() >= (end if turn >= LEAST_ROUNDS else begin + PATIENCE * budget) and turn >= FEWEST_ROUNDS:
+            limit = budget if turn >= LEAST_ROUNDS else PATIENCE * budget
+            if turn >= FEWEST_ROUNDS and now() >= begin + limit:
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -234,4 +158,4 @@ def take_turns(
     whole = min(map(len, seconds.values()), default=0)
     if interrupted and whole < FEWEST_ROUNDS:
         whole = 0
-    return {name: tuple(values[:whole]) for name, values in seconds.items()}, calls, interrupted
+    return {name: tuple(values[:whole]) for name, values in seconds.items()}, interrupted

@@ -1,16 +1,15 @@
-"""Everybody who can compute a :class:`~fastlstm.bench.work.Work`: ourselves and the others, with the same weights.
+"""The libraries that can compute a :class:`~fastlstm.bench.work.Work`, fastlstm first, with the same weights.
 
-:data:`CONTENDERS` is the table. Each entry says who builds a side, which packages that needs, what the side can do, and
-which of our own sides it is compared with: the one on the same device. :func:`missing` says why one cannot run here,
-and what to install. All compute in the dtype of the work and nothing narrower: OpenVINO is held to float32, where it
-would take bfloat16; TF32 is off in PyTorch and JAX, and cuBLAS does not use it unless told to.
+:data:`CONTENDERS` is the table. Each entry says how a side is built, which packages that needs, and what the side can
+compute. All compute in the dtype of the work: OpenVINO is held to float32, where it would take bfloat16, and TF32 is
+off unless a name says otherwise. A new peer is a context manager and an entry.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,36 +18,37 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm import dispatch
-from fastlstm.bench import sides, with_jax
+from fastlstm.bench import sides
 from fastlstm.bench.sides import CHECKED_STEPS, Side
 from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing", "opponents"]
+__all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
 
-@contextlib.contextmanager
-def _torch_threads(torch: Any, threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def torch_module(torch: Any, problem: Problem, device: str = "cpu", dtype: str = "") -> Any:
+    """Return torch.nn.LSTM with the problem's weights."""
+    work = problem.work
+    module = torch.nn.LSTM(work.inputs, work.hidden, work.layers, bidirectional=work.bidirectional)
+    state = problem.model.to_torch_state_dict()
+    module = module.to(getattr(torch, work.dtype))
+    module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
+    module = module.to(device, getattr(torch, dtype or work.dtype))
+    return module if work.kind == "train" else module.eval()  # cuDNN does less then
 
 
-def _torch_calls(torch: Any, problem: Problem, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _torch_calls(torch: Any, problem: Problem, device: str, dtype: str = "") -> tuple[Callable[[], Any], ...]:
     """Return the call to time, and one for the tensors to compare."""
     work = problem.work
-    module = torch.nn.LSTM(work.inputs, work.hidden, dtype=getattr(torch, work.dtype))
-    state_dict = problem.model.to_torch_state_dict()
-    module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state_dict.items()})
-    module = module.to(device)
-    x, dy = torch.from_numpy(problem.x).to(device), torch.from_numpy(problem.dy).to(device)
+    module = torch_module(torch, problem, device, dtype)
+    x, dy = (torch.from_numpy(value).to(device, module.weight_ih_l0.dtype) for value in (problem.x, problem.dy))
+    if work.unbatched:
+        x, dy = x[:, 0], dy[:, 0]
     lengths = None if work.lengths is None else torch.from_numpy(problem.lengths)
+    weights = [getattr(module, name.replace("bias_l", "bias_ih_l")) for name in problem.model.params]
 
     def forward(x: Any) -> Any:
         if lengths is None:
@@ -65,7 +65,7 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> tuple[Callable[[]
         module.zero_grad()
         y = forward(leaf)
         y.backward(dy)
-        return y.detach(), leaf.grad, module.weight_ih_l0.grad, module.weight_hh_l0.grad, module.bias_ih_l0.grad
+        return y.detach(), leaf.grad, *(value.grad for value in weights)
 
     state: Any = None
 
@@ -85,91 +85,124 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> tuple[Callable[[]
     return (train, train) if work.kind == "train" else (infer, infer)
 
 
+def _torch_arrays(problem: Problem, tensors: Any) -> tuple[Array, ...]:
+    """Bring tensors to the host, in the dtype and the shapes of a batch."""
+    host = [value.to("cpu").numpy().astype(problem.work.dtype, copy=False) for value in tensors]
+    if problem.work.unbatched:
+        host[:2] = [value[..., None, :] for value in host[:2]]
+    return tuple(host)
+
+
 @contextlib.contextmanager
 def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
     """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
     torch = import_module("torch")
-    with _torch_threads(torch, threads):
-        call, results = _torch_calls(torch, problem, "cpu")
-        yield Side(call, lambda: tuple(value.numpy() for value in results()))
-
-
-@contextlib.contextmanager
-def torch_cuda(problem: Problem, threads: int) -> Iterator[Side]:
-    """PyTorch's nn.LSTM on the GPU, which is cuDNN's, without TF32; timed by CUDA events."""
-    torch = import_module("torch")
-    torch.cuda.empty_cache()
-    precise = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [part.allow_tf32 for part in precise]
-    for part in precise:
-        part.allow_tf32 = False
-
-    def seconds(call: Callable[[], Any], count: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / count
-
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        call, results = _torch_calls(torch, problem, TORCH_GPU)
-        yield Side(call, lambda: tuple(value.cpu().numpy() for value in results()), seconds)
+        call, results = _torch_calls(torch, problem, "cpu")
+        yield Side(call, lambda: _torch_arrays(problem, results()))
     finally:
-        for part, value in zip(precise, before, strict=True):
-            part.allow_tf32 = value
+        torch.set_num_threads(before)
+
+
+def torch_cuda(dtype: str = "", *, tf32: bool = False) -> Callable[[Problem, int], AbstractContextManager[Side]]:
+    """Return the builder of PyTorch's nn.LSTM on the GPU, which is cuDNN's, in another dtype or with TF32 if asked."""
+
+    @contextlib.contextmanager
+    def build(problem: Problem, threads: int) -> Iterator[Side]:
+        torch = import_module("torch")
+        torch.cuda.empty_cache()
+        call, results = _torch_calls(torch, problem, TORCH_GPU, dtype)
+        flags, host = (torch.backends.cudnn, torch.backends.cuda.matmul), list[float]()
+
+        @contextlib.contextmanager
+        def held() -> Iterator[None]:  # within each sample: sides with and without TF32 take turns
+            before = [part.allow_tf32 for part in flags]
+            for part in flags:
+                part.allow_tf32 = tf32
+            try:
+                yield
+            finally:
+                for part, value in zip(flags, before, strict=True):
+                    part.allow_tf32 = value
+
+        def seconds(call: Callable[[], Any], count: int) -> float:
+            with held():
+                if TORCH_GPU == "cpu":  # the tests, which have no events
+                    return sides.host_seconds(call, count)
+                return sides.event_seconds(_TorchEvents(torch), call, count, host)
+
+        def outputs() -> tuple[Array, ...]:
+            with held():
+                return _torch_arrays(problem, [value.to(getattr(torch, problem.work.dtype)) for value in results()])
+
+        yield Side(call, outputs, seconds, host)
+
+    return build
+
+
+class _TorchEvents:
+    """PyTorch's events and stream under CuPy's names."""
+
+    def __init__(self, torch: Any) -> None:
+        self.Event = lambda: torch.cuda.Event(enable_timing=True)
+        self.get_current_stream = torch.cuda.current_stream
+        self.get_elapsed_time = lambda start, end: start.elapsed_time(end)
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """Return the model as an ONNX graph of one LSTM node; its states are inputs and outputs when streaming."""
+    """Return the model as an ONNX graph of LSTM nodes; the states are inputs and outputs when streaming."""
     onnx = import_module("onnx")
     helper, work = onnx.helper, problem.work
-    stream, ragged = work.kind == "stream", work.lengths is not None
-    params = problem.model.params
+    params, directions = problem.model.params, 1 + work.bidirectional
     order = np.concatenate([np.arange(g * work.hidden, (g + 1) * work.hidden) for g in ONNX_GATES])
-    bias = params["bias_l0"][order]
-    weights = {
-        "W": params["weight_ih_l0"][order][None],
-        "R": params["weight_hh_l0"][order][None],
-        "B": np.concatenate([bias, np.zeros_like(bias)])[None],
-    }
-    real, whole = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
-    state = [1, work.batch, work.hidden]
-    inputs = [("X", real, list(problem.x.shape))]
-    outputs = [("Y", real, [work.steps, 1, work.batch, work.hidden])]
-    names = ["X", "W", "R", "B"]
-    if ragged:
+    real, whole, state = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, [1, work.batch, work.hidden]
+    inputs: list[Any] = [("X", real, list(problem.x.shape))]
+    outputs: list[Any] = [("Y", real, None)]
+    nodes, constants, x = [], {"merged": np.array([0, 0, -1], np.int64)}, "X"
+    if work.lengths is not None:
         inputs.append(("lengths", whole, [work.batch]))
-        names.append("lengths")
-    if stream:
+    if work.kind == "stream":
         inputs += [("h", real, state), ("c", real, state)]
         outputs += [("h_n", real, state), ("c_n", real, state)]
-        names += ["", "h", "c"]
-    node = helper.make_node("LSTM", names, [name for name, _, _ in outputs], hidden_size=work.hidden)
+    for layer in range(work.layers):
+        ends = [f"_l{layer}{end}" for end in ("", "_reverse")[:directions]]
+        w, r, b = (np.stack([params[name + end][order] for end in ends]) for name in ("weight_ih", "weight_hh", "bias"))
+        constants |= {f"W{layer}": w, f"R{layer}": r, f"B{layer}": np.concatenate([b, np.zeros_like(b)], axis=1)}
+        names = [x, f"W{layer}", f"R{layer}", f"B{layer}", "lengths" if work.lengths is not None else ""]
+        names += ["h", "c"] if work.kind == "stream" else []
+        last = layer == work.layers - 1
+        found = [name for name, *_ in outputs] if last else [f"Y{layer}"]
+        direction = "bidirectional" if work.bidirectional else "forward"
+        nodes.append(helper.make_node("LSTM", names, found, hidden_size=work.hidden, direction=direction))
+        if not last:  # (T, D, B, H) to (T, B, D * H)
+            x = f"X{layer + 1}"
+            nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"Z{layer}"], perm=[0, 2, 1, 3]))
+            nodes.append(helper.make_node("Reshape", [f"Z{layer}", "merged"], [x]))
     graph = helper.make_graph(
-        [node],
+        nodes,
         "lstm",
         [helper.make_tensor_value_info(*value) for value in inputs],
         [helper.make_tensor_value_info(*value) for value in outputs],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
-    found: bytes = model.SerializeToString()
-    return found
+    found_bytes: bytes = model.SerializeToString()
+    return found_bytes
 
 
 def _fed(problem: Problem, run: Callable[[dict[str, Array]], list[Array]]) -> Side:
     """Make a side of a function from the inputs of :func:`onnx_model` to its outputs."""
+    work = problem.work
     feed = {"X": problem.x}
-    if problem.work.lengths is not None:
-        feed["lengths"] = np.array(problem.work.lengths, np.int32)
-    if problem.work.kind == "infer":
-        return Side(lambda: run(feed), lambda: (run(feed)[0][:, 0].copy(),))
-
-    state = np.zeros((1, problem.work.batch, problem.work.hidden), problem.x.dtype)
+    if work.lengths is not None:
+        feed["lengths"] = np.array(work.lengths, np.int32)
+    if work.kind == "infer":
+        merged = work.steps, work.batch, -1
+        return Side(lambda: run(feed), lambda: (run(feed)[0].transpose(0, 2, 1, 3).reshape(merged),))
+    state = np.zeros((1, work.batch, work.hidden), problem.x.dtype)
     feed |= {"h": state, "c": state}
 
     def step() -> Array:
@@ -183,54 +216,51 @@ def _fed(problem: Problem, run: Callable[[dict[str, Array]], list[Array]]) -> Si
     return Side(step, first_steps)
 
 
-@contextlib.contextmanager
-def onnxruntime(problem: Problem, threads: int) -> Iterator[Side]:
-    """ONNX Runtime's LSTM operator on the CPU."""
+def onnx_session(problem: Problem, threads: int) -> Callable[[dict[str, Array]], list[Array]]:
+    """Return ONNX Runtime's function from the inputs of :func:`onnx_model` to its outputs."""
     ort = import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = ort.InferenceSession(onnx_model(problem), options, providers=["CPUExecutionProvider"])
-    yield _fed(problem, lambda feed: session.run(None, feed))
+    return lambda feed: session.run(None, feed)
 
 
-def _openvino() -> Any:
-    """Import OpenVINO without its telemetry, whose processes and threads would run beside the next side's samples."""
-    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:
-        return import_module("openvino")
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its import fails, which OpenVINO bears
-    try:
-        return import_module("openvino")
-    finally:
-        del sys.modules["openvino_telemetry"]
+@contextlib.contextmanager
+def onnxruntime(problem: Problem, threads: int) -> Iterator[Side]:
+    """ONNX Runtime's LSTM operator on the CPU."""
+    yield _fed(problem, onnx_session(problem, threads))
 
 
 @contextlib.contextmanager
 def openvino(problem: Problem, threads: int) -> Iterator[Side]:
-    """OpenVINO on the same ONNX graph, held to float32: left to itself it computes in bfloat16 where it can."""
-    ov = _openvino()
+    """OpenVINO on the same ONNX graph, held to float32."""
+    hidden = {"openvino", "openvino_telemetry"}.isdisjoint(sys.modules)
+    if hidden:  # without its telemetry, whose processes would run beside the next side's samples
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its import fails, as OpenVINO allows
+    ov = import_module("openvino")
+    if hidden:
+        del sys.modules["openvino_telemetry"]
     core = ov.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(onnx_model(problem)), "CPU", settings)
-    request = compiled.create_infer_request()
-    count = len(compiled.outputs)
-    x = ov.Tensor(problem.x, shared_memory=True)
-    lengths = None if problem.work.lengths is None else ov.Tensor(np.array(problem.work.lengths, np.int32))
+    request, count = compiled.create_infer_request(), len(compiled.outputs)
+    fixed = {"X": ov.Tensor(problem.x, shared_memory=True)}
+    if problem.work.lengths is not None:
+        fixed["lengths"] = ov.Tensor(np.array(problem.work.lengths, np.int32))
 
     def run(feed: dict[str, Array]) -> list[Array]:
-        request.set_tensor("X", x)
-        if lengths is not None:
-            request.set_tensor("lengths", lengths)
-        if count > 1:  # the states; the request's own output is overwritten by the next call, so it is copied
-            request.set_tensor("h", ov.Tensor(feed["h"]))
-            request.set_tensor("c", ov.Tensor(feed["c"]))
+        for name, value in fixed.items():
+            request.set_tensor(name, value)
+        for name in ("h", "c") if count > 1 else ():  # the next call overwrites the request's own output: copied
+            request.set_tensor(name, ov.Tensor(feed[name]))
         request.infer()
         return [request.get_output_tensor(number).data for number in range(count)]
 
     yield _fed(problem, run)
 
 
-def _not_the_default(threads: int) -> str | None:
+def _no_cpu() -> str | None:
     """Say why NumPy arrays do not run on the compiled kernels, if they do not."""
     try:
         if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
@@ -240,7 +270,7 @@ def _not_the_default(threads: int) -> str | None:
     return "another backend is forced, or NUMBA_DISABLE_JIT is set"
 
 
-def _no_cuda(threads: int) -> str | None:
+def _no_cuda() -> str | None:
     try:
         dispatch.backend_named("cuda")
     except (BackendError, ImportError) as error:
@@ -248,118 +278,69 @@ def _no_cuda(threads: int) -> str | None:
     return None
 
 
-def _no_gpu_for_torch(threads: int) -> str | None:
-    return None if import_module("torch").cuda.is_available() else "PyTorch finds no GPU"
-
-
-def _no_gpu_for_jax(threads: int) -> str | None:
-    if _no_cuda(threads) is not None:  # starting JAX takes its time, so it is not asked for nothing
-        return "there is no fastlstm cuda to compare it with"
-    if (reason := with_jax.start(threads)) is not None:
-        return reason
-    try:
-        import_module("jax").devices("gpu")
-    except RuntimeError:
-        return 'JAX finds no GPU: pip install "jax[cuda13]"'
-    return None
+def _no_gpu_for_torch() -> str | None:
+    return None if TORCH_GPU == "cpu" or import_module("torch").cuda.is_available() else "PyTorch finds no GPU"
 
 
 class Contender(NamedTuple):
-    """Who can compute, and what.
+    """A library that computes works."""
 
-    Attributes
-    ----------
-    build : callable
-        Given a problem and a number of threads, a context manager that gives a :class:`Side`.
-    device : {"cpu", "cuda"}
-        Where it computes.
-    against : str or None
-        The name of our own side that it is compared with.
-    packages : tuple of str
-        What it needs, by the names that pip and import know.
-    kinds, dtypes : tuple of str
-        What it can do.
-    ragged : bool
-        Whether it can do a ragged batch.
-    obstacle : callable
-        Given the number of threads, says why it cannot run here though its packages are there, or None.
-    """
-
-    build: Callable[[Problem, int], AbstractContextManager[Side]]
-    device: str
-    against: str | None
-    packages: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ("infer", "train", "stream")
-    dtypes: tuple[str, ...] = ("float32", "float64")
-    ragged: bool = True
-    obstacle: Callable[[int], str | None] = lambda threads: None
+    build: Callable[[Problem, int], AbstractContextManager[Side]]  # given a number of threads
+    device: str = "cpu"  # or cuda
+    packages: tuple[str, ...] = ()  # that it needs, by the names that pip and import know
+    infers_only: bool = False  # in float32, as the graphs of onnx_model
+    obstacle: Callable[[], str | None] = lambda: None  # returns why it cannot run here though it is installed
+    tolerance: float | None = None  # instead of that of the dtype
 
 
-CPU, CUDA, COPIES, REFERENCE = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies", "fastlstm reference"
-OURS = (CPU, CUDA, COPIES, REFERENCE)
-_INFERENCE = ("infer", "stream")
+CPU, CUDA, COPIES = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies"
+OURS = (CPU, CUDA, COPIES)
 CONTENDERS = {
-    CPU: Contender(sides.cpu, "cpu", None, obstacle=_not_the_default),
-    CUDA: Contender(sides.cuda, "cuda", None, obstacle=_no_cuda),
-    COPIES: Contender(sides.cuda_with_copies, "cuda", None, obstacle=_no_cuda),
-    "torch": Contender(torch_cpu, "cpu", CPU, ("torch",)),
-    "onnxruntime": Contender(onnxruntime, "cpu", CPU, ("onnx", "onnxruntime"), _INFERENCE, ("float32",)),
-    "openvino": Contender(openvino, "cpu", CPU, ("onnx", "openvino"), _INFERENCE, ("float32",)),
-    "jax": Contender(with_jax.cpu, "cpu", CPU, ("jax",), ragged=False, obstacle=with_jax.start),
-    "torch cuda": Contender(torch_cuda, "cuda", CUDA, ("torch",), obstacle=_no_gpu_for_torch),
-    "jax cuda": Contender(with_jax.cuda, "cuda", CUDA, ("jax",), ragged=False, obstacle=_no_gpu_for_jax),
-    REFERENCE: Contender(sides.reference, "cpu", CPU, ("threadpoolctl",)),
+    CPU: Contender(sides.cpu, obstacle=_no_cpu),
+    CUDA: Contender(sides.cuda, "cuda", obstacle=_no_cuda),
+    COPIES: Contender(sides.cuda_with_copies, "cuda", obstacle=_no_cuda),
+    "torch": Contender(torch_cpu, packages=("torch",)),
+    "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), infers_only=True),
+    "openvino": Contender(openvino, packages=("onnx", "openvino"), infers_only=True),
+    # Sums of 131,072 products in another order explain an error of 5e-4.
+    "torch cuda": Contender(torch_cuda(), "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4),
 }
-"""Everybody, ourselves first. The reference is measured only where it is asked for: it is slow by design."""
+"""What ``fastlstm bench`` measures by default."""
+
+_GPU = CONTENDERS["torch cuda"]
+NARROWER = {
+    "torch cuda TF32": _GPU._replace(build=torch_cuda(tf32=True), tolerance=2e-2),
+    "torch cuda float16": _GPU._replace(build=torch_cuda("float16"), tolerance=2e-2),
+    "torch cuda bfloat16": _GPU._replace(build=torch_cuda("bfloat16"), tolerance=2e-1),
+}
+"""PyTorch in narrower formats, for ``benchmarks/gpu.py``: what leaving float32 would bring."""
 
 
-def opponents(side: str, names: Iterable[str]) -> list[str]:
-    """Return those of `names` that one of our own sides is compared with, in their order.
-
-    That is who computes on the same device; and for a GPU also our own side on the CPU. A name that the table does not
-    know, from another release's file, goes by its last word.
-    """
-    found = []
-    for name in names:
-        contender = CONTENDERS.get(name)
-        against = contender.against if contender else CUDA if name.split()[-1] == "cuda" else CPU
-        if against == side or (name == CPU and side in (CUDA, COPIES)):
-            found.append(name)
-    return found
+def contender(name: str) -> Contender:
+    """Return an entry of :data:`CONTENDERS` or :data:`NARROWER`."""
+    return CONTENDERS[name] if name in CONTENDERS else NARROWER[name]
 
 
-def missing(name: str, threads: int) -> str | None:
-    """Say why a contender cannot run here on so many threads, and what to install, or None if it can."""
-    contender = CONTENDERS[name]
-    lacking = [package for package in contender.packages if find_spec(package) is None]
-    return f"pip install {' '.join(lacking)}" if lacking else contender.obstacle(threads)
+def missing(name: str) -> str | None:
+    """Say why a contender cannot run here, with the command that installs it; None if it can."""
+    lacking = [package for package in contender(name).packages if find_spec(package) is None]
+    return f"pip install {' '.join(lacking)}" if lacking else contender(name).obstacle()
 
 
 def chosen(names: str | None) -> list[str]:
-    """Read ``--peers``: names with commas between them, 'none', or None for everybody but the reference.
-
-    Returns
-    -------
-    list of str
-        Our own sides and those that were named, in the order of the table.
-
-    Raises
-    ------
-    ArgumentError
-        If there is no such contender.
-    """
+    """Read ``--peers``: names with commas between them, 'none', or None for all; our own sides are always there."""
     if names is None:
-        return [name for name in CONTENDERS if name != REFERENCE]
+        return list(CONTENDERS)
     wanted = {name.strip() for name in names.split(",")} - {"none", ""}
-    wanted = {REFERENCE if name == "reference" else name for name in wanted}
     if unknown := wanted - set(CONTENDERS):
         known = ", ".join(name for name in CONTENDERS if name not in OURS)
-        raise ArgumentError(f"there is no peer {', '.join(sorted(unknown))!r}; choose of {known}, reference, or none")
-    return [name for name in CONTENDERS if name in wanted or (name in OURS and name != REFERENCE)]
+        raise ArgumentError(f"there is no peer {', '.join(sorted(unknown))!r}; choose of {known}, or none")
+    return [name for name in CONTENDERS if name in wanted or name in OURS]
 
 
 def able(name: str, work: Work) -> bool:
-    """Whether a contender, if it is here, can do this work."""
-    contender = CONTENDERS[name]
-    kind, dtype = work.kind in contender.kinds, work.dtype in contender.dtypes
-    return kind and dtype and (contender.ragged or work.lengths is None)
+    """Whether a contender can do this work."""
+    if not contender(name).infers_only:
+        return True
+    streams_layers = work.kind == "stream" and work.layers > 1  # the graph has the states of one layer
+    return work.kind != "train" and work.dtype == "float32" and not streams_layers

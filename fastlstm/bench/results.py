@@ -1,11 +1,12 @@
-"""What a benchmark found: the rows, the machine, and the JSON file that keeps them.
+"""The one format of all results: cases, the machine, and the JSON file that keeps them, one case a line.
 
-The file holds the seconds of every round; medians, quartiles, ratios and verdicts are computed from these whenever they
-are shown, and so cannot contradict them. :func:`load` believes nothing: a file that is broken or foreign raises
-:class:`~fastlstm.errors.ResultsFileError`, which says where.
+A case keeps the value of every round; medians, quartiles, ratios and verdicts are computed from these when they are
+shown. :func:`load` checks everything: a broken or foreign file raises :class:`~fastlstm.errors.ResultsFileError`.
 
->>> row = Row(Work(1, 1, 2, 3), threads=1, plan="", sides={}, refused={})
->>> results = Results(machine={"processor": "some"}, threads=1, rows=(row,))
+>>> case = Case("a loop", {"fastlstm": (1.0, 1.1, 1.0), "torch": (2.0, 2.2, 2.1)})
+>>> case.ratio("torch", "fastlstm")
+Spread(low=2.0, middle=2.0, high=2.05)
+>>> results = Results("loop", {"processor": "some"}, threads=1, cases=(case,))
 >>> read(text_of(results)) == results
 True
 """
@@ -13,317 +14,166 @@ True
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastlstm.bench.clock import Spread, Timing, ratio
+from fastlstm.bench.clock import Spread, ratio, spread
 from fastlstm.bench.work import Work
 from fastlstm.errors import ArgumentError, ResultsFileError
 
-__all__ = ["Ceiling", "Change", "Results", "Row", "compare", "load", "read", "save", "text_of"]
+__all__ = ["Case", "Ceiling", "Results", "load", "read", "save", "text_of"]
 
-FORMAT, VERSION = "fastlstm bench", 1
+FORMAT = "fastlstm results 2"
 MOST_BYTES = 1 << 28  # of a file
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The most that a device did in this run.
-
-    Attributes
-    ----------
-    operations : dict of str to float
-        Operations per second of matrix products, by dtype.
-    bandwidth : float
-        Bytes per second, read and written together, of a copy in main memory.
-    """
+    """The most that a device did: operations per second of matrix products by dtype, bytes per second of a copy."""
 
     operations: Mapping[str, float]
     bandwidth: float
 
 
 @dataclass(frozen=True)
-class Row:
-    """One work and everybody who did it.
+class Case:
+    """One thing that was measured on several sides; less is better."""
 
-    Attributes
-    ----------
-    work : Work
-        What was computed.
-    threads : int
-        Number of threads that each side was given.
-    plan : str
-        How fastlstm ran it, in words.
-    sides : dict of str to Timing
-        Who was timed.
-    refused : dict of str to str
-        Who was not, and why: it failed, or computed something else.
-    """
+    name: str
+    values: Mapping[str, tuple[float, ...]]  # of each side; those at the same place belong to the same round
+    unit: str = "s"  # or bytes
+    threads: int = 1  # that each side was given
+    group: str = ""  # the table that the case belongs to
+    work: Work | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)  # such as an error, or seconds of the first results
+    refused: Mapping[str, str] = field(default_factory=dict)  # sides that failed or computed something else, and why
+    bounds: tuple[str, ...] = ()  # sides that are lower bounds: they neither win nor lose
+    ratios: Mapping[str, Spread] = field(default_factory=dict)  # to ours, where `values` do not have every round
 
-    work: Work
-    threads: int
-    plan: str
-    sides: Mapping[str, Timing]
-    refused: Mapping[str, str]
+    def __post_init__(self) -> None:
+        if self.unit not in ("s", "bytes") or self.threads < 1:
+            raise ResultsFileError(f"{self.name}: no unit {self.unit!r}, or {self.threads} threads")
+        counts = {len(values) for values in self.values.values()}
+        if len(counts) > 1 or 0 in counts:
+            raise ResultsFileError(f"{self.name}: the sides have different numbers of rounds, or none")
+        if not all(value > 0 for values in (*self.values.values(), *self.ratios.values()) for value in values):
+            raise ResultsFileError(f"{self.name}: a value is no positive number")
 
-    def ratio(self, theirs: str, ours: str) -> Spread | None:
-        """Return the spread of theirs / ours over the rounds, None if either was not timed."""
-        if theirs not in self.sides or ours not in self.sides:
+    def spread(self, side: str) -> Spread:
+        """The median of a side's values, between their quartiles."""
+        return spread(self.values[side])
+
+    def ratio(self, theirs: str, ours: str = "fastlstm") -> Spread | None:
+        """Spread of theirs / ours over the rounds, None if either was not measured."""
+        if theirs in self.ratios and ours == "fastlstm":
+            return self.ratios[theirs]
+        if theirs not in self.values or ours not in self.values:
             return None
-        return ratio(self.sides[theirs].seconds, self.sides[ours].seconds)
+        return ratio(self.values[theirs], self.values[ours])
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one run found.
+    """Everything that one run found."""
 
-    Attributes
-    ----------
-    machine : dict of str to str
-        Versions, processor and the like, by name.
-    threads : int
-        Number of threads that each side was given.
-    rows : tuple of Row
-        What was measured.
-    ceilings : dict of str to Ceiling
-        By device, ``cpu`` and ``cuda``.
-    absent : dict of str to str
-        Who was asked for and is not here, and what to do about it.
-    denormals : dict of str to str
-        What each side does with the smallest numbers.
-    method : dict of str to str
-        How it was measured, in words.
-    made : str
-        When, in ISO 8601.
-    interrupted : bool
-        Whether Ctrl-C ended it before its end.
-    """
+    name: str  # of the file, without its suffix
+    machine: Mapping[str, str]  # versions, processor and the like, by name
+    threads: int  # that each side was given, unless a case says otherwise
+    cases: tuple[Case, ...] = ()
+    about: str = ""  # what was measured
+    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)  # by device, "cpu" and "cuda"
+    absent: Mapping[str, str] = field(default_factory=dict)  # sides that cannot run here, and what to do about it
+    steps: tuple[Mapping[str, str], ...] = ()  # of a stage of .ci/gpu: name, result, seconds, last line of the log
+    made: str = ""  # when, in ISO 8601
+    interrupted: bool = False  # by Ctrl-C
 
-    machine: Mapping[str, str]
-    threads: int
-    rows: tuple[Row, ...]
-    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
-    denormals: Mapping[str, str] = field(default_factory=dict)
-    method: Mapping[str, str] = field(default_factory=dict)
-    made: str = ""
-    interrupted: bool = False
+    def with_case(self, case: Case) -> Results:
+        """Return the same and one more case."""
+        return replace(self, cases=(*self.cases, case))
 
-    def with_row(self, row: Row) -> Results:
-        """Return the same and one more row."""
-        return replace(self, rows=(*self.rows, row))
-
-    def share_of_peak(self, row: Row, side: str) -> float | None:
-        """Return what share of the device's measured peak a side reached in a row."""
+    def share_of_peak(self, case: Case, side: str) -> float | None:
+        """Return the share of the device's measured peak that a side reached."""
         ceiling = self.ceilings.get("cuda" if "cuda" in side.split() else "cpu")
-        if ceiling is None or row.work.dtype not in ceiling.operations or side not in row.sides:
+        if case.work is None or ceiling is None or case.work.dtype not in ceiling.operations or side not in case.values:
             return None
-        return row.work.operations / row.sides[side].spread.middle / ceiling.operations[row.work.dtype]
+        return case.work.operations / case.spread(side).middle / ceiling.operations[case.work.dtype]
 
 
 def text_of(results: Results) -> str:
     """Return the results as JSON text."""
-    return json.dumps({"format": FORMAT, "version": VERSION} | asdict(results), indent=1, allow_nan=False) + "\n"
+    content = {"format": FORMAT} | asdict(results)
+    cases = ",\n".join("  " + json.dumps(case, allow_nan=False) for case in content.pop("cases"))
+    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
+    return f'{head},\n "cases": [{cases and chr(10) + cases + chr(10) + " "}]\n}}\n'
 
 
 def save(path: Path, results: Results) -> None:
-    """Write the file as a whole: it is readable whenever this is interrupted."""
+    """Write the file as a whole, under its own name: it is readable whenever this is interrupted."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text_of(results), encoding="utf-8")
+    part.write_text(text_of(replace(results, name=path.stem)), encoding="utf-8")
     part.replace(path)
 
 
 def load(path: Path) -> Results:
-    """Read a file that :func:`save` wrote.
-
-    Raises
-    ------
-    ResultsFileError
-        If it is broken or foreign.
-    OSError
-        If it cannot be opened.
-    """
+    """Read a file that :func:`save` wrote; ResultsFileError if it is broken or foreign."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ResultsFileError("more than 256 MiB")
         return read(path.read_text(encoding="utf-8"))
     except (ResultsFileError, UnicodeDecodeError) as error:
-        raise ResultsFileError(f"{path} holds no results of fastlstm bench: {error}") from error
+        raise ResultsFileError(f"{path} holds no results: {error}") from error
+
+
+_WORK = {"steps": int, "batch": int, "inputs": int, "hidden": int, "dtype": str, "kind": str, "layers": int,
+         "bidirectional": bool, "unbatched": bool, "lengths": ([int], None)}  # fmt: skip
+_CASE = {"name": str, "values": {str: [float]}, "unit": str, "threads": int, "group": str, "work": (_WORK, None),
+         "facts": {str: float}, "refused": {str: str}, "bounds": [str], "ratios": {str: [float]}}  # fmt: skip
+_FILE = {"format": str, "name": str, "machine": {str: str}, "threads": int, "cases": [_CASE], "about": str,
+         "ceilings": {str: {"operations": {str: float}, "bandwidth": float}}, "absent": {str: str},
+         "steps": [{str: str}], "made": str, "interrupted": bool}  # fmt: skip
+"""Types by name: ``{str: type}`` is an object of any names, a tuple has alternatives."""
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    """Return a JSON value, its lists as tuples; raise an error that says where it is of another type."""
+    if isinstance(kind, tuple):
+        return None if value is None else _checked(value, kind[0], where)
+    if isinstance(kind, list) and type(value) is list:
+        return tuple(_checked(one, kind[0], f"{where}[{n}]") for n, one in enumerate(value))
+    if isinstance(kind, dict) and type(value) is dict:
+        if str not in kind and value.keys() != kind.keys():
+            raise ResultsFileError(f"{where} has to have {', '.join(kind)}")
+        return {key: _checked(one, kind.get(key, kind.get(str)), f"{where}.{key}") for key, one in value.items()}
+    if kind is float and type(value) in (int, float) and abs(value) < 1e300:
+        return float(value)
+    if kind is float or type(value) is not kind or (kind is int and abs(value) >= 1 << 60):
+        raise ResultsFileError(f"{where} is no {getattr(kind, '__name__', 'list or object')}")
+    return value
 
 
 def read(text: str) -> Results:
-    """Read what :func:`text_of` made.
-
-    Raises
-    ------
-    ResultsFileError
-        If it is anything else.
-    """
+    """Read what :func:`text_of` made; ResultsFileError if it is anything else."""
     try:
-        whole = json.loads(text, parse_constant=_no_constant)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        whole = json.loads(text)
+    except (RecursionError, ValueError) as error:
         raise ResultsFileError(f"no JSON: {error}") from error
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise ResultsFileError(f'no "format": "{FORMAT}"')
-    if type(whole.get("version")) is not int or whole["version"] != VERSION:
-        raise ResultsFileError(f"version {whole.get('version')!r}, and this program reads {VERSION}")
-    part = _Part(whole, "results")
-    return Results(
-        machine=part.texts("machine"),
-        threads=part.count("threads"),
-        rows=tuple(_row(row) for row in part.parts("rows")),
-        ceilings={
-            name: Ceiling(
-                {dtype: ceiling.part("operations").positive(dtype) for dtype in ceiling.part("operations").content},
-                ceiling.positive("bandwidth"),
-            )
-            for name, ceiling in part.named("ceilings").items()
-        },
-        absent=part.texts("absent"),
-        denormals=part.texts("denormals"),
-        method=part.texts("method"),
-        made=part.of("made", str),
-        interrupted=part.of("interrupted", bool),
-    )
+    content = _checked(whole, _FILE, "results")
+    del content["format"]
+    ceilings = {name: Ceiling(**ceiling) for name, ceiling in content.pop("ceilings").items()}
+    if any(rate <= 0 for c in ceilings.values() for rate in (c.bandwidth, *c.operations.values())):
+        raise ResultsFileError("results.ceilings: a rate is no positive number")
+    return Results(**content | {"cases": tuple(_cases(content["cases"]))}, ceilings=ceilings)
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
-def _row(part: _Part) -> Row:
-    work = part.part("work")
-    lengths = work.get("lengths")
-    if lengths is not None:
-        lengths = tuple(work.of("lengths", list))
-    try:
-        done = Work(
-            steps=work.count("steps"),
-            batch=work.count("batch"),
-            inputs=work.count("inputs"),
-            hidden=work.count("hidden"),
-            dtype=work.of("dtype", str),
-            kind=work.of("kind", str),
-            lengths=lengths,
-        )
-    except ArgumentError as error:
-        raise ResultsFileError(f"{work.where}: {error}") from error
-    sides = {name: _timing(side) for name, side in part.named("sides").items()}
-    if len({len(side.seconds) for side in sides.values()}) > 1:
-        raise ResultsFileError(f"{part.where}: the sides have different numbers of rounds")
-    return Row(done, part.count("threads"), part.of("plan", str), sides, part.texts("refused"))
-
-
-def _timing(part: _Part) -> Timing:
-    seconds = _Part(dict(enumerate(part.of("seconds", list))), f"{part.where}.seconds")
-    if not seconds.content:
-        raise ResultsFileError(f"{part.where}: no rounds")
-    return Timing(
-        tuple(seconds.positive(number) for number in seconds.content),
-        part.count("calls"),
-        part.positive("build"),
-        part.positive("first"),
-    )
-
-
-class _Part:
-    """A JSON object and where it stands; what is taken out of it is checked."""
-
-    def __init__(self, content: Any, where: str) -> None:
-        if not isinstance(content, dict):
-            raise ResultsFileError(f"{where} is no object")
-        self.content: dict[Any, Any] = content
-        self.where = where
-
-    def get(self, name: Any) -> Any:
-        if name not in self.content:
-            raise ResultsFileError(f"{self.where} has no {name!r}")
-        return self.content[name]
-
-    def of(self, name: Any, kind: type) -> Any:
-        value = self.get(name)
-        if type(value) is not kind:
-            raise ResultsFileError(f"{self.where}.{name} is no {kind.__name__}")
-        return value
-
-    def count(self, name: Any) -> int:
-        value: int = self.of(name, int)
-        if not 1 <= value < 1 << 60:
-            raise ResultsFileError(f"{self.where}.{name} is {value}")
-        return value
-
-    def positive(self, name: Any) -> float:
-        value = self.get(name)
-        if type(value) not in (int, float) or not 0 < value < 1e300 or not math.isfinite(value):
-            raise ResultsFileError(f"{self.where}.{name} is no positive number")
-        return float(value)
-
-    def part(self, name: Any) -> _Part:
-        return _Part(self.get(name), f"{self.where}.{name}")
-
-    def named(self, name: Any) -> dict[str, _Part]:
-        part = self.part(name)
-        return {key: part.part(key) for key in part.content}
-
-    def parts(self, name: Any) -> list[_Part]:
-        return [_Part(value, f"{self.where}.{name}[{n}]") for n, value in enumerate(self.of(name, list))]
-
-    def texts(self, name: Any) -> dict[str, str]:
-        part = self.part(name)
-        return {key: part.of(key, str) for key in part.content}
-
-
-class Change(NamedTuple):
-    """One side of one work in two runs.
-
-    Attributes
-    ----------
-    work : Work
-        What was computed.
-    threads : int
-        With how many threads.
-    side : str
-        By whom.
-    before, now : Spread
-        The seconds in either run.
-    """
-
-    work: Work
-    threads: int
-    side: str
-    before: Spread
-    now: Spread
-
-    @property
-    def verdict(self) -> str:
-        """'slower' or 'faster' where the quartiles of the two runs do not overlap, else 'no difference'."""
-        if self.now.low > self.before.high:
-            return "slower"
-        return "faster" if self.now.high < self.before.low else "no difference"
-
-
-def compare(before: Results, now: Results) -> tuple[list[Change], list[str]]:
-    """Compare two runs, side by side of equal work.
-
-    Returns
-    -------
-    changes : list of Change
-        Everything that is in both, in the order of `now`.
-    alone : list of str
-        What is in one of them only, in words.
-    """
-    old, new = _timings(before), _timings(now)
-    changes = [Change(*key, old[key].spread, timing.spread) for key, timing in new.items() if key in old]
-    alone = [
-        f"{work.name} {work.kind} {work.dtype}, {threads} thread(s), {side}: only {where}"
-        for keys, where in ((new.keys() - old.keys(), "now"), (old.keys() - new.keys(), "before"))
-        for work, threads, side in sorted(keys, key=str)
-    ]
-    return changes, alone
-
-
-def _timings(results: Results) -> dict[tuple[Work, int, str], Timing]:
-    return {(row.work, row.threads, side): timing for row in results.rows for side, timing in row.sides.items()}
+def _cases(found: Sequence[dict[str, Any]]) -> Iterator[Case]:
+    for number, case in enumerate(found):
+        try:
+            work = case["work"] and Work(**case["work"])
+            ratios = {side: Spread(*values) for side, values in case["ratios"].items()}
+            yield Case(**case | {"work": work, "ratios": ratios})
+        except (ArgumentError, TypeError) as error:
+            raise ResultsFileError(f"results.cases[{number}]: {error}") from error

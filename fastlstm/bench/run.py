@@ -1,46 +1,59 @@
 """Measure: build the sides of each work, compare what they compute, and time them in turn.
 
 >>> results = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
->>> results.rows[0].sides["fastlstm"].spread.middle > 0
+>>> results.cases[0].spread("fastlstm").middle > 0
 True
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
-
 from fastlstm.bench import ceilings, clock, peers
-from fastlstm.bench.clock import SideError, Timing
-from fastlstm.bench.peers import CONTENDERS, OURS
-from fastlstm.bench.results import Results, Row
+from fastlstm.bench.clock import SideError
+from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
-from fastlstm.bench.work import Problem, Work
+from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.diagnostics import describe_for_others
 from fastlstm.errors import ArgumentError
 
-__all__ = ["denormals", "measure", "measure_row"]
+__all__ = ["begin", "measure", "measure_case", "measure_sides"]
 
-EVERYBODY = "everybody"  # is refused what does not fit in memory
-METHOD = {
-    "sides": "in one process, on the same model and data, in turn, the order rotating from round to round",
-    "check": f"outputs equal before timing: off by at most {clock.TOLERANCE} of the largest value of an array",
-    "sample": f"a pause of {1e3 * clock.PAUSE:.0f} ms, and until no thread of the process works; untimed calls"
-    f" for {1e3 * clock.WARM:.0f} ms; then calls for {1e3 * clock.SAMPLE:.0f} ms or more",
-    "figures": "medians and quartiles over rounds; ratios of each round; no difference if 1 is between their quartiles",
-    "clock": "the host's; CUDA events for what stays on a GPU",
-    "threads": "equal for all sides",
-    "precision": "the dtype of the row on all sides: no TF32, no bfloat16",
-    "beginning": "building a side and its first results, which compile, are timed apart, and are in no other figure",
-}
+EVERYBODY = "every side"  # is refused what does not fit in memory
+Builders = Mapping[str, Callable[[], AbstractContextManager[Side]]]
+
+
+def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> tuple[Results, list[str]]:
+    """Return results without cases (the machine, what is missing), and which of the names can run here."""
+    machine = describe_for_others()  # starts a process, which has to be before some of the peers start their threads
+    reasons = {side: peers.missing(side) for side in names}
+    here = [side for side, reason in reasons.items() if reason is None]
+    return Results(
+        name,
+        machine | {package: _version(package) for side in here for package in peers.contender(side).packages},
+        threads,
+        about=about,
+        absent={side: reason for side, reason in reasons.items() if reason is not None},
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+    ), here
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # installed under another name than the module's
+        return str(getattr(import_module(package), "__version__", "of unknown version"))
 
 
 def measure(
@@ -53,136 +66,113 @@ def measure(
     progress: Callable[[Iterable[Work]], Iterable[Work]] = iter,
     keep: Callable[[Results], Any] = lambda results: None,
 ) -> Results:
-    """Measure all works.
+    """Measure all works by the sides of these names, in so many seconds each, at least; until Ctrl-C.
 
     Parameters
     ----------
-    works : sequence of Work
-        What to compute, by everybody who can.
-    names : iterable of str
-        Who shall, of :data:`~fastlstm.bench.peers.CONTENDERS`; who is not here is listed in the results as absent.
-    threads : int
-        Number of threads that each side is given.
-    seconds : float
-        For timing each work, at least; building and comparing come on top.
     ours_only : sequence of Work
-        What only our own sides are to compute, after the others, in a quarter of the time each: the map of where a GPU
-        starts to pay. It is left out if there is no GPU.
+        The map of where a GPU pays: for our own sides, in a quarter of the time each, if there is a GPU.
     progress : callable
         Given the works, gives them one by one.
     keep : callable
-        Called with what there is, after each work.
+        Called with the results after each work.
 
-    Returns
-    -------
-    Results
-        Everything, or what there is until Ctrl-C.
+    Raises
+    ------
+    ArgumentError
+        If seconds or threads make no sense.
     """
-    if not 0 <= seconds < 1e9:
-        raise ArgumentError(f"seconds must be a number of at least 0, got {seconds}")
-    if threads < 1:
-        raise ArgumentError(f"threads must be an integer of at least 1, got {threads}")
-    # Starts a process, which has to be before some of the peers start their threads.
-    machine = describe_for_others()
-    reasons = {name: peers.missing(name, threads) for name in names}
-    here = [name for name, reason in reasons.items() if reason is None]
-    results = Results(
-        machine=machine | {package: _version(package) for name in here for package in CONTENDERS[name].packages},
-        threads=threads,
-        rows=(),
-        absent={name: reason for name, reason in reasons.items() if reason is not None},
-        method=METHOD,
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    plan = [(work, here, seconds) for work in works]
-    if any(CONTENDERS[name].device == "cuda" for name in here):
-        ours = [name for name in here if name in OURS]
-        plan += [(work, ours, seconds / 4) for work in ours_only if work not in works]
-    dtypes = tuple(dict.fromkeys(work.dtype for work, *_ in plan))
+    if not 0 <= seconds < 1e9 or threads < 1:
+        raise ArgumentError(f"seconds have to be at least 0 and threads at least 1, got {seconds} and {threads}")
+    results, here = begin("bench", names, threads)
+    plan = {work: (here, seconds) for work in works}
+    if any(peers.contender(name).device == "cuda" for name in here):
+        ours = [name for name in here if name in peers.OURS]
+        plan |= {work: (ours, seconds / 4) for work in ours_only if work not in plan}
+    dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
+    devices = dict.fromkeys(peers.contender(name).device for name in here if name in peers.OURS)
     try:
-        results = replace(results, ceilings=_ceilings(here, threads, dtypes))
-        how = {work: (who, budget) for work, who, budget in plan}
-        for work in progress(list(how)):
-            who, budget = how[work]
-            row, interrupted = measure_row(work, who, threads, budget)
-            if row.sides or not interrupted:
-                results = results.with_row(row)
+        results = replace(results, ceilings={device: ceilings.of(device, threads, dtypes) for device in devices})
+        for work in progress(list(plan)):
+            case, interrupted = measure_case(work, plan[work][0], threads, plan[work][1])
+            if case.values or not interrupted:
+                results = results.with_case(case)
                 keep(results)
             if interrupted:
                 raise KeyboardInterrupt
-        # Last: it would have compiled what the rows' first calls are to show.
-        results = replace(results, denormals={name: denormals(name, threads) for name in here})
     except KeyboardInterrupt:
         results = replace(results, interrupted=True)
     return results
 
 
-def _version(package: str) -> str:
-    """Return a package's version; some are installed under several names, of which this is the module's."""
+def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> tuple[Case, bool]:
+    """Measure one work by the sides that can do it; return its case, and whether Ctrl-C cut it short."""
+    able = [name for name in names if peers.able(name, work)]
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return str(getattr(import_module(package), "__version__", "of unknown version"))
+        problem = Problem.of(work)
+        builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}
+        tolerances = {name: peers.contender(name).tolerance for name in able}
+        case, interrupted = measure_sides(work.title, builders, work.dtype, seconds, tolerances)
+    except MemoryError as error:
+        case, interrupted = Case(work.title, {}, refused={EVERYBODY: f"not enough memory: {error}"}), False
+    return replace(case, work=work, threads=threads, group=work.kind), interrupted
 
 
-def _ceilings(here: Sequence[str], threads: int, dtypes: tuple[str, ...]) -> dict[str, Any]:
-    """Measure the devices that our own sides run on."""
-    devices = dict.fromkeys(CONTENDERS[name].device for name in here if name in OURS and name != peers.REFERENCE)
-    return {device: ceilings.of(device, threads, dtypes) for device in devices}
+def measure_sides(
+    name: str,
+    builders: Builders,
+    dtype: str,
+    seconds: float,
+    tolerances: Mapping[str, float | None] | None = None,
+) -> tuple[Case, bool]:
+    """Build sides, compare them with the first that can be built, and time those that agree, in turn.
 
-
-def measure_row(work: Work, names: Iterable[str], threads: int, seconds: float) -> tuple[Row, bool]:
-    """Measure one work; return its row, and whether Ctrl-C cut it short.
-
-    The first side that can do the work has the truth that the others are compared with; our own come first.
+    A side whose tolerance is infinite is not compared: a lower bound, or another work. The case has the values; in its
+    facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds per
+    call. The second result is whether Ctrl-C cut it short.
     """
     refused: dict[str, str] = {}
-    sides: dict[str, Side] = {}
-    began: dict[str, tuple[float, float]] = {}
-    plan, timings, interrupted = "", {}, False
+    built: dict[str, Side] = {}
+    facts: dict[str, float] = {}
+    values: dict[str, tuple[float, ...]] = {}
+    truth: tuple[Array, ...] | None = None
+    interrupted = False
     with contextlib.ExitStack() as stack:
         try:
-            problem = Problem.of(work)
-            truth = None
-            for name in names:
-                if not peers.able(name, work):
-                    continue
-                with _refusing(refused, name):
+            for side, build in builders.items():
+                with _refusing(refused, side):
                     start = time.perf_counter()
-                    side = stack.enter_context(CONTENDERS[name].build(problem, threads))
-                    built = time.perf_counter()
-                    found = side.outputs()
-                    began[name] = built - start, time.perf_counter() - built
+                    made = stack.enter_context(build())
+                    found = made.outputs()
+                    facts[f"first results, {side}"] = time.perf_counter() - start
                     truth = found if truth is None else truth
-                    wrong = clock.disagreement(truth, found, work.dtype)
+                    allowed = (tolerances or {}).get(side)
+                    wrong = None if allowed == math.inf else clock.disagreement(truth, found, dtype, allowed)
                     if wrong is None:
-                        sides[name] = side
+                        built[side] = made
                     else:
-                        refused[name] = wrong
+                        refused[side] = wrong
+                    made.host.clear()
                     del found
-            if peers.CPU in sides:  # which holds the number of threads
-                plan = problem.frozen_or_trained.plan(problem.x, problem.lengths).partition(": ")[2]
-            timed, interrupted = _timed(sides, seconds, refused)
-            timings = {name: Timing(*figures, *began[name]) for name, figures in timed.items()}
+            values, interrupted = _timed(built, seconds, refused)
+            facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
         except KeyboardInterrupt:
             interrupted = True
-        except MemoryError as error:
-            refused[EVERYBODY] = f"not enough memory: {error}"
-    return Row(work, threads, plan, timings, refused), interrupted
+    return Case(
+        name, {side: found for side, found in values.items() if found}, facts=facts, refused=refused
+    ), interrupted
 
 
 def _timed(
     sides: dict[str, Side], seconds: float, refused: dict[str, str]
-) -> tuple[dict[str, tuple[tuple[float, ...], int]], bool]:
-    """Time the sides in turn, and anew without the one that fails meanwhile."""
+) -> tuple[dict[str, tuple[float, ...]], bool]:
+    """Time the sides in turn, and again without one that fails meanwhile."""
     while True:
         try:
-            found, calls, interrupted = clock.take_turns(sides, seconds)
+            return clock.take_turns(sides, seconds)
         except SideError as error:
             refused[error.side] = _words(error.__cause__)
             sides = {name: side for name, side in sides.items() if name != error.side}
-        else:
-            return {name: (rounds, calls[name]) for name, rounds in found.items() if rounds}, interrupted
 
 
 def _words(error: BaseException | None) -> str:
@@ -197,26 +187,3 @@ def _refusing(refused: dict[str, str], name: str) -> Iterator[None]:
         yield
     except Exception as error:
         refused[name] = _words(error)
-
-
-def denormals(name: str, threads: int) -> str:
-    """Observe what a side does with denormals, the numbers below the smallest normal one.
-
-    A model of one unit is made such that the smallest normal number, as its input, gives an output below: a side that
-    keeps denormals returns it, one that flushes them returns zero. Then the smallest normal number is halved in this
-    thread, to see whether the side has left it flushing.
-    """
-    dtype = "float32"
-    problem = Problem.of(Work(1, 1, 1, 1, dtype))
-    for parameter, values in {"weight_ih_l0": (0, 0, 1, 0), "weight_hh_l0": (0,) * 4, "bias_l0": (0,) * 4}.items():
-        problem.model.params[parameter].flat = values
-    tiny = np.finfo(dtype).smallest_normal
-    problem.x.fill(tiny)
-    try:
-        with CONTENDERS[name].build(problem, threads) as side:
-            (y,) = side.outputs()
-            after = np.multiply(np.full(1, tiny), np.float32(0.5))[0]
-    except Exception as error:
-        return f"not observed: {type(error).__name__}"
-    inside = "kept" if 0 < float(y[0, 0, 0]) < tiny else "flushed to zero"
-    return inside + ("" if after > 0 else "; flushing is left on in the calling thread")

@@ -1,7 +1,7 @@
-"""What a side of a comparison is, and our own: the library on NumPy arrays, and on CuPy arrays.
+"""A side of a comparison, and our own: the library on NumPy arrays, and on CuPy arrays.
 
-A side is built for one problem and a number of threads, by a function that is a context manager: leaving it puts back
-what it had set for the whole process, such as the number of threads.
+A side is built for one problem and a number of threads by a context manager; leaving it restores what it has set for
+the whole process, such as the number of threads.
 
 >>> from fastlstm.bench.work import Problem, Work
 >>> with cpu(Problem.of(Work(5, 2, 3, 8)), threads=1) as side:
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -26,10 +26,7 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = [
-    "CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds", "not_frozen",
-    "reference",
-]  # fmt: skip
+__all__ = ["CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds", "not_frozen"]
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -46,43 +43,35 @@ def host_seconds(call: Callable[[], Any], count: int) -> float:
 class Side:
     """One way to compute one problem.
 
-    Attributes
-    ----------
-    call : callable
-        Computes it once; what it returns does not matter. When streaming, it goes on from the state before.
-    outputs : callable
-        Computes it and returns NumPy arrays to compare, in this order: y (T, B, H) of an inference; y, dx, and the
-        gradients by W_ih, W_hh and b of a training pass; h (CHECKED_STEPS, B, H) of a stream's first steps.
-    seconds : callable
-        Given `call` and a count, the seconds of each of so many calls in a row.
+    `outputs` returns NumPy arrays to compare: y (T, B, D * H) of an inference; y, dx, and every parameter's gradient of
+    a training pass; h (CHECKED_STEPS, B, H) of a stream's first steps.
     """
 
-    call: Callable[[], Any]
+    call: Callable[[], Any]  # computes it once; a stream continues from the state before
     outputs: Callable[[], tuple[Array, ...]]
-    seconds: Callable[[Callable[[], Any], int], float] = host_seconds
+    seconds: Callable[[Callable[[], Any], int], float] = host_seconds  # of each of so many calls in a row
+    host: list[float] = field(default_factory=list)  # on a GPU: seconds of the host per call, until it is launched
 
     def time(self, count: int) -> float:
         """Seconds of each of `count` calls in a row."""
         return self.seconds(self.call, count)
 
 
-GRADIENTS = ("weight_ih_l0", "weight_hh_l0", "bias_l0")
-
-
 def _ours(problem: Problem, model: fastlstm.LSTM, x: Any, dy: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return the call to time, and one for the arrays to compare; both on the arrays' own device."""
     kind, lengths = problem.work.kind, problem.lengths
+    if problem.work.unbatched:
+        x, dy = x[:, 0].copy(), dy[:, 0].copy()
 
     def train() -> tuple[Any, ...]:
         y, _, tape = model.forward(x, lengths=lengths)
         grads = model.backward(tape, dy)
-        return y, grads.x, *(grads.params[name] for name in GRADIENTS)
+        return y, grads.x, *(grads.params[name] for name in model.params)
 
     if kind == "train":
         return train, train
     if kind == "infer":
         return lambda: model(x, lengths=lengths), lambda: (model(x, lengths=lengths)[0],)
-
     x_t = x[0]
     state: Any = None
 
@@ -101,10 +90,8 @@ def _ours(problem: Problem, model: fastlstm.LSTM, x: Any, dy: Any) -> tuple[Call
 
 @contextlib.contextmanager
 def _threads(threads: int) -> Iterator[None]:
-    """Hold our own number of threads."""
-    before = (
-        team._chosen and team._chosen.threads
-    )  # and not get_num_threads(): None stands for "as the machine has them"
+    """Set our own number of threads; what was chosen before is restored, None being "as the machine has them"."""
+    before = team._chosen and team._chosen.threads
     fastlstm.set_num_threads(threads)
     try:
         yield
@@ -112,22 +99,25 @@ def _threads(threads: int) -> Iterator[None]:
         fastlstm.set_num_threads(before)
 
 
-def _stacked(problem: Problem, arrays: tuple[Any, ...]) -> tuple[Array, ...]:
-    """Bring arrays to the host; the steps of a stream become one array."""
-    host = tuple(value if isinstance(value, np.ndarray) else value.get() for value in arrays)
-    return (np.stack(host),) if problem.work.kind == "stream" else host
+def _on_host(problem: Problem, arrays: tuple[Any, ...]) -> tuple[Array, ...]:
+    """Bring arrays to the host, in the shapes of a batch; the steps of a stream become one array."""
+    host = [value if isinstance(value, np.ndarray) else value.get() for value in arrays]
+    if problem.work.unbatched:
+        count = 2 if problem.work.kind == "train" else len(host)  # y and dx; parameters have no batch
+        host[:count] = [value[..., None, :] for value in host[:count]]
+    return (np.stack(host),) if problem.work.kind == "stream" else tuple(host)
 
 
 @contextlib.contextmanager
 def cpu(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on NumPy arrays, as it runs them: on the compiled kernels. The model is frozen unless it trains."""
+    """Our library on NumPy arrays. The model is frozen unless it is trained."""
     with _cpu(problem, problem.frozen_or_trained, threads) as side:
         yield side
 
 
 @contextlib.contextmanager
 def not_frozen(problem: Problem, threads: int) -> Iterator[Side]:
-    """The same on a model whose parameters could change between any two calls."""
+    """The same with a model whose parameters may change between any two calls."""
     with _cpu(problem, problem.model, threads) as side:
         yield side
 
@@ -136,82 +126,65 @@ def not_frozen(problem: Problem, threads: int) -> Iterator[Side]:
 def _cpu(problem: Problem, model: fastlstm.LSTM, threads: int) -> Iterator[Side]:
     with _threads(threads):
         call, results = _ours(problem, model, problem.x, problem.dy)
-        yield Side(call, lambda: _stacked(problem, results()))
+        yield Side(call, lambda: _on_host(problem, results()))
 
 
-@contextlib.contextmanager
-def reference(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our reference: plain NumPy, its matrix products held to so many threads."""
-    limits = import_module("threadpoolctl").threadpool_limits
-    call, results = _ours(problem, problem.model, problem.x, problem.dy)
+def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float] | None = None) -> float:
+    """Seconds of each of `count` calls in a row on the current stream, by CUDA events, gaps between launches included.
 
-    def forced(function: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with fastlstm.use_backend("reference"):
-                return function()
-
-        return run
-
-    with limits(threads):
-        yield Side(forced(call), lambda: _stacked(problem, forced(results)()))
-
-
-def event_seconds(cupy: Any, call: Callable[[], Any], count: int) -> float:
-    """Seconds of each of `count` calls in a row by CUDA events on the current stream, the host's delays included."""
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    cupy.cuda.get_current_stream().synchronize()
+    The seconds of the host, which end before anything is waited for, are appended to `host`.
+    """
+    start, end = cuda.Event(), cuda.Event()
+    cuda.get_current_stream().synchronize()
     start.record()
+    begin = time.perf_counter()
     for _ in range(count):
         call()
+    if host is not None:
+        host.append((time.perf_counter() - begin) / count)
     end.record()
     end.synchronize()
-    return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / count
+    return float(cuda.get_elapsed_time(start, end)) / 1e3 / count
 
 
 @contextlib.contextmanager
 def cuda(problem: Problem, threads: int) -> Iterator[Side]:
     """Our library on CuPy arrays that are on the GPU already, timed by CUDA events; no array is copied."""
     cupy = import_module("cupy")
-    cupy.get_default_memory_pool().free_all_blocks()  # what the work before has left; PyTorch has another pool
-    model = problem.model.to(cupy)
+    cupy.get_default_memory_pool().free_all_blocks()  # left by the work before; PyTorch has another pool
+    model, host = problem.model.to(cupy), list[float]()
     call, results = _ours(problem, model, cupy.asarray(problem.x), cupy.asarray(problem.dy))
-    yield Side(
-        call,
-        lambda: _stacked(problem, results()),
-        lambda call, count: event_seconds(cupy, call, count),
-    )
+
+    def seconds(call: Callable[[], Any], count: int) -> float:
+        return event_seconds(cupy.cuda, call, count, host)
+
+    yield Side(call, lambda: _on_host(problem, results()), seconds, host)
 
 
 @contextlib.contextmanager
 def cuda_with_copies(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on the GPU for a caller who has NumPy arrays, timed by the host's clock.
-
-    The model stays on the GPU, as does a stream's state. Each call copies its input there and what it computes back:
-    y of an inference, h of a step, y and every gradient of a training pass.
-    """
+    """Our library on the GPU for a caller who has NumPy arrays, by the host's clock; model and state stay there."""
     cupy = import_module("cupy")
-    model = problem.model.to(cupy)
-    work, lengths = problem.work, problem.lengths
+    model, lengths, kind = problem.model.to(cupy), problem.lengths, problem.work.kind
     state: Any = None
 
-    def call() -> Any:
+    def call() -> tuple[Any, ...]:
         nonlocal state
-        x = cupy.asarray(problem.x)
-        if work.kind == "infer":
+        x = cupy.asarray(problem.x[:, 0] if problem.work.unbatched else problem.x)
+        if kind == "infer":
             return (model(x, lengths=lengths)[0].get(),)
-        if work.kind == "stream":
+        if kind == "stream":
             h, state = model.step(x[0], state)
-            return h.get()
+            return (h.get(),)
         y, _, tape = model.forward(x, lengths=lengths)
-        grads = model.backward(tape, cupy.asarray(problem.dy))
-        return (y.get(), grads.x.get(), *(grads.params[name].get() for name in GRADIENTS))
+        dy = cupy.asarray(problem.dy[:, 0] if problem.work.unbatched else problem.dy)
+        grads = model.backward(tape, dy)
+        return (y.get(), grads.x.get(), *(grads.params[name].get() for name in model.params))
 
     def outputs() -> tuple[Array, ...]:
         nonlocal state
         state = None
-        if work.kind == "stream":
-            return (np.stack([call() for _ in range(CHECKED_STEPS)]),)
-        found: tuple[Array, ...] = call()
-        return found
+        found = call() if kind != "stream" else tuple(call()[0] for _ in range(CHECKED_STEPS))
+        return _on_host(problem, found)
 
     yield Side(call, outputs)

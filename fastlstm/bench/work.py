@@ -1,14 +1,10 @@
-"""One thing to compute and to time: sizes, dtype, and what for; and the arrays that go with it.
+"""One thing to compute and to time: sizes, dtype and kind of call; and the model and arrays that go with it.
 
 >>> work = Work.parse("100,32,64,128", kind="train")
 >>> work.name, work.operations
 ('100,32,64,128', 1874853888)
->>> problem = Problem.of(work)
->>> problem.x.shape, problem.dy.shape
-((100, 32, 64), (100, 32, 128))
-
-A :class:`Work` is a description, can be compared and kept in a file. A :class:`Problem` holds the model and the data,
-the same for all sides.
+>>> Problem.of(Work(5, 1, 3, 4, layers=2, bidirectional=True)).dy.shape
+(5, 1, 8)
 """
 
 from __future__ import annotations
@@ -30,72 +26,53 @@ KINDS = {
     "stream": "one time step, the state fed back",
 }
 DTYPES = ("float32", "float64")
-MOST_NUMBERS = 1 << 40  # in the arrays of a work; what a machine cannot hold of fewer, it says itself
+MOST_NUMBERS = 1 << 40  # in the arrays of a work; beyond that no machine holds them
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed: one layer in one direction, from a zero state.
+    """What is computed, from a zero state; ArgumentError if it makes no sense."""
 
-    Parameters
-    ----------
-    steps, batch, inputs, hidden : int
-        T, B, I and H, at least 1. When streaming, T is 1.
-    dtype : {"float32", "float64"}
-        The dtype of everything.
-    kind : {"infer", "train", "stream"}
-        What for; :data:`KINDS` says it in words.
-    lengths : tuple of int, optional
-        The length of each sequence of a ragged batch, in 1..T.
-
-    Raises
-    ------
-    ArgumentError
-        If one of them makes no sense.
-    """
-
-    steps: int
-    batch: int
-    inputs: int
-    hidden: int
+    steps: int  # T, 1 when streaming
+    batch: int  # B
+    inputs: int  # I
+    hidden: int  # H
     dtype: str = "float32"
-    kind: str = "infer"
-    lengths: tuple[int, ...] | None = None
+    kind: str = "infer"  # of KINDS
+    lengths: tuple[int, ...] | None = None  # of the sequences of a ragged batch, in 1..T
+    layers: int = 1
+    bidirectional: bool = False  # not when streaming
+    unbatched: bool = False  # ours and torch get x as (T, I), or (I,) when streaming; B is 1
 
     def __post_init__(self) -> None:
-        for size in self.shape:
-            if type(size) is not int or size < 1:
-                raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {self.shape}")
+        if any(type(size) is not int or size < 1 for size in self.shape):
+            raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {self.shape}")
+        if type(self.layers) is not int or not 1 <= self.layers <= 99:
+            raise ArgumentError(f"layers must be an integer in 1..99, got {self.layers}")
         rows = self.steps * self.batch
-        if rows * (self.inputs + self.hidden) + self.hidden * (self.inputs + self.hidden) > MOST_NUMBERS:
+        if self.layers * (rows + self.hidden) * (self.inputs + self.hidden) > MOST_NUMBERS:
             raise ArgumentError(f"the shape {self.name} is more than a machine can hold")
-        if self.dtype not in DTYPES:
-            raise ArgumentError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.kind not in KINDS:
-            raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind == "stream" and (self.steps != 1 or self.lengths is not None):
-            raise ArgumentError(f"streaming takes one step at a time: T=1 and no lengths, got {self.shape}")
+        if self.dtype not in DTYPES or self.kind not in KINDS:
+            raise ArgumentError(f"there is no work {self.kind!r} in {self.dtype!r}; kinds are {', '.join(KINDS)}")
+        if self.kind == "stream" and (self.steps != 1 or self.lengths is not None or self.bidirectional):
+            raise ArgumentError(f"streaming takes T=1, no lengths and one direction, got {self.name}")
+        if self.unbatched and (self.batch != 1 or self.lengths is not None):
+            raise ArgumentError(f"an unbatched call has B=1 and no lengths, got {self.name}")
         if self.lengths is not None and (
             len(self.lengths) != self.batch or any(type(n) is not int or not 1 <= n <= self.steps for n in self.lengths)
         ):
             raise ArgumentError(f"lengths must be {self.batch} integers in 1..{self.steps}")
 
     @classmethod
-    def parse(cls, text: str, dtype: str = "float32", kind: str = "infer") -> Work:
-        """Read ``T,B,I,H``; when streaming, whatever T is becomes 1.
-
-        Raises
-        ------
-        ArgumentError
-            If the text is anything else.
-        """
+    def parse(cls, text: str, dtype: str = "float32", kind: str = "infer", **options: Any) -> Work:
+        """Read ``T,B,I,H``; T becomes 1 when streaming. ArgumentError if the text is anything else."""
         parts = text.split(",")
         if len(parts) != 4 or not all(part.strip().isdecimal() and len(part) < 16 for part in parts):
             raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {text!r}")
         steps, batch, inputs, hidden = map(int, parts)
-        return cls(1 if kind == "stream" and steps else steps, batch, inputs, hidden, dtype, kind)
+        return cls(1 if kind == "stream" and steps else steps, batch, inputs, hidden, dtype, kind, **options)
 
     @classmethod
     def ragged(
@@ -111,9 +88,22 @@ class Work:
         return self.steps, self.batch, self.inputs, self.hidden
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is one layer in one direction on a whole batch."""
+        return self.layers == 1 and not self.bidirectional and not self.unbatched and self.lengths is None
+
+    @property
     def name(self) -> str:
-        """The shape as text, as ``--shape`` takes it."""
-        return ",".join(map(str, self.shape)) + (" ragged" if self.lengths is not None else "")
+        """The shape as text, and what is special about the call."""
+        words = [f"{self.layers} layers"] if self.layers > 1 else []
+        words += ["both directions"] * self.bidirectional + ["unbatched"] * self.unbatched
+        words += ["ragged"] if self.lengths is not None else []
+        return ", ".join([",".join(map(str, self.shape)), *words])
+
+    @property
+    def title(self) -> str:
+        """The name with kind and dtype."""
+        return f"{self.name} {self.kind} {self.dtype}"
 
     @property
     def rows(self) -> int:
@@ -122,75 +112,61 @@ class Work:
 
     @property
     def recurrent_rows(self) -> int:
-        """Those of the rows that have a state to multiply: a sequence begins with none, but a stream goes on."""
+        """Rows that have a state to multiply: the first step of a sequence has none, a step of a stream has one."""
         return self.rows if self.kind == "stream" else self.rows - self.batch
 
     @property
-    def operations(self) -> int:
-        """Multiplications and additions of the matrix products that are needed; training has three times as many.
+    def _inputs_of_layers(self) -> list[int]:
+        """The inputs of each layer and direction."""
+        directions = 1 + self.bidirectional
+        return directions * [self.inputs, *[directions * self.hidden] * (self.layers - 1)]
 
-        That a side multiplies a first step's state of zeros as well does not count.
-        """
-        products = self.rows * self.inputs + self.recurrent_rows * self.hidden
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the matrix products that are needed; training has three times as many."""
+        products = sum(self.rows * inputs + self.recurrent_rows * self.hidden for inputs in self._inputs_of_layers)
         return 8 * self.hidden * products * (3 if self.kind == "train" else 1)
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to be moved at least: every input read once, every result written once.
+        """Bytes moved at least: parameters, x and y, the states when streaming, and in training as many gradients.
 
-        These are parameters, input and output (when streaming, the two states in and out too); in training also the
-        output's gradient, and the gradients by the input and the parameters. A single step from no state needs no
-        recurrent weights. What a machine keeps between the steps, and reads again when its caches are too small for it,
-        comes on top.
+        A single step from no state needs no recurrent weights.
         """
-        parameters = 4 * self.hidden * (self.inputs + self.hidden + 1)
-        count = parameters + self.rows * (self.inputs + self.hidden)
-        if self.kind == "train":
-            count *= 2
-        if not self.recurrent_rows:
-            count -= 4 * self.hidden * self.hidden
-        if self.kind == "stream":
-            count += 3 * self.batch * self.hidden  # h and c in, c out; h out is the output
+        recurrent = self.hidden if self.recurrent_rows else 0
+        count = sum(4 * self.hidden * (inputs + recurrent + 1) for inputs in self._inputs_of_layers)
+        count += self.rows * (self.inputs + (1 + self.bidirectional) * self.hidden)
+        if self.kind == "train":  # the recurrent weights of a single step have a gradient, which is zero
+            count = 2 * count + (0 if recurrent else 4 * self.hidden**2 * len(self._inputs_of_layers))
+        if self.kind == "stream":  # h and c in and out of each layer; h of the last is y
+            count += (4 * self.layers - 1) * self.batch * self.hidden
         return count * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A work with its model and its data, the same for all sides; nobody changes them.
-
-    Attributes
-    ----------
-    work : Work
-        What it is made for.
-    model : LSTM
-        The model, its parameters NumPy arrays.
-    x : (T, B, I) array
-        The input.
-    dy : (T, B, H) array
-        The output's gradient; zero past each sequence's length.
-    """
+    """A work with its model and data, the same for all sides, which do not change them."""
 
     work: Work
-    model: LSTM
-    x: Array
-    dy: Array
+    model: LSTM  # its parameters are NumPy arrays
+    x: Array  # (T, B, I)
+    dy: Array  # (T, B, D * H), the output's gradient; zero past each sequence's length
 
     @classmethod
     def of(cls, work: Work) -> Problem:
         """Draw a model and data, the same ones for the same work."""
         rng = np.random.default_rng(1)
+        directions: dict[str, Any] = {"bidirectional": work.bidirectional, "dtype": work.dtype}
+        model = LSTM(work.inputs, work.hidden, work.layers, **directions, seed=0)
         x = rng.standard_normal((work.steps, work.batch, work.inputs), np.float32).astype(work.dtype)
-        dy = rng.standard_normal((work.steps, work.batch, work.hidden), np.float32).astype(work.dtype)
+        dy = rng.standard_normal((work.steps, work.batch, model.cell.output_size), np.float32).astype(work.dtype)
         if work.lengths is not None:
             dy[np.arange(work.steps)[:, None] >= np.array(work.lengths)] = 0
-        return cls(work, LSTM(work.inputs, work.hidden, dtype=work.dtype, seed=0), x, dy)
+        return cls(work, model, x, dy)
 
     @functools.cached_property
     def frozen_or_trained(self) -> LSTM:
-        """The model as somebody who wants it fast would have it: frozen, unless it is trained.
-
-        For ONNX Runtime and OpenVINO, which only infer, the parameters are constants, too.
-        """
+        """The model, frozen unless it is trained: the parameters are constants for ONNX Runtime and OpenVINO, too."""
         return self.model if self.work.kind == "train" else self.model.freeze()
 
     @property

@@ -1,9 +1,9 @@
 """Tell nine speakers apart by how they say two vowels: sequences of different lengths, in one batch.
 
-JapaneseVowels (M. Kudo, J. Toyama and M. Shimbo, 1999) holds 640 utterances of 7 to 29 frames with 12 LPC cepstrum
-coefficients each. A bidirectional LSTM reads them all at once, padded at the end, with their `lengths`; a linear
-layer classifies the mean of its outputs. The 370 test utterances take no part in training or scaling, and the settings
-below were chosen by cross-validation within the 270 training utterances.
+JapaneseVowels (M. Kudo, J. Toyama and M. Shimbo, 1999) holds 640 utterances of 7 to 29 frames, with 12 LPC cepstrum
+coefficients in each. A bidirectional LSTM reads a batch of them, padded at the end, with their `lengths`; a linear
+layer classifies the mean of its outputs. The 370 test utterances take no part in training or scaling; the settings
+were chosen by cross-validation within the 270 training utterances.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm import LSTM
-from fastlstm.demo.tools import DemoResult, compile_first
+from fastlstm.demo.tools import DemoResult, Options, compile_first, load_data, new_figure, save_and_load, to_numpy
 from fastlstm.training import Adam, Linear, clip_by_global_norm, join, softmax_cross_entropy
 
-PACKAGES = ("sktime", "tqdm")
+PACKAGES = ("matplotlib", "tqdm")
 
 SPEAKERS = 9
 HIDDEN = 64
@@ -41,35 +41,36 @@ class Utterances(NamedTuple):
         return Utterances(self.frames[:, chosen], self.lengths[chosen], self.speakers[chosen])
 
 
-def run(xp: ModuleType, seed: int, out: Path) -> DemoResult:
+def run(options: Options) -> DemoResult:
     """Train, save, load, and classify the test utterances."""
+    xp = options.xp
     learned, tested = load_utterances()
-    lstm, head = train(xp, np.random.default_rng(seed), learned)
-    files = out / "vowels-lstm.safetensors", out / "vowels-head.npz"
-    lstm.save(files[0])
-    np.savez(files[1], **head.to(np).params)
+    per_epoch = len(learned.lengths) // BATCH
+    epochs = EPOCHS if options.batches is None else -(-options.batches // per_epoch)
+    lstm, head, losses = train(xp, np.random.default_rng(options.seed), learned, epochs)
+    lstm, head, files = save_and_load(options, "vowels", lstm, head)
 
-    # From here on, the model is the one in the files.
-    lstm = LSTM.load(files[0]).to(xp)
-    with np.load(files[1]) as saved:
-        head.params = {name: xp.asarray(saved[name]) for name in saved}
-    scores = {"accuracy": accuracy(xp, lstm, head, tested), "training accuracy": accuracy(xp, lstm, head, learned)}
+    given = classify(xp, lstm, head, tested)
+    scores = {
+        "accuracy": float((given == tested.speakers).mean()),
+        "training accuracy": float((classify(xp, lstm, head, learned) == learned.speakers).mean()),
+    }
+    picture = options.out / "vowels.png"
+    plot(picture, losses, tested.speakers, given)
     report = (
         f"JapaneseVowels: {scores['accuracy']:.1%} of {len(tested.lengths)} test utterances are given to their speaker"
         f" ({scores['training accuracy']:.1%} of the {len(learned.lengths)} training utterances)"
     )
-    return DemoResult(report, scores, files)
+    return DemoResult(report, scores, (picture, *files))
 
 
 def load_utterances() -> tuple[Utterances, Utterances]:
-    """Return the training and the test utterances, scaled by the mean and the deviation of the former's frames."""
-    from sktime.datasets import load_japanese_vowels
-
-    sets = []
+    """Return the training and the test utterances, scaled by mean and standard deviation of the training frames."""
+    data, sets = load_data("japanese-vowels.npz"), []
     for split in ("train", "test"):
-        table, speakers = load_japanese_vowels(split=split)  # a table of series: one row per utterance
-        utterances = [np.stack([series.to_numpy() for series in row], axis=-1) for row in table.to_numpy()]
-        sets.append((utterances, speakers.astype(np.int64) - 1))
+        lengths = data[f"{split}_lengths"].astype(np.int64)
+        utterances = np.split(data[f"{split}_millionths"] / 1e6, lengths.cumsum()[:-1])  # each (length, 12)
+        sets.append((utterances, data[f"{split}_speakers"].astype(np.int64) - 1))
     frames = np.concatenate(sets[0][0])
     mean, deviation = frames.mean(axis=0), frames.std(axis=0)
 
@@ -83,8 +84,10 @@ def load_utterances() -> tuple[Utterances, Utterances]:
     return padded(*sets[0]), padded(*sets[1])
 
 
-def train(xp: ModuleType, rng: np.random.Generator, utterances: Utterances) -> tuple[LSTM, Linear]:
-    """Train on random batches of the utterances."""
+def train(
+    xp: ModuleType, rng: np.random.Generator, utterances: Utterances, epochs: int
+) -> tuple[LSTM, Linear, list[float]]:
+    """Train on random batches of the utterances; return the model and the mean loss of each epoch."""
     from tqdm import tqdm
 
     lstm, head = new_model(rng, utterances.frames.shape[-1])
@@ -92,13 +95,13 @@ def train(xp: ModuleType, rng: np.random.Generator, utterances: Utterances) -> t
     optimiser = Adam(join(lstm=lstm, head=head), lr=RATE, weight_decay=DECAY)
     frames = utterances.frames
     compile_first(lstm, xp.zeros((frames.shape[0], BATCH, frames.shape[2]), lstm.cell.dtype))
-    progress = tqdm(range(EPOCHS), desc="training", unit="epoch")
+    progress, losses = tqdm(range(epochs), desc="training", unit="epoch"), []
     for epoch in progress:
-        optimiser.lr = rate(epoch)
-        for batch in batches(rng, utterances):
-            loss = learn(xp, lstm, head, optimiser, batch)
-        progress.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-    return lstm, head
+        optimiser.lr = rate(epoch, epochs)
+        found = [float(learn(xp, lstm, head, optimiser, batch)) for batch in batches(rng, utterances)]
+        losses.append(sum(found) / len(found))
+        progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+    return lstm, head, losses
 
 
 def new_model(rng: np.random.Generator, features: int) -> tuple[LSTM, Linear]:
@@ -106,13 +109,13 @@ def new_model(rng: np.random.Generator, features: int) -> tuple[LSTM, Linear]:
     return LSTM(features, HIDDEN, bidirectional=True, seed=rng), Linear(2 * HIDDEN, SPEAKERS, seed=rng)
 
 
-def rate(epoch: int) -> float:
-    """Learning rate of an epoch: it falls to zero along a line."""
-    return RATE * (1 - epoch / EPOCHS)
+def rate(epoch: int, epochs: int | None = None) -> float:
+    """Learning rate of an epoch: it falls linearly to zero."""
+    return RATE * (1 - epoch / (epochs or EPOCHS))
 
 
 def batches(rng: np.random.Generator, utterances: Utterances) -> Iterator[Utterances]:
-    """Give all utterances once, in random batches."""
+    """Yield all utterances once, in random batches."""
     count = len(utterances.lengths)
     for chosen in np.array_split(rng.permutation(count), count // BATCH):
         yield utterances.select(chosen)
@@ -134,8 +137,30 @@ def learn(xp: ModuleType, lstm: LSTM, head: Linear, optimiser: Adam, batch: Utte
     return loss
 
 
-def accuracy(xp: ModuleType, lstm: LSTM, head: Linear, utterances: Utterances) -> float:
-    """Share of the utterances that are given to their speaker."""
+def classify(xp: ModuleType, lstm: LSTM, head: Linear, utterances: Utterances) -> Array:
+    """Return the most likely speaker of each utterance; (B,)."""
     y, _ = lstm(xp.asarray(utterances.frames), lengths=utterances.lengths)
     mean = y.sum(axis=0) / xp.asarray(utterances.lengths[:, None], dtype=y.dtype)
-    return float((head(mean).argmax(axis=-1) == xp.asarray(utterances.speakers)).mean())
+    found: Array = to_numpy(head(mean).argmax(axis=-1))
+    return found
+
+
+def plot(path: Path, losses: list[float], speakers: Array, given: Array) -> None:
+    """Draw the loss by epoch, and how often each speaker was taken for each."""
+    figure = new_figure(9, 3.8)
+    curve, table = figure.subplots(1, 2)
+    curve.semilogy(np.arange(1, len(losses) + 1), losses, color="tab:red")
+    curve.set(xlabel="epoch", ylabel="cross entropy (nats)", title="Loss on the training utterances")
+
+    counts = np.zeros((SPEAKERS, SPEAKERS), np.int64)
+    np.add.at(counts, (speakers, given), 1)
+    table.imshow(counts > 0, cmap="Reds", vmax=4)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            table.text(column, row, count, ha="center", va="center", weight="bold" if row == column else "normal")
+    names = range(1, SPEAKERS + 1)
+    table.set_xticks(range(SPEAKERS), names)
+    table.set_yticks(range(SPEAKERS), names)
+    right = (speakers == given).mean()
+    table.set(xlabel="recognised speaker", ylabel="true speaker", title=f"Test utterances: {right:.1%} right")
+    figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
 """Weights from and to PyTorch: the state dict of a ``torch.nn.LSTM`` as NumPy arrays, without PyTorch.
 
-Names, shapes and gate order are the same on both sides, so weights go over bit for bit. The one difference is the bias:
-PyTorch keeps two, ``bias_ih`` and ``bias_hh``, which it only ever adds. Import adds them; export puts the sum
-into ``bias_ih`` and zeros into ``bias_hh``, and importing that again gives the same bits.
+Names, shapes and gate order are the same, so weights are copied bit for bit. The bias differs: PyTorch has two,
+``bias_ih`` and ``bias_hh``, and adds them. Import adds them; export writes the sum to ``bias_ih`` and zeros to
+``bias_hh``. Export and import give bit-identical weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from fastlstm import parameters
 from fastlstm.cell import Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
+from fastlstm.interchange.gates import refuse_variants
 
-__all__ = ["from_torch_state_dict", "to_torch_state_dict"]
+__all__ = ["add", "check_prefix", "from_torch_state_dict", "select", "to_torch_state_dict"]
 
 HostArray = np.ndarray[Any, Any]
 
-_NAME = re.compile(r"(?:weight_ih|weight_hh|bias_ih|bias_hh)_l(?P<layer>0|[1-9][0-9]{0,8})(?:_reverse)?")
+_NAME = re.compile(r"(?:weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)_l(?P<layer>0|[1-9][0-9]{0,8})(?:_reverse)?")
 _CELL_NAMES = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}  # of a torch.nn.LSTMCell
 
 
@@ -52,7 +53,7 @@ def from_torch_state_dict(
     Raises
     ------
     ArgumentError
-        If a name is missing or unknown, or the LSTM has projections.
+        If a name is missing or unknown.
     ArrayTypeError
         If `state_dict` is no mapping, or a value in it is no NumPy array.
     DTypeError
@@ -68,7 +69,7 @@ def from_torch_state_dict(
     >>> cell.input_size, cell.hidden_size, cell.bias, cell.dtype
     (3, 2, False, dtype('float64'))
     """
-    given = _select(state_dict, prefix)
+    given = select(state_dict, prefix)
     _check_arrays(given, prefix)
     if given.keys() <= _CELL_NAMES:
         given = {f"{name}_l0": value for name, value in given.items()}
@@ -80,7 +81,7 @@ def from_torch_state_dict(
             if given[source].shape != shape:
                 raise ShapeError(f"{prefix}{source} must have shape {shape}, got {given[source].shape}")
             arrays.append(given[source].astype(cell.dtype, order="C", subok=False))
-        params[name] = arrays[0] if len(arrays) == 1 else _add(*arrays)
+        params[name] = arrays[0] if len(arrays) == 1 else add(*arrays)
     return cell, params
 
 
@@ -102,9 +103,8 @@ def to_torch_state_dict(cell: Cell, params: Mapping[str, HostArray], *, prefix: 
         New arrays, in PyTorch's order, for
         ``module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})``.
     """
-    _check_prefix(prefix)
-    if cell.peephole:
-        raise ArgumentError("torch.nn.LSTM has no peepholes: a model with peephole=True cannot become one")
+    check_prefix(prefix)
+    refuse_variants(cell, ("proj_size",), "torch.nn.LSTM")
     state_dict = {}
     for name in parameters.shapes(cell):
         first, *second = (prefix + target for target in _torch_names(name))
@@ -120,27 +120,28 @@ def _torch_names(name: str) -> tuple[str, ...]:
     return name.replace("bias", "bias_ih"), name.replace("bias", "bias_hh")
 
 
-def _add(bias_ih: HostArray, bias_hh: HostArray) -> HostArray:
+def add(bias_ih: HostArray, bias_hh: HostArray) -> HostArray:
+    """Add the two biases; zero changes no bit."""
     # Adding zero is not quite the identity: it turns -0.0 into 0.0, and then a round trip would change a bit.
-    return np.where(bias_hh == 0, bias_ih, bias_ih + bias_hh)
+    with np.errstate(all="ignore"):  # infinities of a broken model are its own
+        return np.where(bias_hh == 0, bias_ih, bias_ih + bias_hh)
 
 
-def _check_prefix(prefix: Any) -> None:
+def check_prefix(prefix: Any) -> None:
+    """Check what stands before each name."""
     if not isinstance(prefix, str):
         raise ArgumentError(f"prefix must be a string, got {prefix!r}")
 
 
-def _select(state_dict: Any, prefix: Any) -> dict[str, Any]:
+def select(state_dict: Any, prefix: Any) -> dict[str, Any]:
     """Return the entries that `prefix` selects, without it: the parameters of an LSTM or of an LSTMCell."""
-    _check_prefix(prefix)
+    check_prefix(prefix)
     if not isinstance(state_dict, Mapping):
         raise ArrayTypeError(f"state_dict must map names to arrays, got {type(state_dict).__qualname__}")
     names = [name for name in state_dict if isinstance(name, str) and name.startswith(prefix)]
     if not prefix and len(names) != len(state_dict):
         raise ArgumentError("the names in state_dict must be strings")
     given = {name.removeprefix(prefix): state_dict[name] for name in names}
-    if any(name.startswith("weight_hr_l") for name in given):
-        raise ArgumentError("the LSTM has projections (weight_hr_l0), which are not supported yet")
     if given.keys() <= _CELL_NAMES:
         return given
     unknown = sorted(name for name in given if not _NAME.fullmatch(name))

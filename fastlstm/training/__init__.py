@@ -1,10 +1,19 @@
-"""What a training loop needs beside the LSTM: losses, a linear layer, gradient clipping, optimisers.
+"""Whole models and their training; or, for a loop of your own, losses, a linear layer, clipping and optimisers.
 
-All of it works on NumPy and CuPy arrays alike, through the array's own methods and library. A loss returns
-its value together with its gradient, so one step of training reads from top to bottom:
+:class:`Model` is LSTM, head and scaling in one object and one file, and :func:`fit` trains it:
 
 >>> import numpy as np
 >>> from fastlstm import LSTM
+>>> from fastlstm.training import Linear, Model, fit
+>>> x = np.random.default_rng(0).normal(size=(10, 64, 3)).astype(np.float32)  # 10 time steps, 64 sequences
+>>> model = Model(LSTM(3, 8, seed=0), Linear(8, 1, seed=1), scale=True)
+>>> history = fit(model, x, x[-1, :, 0], epochs=5, validation=0.25, clip_norm=1.0, seed=0)
+>>> model.predict(x).shape
+(64, 1)
+
+All of them work on NumPy and CuPy arrays. A loss returns its value together with its gradient, so one step of training
+reads from top to bottom:
+
 >>> from fastlstm.training import Adam, Linear, clip_by_global_norm, join, mean_squared_error
 >>> lstm, head = LSTM(3, 8, seed=0), Linear(8, 1, seed=1)
 >>> optimiser = Adam(join(lstm=lstm, head=head), lr=0.05)
@@ -22,22 +31,64 @@ its value together with its gradient, so one step of training reads from top to 
 True
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastlstm.training.cell_1997 import initialise_1997
 from fastlstm.training.clipping import clip_by_global_norm, clip_by_value
 from fastlstm.training.joined import Joined, join
 from fastlstm.training.linear import Linear, LinearGrads
 from fastlstm.training.losses import length_mask, mean_squared_error, softmax_cross_entropy
-from fastlstm.training.optimisers import SGD, Adam
+from fastlstm.training.optimisers import SGD, Adam, AdamW
+from fastlstm.training.regression import (
+    huber_loss,
+    logistic_squared_error,
+    mean_absolute_error,
+    nash_sutcliffe_loss,
+    quantile_loss,
+)
+
+if TYPE_CHECKING:
+    from fastlstm.training.fitting import fit
+    from fastlstm.training.history import History
+    from fastlstm.training.model import Model
+    from fastlstm.training.reduction import allreduce
 
 __all__ = [
     "SGD",
     "Adam",
+    "AdamW",
+    "History",
     "Joined",
     "Linear",
     "LinearGrads",
+    "Model",
+    "allreduce",
     "clip_by_global_norm",
     "clip_by_value",
+    "fit",
+    "huber_loss",
+    "initialise_1997",
     "join",
     "length_mask",
+    "logistic_squared_error",
+    "mean_absolute_error",
     "mean_squared_error",
+    "nash_sutcliffe_loss",
+    "quantile_loss",
     "softmax_cross_entropy",
 ]
+
+# Whole models are loaded when they are used: their modules take an eighth of the time of importing fastlstm.
+_LATER = {"History": "history", "Model": "model", "allreduce": "reduction", "fit": "fitting"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

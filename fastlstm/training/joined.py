@@ -1,4 +1,4 @@
-"""Several models as one mapping of parameters, with the name of a part before each of its names."""
+"""Several models as one mapping of parameters, under names such as ``lstm.weight_ih_l0``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Joined", "join"]
 class Joined(Mapping[str, Array]):
     """The parameters of several models, or their gradients, under the names ``part.name``; made by :func:`join`.
 
-    It holds the models and not their arrays: what is replaced in a model later is found here.
+    It refers to the models, not to their arrays, so arrays that are replaced in a model later are found.
     """
 
     def __init__(self, parts: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Losses. Each returns its value together with its gradient, and can leave out positions by a mask.
 
-The value is a scalar of the array library in the input's dtype; ``float(value)`` reads it. On a GPU the
-checks of class indices and masks read one number back, which waits for the current stream; without a mask and
-with probabilities as targets, nothing waits.
+The value is a scalar of the array library in the input's dtype; ``float(value)`` reads it. On a GPU, checking class
+indices and masks reads one number back, which waits for the current stream; with probabilities as targets and no mask,
+nothing waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastlstm.dispatch import array_namespace
 from fastlstm.errors import ArgumentError, DTypeError, ShapeError, refused
 from fastlstm.training import arguments
 
-__all__ = ["length_mask", "mean_squared_error", "softmax_cross_entropy"]
+__all__ = ["length_mask", "mean_squared_error", "pair", "softmax_cross_entropy"]
 
 
 def softmax_cross_entropy(logits: Array, targets: Array, mask: Array | None = None) -> tuple[Any, Array]:
@@ -131,12 +131,46 @@ def mean_squared_error(prediction: Array, target: Array, mask: Array | None = No
     >>> float(value), dprediction
     (2.5, array([1., 2., 0.]))
     """
+    prediction, target, scale = pair(prediction, target, mask)
+    difference = prediction - target
+    return (scale * difference * difference).sum(), 2 * scale * difference
+
+
+def pair(prediction: Any, target: Any, mask: Any, one_target: bool = False) -> tuple[Array, Array, Array]:
+    """Check what a loss of a regression is given; where the weight is zero, both arrays are zero in the result.
+
+    Parameters
+    ----------
+    prediction : array, any shape
+        The predictions, float32 or float64.
+    target : array, shaped as `prediction`
+        The true values, in the same dtype.
+    mask : array or None, shaped as `prediction` or as its leading axes
+        Which entries count: bool, or non-negative weights in the dtype of `prediction`.
+    one_target : bool
+        Whether the last axis of `target` may be 1, for all predictions of a position.
+
+    Returns
+    -------
+    prediction, target : array
+        In native byte order.
+    scale : array
+        The weight of each entry divided by the sum of all; it broadcasts to `prediction`.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, ArrayTypeError
+        If an argument does not fit, or no entry counts.
+    """
     prediction = arguments.floating("prediction", prediction)
     target = arguments.floating("target", arguments.same_library("target", target, "prediction", prediction))
     if target.dtype != prediction.dtype:
         raise DTypeError(f"target has dtype {target.dtype}, but prediction is {prediction.dtype}: convert one of them")
-    if target.shape != prediction.shape:
-        raise ShapeError(f"target must be shaped as prediction, {tuple(prediction.shape)}, got {tuple(target.shape)}")
+    if target.shape != prediction.shape and not (one_target and target.shape == (*prediction.shape[:-1], 1)):
+        other = f" or {(*prediction.shape[:-1], 1)}" if one_target and prediction.ndim else ""
+        raise ShapeError(
+            f"target must be shaped as prediction, {tuple(prediction.shape)}{other}, got {tuple(target.shape)}"
+        )
     covered = prediction.ndim
     if mask is not None:
         covered = arguments.same_library("mask", mask, "prediction", prediction).ndim
@@ -148,8 +182,7 @@ def mean_squared_error(prediction: Array, target: Array, mask: Array | None = No
         xp = array_namespace(prediction)
         active = active.reshape(scale.shape)
         prediction, target = xp.where(active, prediction, 0), xp.where(active, target, 0)
-    difference = prediction - target
-    return (scale * difference * difference).sum(), 2 * scale * difference
+    return prediction, target, scale
 
 
 def length_mask(lengths: Any, steps: int, batch_first: bool = False) -> np.ndarray[Any, Any]:

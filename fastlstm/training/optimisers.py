@@ -22,14 +22,14 @@ from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.training import arguments, tied
 from fastlstm.training.arguments import Number
 
-__all__ = ["SGD", "Adam"]
+__all__ = ["SGD", "Adam", "AdamW"]
 
 Parameters = Mapping[str, Array] | Any  # or a model, which has the mapping as its `params`
 MOST_STEPS = 2**53  # as a float, the number is exact
 
 
 class Optimiser:
-    """What all optimisers share: the checks, and arrays of state beside each parameter.
+    """Base class of the optimisers: checks, and arrays of state for each parameter.
 
     Parameters
     ----------
@@ -37,14 +37,15 @@ class Optimiser:
         The parameters, changed in place by :meth:`step`: a model such as :class:`fastlstm.LSTM` or :class:`Linear`,
         several that :func:`join` joins, or a mapping.
 
-        They are looked up at each step. Of a model, what its `params` is by then, also after ``lstm.params = {...}``.
-        Of a mapping such as ``lstm.params``, what stands in it; that the model has another mapping since is not seen.
-        Of a dict made for the optimiser, ``{**a.params, **b.params}`` or ``a.params | b.params``, neither what is
-        replaced in the models nor that two of them had the same name: use :func:`join`.
+        They are looked up at each step. Pass the model, and parameters that are replaced later are trained on, also
+        after ``lstm.params = {...}``. Pass a mapping such as ``lstm.params``, and arrays that are replaced in it are,
+        but not a new mapping of the model. A dict made for the optimiser, ``{**a.params, **b.params}`` or ``a.params |
+        b.params``, misses arrays that are replaced in the models, and drops one of two parameters with the same name:
+        use :func:`join`.
     lr : float
         The learning rate; it may be set anew between steps, as ``optimiser.lr``.
     slots : tuple of str
-        Names of the state arrays that stand beside each parameter, zero at first.
+        Names of the state arrays of each parameter, zero at first.
     """
 
     lr = Number(least=0.0)
@@ -62,7 +63,7 @@ class Optimiser:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out which arrays were seen: copies of tied ones may be tied no more, and are looked at anew."""
+        """Leave out which arrays were tied: copies of tied arrays may not be, and are checked again."""
         return self.__dict__ | {"_seen": {}}
 
     @property
@@ -294,9 +295,12 @@ class Adam(Optimiser):
         self._betas = one, other
 
     def _update(self, name: str, param: Array, grad: Array) -> None:
-        beta1, beta2 = self.betas
         if self.weight_decay:
             grad = grad + self.weight_decay * param
+        self._move(name, param, grad)
+
+    def _move(self, name: str, param: Array, grad: Array) -> None:
+        beta1, beta2 = self.betas
         mean, square = self._slots["mean"][name], self._slots["square"][name]
         mean *= beta1
         mean += (1 - beta1) * grad
@@ -306,3 +310,46 @@ class Adam(Optimiser):
         denominator /= np.sqrt(1 - beta2**self.steps).item()
         denominator += self.eps
         param -= self.lr / (1 - beta1**self.steps) * mean / denominator
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), as in ``torch.optim.AdamW``.
+
+    Before Adam's step, which then has no L2 penalty, each parameter shrinks by itself::
+
+        p = p - lr * weight_decay * p
+
+    Parameters
+    ----------
+    params, lr, betas, eps
+        As for :class:`Adam`.
+    weight_decay : float
+        How much the parameters shrink at a step, relative to `lr`; at least zero.
+
+    Raises
+    ------
+    ArgumentError, DTypeError, ArrayTypeError
+        If an argument does not fit.
+
+    Examples
+    --------
+    >>> params = {"w": np.array([1.0, 2.0])}
+    >>> optimiser = AdamW(params, lr=0.1, weight_decay=0.5)
+    >>> optimiser.step({"w": np.array([0.0, 0.0])})  # without a gradient, only the decay is left
+    >>> params["w"]
+    array([0.95, 1.9 ])
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def _update(self, name: str, param: Array, grad: Array) -> None:
+        param *= 1 - self.lr * self.weight_decay
+        self._move(name, param, grad)

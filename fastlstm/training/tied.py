@@ -1,4 +1,4 @@
-"""Tied parameters: one array under two names, which has one gradient, the sum of those of its names."""
+"""Tied parameters: one array under two names. Its gradient is the sum of the gradients of both names."""
 
 from __future__ import annotations
 

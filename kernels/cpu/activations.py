@@ -34,7 +34,7 @@ from fastlstm.kernels.cpu.jit import kernel, routine
 from fastlstm.kernels.cpu.vector import address, lanes_of, llvm_integers, llvm_vector, load, offset, store
 from fastlstm.kernels.cpu.vector_arithmetic import call_llvm, copysign, select
 
-__all__ = ["sigmoid", "sigmoid_array", "tanh", "tanh_array"]
+__all__ = ["number", "sigmoid", "sigmoid_array", "tanh", "tanh_array"]
 
 _LOG2_E = 1.0 / math.log(2.0)
 
@@ -64,20 +64,20 @@ def _constant(dtype, value):
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _number(values):
+def number(values):
     """Make the function that returns, in all lanes, the number that belongs to its argument's dtype."""
 
     @intrinsic
-    def number(typingctx, x):
+    def number_like(typingctx, x):
         def codegen(context, builder, signature, args):
             return _constant(x.dtype, values[x.dtype])
 
         return x(x), codegen
 
-    return number
+    return number_like
 
 
-_one, _zero = _number(_ONE), _number(_ZERO)
+_one, _zero = number(_ONE), number(_ZERO)
 
 
 @functools.cache

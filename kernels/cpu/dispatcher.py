@@ -1,38 +1,37 @@
-"""Numba's dispatcher, made safe: for interrupts while a kernel is compiled, for calls within one, and for forks."""
+"""Numba's dispatcher, made safe for interrupts while a kernel is compiled, for nested calls, and for forks."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import operator
 import os
 import threading
 from typing import Any
 
 from llvmlite.binding import ffi
+from numba import types
 
 from fastlstm.errors import BackendError
-from fastlstm.kernels.cpu.private_numba import PLAIN, CPUDispatcher, global_compiler_lock, normalize_signature
+from fastlstm.kernels.cpu.private_numba import PLAIN, global_compiler_lock, normalize_signature
+from fastlstm.kernels.cpu.target import Dispatcher
 
-__all__ = ["Kernel", "RefusingKernel"]
+__all__ = ["Kernel", "RefusingKernel", "Routine"]
 
 
-class Kernel(CPUDispatcher):
-    """A dispatcher whose table of what can be called holds each compiled kernel once, whatever is interrupted.
+class Kernel(Dispatcher):
+    """A dispatcher whose table of compiled kernels has each kernel once, also after an interrupt.
 
-    One that Numba enters twice, because an interrupt came before it had noted that it did, makes each call ambiguous.
-    A dispatcher becomes one by :meth:`adopt`.
+    If an interrupt comes before Numba has recorded an entry, Numba enters the kernel twice, and each call is ambiguous.
     """
 
-    @classmethod
-    def adopt(cls, dispatcher: Any) -> None:
-        """Change the class of a dispatcher."""
-        dispatcher.__class__ = cls
-        if not hasattr(dispatcher, "_tickets"):
-            dispatcher._tickets = {}
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._tickets: dict[Any, list[Any]] = {}  # by the types of arguments
+        super().__init__(*arguments, **options)
 
     def add_overload(self, cres: Any) -> None:
-        """Note a compiled kernel, with the ticket to enter it into the table."""
+        """Record a compiled kernel, with the ticket to enter it into the table."""
         arguments = tuple(cres.signature.args)
         enter = functools.partial(self._insert, [a._code for a in arguments], cres.entry_point, cres.objectmode)
         self._tickets.setdefault(arguments, [enter])
@@ -42,12 +41,19 @@ class Kernel(CPUDispatcher):
         """Compile or load the kernel for a signature."""
         arguments = tuple(normalize_signature(sig)[0])
         if arguments not in self.overloads and global_compiler_lock.is_locked():  # by this thread
-            # Numba cannot compile in the middle of a compilation, and a wait for its end would be one for ourselves.
+            # Numba cannot compile during a compilation, and this thread cannot wait for its own compilation to end.
             raise BackendError(
                 "a signal handler or a finaliser needs a kernel that is not ready, while the call that it interrupts"
                 " compiles one; make a call before, so that they are compiled"
             )
-        entry_point = super().compile(sig)
+        with global_compiler_lock:  # a fork waits for it, and so finds the collector as it was
+            collecting = gc.isenabled()
+            try:
+                gc.disable()  # compiling makes much and drops little: to look through it takes a tenth of the time
+                entry_point = super().compile(sig)
+            finally:
+                if collecting:
+                    gc.enable()
         # To take the ticket and to use it is one operation of the interpreter: it is used once, and not lost if this is
         # broken off.
         with contextlib.suppress(IndexError):
@@ -56,9 +62,18 @@ class Kernel(CPUDispatcher):
 
 
 class RefusingKernel(Kernel):
-    """One that is compiled on purpose only, see ``jit.refuse_others``."""
+    """A dispatcher that compiles only on purpose, see ``jit.refuse_others``."""
 
     _can_compile = True
+
+
+class Routine(Dispatcher):
+    """The dispatcher of a routine: compiled once for each dtype; Numba would compile it for every constant."""
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        """Find or compile the routine for arguments of some types."""
+        plain = tuple(map(types.unliteral, args)), {name: types.unliteral(kind) for name, kind in dict(kws).items()}
+        return super().get_call_template(*plain)
 
 
 # --- fork ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The gradients by the pre-activations of a chunk of steps: how they lie, and products of them with packed weights."""
+"""The gradients of the pre-activations of a chunk of steps: their layout, and their products with packed weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["GateGradients", "long_product", "long_row", "strip"]
 class GateGradients(NamedTuple):
     """A matrix (rows, 4 * Hp) in strips of KC columns.
 
-    The columns of a strip, which a product takes at a time, lie together, row by row: one stream through memory, where
-    rows of all columns would be as many as the microkernel has, a page apart. The last strip may be narrower.
+    A product takes the columns of one strip at a time. They are contiguous, row by row: one stream through memory. Rows
+    of all columns would be MR streams, a page apart. The last strip may be narrower.
     """
 
     start: Any  # pointer

@@ -1,16 +1,16 @@
-"""The matrix tile: C = A @ B + start, for a block of C that stays in registers. Every product here is made of it.
+"""The matrix-product microkernel: C = A @ B + start, for a block of C in registers. All products are built from it.
 
-The block has up to :data:`MR` rows and :data:`NR` vectors of columns. For each k, one vector load
-per column vector of B, and per row one broadcast of A and one fused multiply-add per column vector: with
-6 x 4 vectors, 24 independent accumulators, 24 multiply-adds for 4 loads and 6 broadcasts, which keeps the
-multipliers busy. A and B may lie at any strides, so the same tile serves A transposed.
+The block has up to :data:`MR` rows and :data:`NR` vectors of columns. For each k there is one vector load per column
+vector of B, and for each row one broadcast of A and one fused multiply-add per column vector. With 6 x 4 vectors: 24
+independent accumulators, and 24 multiply-adds for 4 loads and 6 broadcasts, which keeps the FMA units busy. A and B may
+have any strides, so the same microkernel serves A transposed.
 
-A single row has too few sums in one block of units to fill the multipliers' pipelines, each waiting for the one
-before, so it takes several blocks at a time.
+With a single row, one block of units has too few independent sums to hide the latency of the FMA units, so several
+blocks are computed together.
 
-The sum over k runs in order, whatever the number of rows: a row's result does not depend on which rows
-share its tile. That is why results are bit-identical for any number of threads. The sum starts at zero, and
-what it starts from is added at the end: a long product, taken in parts, loses less to rounding than one long chain.
+The sum over k runs in order, for any number of rows, so the result of a row does not depend on the other rows of its
+block. That is why results are bit-identical for any number of threads. The sum starts at zero, and `start` is added at
+the end: a long product that is taken in parts has a smaller rounding error than one long chain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastlstm.kernels.cpu.jit import cgutils, routine
+from fastlstm.kernels.cpu.jit import cgutils, routine, unroll_loops
 from fastlstm.kernels.cpu.vector import (
     REGISTERS,
     VECTOR_BYTES,
@@ -53,14 +53,14 @@ __all__ = [
 ]  # fmt: skip
 
 NR = 4  # the four gates
-MR = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; one row more spills
-ROW_BLOCKS = 2  # of a single row: eight sums, for two multiply-adds a cycle that take four cycles each
-_ROW_OF_SIZES = ROW_BLOCKS * NR + 1  # more than the vectors of any tile
-# A long product is taken KC rows of B at a time, for MC rows of A and C at most: the rows of B then stay in
-# caches that keep up with the tile while it goes over the rows of C.
+MR = 6 if REGISTERS == 32 else 3  # 24 or 12 accumulators; with one more row, registers spill
+ROW_BLOCKS = 2  # blocks for a single row: eight sums, for two multiply-adds per cycle with a latency of four cycles
+_ROW_OF_SIZES = ROW_BLOCKS * NR + 1  # more than the vectors of any block
+# A long product takes KC rows of B at a time, for at most MC rows of A and C: the rows of B then stay in caches that
+# are fast enough for the microkernel while it goes over the rows of C.
 KC = 128
 MC = 64
-_FAR = 3 << 20  # bytes
+_FAR = 3 << 20  # bytes that exceed the L2 cache, see are_far
 
 
 def _advance(builder, pointer, count):
@@ -83,7 +83,8 @@ def _vectors_of(builder, pointer, vectors, width):
 def _emit_outer_product(builder, dtype, sums, elements, columns):
     """Emit sums + (a column of A) @ (a row of B), given pointers to their elements and vectors.
 
-    The shorter of the two stays in registers while the longer passes by: this decides how many sums fit beside it.
+    The shorter of the two stays in registers while the elements of the longer are loaded one by one: that leaves the
+    most registers for the sums.
     """
     updated = [[None] * len(columns) for _ in elements]
     if len(elements) < len(columns):
@@ -104,12 +105,12 @@ def _emit_outer_product(builder, dtype, sums, elements, columns):
 def _emit_loop(builder, dtype, start, k_end, a_rows, a_k, panels, b_k, soon, soon_k, *, as_written=False):
     """Emit the loop over k, adding to the block `start`; return the sums.
 
-    The panels lie apart, and are as many vectors wide each as together make a row of the block. `as_written`, the loop
-    is not unrolled, with which training as a whole is faster, and inference is not.
+    The panels are separate, and their vectors together make a row of the block. With `as_written` the loop is not
+    unrolled: training is then faster, inference is not.
 
-    For each k, the line of memory at ``soon[k * soon_k]`` is fetched. Many hints at once would take all the places
-    where a core keeps what it waits for, and the loop's own loads, from the nearer caches, would wait with them. A
-    single row has no time for hints: it loads a vector for every multiply-add.
+    For each k, the cache line at ``soon[k * soon_k]`` is prefetched. Many prefetches at once would occupy all the line
+    fill buffers of a core, and the loop's own loads, from nearer caches, would wait for them. A single row is not
+    prefetched for: it already loads one vector per multiply-add.
     """
     intp, vector = k_end.type, llvm_vector(dtype)
     zero, one = ir.Constant(intp, 0), ir.Constant(intp, 1)
@@ -195,9 +196,10 @@ def _emit_gate_tile(builder, dtype, rows, vectors, arguments):
 
 
 def emit_choice(context, builder, signature, args, sizes, emit):
-    """Emit one block for each of `sizes`, and the choice between them by the two leading arguments."""
-    # Inlined at each of its uses, the blocks would multiply the compiler's time.
+    """Emit a block for each of `sizes`, and the choice between them by the first two arguments."""
+    # Inlined at each use, the blocks would multiply the compile time.
     builder.function.attributes.add("noinline")
+    unroll_loops(builder)
     intp, dtype = (
         context.get_value_type(types.intp),
         next(t.dtype for t in signature.args if not isinstance(t, types.Integer)),
@@ -248,7 +250,7 @@ def _gate_tile(
 
 @intrinsic
 def zero_row(typingctx, like):
-    """Return a pointer to zeros, as many as a row of any tile has, of the type of another: a start for new sums."""
+    """Return a pointer to zeros, as many as a row of any block has, of the type of `like`: the start of new sums."""
 
     def codegen(context, builder, signature, args):
         count = ROW_BLOCKS * NR * lanes(like.dtype)
@@ -275,40 +277,40 @@ def tile(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, so
     start : pointer, IN
         Row r starts at ``start[r * start_row]``: C itself, to add to it, or :func:`zero_row` for every row (0).
     c : pointer, OUT
-        Row r of C, `vectors` whole vectors, starts at ``c[r * c_row]``; must not overlap A or B. If it lies far away,
-        the caller has it fetched before.
+        Row r of C, `vectors` whole vectors, starts at ``c[r * c_row]``; must not overlap A or B. If it exceeds L2, the
+        caller prefetches it.
     soon, soon_k : pointer and int
-        What will be wanted soon, whatever it is: for each k, the cache line at ``soon[k * soon_k]`` is fetched.
+        Memory that is needed soon: for each k, the cache line at ``soon[k * soon_k]`` is prefetched.
     """
     _tile(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, soon_k)
 
 
 @routine(inline=True)
 def rows_of_tile(left):
-    """Return how many of the rows that are left the next tile takes.
+    """Return how many of the remaining rows the next block takes.
 
-    The last tile has no one or two of many rows, as far as that goes: their few sums wait in turn.
+    Of many rows, the last block gets more than one or two where possible: too few sums do not hide the FMA latency.
     """
     return (left + 1) // 2 if MR < left <= MR + 2 else minimum(MR, left)
 
 
 @routine
 def are_far(first, count):
-    """Say whether so many numbers, of the factors of a product or of its sums, are fetched ahead.
+    """Say whether `count` numbers, of the factors or sums of a product, exceed L2 and are prefetched.
 
-    What lies in the second-level cache, be it but half of them, the processor fetches well enough by itself: hints
-    would take turns from the loads, and push lines out of the first-level cache that are still in use.
+    If they fit L2, even by half, the hardware prefetcher is good enough: software prefetches would take load slots, and
+    evict lines from L1 that are still in use.
     """
     return count * VECTOR_BYTES > _FAR * lanes_of(first)
 
 
 @routine(inline=True)
 def _stream(soon, size, row, count, rows, k, near):
-    """Return where a tile of `count` rows starts to fetch its share of `size` elements, and its step for each k.
+    """Return where a block of `count` rows starts to prefetch its share of `size` elements, and its step for each k.
 
-    If there is nothing to fetch, it is `near`: to look for memory where there may be none would take time. Neither is
-    there for a tile that is alone: it loads as many lines as it would have to fetch, and the processor, who sees them
-    pass by, fetches the next ones better.
+    If there is nothing to prefetch, it is `near`: prefetches of unmapped addresses take time. A single block of rows
+    does not prefetch either: it loads as many lines as it would prefetch, and the hardware prefetcher follows those
+    loads.
     """
     if size == 0 or rows <= MR:
         return near, 0
@@ -317,7 +319,7 @@ def _stream(soon, size, row, count, rows, k, near):
 
 @routine
 def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, soon, size):
-    """Compute any number of rows of C, as :func:`tile` does, and fetch `size` elements that will be wanted soon."""
+    """Compute any number of rows of C with :func:`tile`, and prefetch `size` elements that are needed soon."""
     row = 0
     while row < rows:
         count = rows_of_tile(rows - row)
@@ -333,10 +335,10 @@ def tiles(rows, vectors, k, a, a_row, a_k, b, b_k, start, start_row, c, c_row, s
 def gate_tile(
     rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, soon, soon_k
 ):  # fmt: skip
-    """Compute the pre-activations of a tile: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
+    """Compute the pre-activations of a block: C = (A1 @ B1 + start) + A2 @ B2, as one chain of sums over k.
 
-    The chain may be cut at `start`: the first part alone (k2 = 0), and later the second (k1 = 0) from where
-    that left off, give the same result to the last bit.
+    The chain may be cut at `start`: the first part alone (k2 = 0), and later the second (k1 = 0) from its result, are
+    bit-identical to one call.
 
     Parameters
     ----------
@@ -368,7 +370,7 @@ def gate_tile(
 def gate_tiles(
     rows, blocks, k1, a1, a1_row, b1, b1_block, k2, a2, a2_row, b2, b2_block, start, start_row, c, c_row, far, following
 ):  # fmt: skip
-    """Run :func:`gate_tile` over any number of rows; where B is far, fetch as many rows of it that come after these."""
+    """Run :func:`gate_tile` over any number of rows; if B exceeds L2, prefetch the rows of B that come next."""
     k = k1 + k2
     size = k * NR * lanes_of(c) if far else 0
     row = 0

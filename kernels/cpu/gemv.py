@@ -1,11 +1,11 @@
-"""Products with unpacked weights: for a few rows, for which packing the weights would cost more than the products.
+"""Products of a small batch with unpacked weights, where packing the weights would take longer than the products.
 
-Where the microkernel of ``gemm_microkernel.py`` has a column of the weights in each lane, here a vector is a part of
-one row of the weights, times the same part of a row of x; so nothing has to be rearranged, and the sum over the lanes
-comes at the end. A few rows of x meet a few of the weights at a time, so that each loaded vector serves several
+The microkernel of ``gemm_microkernel.py`` has a column of the weights in each lane. Here a vector is a part of one row
+of the weights, and is multiplied by the same part of a row of x, so nothing has to be packed; the lanes are summed at
+the end. Several rows of x and of the weights are taken at a time, so that each loaded vector is used in several
 multiply-adds.
 
-The order of a sum depends on the lengths of the rows alone, not on which rows share a tile.
+The order of a sum depends only on the lengths of the rows, not on which rows are computed together.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from fastlstm.kernels.cpu.vector_arithmetic import call_llvm
 
 __all__ = ["Unpacked", "gate_dots"]
 
-# Rows of the weights that are taken at a time with several rows of x, and with one: so many sums fit into the
-# registers, and are enough for two multiply-adds a cycle that take four cycles each. Processors with AVX-512 look ahead
-# so far that they begin the next rows meanwhile.
+# Rows of the weights that are taken at a time with several rows of x, and with one row: their sums fit the registers,
+# and hide the latency of two multiply-adds per cycle that take four cycles each. Processors with AVX-512 need half as
+# many for one row: out-of-order execution begins the next rows meanwhile.
 _WITH_MORE = NR
 _WITH_ONE = NR if VECTOR_BYTES == 64 else 2 * NR
 
 
 def _halved(builder, dtype, vectors, run, span):
-    """Emit half as many vectors: of each two, the sums of neighbouring runs of elements.
+    """Emit half as many vectors: for each two, the sums of neighbouring runs of elements.
 
-    Within each `span` of elements, the first half of the result is of the one vector, the second of the other.
+    Within each `span` of elements, the first half of the result comes from one vector, the second from the other.
     """
     count = lanes(dtype)
     order = ir.VectorType(ir.IntType(32), count)
@@ -69,7 +69,7 @@ def _sum_over_lanes(builder, dtype, vectors):
     count, near = lanes(dtype), 128 // dtype.bitwidth
     run = 1
     while run < count:
-        # Within 16 bytes, processors exchange elements faster than beyond.
+        # Shuffles within 16 bytes are faster than across.
         vectors = vectors if len(vectors) > 1 else 2 * vectors
         vectors = _halved(builder, dtype, vectors, *((1, near) if run < near else (near, count)))
         run *= 2
@@ -77,7 +77,7 @@ def _sum_over_lanes(builder, dtype, vectors):
 
 
 def _emit_updates(builder, dtype, sums, load, weights, xs):
-    """Emit sums + the products of parts of rows of the weights and of x; `load` loads such a part."""
+    """Emit sums + products of parts of rows of the weights and of x; `load` loads a part."""
     parts = [load(x) for x in xs]
     updated = [[] for _ in sums]
     for w, pointer in enumerate(weights):
@@ -191,20 +191,20 @@ def _dots(
 
 @routine
 def _dot_tile(rows, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x2_row, bias, biases, c, c_row):
-    """Compute x @ W1.T + h @ W2.T + b for up to MR rows and a vector of units: the sums of one gate."""
+    """Compute x @ W1.T + h @ W2.T + b for up to MR rows and one vector of units of one gate."""
     _dots(rows, 1, units, matrix1, length1, x1, x1_row, matrix2, length2, x2, x2_row, bias, biases, c, c_row)
 
 
 @routine
 def _prefetch_share(following, size, row, end, rows):
-    """Prefetch what belongs to the rows up to `end`, of all `rows`, of the `size` elements that are wanted next."""
+    """Prefetch the share of the rows `row` to `end`, of `rows` in all, of the `size` elements that are needed next."""
     line = CACHE_LINE * lanes_of(following) // VECTOR_BYTES
     for n in range(size * row // rows, size * end // rows, line):
         prefetch(offset(following, n))
 
 
 class Unpacked(NamedTuple):
-    """The weights of a layer as the caller gave them."""
+    """The unpacked weights of a layer."""
 
     ih: Any  # (4H, I)
     hh: Any  # (4H, H)
@@ -233,7 +233,7 @@ def gate_dots(rows, block, weights, x, h, h_row, a, a_row, far):
     units = minimum(width, hidden - block * width)
     together = minimum(width, _WITH_ONE if rows == 1 else _WITH_MORE)
     for gate in range(GATES):
-        # Rows of the weights that stay in the first-level cache while those of x pass.
+        # These rows of the weights stay in L1 while the rows of x are taken one after the other.
         for first in range(0, units, together):
             unit, left = gate * hidden + block * width + first, units - first
             w_ih, w_hh = offset(weights.ih, unit * inputs), offset(weights.hh, unit * hidden)

@@ -1,14 +1,9 @@
 """How a kernel is compiled and cached.
 
-A routine is a part of the kernels that call it, and nothing else ever does. Numba would optimise each for itself
-and make machine code of it, then of the routines that call it, at last of the kernel: every level again. Here a
-routine stops at LLVM's intermediate form, and only the whole kernel is optimised, which spares much of the first
-call's time. Numba's own way to extend its compiler serves for that: a pipeline with one pass exchanged.
+A kernel is called from Python; a routine is a part of the kernels that call it. ``compiler.py`` describes which passes
+of Numba's compiler are left out, and ``target.py`` what is not loaded.
 
-Nor are references counted: a kernel makes no arrays, and its caller keeps those that it is given. Numba would make an
-object for each of them at every call, a sixth of a short one's time, and count users even in innermost loops.
-
-Where Numba's private parts (``private_numba.py``) are not as they are known, kernels and routines are compiled by plain
+If Numba's private parts (``private_numba.py``) are not as expected, kernels and routines are compiled by plain
 ``numba.njit``.
 """
 
@@ -33,25 +28,21 @@ from numba.extending import intrinsic
 
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cpu import kernel_cache
-from fastlstm.kernels.cpu.dispatcher import Kernel, RefusingKernel
+from fastlstm.kernels.cpu.compiler import HOT, KernelCompiler, PartCompiler
+from fastlstm.kernels.cpu.dispatcher import Kernel, RefusingKernel, Routine
 from fastlstm.kernels.cpu.plain_njit import PlainKernel
 from fastlstm.kernels.cpu.private_numba import (
     PLAIN,
-    CompilerBase,
     CompileResult,
-    DefaultPassBuilder,
-    JITCodeLibrary,
-    NativeLowering,
     NullCache,
     cgutils,
     dumps,
-    make_function,
-    register_pass,
 )
 
 __all__ = [
     "KERNELS", "PLAIN", "VECTOR_BYTES", "address_of", "by_address", "caller", "cgutils", "compile_for", "compile_once",
-    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined",
+    "emit_call_of_thread", "kernel", "refuse_others", "routine", "stay_outlined", "unkept_kernel",
+    "unroll_loops",
 ]  # fmt: skip
 
 if numba.config.DISABLE_JIT:
@@ -69,128 +60,48 @@ VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes
 
 # --- compiling ----------------------------------------------------------------------------------------------
 
-
-class _Code(JITCodeLibrary):
-    """A module of LLVM's, optimised when all parts of the kernel are together and not function by function before."""
-
-    def _optimize_functions(self, ll_module: Any) -> None:
-        ll_module.data_layout = self._codegen._data_layout
-
-
-class _Part(_Code):
-    """One to be linked into others: not optimised on its own at all, never loaded."""
-
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalized = True
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _LowerKernel(NativeLowering):
-    _name = "lower_kernel"
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _Code(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.enable_object_caching()
-        return bool(super().run_pass(state))
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _LowerPart(NativeLowering):
-    _name = "lower_part"
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.flags = state.flags.copy()
-        state.flags.no_compile = True  # no address is asked for
-        super().run_pass(state)
-        lowered, name = state.cr, state.func_id.func_name
-        # Callers find the routine by this object, which has no code to run (0).
-        handle = make_function(lowered.fndesc.lookup_module(), name, "", 0, lowered.env, (state.library,))
-        state.targetctx.insert_user_function(handle, lowered.fndesc, [state.library])
-        state.cr = lowered._replace(cfunc=handle)
-        return True
-
-
-# Closures, array expressions, loops to unroll by types, `with`: looking for them takes a tenth of the time.
-_NOT_IN_KERNELS = {
-    "annotate_types", "dump_parfor_diagnostics", "find_literally", "inline_closure_likes", "inline_inlinables",
-    "inline_overloads", "literal_unroll", "LiteralPropagation", "make_function_op_code_to_jit_function",
-    "nopython_rewrites", "with_lifting",
-}  # fmt: skip
-
-
-class _Compiler(CompilerBase):
-    """Numba's for functions without Python objects, with a lowering of our own and without what kernels never need."""
-
-    def define_pipelines(self) -> list[Any]:
-        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        pipeline.passes = [
-            (self.lowering if step is NativeLowering else step, why)
-            for step, why in pipeline.passes
-            if step.name() not in _NOT_IN_KERNELS
-        ]
-        pipeline.finalize()
-        return [pipeline]
-
-
-class _KernelCompiler(_Compiler):
-    lowering = _LowerKernel
-
-
-class _PartCompiler(_Compiler):
-    lowering = _LowerPart
-
-
+_OPTIONS = {"nopython": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
 KERNELS: list[Any] = []  # all that have been declared, in this order
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a kernel at its first call, without the GIL, and keep it on disk for the next process.
+def kernel(function: Callable[..., Any], constants: tuple[Any, ...] | None = None) -> Any:
+    """Compile a kernel at its first call, to run without the GIL, and write it to disk for the next process.
 
-    Where no folder can be written, it is compiled in every process.
+    If no folder is writeable, it is compiled in every process. `constants` tell it apart from others that are made by
+    the same function; where they are None, what it refers to does.
     """
-    if PLAIN:
-        made: Any = PlainKernel(function)
-    else:
-        options = {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
-        made = njit(**options, pipeline_class=_KernelCompiler)(function)
-        Kernel.adopt(made)
-        made._cache = _Cache(function)
+    made = unkept_kernel(function)
+    if not PLAIN:
+        made._cache = _Cache(function, constants)
     KERNELS.append(made)
     return made
+
+
+def unkept_kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel at its first call, in every process: for measurements of the kernels' parts."""
+    if PLAIN:
+        return PlainKernel(function)
+    return Kernel(function, targetoptions={**_OPTIONS, "nogil": True}, pipeline_class=KernelCompiler)
 
 
 def routine(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
     """Compile a function that only kernels call, once for each dtype; with `inline`, into each of its callers.
 
-    Left to itself, Numba compiles a function anew for every constant that it is called with.
+    By default, Numba compiles a function again for every constant argument.
     """
     if function is None:
         return functools.partial(routine, inline=inline)
     if PLAIN:
         return njit(error_model="numpy")(function)
-    dispatcher = njit(
-        pipeline_class=_PartCompiler, _nrt=False, forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True,
-        error_model="numpy",
-    )(function)  # fmt: skip
-    resolve = dispatcher.get_call_template
-
-    def resolve_plain(args: Any, kws: Any) -> Any:
-        return resolve(tuple(map(types.unliteral, args)), {name: types.unliteral(t) for name, t in dict(kws).items()})
-
-    dispatcher.get_call_template = resolve_plain
-    return dispatcher
+    options = {**_OPTIONS, "forceinline": inline, "no_cpython_wrapper": True}
+    return Routine(function, targetoptions=options, pipeline_class=PartCompiler)
 
 
 @intrinsic
 def stay_outlined(typingctx):  # type: ignore[no-untyped-def]
-    """Keep the routine in which this stands a function of its own.
+    """Keep LLVM from inlining the routine that calls this.
 
-    LLVM would inline it. Where it is called once for a chunk or a call, that gains nothing, and twice as much code is
-    compiled.
+    For a routine that is called once per chunk or call, inlining gains nothing, and doubles the code to compile.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -200,8 +111,13 @@ def stay_outlined(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
+def unroll_loops(builder: Any) -> None:
+    """Unroll the loops of the function that is being built: the innermost loops of products."""
+    HOT.add(builder.function.name)
+
+
 def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
-    """Compile or load a kernel for such arguments, without a call; it may be ready already, and take no others."""
+    """Compile or load a kernel for the types of these arguments, without calling it, unless that has been done."""
     if PLAIN:
         dispatcher.compile(tuple(map(numba.typeof, arguments)), unless_refused=True)
     elif type(dispatcher) is not RefusingKernel:
@@ -209,21 +125,21 @@ def compile_for(dispatcher: Any, arguments: Iterable[Any]) -> None:
 
 
 def refuse_others(dispatcher: Any) -> None:
-    """Have a kernel raise TypeError for arguments that :func:`compile_once` was not given the types of.
+    """Make a kernel raise TypeError for argument types that :func:`compile_once` was not called with.
 
-    So it may be tried on arguments that nobody has looked at: it is not compiled for whatever they are.
+    So it can be called with unchecked arguments without being compiled for their types.
     """
     if PLAIN:
         dispatcher.refuses = True
     else:
-        dispatcher._can_compile = False  # Numba's own way to say so wants a kernel that has been compiled already
+        dispatcher._can_compile = False  # Numba's own method for this needs a kernel that has been compiled
         # That is what a call looks at, in C. What is compiled on purpose looks in Python, and finds this. To allow it
         # for a while would allow it to other threads' calls, too, and for good if an interrupt came meanwhile.
-        RefusingKernel.adopt(dispatcher)
+        dispatcher.__class__ = RefusingKernel
 
 
 def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
-    """Compile or load a kernel that refuses others for arguments of some types."""
+    """Compile or load a kernel with :func:`refuse_others` for the types of these arguments."""
     dispatcher.compile(signature)
 
 
@@ -231,9 +147,9 @@ def compile_once(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 
 
 class _Cache(NullCache):
-    """What a dispatcher asks for compiled code, and tells of it."""
+    """The cache of a dispatcher: asked for compiled code, and given new code."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], constants: tuple[Any, ...] | None = None) -> None:
         module = function.__module__
         qualname = function.__qualname__.replace("<", "").replace(">", "")
         self._name = f"{module.rpartition('.')[2]}.{qualname}-{sys.implementation.cache_tag}"
@@ -244,23 +160,24 @@ class _Cache(NullCache):
             except (OSError, TypeError):
                 sources = None
         versions = sys.implementation.cache_tag, getattr(sys, "abiflags", ""), numba.__version__, llvmlite.__version__
-        constants = tuple(repr(cell.cell_contents) for cell in function.__closure__ or ())
-        self._identity = sources and (sources, versions, module, qualname, constants)
+        if constants is None:
+            constants = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        self._identity = sources and (sources, versions, module, qualname, tuple(map(repr, constants)))
 
     @property
     def cache_path(self) -> str | None:
-        """The first folder of those in which the kernel may be, None if it is not kept."""
+        """The first folder that may hold the kernel, None if it is not cached."""
         return str(kernel_cache.folders[0]) if self._identity and kernel_cache.folders else None
 
     def _place(self, sig: Any, codegen: Any) -> tuple[str, bytes]:
-        """Return the name of the kernel's file and the key to it: another key makes the file obsolete."""
+        """Return the name of the kernel's file and its key; a file with another key is stale."""
         constants = self._identity and self._identity[-1]
         target = repr((tuple(map(str, sig)), codegen.magic_tuple(), VECTOR_BYTES, constants))
         key = hashlib.sha256(repr((self._identity, target)).encode()).digest()
         return f"{self._name}-{hashlib.sha256(target.encode()).hexdigest()[:16]}.nbc", key
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Load a kernel, but nothing that only compiling one needs: Numba would load all functions it knows first."""
+        """Load a kernel without what only compiling needs: Numba would first load all functions it knows."""
         found = None
         if self._identity:
             content = kernel_cache.read(*self._place(sig, target_context.codegen()))
@@ -273,23 +190,15 @@ class _Cache(NullCache):
     @staticmethod
     def _rebuild(content: bytes, target_context: Any) -> Any:
         try:
-            needs_runtime, reduced = pickle.loads(content)
-            if needs_runtime:
-                target_context.refresh()
-            return CompileResult._rebuild(target_context, *reduced)
+            return CompileResult._rebuild(target_context, *pickle.loads(content))
         except Exception:  # it is what was written, but does not fit: whatever it is, a kernel can be compiled anew
             return None
 
     def save_overload(self, sig: Any, cres: Any) -> None:
-        """Keep a kernel. If that fails it is compiled anew in the next process, and a warning has said so."""
+        """Write a kernel to disk. If that fails, a warning is issued, and the next process compiles it again."""
         if not self._identity or kernel_cache.problem or cres.lifted or cres.library.has_dynamic_globals:
             return
-        name, key = self._place(sig, cres.target_context.codegen())
-        reduced = cres._reduce()
-        # Code that counts references calls Numba's runtime, whose addresses are known only after a refresh. Without it
-        # the process that loads such code crashes. Kernels do not count any, so that the refresh can be spared.
-        needs_runtime = b"NRT_" in reduced[0][2][0]
-        kernel_cache.write(name, key, dumps((needs_runtime, reduced)))
+        kernel_cache.write(*self._place(sig, cres.target_context.codegen()), dumps(cres._reduce()))
 
 
 # --- calling a kernel from another thread -------------------------------------------------------------------
@@ -298,7 +207,7 @@ CALL_TYPE = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), ir.IntTy
 
 
 def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
-    """Emit what calls the function that is being built with its own arguments, but for the one called `thread`.
+    """Emit a function that calls the function that is being built with its arguments, except for `thread`.
 
     Returns
     -------
@@ -314,7 +223,7 @@ def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
         raise BackendError(f"numba {numba.__version__} passes arguments in another way; install another release of it")
     kept = ir.LiteralStructType([arg.type for arg in function.args])
     with builder.goto_entry_block():
-        place = builder.alloca(kept)  # Numba's own way to ask for it would set it to zero first
+        place = builder.alloca(kept)  # Numba's own method would set it to zero first
     for n, arg in enumerate(function.args):
         builder.store(arg, cgutils.gep_inbounds(builder, place, 0, n))
 
@@ -334,9 +243,12 @@ def emit_call_of_thread(builder: Any) -> tuple[Any, Any]:
 # --- functions that are called by their address --------------------------------------------------------------
 
 
-def by_address(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels call by its address, at :func:`address_of`; cached as a kernel is."""
-    dispatcher = kernel(function)
+def by_address(function: Callable[..., Any], *constants: Any) -> Any:
+    """Compile a function that kernels call by its address, at :func:`address_of`; cached as a kernel is.
+
+    The `constants` are those that it was made for.
+    """
+    dispatcher = kernel(function, constants)
     refuse_others(dispatcher)
     return dispatcher
 

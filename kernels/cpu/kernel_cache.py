@@ -1,11 +1,11 @@
 """Compiled kernels on disk: one file for each kernel, signature and processor.
 
-A file is read only if it is whole and fresh: it holds the SHA-256 of its content and of a key, and the key covers the
-sources of all kernels, the versions of Python, Numba and llvmlite, the processor and the kernel's signature. One
-flipped bit in machine code would crash the process that runs it. Whatever is wrong with a file, it counts as missing:
-the kernel is compiled anew, and the file replaced.
+A file is used only if it is undamaged and up to date: it has the SHA-256 of its content and of a key, and the key
+covers the sources of all kernels, the versions of Python, Numba and llvmlite, the processor and the kernel's signature.
+One flipped bit in machine code could crash the process that runs it. A file with any fault counts as missing: the
+kernel is compiled again, and the file replaced.
 
-Numba's own cache trusts what it finds, and does not notice a change in another file that a kernel calls.
+Numba's own cache does not check its files, and does not notice a change in another file that a kernel calls.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SOURCES = _hash_sources()
 
 
 def _candidates() -> Iterator[Path]:
-    # Installations of different versions that share a folder must not replace each other's kernels.
+    # Different versions that share a folder must not replace each other's kernels.
     name = "fastlstm_" + hashlib.sha256(os.fsencode(_HERE)).hexdigest()[:16]
     if config.CACHE_DIR:
         yield Path(config.CACHE_DIR) / name
@@ -84,7 +84,7 @@ problem: str | None = None  # why kernels are not kept, once a save has failed; 
 
 
 def folder() -> Path | None:
-    """Return the folder in which kernels are kept, None if there is none that can be written."""
+    """Return the folder to which kernels are written, None if no folder is writeable."""
     if problem is None:
         for candidate in folders:
             with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def folder() -> Path | None:
 
 
 def describe() -> str:
-    """Say in which folder kernels are kept, or why in none."""
+    """Describe where kernels are kept, or why they are not."""
     found = folder()
     if found is not None:
         return str(found)
@@ -121,7 +121,7 @@ def read(name: str, key: bytes) -> bytes | None:
 def _content(path: Path) -> bytes | None:
     try:
         status = path.stat()
-        # Opening a pipe would wait for its other end.
+        # Opening a pipe would block.
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
             return None
         return path.read_bytes()
@@ -130,7 +130,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def write(name: str, key: bytes, payload: bytes) -> None:
-    """Keep a kernel in the first folder that can be written; warn once per process if there is none."""
+    """Write a kernel to the first writeable folder; warn once per process if there is none."""
     global problem  # noqa: PLW0603
     if problem is not None or not folders:
         return
@@ -176,7 +176,7 @@ _announced = threading.Lock()  # taken once, and for good
 
 
 def announce(*, kept: bool = True, silently: bool = False) -> None:
-    """Say on stderr, once per process, that compiling takes a while and how to avoid it; `silently`, never say it.
+    """Print on stderr, once per process, that kernels are compiled and how to avoid it; `silently`, never print it.
 
     Parameters
     ----------

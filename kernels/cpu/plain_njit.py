@@ -1,4 +1,4 @@
-"""Kernels that stand on no private part of Numba, for releases of it that ``jit.py`` does not know."""
+"""Kernels that use no private part of Numba, for releases that ``jit.py`` does not know."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["PlainKernel"]
 
 
 class PlainKernel:
-    """A kernel that stands on no private part of Numba: slower to compile, compiled in every process."""
+    """A kernel that uses no private part of Numba: slower to compile, and compiled in every process."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.dispatcher, self.refuses = njit(nogil=True, error_model="numpy")(function), False
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the kernel, compiling it at need."""
+        """Call the kernel; compile it if necessary."""
         if not self.dispatcher.signatures:
             if self.refuses:
                 raise TypeError(f"{self.dispatcher.__name__} has not been compiled for these arguments")

@@ -1,4 +1,4 @@
-"""Pre-activations of some rows, by packed weights: a = (x @ W_ih.T + start) + h @ W_hh.T, for every driver."""
+"""Pre-activations from packed weights, for every driver: a = (x @ W_ih.T + start) + h @ W_hh.T."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["pre_activations"]
 def pre_activations(rows, blocks, x, inputs, of_x, h, depth, h_row, of_h, start, start_row, a, a_row, far, after):
     """Compute a = (x @ W_ih.T + start) + h @ W_hh.T for some rows and one block of units, or for one row and several.
 
-    The weights are taken KC rows at a time, which stay in the nearest caches while the rows pass. Where they are cut
-    depends on I and H alone, so that results do not depend on the plan. Where they exceed the second-level cache, each
-    part prefetches the next one, and the last what stands `after` them.
+    The weights are taken KC rows at a time, which stay in L1 and L2 while the rows are computed. Where they are cut
+    depends only on I and H, so that results do not depend on the schedule. If the weights exceed L2, each part
+    prefetches the next one, and the last part prefetches `after`.
     """
     tile_row = GATES * lanes_of(a)
     x_block, h_block = inputs * tile_row, depth * tile_row
-    # At least one input is left, if there are any, to start the products of h.
+    # At least one input is left, if there are any, for the block that starts the products of h.
     whole = maximum(0, inputs - 1) // KC * KC
     k = 0
     while k < inputs + depth:

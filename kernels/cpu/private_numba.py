@@ -1,4 +1,4 @@
-"""The private parts of Numba that the kernels stand on: each is checked when this is imported.
+"""The private parts of Numba that the kernels use: each is checked when this module is imported.
 
 If one is missing or has other arguments, or FASTLSTM_PLAIN_NJIT=1 is set, :data:`PLAIN` says so, and ``jit.py``
 compiles kernels and routines by plain ``numba.njit``: bit-identical, but with a slower first call in each process,
@@ -12,20 +12,23 @@ import inspect
 import os
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numba
 
 __all__ = [
-    "PLAIN", "CPUDispatcher", "CompileResult", "CompilerBase", "DefaultPassBuilder", "JITCodeLibrary", "NativeLowering",
-    "NullCache", "cgutils", "dumps", "global_compiler_lock", "make_function", "normalize_signature", "register_pass",
+    "IMPLEMENTATIONS", "PLAIN", "CPUContext", "CPUDispatcher", "CPUHardware", "CPUTarget", "CodeLibrary",
+    "CompileResult", "CompilerBase", "DefaultPassBuilder", "JITCodeLibrary", "Lower", "NativeLowering", "NullCache",
+    "OverloadAttribute", "OverloadFunction", "RegistryLoader", "TypingContext", "cgutils", "dispatcher_registry",
+    "dumps", "global_compiler_lock", "make_function", "normalize_signature", "register_pass", "target_registry",
 ]  # fmt: skip
 
 _problems: list[str] = []
 
 
 class _Missing:
-    """Stands for a private part that is not there, so that what is built of it can be defined, though not used."""
+    """Replaces a missing private part, so that code that uses it can be defined, though not run."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -35,7 +38,7 @@ class _Missing:
 
 
 def _private(module: str, name: str, *attributes: str) -> Any:
-    """Return a private part of Numba; note in `_problems` if it or an attribute of it is missing.
+    """Return a private part of Numba; record in `_problems` if it or one of its attributes is missing.
 
     An attribute that is written with parameters, ``"run_pass(self, state)"``, has to be a function with these.
     """
@@ -58,9 +61,14 @@ NullCache = _private(
     "numba.core.caching", "NullCache", "load_overload(self, sig, target_context)", "save_overload(self, sig, cres)",
     "cache_path",
 )  # fmt: skip
+CodeLibrary = _private(
+    "numba.core.codegen", "CodeLibrary", "_ensure_finalized(self)", "add_linking_library(self, library)",
+    "add_ir_module(self, ir_module)", "finalize(self)", "get_function(self, name)", "get_llvm_str(self)",
+    "get_asm_str(self)",
+)  # fmt: skip
 JITCodeLibrary = _private(
     "numba.core.codegen", "JITCodeLibrary", "_optimize_functions(self, ll_module)", "_optimize_final_module(self)",
-    "_finalize_final_module(self)", "enable_object_caching(self)", "has_dynamic_globals",
+    "finalize(self)", "enable_object_caching(self)", "has_dynamic_globals",
 )  # fmt: skip
 JITCPUCodegen = _private("numba.core.codegen", "JITCPUCodegen", "magic_tuple(self)")
 CompilerBase = _private("numba.core.compiler", "CompilerBase", "define_pipelines(self)")
@@ -70,20 +78,47 @@ Flags = _private("numba.core.compiler", "Flags", "copy(self)", "no_compile", "nr
 _LowerResult = _private("numba.core.compiler", "_LowerResult", "fndesc", "cfunc", "env", "_replace")
 register_pass = _private("numba.core.compiler_machinery", "register_pass")
 CPUContext = _private(
-    "numba.core.cpu", "CPUContext", "refresh(self)", "codegen(self)", "insert_user_function(self, func, fndesc, libs)"
-)
+    "numba.core.cpu", "CPUContext", "codegen(self)", "insert_user_function(self, func, fndesc, libs)",
+    "load_additional_registries(self)", "post_lowering(self, mod, library)",
+)  # fmt: skip
 CPUTargetOptions = _private(
     "numba.core.cpu", "CPUTargetOptions", "_nrt", "nogil", "error_model", "forceinline", "no_cpython_wrapper",
     "no_cfunc_wrapper",
 )  # fmt: skip
+Lower = _private(
+    "numba.core.lowering", "Lower", "lower_block(self, block)", "storevar(self, value, name, argidx)",
+    "alloca_lltype(self, name, lltype, datamodel)", "delvar(self, name)", "lower_binop(self, resty, expr, op)",
+    "_alloca_var(self, name, fetype)", "pre_block(self, block)", "post_block(self, block)", "lower_inst(self, inst)",
+    "loadvar(self, name)", "typeof(self, varname)",
+)  # fmt: skip
 CPUDispatcher = _private(
     "numba.core.registry", "CPUDispatcher", "_can_compile", "get_call_template(self, args, kws)",
-    "typeof_pyval(self, val)", "compile(self, sig)",
+    "typeof_pyval(self, val)", "compile(self, sig)", "_compilation_chain_init_hook(self)", "targetdescr",
 )  # fmt: skip
+CPUTarget = _private("numba.core.registry", "CPUTarget", "options", "target_context", "typing_context")
+CPUHardware = _private("numba.core.target_extension", "CPU")
+dispatcher_registry = _private("numba.core.target_extension", "dispatcher_registry")
+target_registry = _private("numba.core.target_extension", "target_registry")
+TypingContext = _private(
+    "numba.core.typing.context", "BaseContext", "install_registry(self, registry)", "insert_function(self, ft)",
+    "insert_attributes(self, at)", "_lookup_global(self, gv)", "_insert_global(self, gv, gty)",
+    "_remove_global(self, gv)",
+)  # fmt: skip
+RegistryLoader = _private("numba.core.typing.templates", "RegistryLoader", "new_registrations(self, name)")
+OverloadFunction = _private("numba.core.typing.templates", "_OverloadFunctionTemplate")
+OverloadAttribute = _private("numba.core.typing.templates", "_OverloadAttributeTemplate")
 dumps = _private("numba.core.serialize", "dumps")
 global_compiler_lock = _private("numba.core.compiler_lock", "global_compiler_lock", "is_locked", "_lock")
 normalize_signature = _private("numba.core.sigutils", "normalize_signature")
-NativeLowering = _private("numba.core.typed_passes", "NativeLowering", "run_pass(self, state)")
+NativeLowering = _private("numba.core.typed_passes", "NativeLowering", "run_pass(self, state)", "lowering_class")
+
+# Modules with implementations that kernels use: of integers, ranges, tuples, and arrays' shapes and elements.
+IMPLEMENTATIONS = (
+    "numba.core.boxing", "numba.core.optional", "numba.cpython.builtins", "numba.cpython.iterators",
+    "numba.cpython.numbers", "numba.cpython.rangeobj", "numba.cpython.slicing", "numba.cpython.tupleobj",
+    "numba.np.arrayobj",
+)  # fmt: skip
+_problems.extend(f"{module} is missing" for module in IMPLEMENTATIONS if find_spec(module) is None)
 
 # Documented for extensions, so nothing stands in for it: without it there are no vectors.
 from numba.core import cgutils  # noqa: E402  # after the checks, which import what it needs

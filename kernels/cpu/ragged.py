@@ -6,7 +6,7 @@ stored, and the rows of all steps together are one matrix of N = sum of lengths 
 the caller's (T * B). A batch of equal lengths is the special case ``offsets[s] = s * B``, without a copy.
 
 All of this is one int64 array, the `index` of a call: order (B,), lengths (B,), offsets (S + 1,) and places (N,),
-with S the longest length.
+with S the longest length; and, of a call with resets, (N,) numbers that say before which rows' steps the state is zero.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ class Rows(NamedTuple):
     lengths: Any  # (B,) sorted as `order`, descending
     offsets: Any  # (S + 1,) first row of each step
     places: Any  # (N,) where each row belongs in (T * B)
+    has_resets: Any
+    resets: Any  # (N,) 1 where the state is zero before the step, if there are resets
 
 
 @routine(inline=True)
-def rows_of(index, batch, steps):
+def rows_of(index, batch, steps, has_resets):
     """Read the record off an index."""
     start = address(index)
-    return Rows(
-        batch, steps, start, offset(start, batch), offset(start, 2 * batch), offset(start, 2 * batch + steps + 1)
-    )
+    offsets = offset(start, 2 * batch)
+    places = offset(offsets, steps + 1)
+    return Rows(batch, steps, start, offset(start, batch), offsets, places, has_resets, offset(places, offsets[steps]))
 
 
 @routine

@@ -34,12 +34,12 @@ from fastlstm.kernels.cpu.weight_gradients import (
     PANEL_ROWS,
     CellStates,
     Product,
-    add_bias,
     add_own,
+    add_weights,
+    cell_before,
     cell_state,
     finish_edge,
     inputs_back,
-    weights_back,
 )
 from fastlstm.kernels.cpu.weight_packing import pack_backward, pack_forward, packed_at
 from fastlstm.kernels.cpu.worker import this_call
@@ -48,10 +48,11 @@ __all__ = ["PANEL_ROWS", "SETTINGS", "sequence_backward"]
 
 # The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of dy to read;
 # whether to add to dx in place of setting it, and to set it past the lengths to zero; for how many steps gate gradients
-# are kept at a time, and how many rows these have at most; whether units are divided among the threads. Then come the
-# places in `scratch` of what the kernel works with, those in `again`, and the addresses of a variant's routines.
-(BATCH, STEPS, TOTAL, COLUMN, ACCUMULATE, CLEAR, CHUNK, CHUNK_ROWS, DIVIDED, DA, DH_ROWS, DC_ROWS, OF_X, OF_H, SUMS_IH,
- SUMS_HH, SUMS_BIAS, PANEL, GATE_ROWS, WEIGHTS, BIAS, ADDRESSES) = range(22)  # fmt: skip
+# are kept at a time, and how many rows these have at most; whether units are divided among the threads, whether there
+# are resets, and whether the gradient by the h of the step before is taken for zero. Then come the places in `scratch`
+# of what the kernel works with, those in `again`, and the addresses of a variant's routines.
+(BATCH, STEPS, TOTAL, COLUMN, ACCUMULATE, CLEAR, CHUNK, CHUNK_ROWS, DIVIDED, RESETS, TRUNCATED, DA, DH_ROWS, DC_ROWS,
+ OF_X, OF_H, SUMS_IH, SUMS_HH, SUMS_BIAS, PANEL, GATE_ROWS, WEIGHTS, BIAS, ADDRESSES) = range(24)  # fmt: skip
 SETTINGS = ADDRESSES + CELL
 
 
@@ -108,7 +109,7 @@ def sequence_backward(
         call, arguments = this_call()
         summon(team, call, arguments)
     inputs, hidden, blocks, work = dx.shape[1], weight_hh.shape[1], tape.shape[1], address(scratch)
-    rows = rows_of(index, settings[BATCH], settings[STEPS])
+    rows = rows_of(index, settings[BATCH], settings[STEPS], settings[RESETS])
     layer = _layer(own, hidden, tape, c0, dy, scratch, settings, thread)
     of_x = offset(work, settings[OF_X])
     weights = Unpacked(address(weight_ih), address(weight_hh), address(bias), inputs, hidden, bias.size > 0)
@@ -120,7 +121,8 @@ def sequence_backward(
         forward = packed_at(offset(start, settings[WEIGHTS]), offset(start, settings[BIAS]), inputs, hidden, blocks)
         pack_forward(weights, forward, first, last)
     pack_backward(weights.ih, hidden, inputs, of_x, blocks, first, last)
-    pack_backward(weights.hh, hidden, hidden, layer.of_h, blocks, first, last)
+    if not settings[TRUNCATED]:
+        pack_backward(weights.hh, hidden, hidden, layer.of_h, blocks, first, last)
     if settings[CLEAR]:
         clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, threads_of(team, thread))
     sums_bias, of_own = offset(work, settings[SUMS_BIAS]), address(down)
@@ -153,9 +155,9 @@ def _run_chunks(
         if forward is not None:
             _rebuild(layer, rows, ih.operand, hh, forward, chunk_first, chunk_last, first, last)
             barrier(team, thread)
-        _chunk_back(layer, rows, chunk_first, chunk_last, settings[DIVIDED], team, thread)
+        _chunk_back(layer, rows, chunk_first, chunk_last, settings[DIVIDED], settings[TRUNCATED], team, thread)
         barrier(team, thread)
-        _add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last)
+        add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last)
         if own_size:
             add_own(layer.cell, layer.da, rows, layer.tape, layer.c0, chunk_first, chunk_last, of_own, first, last)
         low = rows.offsets[chunk_first]
@@ -165,19 +167,6 @@ def _run_chunks(
         )
         barrier(team, thread)
         chunk_last = chunk_first
-
-
-@routine
-def _add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last):
-    """Add a chunk's gradients by the weights and the bias, for this thread's blocks."""
-    stay_outlined()
-    low, high = rows.offsets[chunk_first], rows.offsets[chunk_last]
-    for start in range(low, high, PANEL_ROWS):
-        count = minimum(PANEL_ROWS, high - start)
-        add_bias(layer.da, start - low, count, sums_bias, first, last)
-        add, finish = chunk_last < rows.steps or start > low, chunk_first == 0 and start + count == high
-        weights_back(ih, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
-        weights_back(hh, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
 
 
 @routine
@@ -289,7 +278,7 @@ def _activate(layer, rows, step, first_row, count, block):
         row = first_row + n
         while row >= rows.offsets[step + 1]:
             step += 1
-        c_prev = _c_before(layer, rows, step, row - rows.offsets[step], block, units)
+        c_prev = cell_before(layer.tape, layer.c0, layer.hidden, rows, step, row - rows.offsets[step], block, units)
         out = offset(layer.gates, ((row - low) * layer.blocks + block) * TAPE * width)
         rebuild(
             cell, offset(layer.panel, n * GATES * width), units, c_prev, load(cell_state(layer.tape, row, block)), out
@@ -297,15 +286,7 @@ def _activate(layer, rows, step, first_row, count, block):
 
 
 @routine(inline=True)
-def _c_before(layer, rows, step, row, block, units):
-    """Load the cell state before a step, of one of the step's rows."""
-    if step:
-        return load(cell_state(layer.tape, rows.offsets[step - 1] + row, block))
-    return load_first(offset(layer.c0, rows.order[row] * layer.hidden + block * layer.width), units)
-
-
-@routine(inline=True)
-def _chunk_back(layer, rows, chunk_first, chunk_last, divided, team, thread):
+def _chunk_back(layer, rows, chunk_first, chunk_last, divided, truncated, team, thread):
     """Take the gradients back through the steps of a chunk."""
     low = rows.offsets[chunk_first]
     row_first, row_last, block_first, block_last = 0, rows.batch, 0, layer.blocks
@@ -316,6 +297,9 @@ def _chunk_back(layer, rows, chunk_first, chunk_last, divided, team, thread):
     for step in range(chunk_last - 1, chunk_first - 1, -1):
         active = minimum(rows.offsets[step + 1] - rows.offsets[step], row_last)
         _gates_back(layer, rows, step, low, row_first, active, block_first, block_last)
+        if truncated:
+            _cut(layer, rows, step, row_first, active, block_first, block_last, truncated)
+            continue
         if divided:
             barrier(team, thread)
         # The tape of the step before, row after row, is prefetched while this step's product is computed.
@@ -325,6 +309,23 @@ def _chunk_back(layer, rows, chunk_first, chunk_last, divided, team, thread):
             if before >= 0:
                 soon, size = offset(layer.gates, (before + row_first) * kept), (active - row_first) * kept
         _state_back(layer, step, rows.offsets[step] - low, row_first, active, block_first, block_last, soon, size)
+        if rows.has_resets:
+            _cut(layer, rows, step, row_first, active, block_first, block_last, truncated)
+
+
+@routine
+def _cut(layer, rows, step, row_first, row_last, block_first, block_last, truncated):
+    """Set gradients by the state before a step to zero: where it was reset, and that by h if it is truncated."""
+    stay_outlined()
+    low, zero = rows.offsets[step], fill(layer.dh_rows, 0.0)
+    for row in range(row_first, row_last):
+        is_reset = rows.has_resets and rows.resets[low + row]
+        for block in range(block_first, block_last):
+            state = (row * layer.blocks + block) * layer.width
+            if is_reset or truncated:
+                store(offset(layer.dh_rows, state), zero)
+            if is_reset:
+                store(offset(layer.dc_rows, state), zero)
 
 
 @routine
@@ -340,7 +341,7 @@ def _gates_back(layer, rows, step, low, row_first, row_last, block_first, block_
         soon = rows.places[minimum(here + row + 2, end)] * layer.dy_row
         for block in range(block_first, block_last):
             units = minimum(width, layer.hidden - block * width)
-            c_prev = _c_before(layer, rows, step, row, block, units)
+            c_prev = cell_before(layer.tape, layer.c0, layer.hidden, rows, step, row, block, units)
             state = (row * layer.blocks + block) * width
             dh = load(offset(layer.dh_rows, state))
             if layer.has_dy:

@@ -20,7 +20,7 @@ from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, fetch, record, share, summon, take, threads_of
-from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, minimum, offset, store, store_first
+from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import is_at_rest, pack_forward, packed_at
 from fastlstm.kernels.cpu.worker import size_of_call, this_call
 
@@ -28,11 +28,11 @@ __all__ = ["SETTINGS", "sequence_forward"]
 
 # The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of y to write;
 # whether to set y past the lengths to zero, to write the tape, to pack the weights, to use packed ones; for how many
-# steps input products are computed together, 0 for none; whether units are divided among the threads. Then come the
-# places in `scratch` of what the kernel works with, the length of a row of `a`, and the addresses of a variant's
-# routines.
-(BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, IS_PACKED, AHEAD, DIVIDED, H_ROWS, C_ROWS, A, A_ROW, WEIGHTS, BIAS,
- ADDRESSES) = range(17)  # fmt: skip
+# steps input products are computed together, 0 for none; whether units are divided among the threads, and whether there
+# are resets. Then come the places in `scratch` of what the kernel works with, the length of a row of `a`, and the
+# addresses of a variant's routines.
+(BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, IS_PACKED, AHEAD, DIVIDED, RESETS, H_ROWS, C_ROWS, A, A_ROW,
+ WEIGHTS, BIAS, ADDRESSES) = range(18)  # fmt: skip
 SETTINGS = ADDRESSES + CELL
 
 
@@ -101,7 +101,7 @@ def sequence_forward(
             return
         summon(team, call, arguments)
     inputs, hidden, blocks = weight_ih.shape[1], weight_hh.shape[1], tape.shape[1]
-    rows = rows_of(index, settings[BATCH], settings[STEPS])
+    rows = rows_of(index, settings[BATCH], settings[STEPS], settings[RESETS])
     weights = Unpacked(address(weight_ih), address(weight_hh), address(bias), inputs, hidden, bias.size > 0)
     found, found_bias = address(packed), address(packed_bias)
     if settings[PACK]:
@@ -123,6 +123,10 @@ def sequence_forward(
         _step(layer, rows, mine, step, 0 if step == 0 and at_rest else hidden, team, thread)
         if mine.divided:
             barrier(team, thread)
+        if rows.has_resets and step + 1 < rows.steps:
+            _reset(layer, rows, mine, step + 1)
+            if mine.divided:
+                barrier(team, thread)
     if thread == 0:
         dismiss(team)
 
@@ -199,6 +203,19 @@ def _step(layer, rows, mine, step, depth, team, thread):
                 _cells(
                     layer, rows, step, low, start, count, block, offset(a, block * layer.a_block), following
                 )  # fmt: skip
+
+
+@routine
+def _reset(layer, rows, mine, step):
+    """Set the state before a step to zero where a reset says so, of this thread's rows and units."""
+    stay_outlined()
+    low, zero = rows.offsets[step], fill(layer.c_rows, 0.0)
+    here = low if layer.kept else (step & 1) * rows.batch
+    for row in range(mine.row_first, minimum(rows.offsets[step + 1] - low, mine.row_last)):
+        if rows.resets[low + row]:
+            for block in range(mine.block_first, mine.block_last):
+                store(offset(layer.h_rows, ((here + row) * layer.blocks + block) * layer.width), zero)
+                store(offset(layer.c_rows, (row * layer.blocks + block) * layer.width), zero)
 
 
 @routine(inline=True)

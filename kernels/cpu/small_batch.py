@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import from_dtype, types
-from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.cell_step import (
     CELL,
@@ -27,17 +26,17 @@ from fastlstm.kernels.cpu.cell_step import (
     own_gradients,
     update,
 )
-from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far
+from fastlstm.kernels.cpu.gemm_microkernel import ROW_BLOCKS, are_far
 from fastlstm.kernels.cpu.gemv import Unpacked, gate_dots
 from fastlstm.kernels.cpu.jit import compile_once, kernel, refuse_others, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
-from fastlstm.kernels.cpu.small_products import copy_or_clear, product
+from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
+from fastlstm.kernels.cpu.small_products import clear, copy_or_clear, product
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
 from fastlstm.kernels.cpu.vector import (
     address,
     is_aligned,
     lanes_of,
-    llvm_vector,
     load,
     load_first,
     minimum,
@@ -53,11 +52,10 @@ __all__ = [
 ]  # fmt: skip
 
 # The numbers in a call's `settings`, one int64 array: I, H, whether there is a bias, the number of layers and of a
-# variant's own rows of parameters, and the addresses of its routines.
-INPUTS, HIDDEN, BIASED, LAYERS, OWN, ADDRESSES = range(6)
+# variant's own rows of parameters, whether the gradient by the h of the step before is taken for zero, and the
+# addresses of the variant's routines.
+INPUTS, HIDDEN, BIASED, LAYERS, OWN, TRUNCATED, ADDRESSES = range(7)
 SETTINGS = ADDRESSES + CELL
-
-_MOST_ROWS = MC  # of sequences: `schedule.is_short`
 
 
 class _Layer(NamedTuple):
@@ -79,18 +77,6 @@ class _Layer(NamedTuple):
     h_rows: Any  # (T * B, Hp) the state before each row
     kept: Any  # vectors a block of units leaves on the tape, 0 for none
     a: Any  # room for pre-activations
-
-
-@intrinsic
-def _room(typingctx, pointer):
-    """Return a pointer to room for the gates of :data:`_MOST_ROWS` rows, a vector each, until the kernel ends."""
-
-    def codegen(context, builder, signature, args):
-        with builder.goto_entry_block():
-            room = builder.alloca(llvm_vector(pointer.dtype), _MOST_ROWS * GATES)
-        return builder.bitcast(room, args[0].type)
-
-    return pointer(pointer), codegen
 
 
 @kernel
@@ -115,7 +101,7 @@ def small_forward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(y), address(y), 0)
+    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(y), address(y), 0, make_room(address(y)))
     _run(_unpacked(weight_ih, weight_hh, bias), None, layer, team, thread)
     if thread == 0:
         dismiss(team)
@@ -144,9 +130,9 @@ def small_forward_packed(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    weights, bias = address(packed), address(packed_bias)
+    weights, bias, room = address(packed), address(packed_bias), make_room(address(y))
     for number in range(layers):
-        layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, number, address(y), address(y), 0)
+        layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, number, address(y), address(y), 0, room)
         block_row = GATES * lanes_of(weights)
         _run(None, packed_at(weights, bias, layer.inputs, layer.hidden, layer.blocks), layer, team, thread)
         weights = offset(weights, layer.blocks * (layer.inputs + layer.hidden) * block_row)
@@ -178,7 +164,9 @@ def small_forward_taped(
     """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
     if not (_are_weights(weight_ih, weight_hh, bias, own, settings) and _fit(x, h0, c0, y, h_n, c_n, settings)):
         return False
-    layer = _layer(own, x, h0, c0, y, h_n, c_n, settings, 0, address(tape), address(h_rows), TAPE)
+    layer = _layer(
+        own, x, h0, c0, y, h_n, c_n, settings, 0, address(tape), address(h_rows), TAPE, make_room(address(y))
+    )
     _run(_unpacked(weight_ih, weight_hh, bias), None, layer, team, 0)
     return True
 
@@ -207,7 +195,7 @@ def _fit(x, h0, c0, y, h_n, c_n, settings):
     """Say whether a call's arrays are aligned and fit each other, and are as few rows as there is room for."""
     hidden, batch, rows = settings[HIDDEN], h0.shape[1], x.shape[0]
     return (
-        (0 < batch <= _MOST_ROWS and rows % batch == 0 and x.shape[1] == settings[INPUTS] and y.shape == (rows, hidden))
+        (0 < batch <= MOST_ROWS and rows % batch == 0 and x.shape[1] == settings[INPUTS] and y.shape == (rows, hidden))
         and (h0.shape == (settings[LAYERS], batch, hidden) and c0.shape == h0.shape and h_n.shape == h0.shape)
         and c_n.shape == h0.shape
         and (is_aligned(x) and is_aligned(h0) and is_aligned(c0))
@@ -215,7 +203,7 @@ def _fit(x, h0, c0, y, h_n, c_n, settings):
 
 
 @routine(inline=True)
-def _layer(own, x, h0, c0, y, h_n, c_n, settings, number, tape, h_rows, kept):
+def _layer(own, x, h0, c0, y, h_n, c_n, settings, number, tape, h_rows, kept, room):
     """Gather what the parts of the driver work on, for one of the layers; each reads h_n of the one below."""
     hidden, batch, width = settings[HIDDEN], h0.shape[1], lanes_of(tape)
     state, last = number * batch * hidden, number + 1 == settings[LAYERS]
@@ -224,7 +212,7 @@ def _layer(own, x, h0, c0, y, h_n, c_n, settings, number, tape, h_rows, kept):
         cell, hidden if number else settings[INPUTS], hidden, (hidden + width - 1) // width, batch, x.shape[0],
         offset(address(h_n), state - batch * hidden) if number else address(x),
         offset(address(h0), state), offset(address(c0), state), address(y) if last else offset(address(h_n), state),
-        offset(address(h_n), state), offset(address(c_n), state), tape, h_rows, kept, _room(tape),
+        offset(address(h_n), state), offset(address(c_n), state), tape, h_rows, kept, room,
     )  # fmt: skip
 
 
@@ -322,8 +310,11 @@ def small_backward(
     for low in range(rows - batch, -1, -batch):
         for sequence in range(batch):
             _cells_back(cell, tape, c0, dy, dh0, dc0, down, da, low, sequence)
-        step = offset(address(da), low * gates)
-        product(batch, gates, hidden, step, gates, 1, address(weight_hh), hidden, address(dh0))
+        if settings[TRUNCATED]:
+            clear(address(dh0), batch * hidden)
+        else:
+            step = offset(address(da), low * gates)
+            product(batch, gates, hidden, step, gates, 1, address(weight_hh), hidden, address(dh0))
     all_da, h_row = address(da), h_rows.shape[1]
     product(rows, gates, inputs, all_da, gates, 1, address(weight_ih), inputs, address(dx))
     product(gates, rows, inputs, all_da, 1, gates, address(x), inputs, address(dweight_ih))
@@ -340,7 +331,7 @@ def small_backward(
 def _cells_back(cell, tape, c0, dy, dh0, dc0, down, da, low, sequence):
     """Take the gradients of one sequence back through the cell step, for all units."""
     blocks, width, (_, batch, hidden), row = tape.shape[1], tape.shape[3], dh0.shape, low + sequence
-    gate_gradients = _room(address(da))
+    gate_gradients = make_room(address(da))
     for block in range(blocks):
         unit = block * width
         units, here, state = minimum(width, hidden - unit), cell_at(cell, unit), sequence * hidden + unit

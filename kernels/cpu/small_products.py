@@ -1,12 +1,12 @@
-"""Products of a few rows and unpacked matrices, for the backward pass of a small batch."""
+"""Products of a small batch with unpacked matrices, for the backward pass."""
 
 from __future__ import annotations
 
 from fastlstm.kernels.cpu.jit import routine
-from fastlstm.kernels.cpu.vector import address, lanes_of, load, load_first, offset, splat, store, store_first
+from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, load_first, offset, splat, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 
-__all__ = ["copy_or_clear", "product"]
+__all__ = ["clear", "copy_or_clear", "product"]
 
 
 @routine
@@ -15,6 +15,13 @@ def copy_or_clear(source, target, size):
     for n in range(0, size, lanes_of(target)):
         left = size - n
         store_first(offset(target, n), load_first(offset(address(source), n), left if source.size else 0), left)
+
+
+@routine
+def clear(target, size):
+    """Set so many elements to zero."""
+    for n in range(0, size, lanes_of(target)):
+        store_first(offset(target, n), fill(target, 0.0), size - n)
 
 
 _TOGETHER = 4  # rows of B that are read side by side

@@ -1,11 +1,11 @@
 """The threads that run one kernel together: how a call gets workers, and the barrier at which they meet.
 
 The caller's thread enters a kernel, claims workers there (:func:`summon`), and these call the same kernel with the same
-arguments, but for the number of the thread. Before the kernel returns they have finished (:func:`dismiss`). What a
-worker is, and who may change what in its mailbox, says ``worker.py``.
+arguments, except for the number of the thread. They have finished before the kernel returns (:func:`dismiss`). Workers
+and their mailboxes are described in ``worker.py``.
 
-What the threads of a call meet in is the `team`, a (1 + rows, 8) int64 array, a cache line for each row, so that
-waiting on one does not disturb the others. One call at a time has it.
+The threads of a call share the `team`, a (1 + rows, 8) int64 array with a cache line for each row, so that waiting on
+one does not disturb the others. Only one call at a time uses it.
 
 =======================  ========================================================================================
 ``team[0, ARRIVALS]``    how often threads have arrived at barriers
@@ -20,11 +20,12 @@ waiting on one does not disturb the others. One call at a time has it.
 
 Waits, and why each ends
 ------------------------
-- For a worker that is to wake: after a tenth of a second the caller takes its call back and goes on without.
-- At a barrier, and in :func:`dismiss`: only for threads that have answered, so they are awake and in compiled code. It
-  has no locks, allocates nothing and calls nothing that blocks, so that only the system's scheduler can hold them up. A
-  thread that waits for long sleeps between its looks, so that the other proceeds even if it needs the same core and has
-  a lower priority. A forked child, where the threads are gone, finds all mailboxes ``ABSENT``.
+- For a worker to wake: after 0.1 s the caller takes its call back and continues without the worker.
+- At a barrier, and in :func:`dismiss`: only for threads that have answered, so they are awake and in compiled code.
+That
+  code takes no locks, allocates nothing and calls nothing that blocks, so only the system's scheduler can delay it. A
+  thread that waits for long sleeps between polls, so that the other proceeds even if it needs the same core and has a
+  lower priority. In a forked child, which has no other threads, all mailboxes are ``ABSENT``.
 - Of a worker at its lock: may last forever; no thread waits for it then.
 """
 
@@ -197,7 +198,7 @@ def run_records(records, team, thread):
 
 @routine
 def barrier(team, thread):
-    """Wait until every thread of the team is here; what they wrote before is visible after."""
+    """Wait until every thread of the team arrives; what they wrote before is visible afterwards."""
     threads = team[1 + thread, THREADS]
     if threads == 1:
         return
@@ -213,7 +214,7 @@ def barrier(team, thread):
 
 @routine
 def fetch(pointer, count):
-    """Prefetch so many elements that other threads wrote; one after the other, they would be long in coming."""
+    """Prefetch elements that other threads wrote: loads in turn would each wait for another core's cache."""
     for n in range(0, count, CACHE_LINE * lanes_of(pointer) // VECTOR_BYTES):
         prefetch(offset(pointer, n))
 
@@ -233,8 +234,8 @@ def _share_of(count, threads, thread):
 def take(count, team, thread, turn):
     """Take an item of this round's: of this thread's own, or when none is left, of a thread that is behind.
 
-    A core may be slower than others for a while, where something else runs there or beside it; who meets at a barrier
-    would have to wait for it. What is taken from others is what they did not begin.
+    A core may be slower for a while, because another process uses it or its sibling; at the barrier all threads would
+    wait for it. Only items that the other thread has not begun are taken.
 
     Parameters
     ----------
@@ -259,6 +260,6 @@ def take(count, team, thread, turn):
             item = fetch_add(taken, 1)
             if item < last - first:
                 return last - 1 - item if turn & 1 else first + item
-    # Nobody looks at the next round's before the barrier, or at the last one's any more.
+    # No thread reads the next round's count before the barrier, or the last round's after it.
     team[1 + thread, TAKEN + 1 - (turn & 1)] = 0
     return -1

@@ -1,6 +1,6 @@
-"""Vectors for Numba: a small vocabulary of operations, each one LLVM instruction or a handful.
+"""SIMD vectors for Numba: a small set of operations, each of one or a few LLVM instructions.
 
-A kernel written with it looks like the algorithm on one number, and runs on a whole register:
+A kernel is written like the algorithm on one number, and runs on a whole register:
 
 >>> # h = o * tanh(c), for LANES hidden units at once
 >>> # store(h, load(o) * tanh(load(c)))
@@ -13,7 +13,7 @@ A kernel written with it looks like the algorithm on one number, and runs on a w
 ``load_first(p, n)``         the first n lanes (the others zero); no other memory is touched
 ``store_first(p, v, n)``     the first n lanes; no other memory is touched
 ``peek(p)``, ``poke(p, s)``  one element
-``prefetch(p)``              nothing yet: the cache line at p will be wanted soon
+``prefetch(p)``              a hint: the cache line at p will be needed soon
 ``splat(p)``                 one element from memory into all lanes
 ``fill(p, s)``               a scalar into all lanes; `p` gives the element type
 ``v + w``, ``- * /``         lane by lane, without reassociation; one side may be a number
@@ -125,7 +125,7 @@ class _MaskModel(models.PrimitiveModel):
 @unbox(Vector)
 @unbox(types.CPointer)
 def _unbox_nothing(typ, value, c):
-    """Refuse to take a vector or a pointer from Python: Numba wants to know how, for functions called by address."""
+    """Refuse a vector or a pointer from Python; Numba asks for this conversion for functions called by address."""
     c.pyapi.err_set_string("PyExc_TypeError", "this function is called by its address only")
     return NativeValue(ir.Constant(c.context.get_value_type(typ), ir.Undefined), is_error=cgutils.true_bit)
 
@@ -160,7 +160,9 @@ def splat_scalar(builder, scalar, dtype):
 
 @intrinsic
 def address(typingctx, array):
-    """Return a pointer to the first element of a C-contiguous array."""
+    """Return a pointer to the first element of a C-contiguous array; a pointer is returned as it is."""
+    if isinstance(array, types.CPointer):
+        return array(array), lambda context, builder, signature, args: args[0]
 
     def codegen(context, builder, signature, args):
         return cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
@@ -170,7 +172,7 @@ def address(typingctx, array):
 
 @intrinsic
 def is_aligned(typingctx, array):
-    """Say whether the elements of an array lie at multiples of their size, which its type does not say."""
+    """Say whether the elements of an array are aligned to their size, which its Numba type does not contain."""
 
     def codegen(context, builder, signature, args):
         data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
@@ -267,7 +269,7 @@ def store_first(typingctx, pointer, vector, n):
         n = context.cast(builder, args[2], signature.args[2], types.int32)
         target = vector_pointer(builder, args[0], dtype)
         align = dtype.bitwidth // 8
-        # A masked store takes some processors a dozen cycles, so a whole vector is stored without.
+        # A masked store takes a dozen cycles on some processors, so a whole vector is stored without a mask.
         with builder.if_else(builder.icmp_signed("<", n, ir.Constant(n.type, lanes(dtype)))) as (part, whole):
             with part:
                 mask = first_lanes(builder, n, dtype)
@@ -280,10 +282,10 @@ def store_first(typingctx, pointer, vector, n):
 
 
 def unseen(builder, number):
-    """Emit nothing, and hide from LLVM what an integer is: a loop that counts with it is not unrolled.
+    """Emit nothing, and hide the value of an integer from LLVM: a loop that counts with it is not unrolled.
 
-    Unrolled eight times, a loop over the rows of a matrix has loads that each take every eighth row. A processor that
-    looks for patterns load by load then fetches about half as fast from its second-level cache.
+    Unrolled eight times, each load in a loop over the rows of a matrix takes every eighth row. A hardware prefetcher
+    that looks for patterns per load instruction then reads from L2 at about half the speed.
     """
     function = ir.FunctionType(number.type, [number.type])
     return builder.asm(function, "", "=r,0", [number], side_effect=False)
@@ -300,7 +302,7 @@ def emit_prefetch(builder, pointer):
 
 @intrinsic
 def prefetch(typingctx, pointer):
-    """Tell the memory that the cache line at a pointer will be read soon; any address is allowed."""
+    """Prefetch the cache line at a pointer; any address is allowed."""
 
     def codegen(context, builder, signature, args):
         emit_prefetch(builder, args[0])

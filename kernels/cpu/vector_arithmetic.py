@@ -67,6 +67,7 @@ for _operation, _instruction in (
 ):
     _declare(_operation, _Arithmetic(_instruction))
 _declare(operator.lt, _Comparison("<"))
+_declare(operator.gt, _Comparison(">"))
 _declare(operator.ge, _Comparison(">="))
 
 

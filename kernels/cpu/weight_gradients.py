@@ -1,4 +1,4 @@
-"""The gradients by the weights, the bias, a variant's own parameters and the input, from a chunk's gate gradients."""
+"""Gradients of the weights, the bias, a variant's own parameters and the input, from the gate gradients of a chunk."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.weight_packing import pack_rows
 
-__all__ = ["PANEL_ROWS", "Product", "add_bias", "add_own", "finish_edge", "inputs_back", "weights_back"]
+__all__ = [
+    "PANEL_ROWS", "CellStates", "Product", "add_bias", "add_own", "add_weights", "cell_before", "cell_state",
+    "finish_edge", "inputs_back", "weights_back",
+]  # fmt: skip
 
-# Rows of a chunk that a tile of the weights' gradients takes at most: with 4 vectors each, those of x or h stay in the
-# first-level cache while the tile goes over the gates of some units.
+# Rows of a chunk that a block of the weights' gradients takes at most: with 4 vectors each, those of x or h stay in L1
+# while the microkernel goes over the gates of some units.
 _DEPTH = 128
-# The sums of a block of units stay in the caches while so many such pieces are added to them. Fetched for each piece
-# anew, they would be most of what these products read.
+# The sums of a block of units stay in the caches while this many pieces are added to them. Loaded again for each piece,
+# they would be most of the memory traffic of these products.
 _PIECES = 4
-# Rows of the gradient by x whose sums stay in the second-level cache while all weights pass by.
+# Rows of the gradient of x whose sums stay in L2 while all weights are read.
 _INPUT_ROWS = 128
 PANEL_ROWS = _PIECES * _DEPTH
 
@@ -68,10 +71,7 @@ def add_own(cell, da, rows, tape, c0, chunk_first, chunk_last, sums, first, last
         part, part_row = strip(da, unit * GATES)
         for step in range(chunk_first, chunk_last):
             for row in range(rows.offsets[step + 1] - rows.offsets[step]):
-                if step:
-                    c_prev = load(cell_state(tape, rows.offsets[step - 1] + row, block))
-                else:
-                    c_prev = load_first(offset(c0, rows.order[row] * cell.hidden + unit), units)
+                c_prev = cell_before(tape, c0, cell.hidden, rows, step, row, block, units)
                 n = rows.offsets[step] + row
                 own_gradients(
                     here, offset(part, (n - low) * part_row), units, c_prev, load(cell_state(tape, n, block)),
@@ -94,13 +94,23 @@ def cell_state(tape, row, block):
     return offset(tape.start, ((row * tape.blocks + block) * tape.kept + tape.kept - 1) * tape.width)
 
 
+@routine(inline=True)
+def cell_before(tape, c0, hidden, rows, step, row, block, units):
+    """Load the cell state before a step, of one of the step's rows."""
+    if rows.has_resets and rows.resets[rows.offsets[step] + row]:
+        return fill(c0, 0.0)
+    if step:
+        return load(cell_state(tape, rows.offsets[step - 1] + row, block))
+    return load_first(offset(c0, rows.order[row] * hidden + block * tape.width), units)
+
+
 @routine
 def weights_back(product, da, first_row, rows, operand_row, panel, add, finish, first, last):
     """Add da^T @ operand to the sums, for at most PANEL_ROWS rows, panel by panel of the operand's columns.
 
-    The first rows have nothing to be added to. The last ones bring the sums to the gradient, but for those of a last
-    panel that ends with a part of a vector, which would reach into the gradient's next row. The rows are taken in
-    pieces as equal as can be; where they are cut depends on their number alone, as the sums then do.
+    The first rows start the sums. The last rows store the sums to the gradient, except those of a last panel that ends
+    with a part of a vector, which would overwrite the gradient's next row. The rows are cut into nearly equal pieces;
+    where they are cut, and so the rounding of the sums, depends only on their number.
     """
     stay_outlined()
     width = lanes_of(panel)
@@ -115,8 +125,21 @@ def weights_back(product, da, first_row, rows, operand_row, panel, add, finish, 
 
 
 @routine
+def add_weights(layer, rows, ih, hh, sums_bias, chunk_first, chunk_last, first, last):
+    """Add a chunk's gradients by the weights and the bias, for this thread's blocks; `layer` has `da` and `panel`."""
+    stay_outlined()
+    low, high = rows.offsets[chunk_first], rows.offsets[chunk_last]
+    for start in range(low, high, PANEL_ROWS):
+        count = minimum(PANEL_ROWS, high - start)
+        add_bias(layer.da, start - low, count, sums_bias, first, last)
+        add, finish = chunk_last < rows.steps or start > low, chunk_first == 0 and start + count == high
+        weights_back(ih, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
+        weights_back(hh, layer.da, start - low, count, start, layer.panel, add, finish, first, last)
+
+
+@routine
 def _block_back(product, da, first_row, rows, panel, add, finish, number, vectors, block, first, last):
-    """Do so for one panel and one block of units, piece by piece of the rows."""
+    """Add da^T @ operand for one panel and one block of units, piece by piece of the rows."""
     stay_outlined()
     width = lanes_of(panel)
     columns, pieces, depth = NR * width, (rows + _DEPTH - 1) // _DEPTH, da.depth
@@ -157,7 +180,7 @@ def _block_back(product, da, first_row, rows, panel, add, finish, number, vector
 
 @routine(inline=True)
 def _finish_block(product, vectors, depth, a, a_k, b, before, before_row, column, block, soon, size):
-    """Compute the last piece of a block's sums, straight into the gradient."""
+    """Compute the last piece of a block's sums, and store it to the gradient."""
     width, hidden = lanes_of(a), product.hidden
     columns = NR * width
     for gate in range(GATES):
@@ -172,7 +195,7 @@ def _finish_block(product, vectors, depth, a, a_k, b, before, before_row, column
 
 @routine
 def finish_edge(product, depth, first, last):
-    """Bring the sums of a last panel that ends with a part of a vector to the gradient."""
+    """Store the sums of a last panel that ends with a part of a vector to the gradient."""
     stay_outlined()
     width, inputs = lanes_of(product.sums), product.columns
     columns = NR * width

@@ -1,4 +1,4 @@
-"""Weights, rearranged for the tile: the columns of one tile lie together, padded with zeros to whole vectors.
+"""Packing of weights for the microkernel: the columns of one block are contiguous, padded with zeros to whole vectors.
 
 Below, V is the number of lanes of a vector, and hidden units come in blocks of V: unit u is lane u % V of
 block u // V. A product with the gates' gradients runs over 4 * Hp of them, in the order (block, gate, lane),
@@ -35,7 +35,9 @@ from fastlstm.kernels.cpu.vector import (
 )
 from fastlstm.kernels.cpu.vector_arithmetic import fma
 
-__all__ = ["Packed", "is_at_rest", "pack_backward", "pack_forward", "pack_rows", "pack_weights", "packed_at"]
+__all__ = [
+    "Packed", "is_at_rest", "pack_backward", "pack_columns", "pack_forward", "pack_rows", "pack_weights", "packed_at",
+]  # fmt: skip
 
 
 def _swapped(builder, dtype, a, b, distance):
@@ -76,7 +78,7 @@ def _transpose(typingctx, source, source_row, target, target_row):
 
 
 @routine
-def _pack_columns(weight, hidden, inputs, packed, block):
+def pack_columns(weight, hidden, inputs, packed, block):
     """Write one block's rows of a weight (4H, K) as columns to `packed` (K, 4, V)."""
     width = lanes_of(packed)
     units = minimum(width, hidden - block * width)
@@ -133,8 +135,8 @@ def pack_forward(weights, packed, first, last):
     tile_row = GATES * width
     for block in range(first, last):
         of_h = offset(packed.of_h, block * hidden * tile_row)
-        _pack_columns(weights.ih, hidden, inputs, offset(packed.of_x, block * inputs * tile_row), block)
-        _pack_columns(weights.hh, hidden, hidden, of_h, block)
+        pack_columns(weights.ih, hidden, inputs, offset(packed.of_x, block * inputs * tile_row), block)
+        pack_columns(weights.hh, hidden, hidden, of_h, block)
         units = minimum(width, hidden - block * width) if weights.biased else 0
         for gate in range(GATES):
             value = load_first(offset(weights.bias, gate * hidden + block * width), units)
@@ -160,7 +162,11 @@ def _zero_times(weights, rows, target):
 
 @routine
 def is_at_rest(h0, size, packed):
-    """Say whether the first step's product with h is zero, and need not be computed; h0 has so many elements."""
+    """Say whether the first step's product with h is zero, and need not be computed; h0 has so many elements.
+
+    Computing it anyway, on two threads of a Zen 5 virtual machine, a call of (T, B, I, H) = (1, 1, 128, 256) takes 2.6
+    times as long, and of (10, 32, 64, 128) 1.05 times.
+    """
     stay_outlined()
     return _is_zero(h0, size) and _is_zero(packed.of_zeros, packed.blocks * GATES * lanes_of(packed.of_zeros))
 
@@ -198,7 +204,7 @@ def pack_weights(
 
 @routine
 def pack_backward(weight, hidden, columns, packed, blocks, first, last):
-    """Pack a weight for products with the gates' gradients, in panels of as many columns as a tile has.
+    """Pack a weight for products with the gates' gradients, in panels of NR vectors of columns.
 
     Parameters
     ----------
@@ -235,7 +241,7 @@ def pack_backward(weight, hidden, columns, packed, blocks, first, last):
 
 @routine
 def pack_rows(source, row_length, column, columns, packed, first, last):
-    """Copy some columns of the rows `first` to `last` of a matrix side by side, for the tile's reach.
+    """Copy some columns of the rows `first` to `last` of a matrix contiguously, for the microkernel.
 
     Parameters
     ----------

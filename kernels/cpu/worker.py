@@ -1,14 +1,14 @@
 """Workers: the threads that kernels call, and how a worker is handed a call.
 
-A worker is a thread of the operating system that spends its life in :func:`serve`. It holds no lock of the interpreter
-and runs no Python: a patched ``threading``, an interpreter that shuts down, or a signal handler cannot keep it from
-answering. Nothing of a hand-over is Python's, either: a kernel claims workers when it begins, and before it returns
-they have finished and belong to no call again (``thread_team.py``). So no worker is reserved between two bytecodes of
-Python, and no exception, wherever it is raised, loses one or leaves one at work on memory that is freed.
+A worker is an operating-system thread that runs :func:`serve` all the time. It holds no lock of the interpreter and
+runs no Python, so a patched ``threading``, an interpreter that shuts down, or a signal handler cannot keep it from
+answering. Handing over a call involves no Python either: a kernel claims workers when it begins, and before it returns
+they have finished and are free again (``thread_team.py``). So no worker is reserved between two bytecodes of Python,
+and no exception, wherever it is raised, loses a worker or leaves one running on memory that has been freed.
 
 Mailboxes
 ---------
-Each worker has a mailbox, int64 words in two cache lines that are never freed. Who may change its ``STATE``, and how:
+Each worker has a mailbox, int64 words in two cache lines that are never freed. The transitions of its ``STATE``:
 
 =============  ================================  ===========================================================
 ``STATE``      meaning                           next state

@@ -1,10 +1,17 @@
 // One time step of the cell for one hidden unit, forward and backward: the only CUDA code that has the equations.
 //
-// They are those of fastlstm/backends/reference.py, in the same symbols. All values are in registers: the drivers in
+// They are those of fastlstm/backends/reference, in the same symbols. All values are in registers: the drivers in
 // step.cu load and store them. The drivers use the two numbers below, and no gate's name.
 //
 // A variant of the cell is a macro of the compiler's options (loader.py), so a plain LSTM pays nothing for it:
-//   PEEPHOLE  i and f also see c_{t-1}, and o sees c_t
+//   PEEPHOLE              i and f also see c_{t-1}, and o sees c_t
+//   NO_FORGET_GATE        f = 1; the pre-activation of f is not read
+//   COUPLED               f = 1 - i, likewise
+//   GATE_ACTIVATION       of i, f and o, a name of activations.cuh
+//   CANDIDATE_ACTIVATION  of g
+//   OUTPUT_ACTIVATION     of c, on its way to h
+//   CLIP                  bound of the pre-activations
+//   CELL_CLIP             bound of c_t
 #define GATES 4  // i f g o, in the order of the rows of W_ih and W_hh
 
 #ifdef PEEPHOLE
@@ -13,25 +20,92 @@
 #define UNIT_WEIGHTS 0
 #endif
 
+#ifndef GATE_ACTIVATION
+#define GATE_ACTIVATION Sigmoid
+#endif
+#ifndef CANDIDATE_ACTIVATION
+#define CANDIDATE_ACTIVATION Tanh
+#endif
+#ifndef OUTPUT_ACTIVATION
+#define OUTPUT_ACTIVATION Tanh
+#endif
+typedef GATE_ACTIVATION OfGate;
+typedef CANDIDATE_ACTIVATION OfCandidate;
+typedef OUTPUT_ACTIVATION OfOutput;
+
 typedef real OfGates[GATES];
 typedef real OfUnitWeights[SLOTS(UNIT_WEIGHTS)];
+
+// What a clip does: `bounded` to a pre-activation; `noted` is the activated value as the tape keeps it, `seen` takes it
+// from there, and `slope` is the derivative there, zero where the clip bites. The value does not always show whether it
+// does: its last bit says so.
+#ifdef CLIP
+template <int BYTES> struct Word;
+template <> struct Word<4> { typedef unsigned int type; };
+template <> struct Word<8> { typedef unsigned long long type; };
+typedef Word<sizeof(real)>::type word;
+union Bits {
+    real number;
+    word bits;
+};
+
+__device__ inline real bounded(real a) { return a > real(CLIP) ? real(CLIP) : a < -real(CLIP) ? -real(CLIP) : a; }
+
+__device__ inline real noted(real s, real a) {
+    Bits value;
+    value.number = s;
+    value.bits = (value.bits & ~word(1)) | word(fabs(a) < real(CLIP) ? 0 : 1);
+    return value.number;
+}
+
+__device__ inline real seen(real noted_value) {
+    Bits value;
+    value.number = noted_value;
+    value.bits &= ~word(1);
+    return value.number;
+}
+
+template <typename Activation> __device__ inline real slope(real noted_value) {
+    Bits value;
+    value.number = noted_value;
+    return value.bits & 1 ? real(0) : Activation::slope(noted_value);
+}
+#else
+__device__ inline real bounded(real a) { return a; }
+__device__ inline real noted(real s, real) { return s; }
+__device__ inline real seen(real noted_value) { return noted_value; }
+template <typename Activation> __device__ inline real slope(real s) { return Activation::slope(s); }
+#endif
 
 // Forward: `gates` holds the pre-activations a without the bias IN, and the activated gates OUT.
 __device__ inline void cell_forward(
     OfGates &gates, const OfGates &bias, const OfUnitWeights &p, real c_prev, real &c, real &h) {
-    real a_i = gates[0] + bias[0], a_f = gates[1] + bias[1], a_g = gates[2] + bias[2], a_o = gates[3] + bias[3];
+    real a_i = gates[0] + bias[0], a_g = gates[2] + bias[2], a_o = gates[3] + bias[3];
 #ifdef PEEPHOLE
     a_i = fma(p[0], c_prev, a_i);
+#endif
+    const real i = OfGate::value(bounded(a_i)), g = OfCandidate::value(bounded(a_g));
+#ifdef COUPLED
+    const real f = real(1) - i, f_noted = f;
+#elif defined(NO_FORGET_GATE)
+    const real f = 1, f_noted = f;
+#else
+    real a_f = gates[1] + bias[1];
+#ifdef PEEPHOLE
     a_f = fma(p[1], c_prev, a_f);
 #endif
-    const real i = sigmoid(a_i), f = sigmoid(a_f), g = tanh(a_g);
+    const real f = OfGate::value(bounded(a_f)), f_noted = noted(f, a_f);
+#endif
     c = fma(f, c_prev, i * g);
+#ifdef CELL_CLIP
+    c = c > real(CELL_CLIP) ? real(CELL_CLIP) : c < -real(CELL_CLIP) ? -real(CELL_CLIP) : c;
+#endif
 #ifdef PEEPHOLE
     a_o = fma(p[2], c, a_o);
 #endif
-    const real o = sigmoid(a_o);
-    h = o * tanh(c);
-    gates[0] = i, gates[1] = f, gates[2] = g, gates[3] = o;
+    const real o = OfGate::value(bounded(a_o));
+    h = o * OfOutput::value(c);
+    gates[0] = noted(i, a_i), gates[1] = f_noted, gates[2] = noted(g, a_g), gates[3] = noted(o, a_o);
 }
 
 // Backward: `dh` is the gradient by h_t, `dc` that by c_t IN and by c_{t-1} OUT; `da` are those by the pre-activations,
@@ -39,16 +113,28 @@ __device__ inline void cell_forward(
 __device__ inline void cell_backward(
     const OfGates &gates, const OfUnitWeights &p, real c_prev, real c, real dh, real &dc, OfGates &da,
     OfUnitWeights &dp) {
-    const real i = gates[0], f = gates[1], g = gates[2], o = gates[3];
-    const real one = 1, tanh_c = tanh(c);
-    const real da_o = dh * tanh_c * (o * (one - o));
-    dc = fma(dh * o, one - tanh_c * tanh_c, dc);
+    const real i = seen(gates[0]), f = seen(gates[1]), g = seen(gates[2]), o = seen(gates[3]);
+    const real squashed = OfOutput::value(c);
+    const real da_o = dh * squashed * slope<OfGate>(gates[3]);
+    dc = fma(dh * o, OfOutput::slope(squashed), dc);
 #ifdef PEEPHOLE
     dc = fma(da_o, p[2], dc);
 #endif
-    const real da_i = dc * g * (i * (one - i));
-    const real da_f = dc * c_prev * (f * (one - f));
-    const real da_g = dc * i * (one - g * g);
+#ifdef CELL_CLIP
+    dc = fabs(c) < real(CELL_CLIP) ? dc : real(0);
+#endif
+#ifdef COUPLED
+    const real da_i = dc * (g - c_prev) * slope<OfGate>(gates[0]);
+    const real da_f = 0;
+#else
+    const real da_i = dc * g * slope<OfGate>(gates[0]);
+#ifdef NO_FORGET_GATE
+    const real da_f = 0;
+#else
+    const real da_f = dc * c_prev * slope<OfGate>(gates[1]);
+#endif
+#endif
+    const real da_g = dc * i * slope<OfCandidate>(gates[2]);
     dc = dc * f;
 #ifdef PEEPHOLE
     dc = fma(da_i, p[0], fma(da_f, p[1], dc));

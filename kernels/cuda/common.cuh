@@ -5,6 +5,7 @@
 //   REAL   float or double
 //   WIDTH  hidden units that one thread of a step kernel handles: 1, or as many as fill 16 bytes, so that
 //          it loads and stores 128 bits at once. H must then be a multiple of WIDTH and every buffer aligned.
+//   RESETS defined: states are reset within sequences, and step kernels read where
 //   and one for each variant of the cell (cell_step.cuh)
 //
 // In the shape comments, T is time steps, B sequences, I inputs, H hidden units, D directions. The sequences
@@ -27,7 +28,8 @@ struct Step {
     index_t step;        // number of the step, in the order of computation
     index_t steps;       // T, each length if `lengths` is null
     index_t batch, hidden, directions;
-    index_t direction;   // 0 forward, 1 reverse
+    index_t direction;   // number of the direction
+    index_t reverse;     // 1 if it runs backwards in time
 };
 
 // C++ has no empty arrays: the elements of one that is to hold `count`.
@@ -79,7 +81,17 @@ __device__ inline index_t time_of(index_t step, index_t length, index_t reverse)
 
 // The row of a sequence's step and direction in (T, B, D, H).
 __device__ inline index_t row_of_output(index_t sequence, index_t length, const Step &s) {
-    return (time_of(s.step, length, s.direction) * s.batch + sequence) * s.directions + s.direction;
+    return (time_of(s.step, length, s.reverse) * s.batch + sequence) * s.directions + s.direction;
+}
+
+// Whether the state of a sequence is zero before its step number `step`, by `resets` (T, B).
+__device__ inline bool is_reset(
+    const unsigned char *resets, index_t sequence, index_t step, index_t length, const Step &s) {
+#ifdef RESETS
+    return resets[time_of(step, length, s.reverse) * s.batch + sequence];
+#else
+    return false;
+#endif
 }
 
 // The first element of a thread, and how far apart its elements lie, along one axis of the grid.

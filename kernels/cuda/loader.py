@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FILES", "HEADERS", "VARIANTS", "kernel_names", "options", "source", "wide"]
+__all__ = [
+    "FILES", "HEADERS", "PERSISTENT", "VARIANTS", "kernel_names", "options", "persistent_source", "source", "wide",
+]  # fmt: skip
 
-HEADERS = ("common.cuh", "cell_step.cuh")
-FILES = ("step.cu", "ragged.cu", "column_sum.cu")
-VARIANTS = ("PEEPHOLE",)  # the macros of cell_step.cuh
+HEADERS = ("common.cuh", "activations.cuh", "cell_step.cuh")
+FILES = ("step.cu", "single_step.cu", "ragged.cu", "column_sum.cu")
+PERSISTENT = ("exchange.cuh", "group.cuh", "persistent.cu")  # compiled apart: they need more options
+# The macros of cell_step.cuh; those from GATE_ACTIVATION on have a value.
+VARIANTS = (
+    "PEEPHOLE", "NO_FORGET_GATE", "COUPLED", "GATE_ACTIVATION", "CANDIDATE_ACTIVATION", "OUTPUT_ACTIVATION", "CLIP",
+    "CELL_CLIP",
+)  # fmt: skip
 
 _TYPES = {"float32": "float", "float64": "double"}
 _VECTOR_BYTES = 16  # the widest load of a thread
@@ -21,9 +28,19 @@ _VECTOR_BYTES = 16  # the widest load of a thread
 
 @cache
 def source() -> str:
-    """Return all kernels as one text: the headers first, and each file's own name and line numbers in messages."""
+    """Return all kernels but the persistent ones as one text: headers first, each file with its own name and lines."""
+    return _text((*HEADERS, *FILES))
+
+
+@cache
+def persistent_source() -> str:
+    """Return the persistent kernels as one text; see ``plans.Plan.macros`` for the options that they need besides."""
+    return _text((*HEADERS, *PERSISTENT))
+
+
+def _text(names: tuple[str, ...]) -> str:
     folder = files("fastlstm.kernels.cuda")
-    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in (*HEADERS, *FILES))
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in names)
 
 
 @cache
@@ -40,7 +57,8 @@ def wide(dtype: np.dtype[Any]) -> int:
 def options(dtype: np.dtype[Any], width: int, variant: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the compiler's options for a dtype, a number of hidden units a thread (1 or :func:`wide`) and a variant.
 
-    `variant` is a selection of :data:`VARIANTS`; without any, the cell is the plain LSTM.
+    `variant` is a selection of :data:`VARIANTS`, some as ``NAME=value``, without any, the cell is the plain LSTM; and
+    ``RESETS`` (see common.cuh).
     """
     macros = (f"REAL={_TYPES[dtype.name]}", f"WIDTH={width}", *variant)
     return (*(f"-D{macro}" for macro in macros), "--std=c++17")

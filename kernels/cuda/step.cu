@@ -1,7 +1,8 @@
 // The drivers of one time step, forward and backward: one thread for each row and WIDTH hidden units.
 //
-// They load what the cell step (cell_step.cuh) needs, call it, and store what comes out. A reset inside a sequence would
-// be one more mask by row here, which makes c_prev (and the h that the product before this kernel read) zero.
+// They load what the cell step (cell_step.cuh) needs, call it, and store what comes out. Where a sequence's state is
+// reset before a step, its c_prev is zero, and so is the h that the kernel of the step before hands on; backward, so are
+// the gradients by them. The initial h is the host's to reset.
 
 // One time step: pre-activations and the cell state before to the gates, c and h.
 //
@@ -13,6 +14,7 @@ extern "C" __global__ void step_forward(
     const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
+    const unsigned char *resets,  // (T, B): 1 where the state is reset before that step, IN; with RESETS
     const real *c_prev,        // c_{t-1} at row `c_from`, IN
     real *c,                   // c_t at row `c_to`, OUT; may be the rows of c_prev
     real *h_rows,              // h_t at row `h_to`, OUT for the sequences that go on
@@ -28,7 +30,8 @@ extern "C" __global__ void step_forward(
         load_rows<GATES>(here, s.hidden, gates);
         if (bias) load_rows<GATES>(bias + unit, s.hidden, b);
         load_rows<UNIT_WEIGHTS>(unit_weights + unit, s.hidden, p);
-        const Units c_before = load(c_prev + (s.c_from + row) * s.hidden + unit);
+        Units c_before = load(c_prev + (s.c_from + row) * s.hidden + unit);
+        if (is_reset(resets, sequence_of(row, order), s.step, length_of(row, lengths, s), s)) c_before = {};
         for (int k = 0; k < WIDTH; ++k) {
             OfGates gates_k, b_k;
             OfUnitWeights p_k;
@@ -44,6 +47,7 @@ extern "C" __global__ void step_forward(
         const index_t sequence = sequence_of(row, order), length = length_of(row, lengths, s);
         store(y + row_of_output(sequence, length, s) * s.hidden + unit, h_t);
         if (s.step + 1 < length) {
+            if (is_reset(resets, sequence, s.step + 1, length, s)) h_t = {};
             store(h_rows + (s.h_to + row) * s.hidden + unit, h_t);
         } else {
             store(h_n + sequence * s.hidden + unit, h_t);
@@ -65,6 +69,9 @@ extern "C" __global__ void step_backward(
     const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
+    const unsigned char *resets,  // (T, B), IN, as above
+    real *dh_steps,            // (T, D, B, H) at `direction`: the gradient by each h_t, OUT; null if nobody wants it
+    real *dc_steps,            // likewise by each c_t
     real *da,                  // (N, 4H) at row `first`: by the pre-activations, OUT
     real *dp,                  // (B, UNIT_WEIGHTS * H): by unit_weights, this step's are added; null if there are none
     const Step s) {
@@ -77,13 +84,30 @@ extern "C" __global__ void step_backward(
         load_rows<GATES>(gates + at_gates, s.hidden, of_gates);
         load_rows<UNIT_WEIGHTS>(unit_weights + unit, s.hidden, p);
         load_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t);
-        const Units c_prev = load(c + (s.c_from + row) * s.hidden + unit);
+#ifdef RESETS
+        const index_t length_of_row = length_of(row, lengths, s), sequence_of_row = sequence_of(row, order);
+        const bool reset = is_reset(resets, sequence_of_row, s.step, length_of_row, s);
+        const bool reset_after =
+            s.step + 1 < length_of_row && is_reset(resets, sequence_of_row, s.step + 1, length_of_row, s);
+#else
+        const bool reset = false, reset_after = false;
+#endif
+        Units c_prev = load(c + (s.c_from + row) * s.hidden + unit);
+        if (reset) c_prev = {};
         const Units c_t = load(c + (s.c_to + row) * s.hidden + unit);
         Units dh_t = load(dh + at), dc_t = load(dc_next + at);
+        if (reset_after) dh_t = {};
         if (dy) {
             const index_t output = row_of_output(sequence_of(row, order), length_of(row, lengths, s), s);
             const Units dy_t = load(dy + output * s.hidden + unit);
             for (int k = 0; k < WIDTH; ++k) dh_t.unit[k] += dy_t.unit[k];
+        }
+        if (dh_steps) {
+            const index_t time = time_of(s.step, length_of(row, lengths, s), s.reverse);
+            const index_t to =
+                ((time * s.directions + s.direction) * s.batch + sequence_of(row, order)) * s.hidden + unit;
+            store(dh_steps + to, dh_t);
+            store(dc_steps + to, dc_t);
         }
         for (int k = 0; k < WIDTH; ++k) {
             OfGates gates_k, da_k;
@@ -97,6 +121,7 @@ extern "C" __global__ void step_backward(
         }
         store_rows<GATES>(da + at_gates, s.hidden, da_t);
         store_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t);
+        if (reset) dc_t = {};
         store(dc + at, dc_t);
     }
 }

@@ -114,6 +114,7 @@ def test_float32_is_as_exact_as_torch(backend, case):
     assert_as_exact_as_torch(backend, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1_000, 65_537])  # the last is beyond what cuDNN takes
 def test_long_sequences_are_as_exact_as_torch(backend, steps):
     if backend.is_slow and steps > 1_000:

@@ -127,7 +127,7 @@ def test_equal_keys_give_equal_masks_on_every_backend(backend, dtype):
     assert (outputs[0] != outputs[2]).any()
 
 
-def test_dropout_multiplies_what_goes_from_layer_to_layer(backend, dtype):
+def test_dropout_multiplies_the_outputs_between_layers(backend, dtype):
     # Layer by layer, with the masks in between by hand: neither the input nor the last output is dropped.
     case = Case(7, 9, 5, 20, 3, False, lengths="zeros", dropout=0.3)
     p = problem(case).astype(dtype)

@@ -1,4 +1,4 @@
-"""What the CPU backend keeps between calls is bounded in bytes, whatever the sizes and lengths of the calls."""
+"""Memory kept by the CPU backend between calls is bounded in bytes, for calls of any sizes and lengths."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def growth(kind, bidirectional):
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidirectional"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_calls_of_ever_other_sizes_leave_little_behind(kind, bidirectional):
+def test_calls_of_many_sizes_keep_little_memory(kind, bidirectional):
     if BackendUnderTest("cpu").missing:
         pytest.skip(BackendUnderTest("cpu").missing)
     path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))
@@ -95,7 +95,7 @@ def test_calls_of_ever_other_sizes_leave_little_behind(kind, bidirectional):
 
 
 @pytest.mark.parametrize("kind", ["equal", "places", "index", "call"])
-def test_what_is_kept_of_equal_lengths_is_bounded_in_bytes(kind):
+def test_memory_kept_for_equal_lengths_is_bounded(kind):
     make, kept = {
         "equal": (ragged._equal, ragged._kept_equal),
         "places": (lambda steps, batch: ragged._equal_places(steps, batch, True), ragged._kept_equal_places),

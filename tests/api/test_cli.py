@@ -41,7 +41,7 @@ def test_info_names_versions_backends_and_the_reason_why_one_is_missing(capsys, 
         assert {"threads", "vectors", "kernel cache"} <= facts.keys()
 
 
-def test_what_is_passed_on_names_the_machine_and_no_folder():
+def test_published_facts_name_the_machine_and_no_folder():
     whole, public = diagnostics.describe(), diagnostics.describe_for_others()
     assert {"fastlstm", "python", "numpy", "processor"} <= public.keys() < whole.keys()
     folder = whole["kernel cache"]

@@ -1,4 +1,4 @@
-"""What limits the number of threads: variables of the environment, and the CPU quotas of control groups."""
+"""The limits on the number of threads: environment variables, and the CPU quotas of control groups."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_least_limit_holds_unless_fastlstm_s_own_says_otherwise(machine, giv
     assert machine(8, **given) == (expected, reason)
 
 
-def test_what_a_program_sets_holds_until_it_asks_for_the_default(machine):
+def test_set_num_threads_holds_until_the_default_is_restored(machine):
     machine(8, quota=2.0, OMP_NUM_THREADS="4")
     fastlstm.set_num_threads(6)
     assert fastlstm.get_num_threads() == 6 and "set_num_threads" in threads.describe_num_threads()

@@ -1,4 +1,4 @@
-"""What determines the next dropout masks goes with the model: into files, pickles, copies and other libraries."""
+"""The key of the next dropout masks goes with the model: into files, pickles, copies and other array libraries."""
 
 from __future__ import annotations
 

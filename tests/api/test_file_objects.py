@@ -1,4 +1,4 @@
-"""Model files by other ways than a path: binary file objects, and what is neither."""
+"""Model files in binary file objects, and errors for values that are neither a path nor a file object."""
 # ruff: noqa: SIM115  (the tables hold functions that open files; those who call them close them)
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ NEITHER = {
 
 
 @pytest.mark.parametrize("name", NEITHER)
-def test_what_is_no_file_is_refused_before_any_work(tmp_path, monkeypatch, name):
+def test_values_that_are_not_files_are_refused_before_any_work(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError, match=r"path|file"):
         model().save(NEITHER[name])

@@ -1,4 +1,4 @@
-"""A frozen model computes what the model did, cannot change, and keeps what its first call made of the weights."""
+"""A frozen model gives the results of the model, cannot change, and keeps its packed weights."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_gradients_with_and_without_recomputing_are_the_same_bits(dtype):
     assert_identical(one.params | {"x": one.x}, other.params | {"x": other.x})
 
 
-def test_a_first_step_finds_what_is_no_zero_wherever_it_stands(dtype):
+def test_a_first_step_finds_a_nonzero_state_anywhere(dtype):
     rng = np.random.default_rng(0)
     # Only a first step from zeros leaves the recurrent weights out: a state, or a weight that is not finite, is found.
     lstm, x = LSTM(5, 21, dtype=dtype, seed=0), rng.normal(size=(8, 5)).astype(dtype)
@@ -211,7 +211,7 @@ def test_an_optimiser_refuses_frozen_parameters_before_any_work():
 
 
 @pytest.mark.parametrize("steps", [1, 30])
-def test_a_frozen_model_is_a_copy_and_so_is_what_is_made_of_it(dtype, steps):
+def test_a_frozen_model_and_its_copies_share_no_memory(dtype, steps):
     rng = np.random.default_rng(0)
     lstm, x = LSTM(3, 20, 2, dtype=dtype, seed=0), rng.normal(size=(steps, 2, 3)).astype(dtype)
     frozen = lstm.freeze()
@@ -255,8 +255,8 @@ def test_a_frozen_model_is_saved_and_shown_as_any_other(tmp_path):
 def test_the_plan_of_a_frozen_model_is_its_own():
     lstm, x = LSTM(32, 64, seed=0), np.zeros((1, 4, 32), np.float32)
     with fastlstm.use_backend("cpu"):
-        assert "as they lie" in lstm.plan(x)
-        assert "as they lie" not in lstm.freeze().plan(x)
+        assert "unpacked weights" in lstm.plan(x)
+        assert "unpacked weights" not in lstm.freeze().plan(x)
 
 
 def test_the_weights_are_packed_at_the_first_call_and_never_again(monkeypatch, threads):

@@ -1,4 +1,4 @@
-"""The LSTM object: what it is made of, what stays the same however it is called, copied, pickled and moved."""
+"""The LSTM object: its parameters, and results that do not depend on how it is called, copied, pickled and moved."""
 
 from __future__ import annotations
 
@@ -81,11 +81,6 @@ def test_arguments_stand_in_torchs_order():
     lstm = LSTM(3, 4, 2, False, True, 0.5, True, 0)
     assert lstm.cell == Cell(3, 4, num_layers=2, bias=False, dropout=0.5, bidirectional=True, dtype=np.float32)
     assert lstm.batch_first
-
-
-def test_proj_size_is_refused_until_it_is_there():
-    with pytest.raises(fastlstm.ArgumentError, match="proj_size must be 0, got 2: projections are not supported yet"):
-        LSTM(3, 4, proj_size=2)
 
 
 @pytest.mark.parametrize("given", [np.float64, "float64", "f8", ">f8", float, np.dtype("f8")])

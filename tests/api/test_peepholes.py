@@ -277,5 +277,5 @@ def test_peepholes_of_another_shape_are_refused(backend, shape):
 
 
 def test_pytorch_has_no_peepholes():
-    with pytest.raises(fastlstm.ArgumentError, match="no peepholes"):
+    with pytest.raises(fastlstm.ArgumentError, match="no counterpart of peephole"):
         LSTM(3, 4, peephole=True).to_torch_state_dict()

@@ -209,7 +209,7 @@ SIZES = [
 @pytest.mark.parametrize("stated", [True, False], ids=["state", "zeros"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_of_whatever_size_the_bits_are_those_of_a_first_call(dtype, size, bias, stated):
+def test_calls_of_any_size_are_bit_identical_to_a_first_call(dtype, size, bias, stated):
     model = Model(*size, {"bias": bias}, stated=stated)
     given = model.given(dtype, CPU)
     before = copy.deepcopy(given)
@@ -283,7 +283,7 @@ LAID_OUT = {
 @needs_cpu
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "clean"])
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_an_array_may_lie_otherwise_than_in_the_call_before(dtype, name, layout):
+def test_an_array_may_have_another_layout_than_in_the_call_before(dtype, name, layout):
     model = LAID_OUT[name]
     given, lstm = model.given(dtype, CPU), model.new(dtype)
     ways = {"training": train, "inference": infer} | ({} if model.options.get("bidirectional") else {"step": step})
@@ -300,7 +300,7 @@ def test_an_array_may_lie_otherwise_than_in_the_call_before(dtype, name, layout)
 @needs_cpu
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "clean"])
 @pytest.mark.parametrize("steps", [1, 20])
-def test_an_input_of_a_frozen_model_may_lie_otherwise_than_in_the_call_before(dtype, steps, layout):
+def test_an_input_of_a_frozen_model_may_have_another_layout_than_in_the_call_before(dtype, steps, layout):
     model = Model(steps, 3, 4, 18, {"num_layers": 2}, frozen=True)
     lstm = model.new(dtype)
     given = frozen_if(model, lstm, model.given(dtype, CPU))
@@ -366,7 +366,7 @@ def test_an_array_that_numba_refuses_is_not_handed_over_again(dtype, what, froze
 
 
 @pytest.mark.parametrize("layout", ["foreign", "unaligned", "read_only", "fortran", "negative", "mapped"])
-def test_what_becomes_plain_is_a_copy_of_native_numbers(dtype, layout):
+def test_as_plain_copies_to_native_numbers(dtype, layout):
     given = lay_out(layout, np.random.default_rng(0).normal(size=(3, 4, 5)).astype(dtype))
     before = given.tobytes()
     plain = as_plain(given)
@@ -492,7 +492,7 @@ def error_of(call):
 
 @pytest.mark.parametrize("change", OF_FORWARD)
 @pytest.mark.parametrize("steps", [3, 30])
-def test_what_got_wrong_is_said_as_by_a_first_call(backend, dtype, steps, change):
+def test_prepared_calls_raise_the_errors_of_a_first_call(backend, dtype, steps, change):
     model = Model(steps, 2, 7, 5)
     given, lstm = model.given(dtype, backend), model.new(dtype)
     for run in (infer, train, step):
@@ -506,7 +506,7 @@ def test_what_got_wrong_is_said_as_by_a_first_call(backend, dtype, steps, change
 
 @pytest.mark.parametrize("change", OF_BACKWARD)
 @pytest.mark.parametrize("steps", [3, 30])
-def test_what_got_wrong_after_the_forward_pass_is_said(backend, dtype, steps, change):
+def test_errors_after_the_forward_pass_are_reported(backend, dtype, steps, change):
     model = Model(steps, 2, 7, 5)
     given, lstm = model.given(dtype, backend), model.new(dtype)
     bad = BAD[change](given, backend)
@@ -672,7 +672,7 @@ def test_cells_of_the_functions_are_kept_for_a_bounded_number_of_models():
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda cell: pickle.loads(pickle.dumps(cell))])
-def test_what_was_prepared_is_no_part_of_a_copied_or_pickled_cell(backend, dtype, again):
+def test_prepared_calls_are_not_copied_or_pickled_with_a_cell(backend, dtype, again):
     model = Model(3, 2, 5, 19)
     given, lstm = model.given(dtype, backend), model.new(dtype)
     expected = infer(lstm, given)

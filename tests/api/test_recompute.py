@@ -65,7 +65,7 @@ def test_memory_of_a_training_call(dtype):
 
 
 @pytest.mark.parametrize("value", [1, "yes", None, np.ones(1)])
-def test_what_is_neither_true_nor_false_is_refused(value):
+def test_values_that_are_not_booleans_are_refused(value):
     model = LSTM(2, 3)
     with pytest.raises(ArgumentError, match="recompute must be True or False"):
         model.forward(np.zeros((4, 1, 2), np.float32), recompute=value)

@@ -328,7 +328,7 @@ def clean_environment() -> dict[str, str]:
     return os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def test_readers_and_writers_at_once_see_whole_files(tmp_path):
+def test_concurrent_readers_and_writers_see_whole_files(tmp_path):
     cell = Cell(8, 16)
     path, stop, errors, loads = tmp_path / "model", threading.Event(), [], itertools.count()
     storage.save(path, cell, {name: np.zeros(s, np.float32) for name, s in parameters.shapes(cell).items()}, False)
@@ -455,6 +455,7 @@ def test_truncation_at_every_byte_is_found(tmp_path):
             storage.load(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(tmp_path):
     data = saved(tmp_path / "model")
     for position, bit in itertools.product(range(len(data)), range(8)):
@@ -481,6 +482,7 @@ def original(tmp_path_factory):
     return saved(folder / "original"), folder / "mutant"
 
 
+@pytest.mark.slow
 @settings(max_examples=3000)
 @given(mutations=st.lists(MUTATION, min_size=1, max_size=4))
 def test_a_mutated_file_is_refused_or_harmless(original, mutations):
@@ -773,7 +775,7 @@ def test_foreign_files_are_refused(tmp_path):
     assert trap.exists(), "the payload would have worked"
 
 
-def test_a_safetensors_file_of_someone_else_says_what_to_do(tmp_path):
+def test_the_error_for_a_foreign_safetensors_file_says_what_to_do(tmp_path):
     safetensors.numpy.save_file(draw(SMALL), tmp_path / "model", metadata={"format": "pt"})
     with pytest.raises(ModelFileError, match="from_torch_state_dict"):
         storage.load(tmp_path / "model")

@@ -97,7 +97,7 @@ def solve_in_parts(p, backend, cuts):
 
 
 @given(sizes=SIZES, cuts=CUTS, ragged=st.booleans(), seed=st.integers(0, 99))
-def test_truncated_nowhere_chunks_give_the_gradients_of_the_whole(backend, dtype, sizes, cuts, ragged, seed):
+def test_chunks_without_truncation_give_the_gradients_of_the_whole(backend, dtype, sizes, cuts, ragged, seed):
     batch, inputs, hidden, layers = sizes
     case = Case(STEPS, batch, inputs, hidden, layers, seed=seed, lengths="zeros" if ragged else None)
     p = problem(case).astype(dtype)
@@ -106,7 +106,7 @@ def test_truncated_nowhere_chunks_give_the_gradients_of_the_whole(backend, dtype
     )
 
 
-def test_one_part_is_the_whole_to_the_bit(backend, dtype):
+def test_one_part_is_bit_identical_to_the_whole(backend, dtype):
     p = problem(Case(STEPS, 3, 2, 5, 2, lengths="zeros")).astype(dtype)
     assert_identical(solve_in_parts(p, backend, ()), solve(p, backend))
 

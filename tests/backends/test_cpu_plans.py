@@ -1,4 +1,4 @@
-"""However the CPU backend divides a layer among threads, the results have the same bits."""
+"""Results of the CPU backend are bit-identical for every schedule and number of threads."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_few_rows_give_the_same_bits_in_training_as_in_inference(dtype, steps, b
 
 
 @pytest.mark.parametrize(("steps", "batch", "inputs", "hidden"), [(1, 1, 3, 9), (2, 8, 7, 21), (1, 13, 30, 37)])
-def test_a_short_call_gives_the_same_bits_by_the_way_of_long_ones(dtype, monkeypatch, steps, batch, inputs, hidden):
+def test_a_short_call_is_bit_identical_to_the_long_path(dtype, monkeypatch, steps, batch, inputs, hidden):
     lstm = LSTM(inputs, hidden, dtype=dtype, seed=0)
     x = np.random.default_rng(0).normal(size=(steps, batch, inputs)).astype(dtype)
     found = []
@@ -170,7 +170,7 @@ UNIT = 5e-3  # seconds: calls that are neither short nor long
 
 
 def ways_of_calls(trials, calls, times, unit=UNIT):
-    """Make calls that take what `times` says for each way to run them; return the ways they were run."""
+    """Make calls that take `times` seconds with each candidate; return the candidates that were picked."""
     found = []
     for _ in range(calls):
         way = trials.pick("kind", len(times))
@@ -180,7 +180,7 @@ def ways_of_calls(trials, calls, times, unit=UNIT):
 
 
 @pytest.mark.parametrize(("ways", "fastest"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
-def test_what_is_fastest_is_kept_and_others_tried_ever_more_rarely(ways, fastest):
+def test_the_fastest_candidate_is_kept_and_others_tried_more_and_more_rarely(ways, fastest):
     trials = Trials()
     found = ways_of_calls(trials, 20_000, [1.0 if way == fastest else 2.0 for way in range(ways)])
     assert found[0] == 0, "the first plan is the most promising"
@@ -204,7 +204,7 @@ def test_a_try_has_more_than_one_call():
     assert found[-50:].count(0) > 40
 
 
-def test_what_is_hardly_faster_takes_no_turns_with_what_was_chosen():
+def test_a_hardly_faster_candidate_does_not_alternate_with_the_chosen_one():
     noise = np.random.default_rng(0)
     trials, found = Trials(), []
     for _ in range(2000):
@@ -213,7 +213,7 @@ def test_what_is_hardly_faster_takes_no_turns_with_what_was_chosen():
     assert found[100:].count(1) < 100
 
 
-def test_what_is_as_slow_as_the_machine_is_kept():
+def test_a_candidate_that_is_slow_with_the_whole_machine_is_kept():
     trials = Trials()
     ways_of_calls(trials, 1000, [1.0, 1.2])
     assert ways_of_calls(trials, 100, [1.8, 2.16]).count(1) <= trials.CALLS, "the other was measured on a faster one"
@@ -225,13 +225,13 @@ def test_the_first_call_which_compiles_does_not_decide():
     assert ways_of_calls(trials, 100, [1.0, 1.01])[-50:].count(0) > 40
 
 
-def test_what_is_hopeless_takes_little_of_the_time():
+def test_a_hopeless_candidate_takes_little_time():
     found = ways_of_calls(Trials(), 50_000, [100.0, 1.0, 400.0])
     assert (100.0 * found.count(0) + 400.0 * found.count(2)) / 50_000 < 2 * Trials.SHARE
     assert found[10_000:].count(0) and found[10_000:].count(2), "each is tried again all the same"
 
 
-def test_a_team_whose_worker_has_to_be_woken_gets_over_that_before_its_try_counts():
+def test_waking_a_worker_does_not_count_in_a_trial():
     trials, slow = Trials(), iter([150e-6, 27e-6, 23e-6, 21e-6, 12e-6])  # and then 10, against 16 on one thread
     found = ways_of_calls(trials, 20, [1.0, 16e-6], 1.0)  # the first calls were slower still
     for _ in range(500):
@@ -248,7 +248,7 @@ def test_a_team_that_is_woken_for_each_call_loses_and_its_tries_take_little_of_t
 
 @pytest.mark.parametrize("slower", [1.2, 1.8, 3.0])
 @pytest.mark.parametrize("unit", [4e-4, UNIT])
-def test_what_tries_lose_is_a_small_share_from_the_first_on(slower, unit):
+def test_trials_lose_a_small_share_of_the_time_from_the_first_on(slower, unit):
     trials = Trials()
     found = ways_of_calls(trials, 10_000, [1.0, slower], unit)
     lost = (slower - 1.0) * np.cumsum(found)
@@ -332,7 +332,7 @@ def test_kinds_of_calls_are_not_remembered_without_end():
 
 
 @pytest.mark.parametrize(("name", "ways"), [("units", 2), ("rows", 3), ("rows, ragged", 3)])
-def test_every_way_to_run_a_call_computes_the_same(dtype, name, ways):
+def test_every_candidate_schedule_is_bit_identical(dtype, name, ways):
     p = problem(CASES[name]).astype(dtype)
     fastlstm.set_num_threads(3)
     asked, found = [], []

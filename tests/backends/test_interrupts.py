@@ -1,4 +1,4 @@
-"""Calls that are broken off anywhere: the next call has all its workers, and its bits are right."""
+"""After a call that was interrupted anywhere, the next call has all its workers and the right bits."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ print(count)
 """
 
 
-def test_no_key_of_masks_is_taken_twice_whatever_is_broken_off_or_comes_between():
+def test_no_mask_key_is_taken_twice_after_interrupts_or_nested_calls():
     assert int(run_script(KEYS)) > 30
 
 

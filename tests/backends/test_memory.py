@@ -34,7 +34,7 @@ CASES = [
     Case(9, 20, 64, 96, bidirectional=True, lengths="zeros"),  # enough work for several threads
     Case(2, 67, 130, 137),  # several slices of the weights, and more rows than go over one at a time
     Case(1, 1, 3, 5, 2, bias=False),
-    *(Case(*rows, 9, 33, 2) for rows in ((1, 4), (4, 1), (2, 2), (1, 8))),  # weights used as they lie
+    *(Case(*rows, 9, 33, 2) for rows in ((1, 4), (4, 1), (2, 2), (1, 8))),  # unpacked weights
     Case(4, 3, 2, 5, 2, True, lengths=(0, 0, 0)),
     *(Case(*rows, 9, 33, 2, peephole=True) for rows in ((1, 1), (2, 7), (6, 13))),
     Case(9, 20, 64, 97, bidirectional=True, lengths="zeros", peephole=True),
@@ -283,7 +283,7 @@ def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, 
 
 
 @pytest.mark.parametrize("elements", [5, Pool.LEAST, 2 * Pool.LEAST])
-def test_what_no_kernel_clears_is_zero(pool, dtype, elements, monkeypatch):
+def test_padding_that_no_kernel_clears_is_zero(pool, dtype, elements, monkeypatch):
     monkeypatch.setattr(Pool, "MOST", 8 * Pool.LEAST)
     monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 7, dtype))  # memory used before
     array = new_array((elements, 5), dtype, padded=True)

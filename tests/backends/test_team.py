@@ -1,4 +1,4 @@
-"""The threads of one kernel call: where they run, what happens to their errors, and how many they are."""
+"""The threads of one kernel call: their cores, their errors, and their number."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def square(number, found, busy, patience, team, thread):
         call, arguments = this_call()
         record(team, call, arguments, size_of_call())
         return
-    found[number] = number**2
+    found[number] = number * number
     fetch_add(address(busy), 1)
     spins = 0
     while load_atomic(address(busy)) < busy[1] and spins < patience:
@@ -285,14 +285,14 @@ def take_all(found, done, patience, team, thread):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_what_a_slow_thread_did_not_begin_is_taken_by_others(threads):
+def test_items_that_a_slow_thread_has_not_begun_are_taken_by_others(threads):
     fastlstm.set_num_threads(threads)
     takers = who_takes(threads, items=11, rounds=12, patience=100_000_000)
     for turn, by in enumerate(takers):
         assert np.count_nonzero(by == turn % threads) <= 1 or threads == 1
 
 
-def test_two_who_reach_for_the_last_item_at_once_do_not_both_get_it():
+def test_two_threads_do_not_both_take_the_last_item():
     who_takes(threads=2, items=1, rounds=50_000, patience=0)
 
 
@@ -312,7 +312,8 @@ def who_takes(threads, items, rounds, patience):
 def rows_of_each(index, batch, steps, first_step, last_step, team, found):
     """Note which rows of some steps each thread of a team would have."""
     for thread in range(found.shape[0]):
-        found[thread] = share_rows(rows_of(index, batch, steps), first_step, last_step, team, thread)
+        first, last = share_rows(rows_of(index, batch, steps, 0), first_step, last_step, team, thread)
+        found[thread, 0], found[thread, 1] = first, last
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -1,4 +1,4 @@
-"""Several user threads at once: one model shared by all gives each of them what it gives alone, to the bit."""
+"""Several user threads that share one model get results that are bit-identical to those of one thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing waits for what may not come: each way to hang runs in a process of its own, which has to end in time."""
+"""No call waits without limit: each possible hang runs in a process of its own, which has to end in time."""
 
 from __future__ import annotations
 

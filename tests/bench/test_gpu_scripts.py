@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from host_cuda import compiler
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
-from readme import gpu as shown
+import gpu_common
+
+from fastlstm.bench import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +46,7 @@ case "$*" in
     *" check --backend cuda") echo "All within bounds." ;;
     *gpu_repeat.py*) echo "in $PWD"; echo "every result is the first one, bit for bit" ;;
     *gpu_launch.py*) echo "microbenchmarks done" ;;
-    *gpu.py*) echo "cell B=16 H=512: fastlstm float32 12.5 / 40.0" ;;
+    *gpu.py*) echo "cell B=16 H=512: fastlstm cuda 12.5 / 40.0" ;;
     *) exit 99 ;;
 esac
 """
@@ -109,8 +112,8 @@ class Script:
 
     def results(self):
         assert len(list(self.out.iterdir())) <= 8
-        stages = {path.stem: shown.load(path) for path in self.out.glob("*.json")}
-        return {name: {step["name"]: step["result"] for step in stage["steps"]} for name, stage in stages.items()}
+        stages = {path.stem: gpu_common.load(path) for path in self.out.glob("*.json")}
+        return {name: {step["name"]: step["result"] for step in stage.steps} for name, stage in stages.items()}
 
     def logs(self, stages):
         """Every log in the archive, by name."""
@@ -129,7 +132,7 @@ def passed(*stages):
     return found
 
 
-@pytest.mark.parametrize("stages", [("A",), ("B",), ("C",), ("A", "B"), ("B", "A", "B"), ()], ids=" ".join)
+@pytest.mark.parametrize("stages", [("C",), ("B", "A", "B"), ()], ids=" ".join)
 def test_each_stage_runs_and_leaves_what_is_promised(tmp_path, stages):
     script = Script(tmp_path)
     status, output, results = script(*stages)
@@ -141,7 +144,7 @@ def test_each_stage_runs_and_leaves_what_is_promised(tmp_path, stages):
     page = (script.out / f"summary-{chosen}.md").read_text()
     logs = script.logs(chosen)
     for stage in chosen:
-        table = "\n".join(shown.steps(shown.load(script.out / f"{stage}.json")))
+        *_, table = report.text(gpu_common.load(script.out / f"{stage}.json"))
         assert table in page and table in output
         assert set(logs) >= {f"{stage}-{step}.log" for step in STEPS[stage]}
     assert output.endswith(f"{table}\n")
@@ -184,23 +187,16 @@ def test_nothing_in_the_environment_falsifies_what_is_measured(tmp_path):
 @pytest.mark.parametrize(
     ("stages", "environment", "expected"),
     [
-        ("A", {"BAD": "*gpu_repeat.py*"}, {"A": {"repeat": "FAILED (3)"}}),
         ("A", {"BAD": "*-m pytest*", "SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "check=3"},
          {"A": {"tests": "FAILED (3)", "check": "out of time"}}),
         ("AB", {"HANG": "*-m pytest*", "FASTLSTM_GPU_LIMITS": "tests=2"}, {"A": {"tests": "out of time"}}),
-        ("B", {"HANG": "*gpu_launch.py*", "FASTLSTM_GPU_LIMITS": "launch=2"}, {"B": {"launch": "out of time"}}),
-        ("A", {"SLOW": "* info", "FASTLSTM_GPU_LIMITS": "A=7"},
-         {"A": {"machine": "out of time", "everything else": "not run"}}),
         ("A", {"SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "A=9"},
          {"A": {"check": "out of time", "tests": "no time left", "repeat": "no time left"}}),
-        ("C", {"BAD_TOOL": "memcheck", "BLIND_TOOL": "racecheck"},
-         {"C": {"memcheck": "FAILED (9)", "racecheck": "FAILED (it says nothing of success)"}}),
-        ("C", {"MISSING": "hypothesis"}, {"C": {"suite": "not run"}}),
-        ("A", {"MISSING": "pytest"}, {"A": {"tests": "not run"}}),
+        ("C", {"BAD_TOOL": "memcheck", "BLIND_TOOL": "racecheck", "MISSING": "hypothesis"},
+         {"C": {"memcheck": "FAILED (9)", "racecheck": "FAILED (it says nothing of success)", "suite": "not run"}}),
         ("B", {"NO_GPU": "1"}, {"B": {"machine": "FAILED (it says nothing of success)", "everything else": "not run"}}),
     ],
-    ids=["repeat fails", "tests fail, check is slow", "tests hang", "launch hangs", "machine is slow",
-         "no time is left", "sanitizer", "no hypothesis", "no pytest", "no device"],
+    ids=["tests fail, check is slow", "tests hang", "no time is left", "sanitizer, no hypothesis", "no device"],
 )  # fmt: skip
 def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path, stages, environment, expected):
     status, output, results = Script(tmp_path)(*stages, **environment)
@@ -258,19 +254,9 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, kind):
         assert time.monotonic() < deadline, "what hung was not killed"
         time.sleep(0.05)
     assert script.results() == {"A": {"machine": "passed", "check": "passed", "tests": "stopped"}}
-    assert "| tests | stopped |" in output and "| tests | stopped |" in (script.out / "summary-A.md").read_text()
+    for text in (output, (script.out / "summary-A.md").read_text()):
+        assert re.search(r"\| tests +\| stopped +\|", text)
     assert "All within bounds." in script.logs("A")["A-check.log"] and "A-tests.log" in script.logs("A")
-
-
-def test_a_run_that_is_killed_keeps_the_steps_that_had_ended(tmp_path):
-    script = Script(tmp_path)
-    process = script.start("A", HANG="*-m pytest*")
-    hanging = script.wait_until_it_hangs()
-    os.killpg(process.pid, signal.SIGKILL)
-    os.killpg(os.getpgid(hanging), signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert script.results() == {"A": {"machine": "passed", "check": "passed"}}
-    assert "All within bounds." in script.logs("A")["A-check.log"]
 
 
 def test_an_earlier_run_is_not_taken_for_this_one_and_other_stages_stay(tmp_path):
@@ -293,11 +279,13 @@ def test_the_real_programs_run_to_their_end_on_the_stand_in(tmp_path):
     assert results == passed("A", "B", "C")
     logs = script.logs("ABC")
     assert "2 passed" in logs["A-tests.log"]
-    stages = {name: shown.load(script.out / f"{name}.json") for name in "ABC"}
-    assert all(stage["machine"]["GPU"] == "no GPU, but a stand-in" for stage in stages.values())
-    assert all(case["different"] == 0 for name in "AC" for case in stages[name]["repeat"])
-    assert stages["B"]["table"][0]["sides"][shown.OURS]["forward"]["device"][1] > 0 and not stages["B"]["skipped"]
-    assert len(stages["B"]["launch"]) > 5
+    stages = {name: gpu_common.load(script.out / f"{name}.json") for name in "ABC"}
+    assert all(stage.machine["GPU"] == "no GPU, but a stand-in" for stage in stages.values())
+    repeated = [case.facts for name in "AC" for case in stages[name].cases if case.group == "repetitions"]
+    assert len(repeated) == 28 and not any(facts["not bit-identical"] for facts in repeated)
+    measured = [case for case in stages["B"].cases if case.work]
+    assert len(measured) == 4 and all(case.values["fastlstm cuda"] for case in measured)
+    assert len(stages["B"].cases) > 9
 
 
 def test_without_a_gpu_the_run_says_so_and_fails(tmp_path):

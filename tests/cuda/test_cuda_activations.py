@@ -42,7 +42,7 @@ def activated(values, width):
         c_prev, c, h_rows, h_n, c_n = state
         device.kernel("step_forward", dtype, width)(
             *geometry(rows, hidden // width),
-            (a, None, None, None, None, c_prev, c, h_rows, y, h_n, c_n, record),
+            (a, None, None, None, None, None, c_prev, c, h_rows, y, h_n, c_n, record),
         )
         gates = a.get()
     return values, gates[:, :hidden], gates[:, 2 * hidden : 3 * hidden]

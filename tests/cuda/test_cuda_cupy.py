@@ -87,7 +87,7 @@ def test_the_record_of_a_step_is_passed_by_value(cupy, private):
     assert dict(zip(FIELDS, records.view(np.int64).T.tolist(), strict=True)) == {
         "first": [0, 2, 4], "c_from": [0, 3, 5], "c_to": [3, 5, 7], "h_to": [2, 4, 0], "rows": [2, 2, 1],
         "step": [0, 1, 2], "steps": [3] * 3, "batch": [3] * 3, "hidden": [8] * 3, "directions": [2] * 3,
-        "direction": [1] * 3,
+        "direction": [1] * 3, "reverse": [1] * 3,
     }  # fmt: skip
 
 

@@ -12,10 +12,12 @@ import functools
 import numpy as np
 import pytest
 from cuda_row import installed
-from harness import REFERENCE, Arrays, Case, problem
+from harness import REFERENCE, Arrays, Case, model_of, problem
 from host_cuda import FakeCupy, compiler
 from tolerances import BOUNDS, normalised_error
 
+from fastlstm import LSTM
+from fastlstm.backends.cuda import launch
 from fastlstm.functional import lstm_backward, lstm_forward
 from fastlstm.kernels.cuda import loader
 
@@ -30,9 +32,9 @@ SLIPS = {
     "gates i and f swapped": ("c = fma(f, c_prev, i * g);", "c = fma(i, c_prev, f * g);"),
     "bias of another gate": ("gates[1] + bias[1]", "gates[1] + bias[0]"),
     "bias not read": ("if (bias) load_rows", "if (false) load_rows"),
-    "candidate by the sigmoid": ("g = tanh(a_g)", "g = sigmoid(a_g)"),
-    "no tanh at the output": ("h = o * tanh(c);", "h = o * c;"),
-    "gates kept in another order": ("gates[1] = f, gates[2] = g", "gates[1] = g, gates[2] = f"),
+    "candidate by the sigmoid": ("g = OfCandidate::value(", "g = OfGate::value("),
+    "no tanh at the output": ("h = o * OfOutput::value(c);", "h = o * c;"),
+    "gates kept in another order": ("gates[1] = f_noted, gates[2] = noted(g, a_g)", "gates[1] = g, gates[2] = f"),
     "wrong stride of the gates": ("*here = a + (s.first + row) * GATES", "*here = a + (s.first + row) * 3"),
     "rows of gates too close": ("to[n] = load(from + n * stride)", "to[n] = load(from + n)"),
     "reverse runs forwards": ("return reverse ? length - 1 - step : step;", "return step;"),
@@ -44,10 +46,10 @@ SLIPS = {
     "h handed to this step": ("store(h_rows + (s.h_to + row)", "store(h_rows + (s.first + row)"),
     "c stored where it came from": ("store(c + (s.c_to + row)", "store(c + (s.c_from + row)"),
     "output of the other direction": ("* s.directions + s.direction;", "* s.directions;"),
-    "dc from the next step dropped": ("one - tanh_c * tanh_c, dc);", "one - tanh_c * tanh_c, real(0));"),
-    "tanh of c not differentiated": ("one - tanh_c * tanh_c, dc)", "one, dc)"),
-    "tanh applied twice": ("(one - g * g)", "(one - tanh(g) * tanh(g))"),
-    "i's derivative without 1 - i": ("(i * (one - i))", "i"),
+    "dc from the next step dropped": ("OfOutput::slope(squashed), dc);", "OfOutput::slope(squashed), real(0));"),
+    "tanh of c not differentiated": ("OfOutput::slope(squashed), dc)", "real(1), dc)"),
+    "tanh applied twice": ("slope<OfCandidate>(gates[2])", "slope<OfCandidate>(tanh(gates[2]))"),
+    "i's derivative without 1 - i": ("real da_i = dc * g * slope<OfGate>(gates[0])", "real da_i = dc * g * i"),
     "c_t in place of c_{t-1}": ("c_prev = load(c + (s.c_from + row)", "c_prev = load(c + (s.c_to + row)"),
     "dc not times f": ("dc = dc * f;", ""),
     "da of two gates swapped": ("da[1] = da_f, da[2] = da_g", "da[1] = da_g, da[2] = da_f"),
@@ -92,12 +94,96 @@ PEEPHOLE_SLIPS = {
     "dp not read": ("load_rows<UNIT_WEIGHTS>(sums, s.hidden, dp_t)", "for (auto &d : dp_t) d = {}"),
 }  # fmt: skip
 
+RESET_CASES = (Case(5, 4, 3, 5, 1, True, lengths="zeros", resets=True),)
+RESET_SLIPS = {
+    "c before a reset kept": ("length_of(row, lengths, s), s)) c_before = {};", "length_of(row, lengths, s), s)) {}"),
+    "h before a reset handed on": ("if (is_reset(resets, sequence, s.step + 1, length, s)) h_t = {};", ""),
+    "final h reset": ("if (s.step + 1 < length) {\n            if (is_reset", "{\n            if (is_reset"),
+    "c before a reset, backward": ("if (reset) c_prev = {};", ""),
+    "dh through a reset": ("if (reset_after) dh_t = {};", ""),
+    "dh of this step's reset": (
+        "is_reset(resets, sequence_of_row, s.step + 1,", "is_reset(resets, sequence_of_row, s.step,"
+    ),
+    "dc through a reset": ("if (reset) dc_t = {};", ""),
+    "resets of another sequence": ("s.reverse) * s.batch + sequence]", "s.reverse) * s.batch]"),
+    "resets of the other direction": (
+        "return resets[time_of(step, length, s.reverse)", "return resets[time_of(step, length, 0)"
+    ),
+}  # fmt: skip
+
+
+def _case(**fields):
+    return (Case(5, 4, 3, 6, 1, True, lengths="zeros", fields=tuple(fields.items())),)
+
+
+CLIP, CELL_CLIP, COUPLED = _case(clip=0.4), _case(cell_clip=0.3), _case(coupled=True)
+PAPER = _case(forget_gate=False, block_size=2, truncated=True, activations=("sigmoid", "1997", "1997"))
+RELU, HARD, SOFT, IDENTITY = (
+    _case(activations=("sigmoid", "relu", "relu")), _case(activations=("hard_sigmoid", "tanh", "tanh")),
+    _case(activations=("softsign", "softsign", "tanh")), _case(activations=("sigmoid", "identity", "identity")),
+)  # fmt: skip
+# As SLIPS, and the cases that show it.
+FAMILY_SLIPS = {
+    "clipped above alone": ("a < -real(CLIP) ? -real(CLIP) : a;", "a;", CLIP),
+    "clipped below alone": ("return a > real(CLIP) ? real(CLIP) : a <", "return a <", CLIP),
+    "clip not noted": ("word(fabs(a) < real(CLIP) ? 0 : 1)", "word(0)", CLIP),
+    "noted the other way round": ("word(fabs(a) < real(CLIP) ? 0 : 1)", "word(fabs(a) < real(CLIP) ? 1 : 0)", CLIP),
+    "noted for large numbers alone": ("word(fabs(a) < real(CLIP)", "word(a < real(CLIP)", CLIP),
+    "last bit left as it was": ("(value.bits & ~word(1)) | word", "value.bits | word", CLIP),
+    "gradient through a clip": ("value.bits & 1 ? real(0) : ", "", CLIP),
+    "f not noted": ("f_noted = noted(f, a_f)", "f_noted = f", CLIP),
+    "o noted by i": ("gates[3] = noted(o, a_o)", "gates[3] = noted(o, a_i)", CLIP),
+    "i not clipped": ("i = OfGate::value(bounded(a_i))", "i = OfGate::value(a_i)", CLIP),
+    "f not clipped": ("f = OfGate::value(bounded(a_f))", "f = OfGate::value(a_f)", CLIP),
+    "g not clipped": ("OfCandidate::value(bounded(a_g))", "OfCandidate::value(a_g)", CLIP),
+    "o not clipped": ("o = OfGate::value(bounded(a_o))", "o = OfGate::value(a_o)", CLIP),
+    "c clipped above alone": ("c < -real(CELL_CLIP) ? -real(CELL_CLIP) : c;", "c;", CELL_CLIP),
+    "c clipped below alone": ("c = c > real(CELL_CLIP) ? real(CELL_CLIP) : c <", "c = c <", CELL_CLIP),
+    "gradient through the clip of c": ("    dc = fabs(c) < real(CELL_CLIP) ? dc : real(0);\n", "", CELL_CLIP),
+    "gradient at the bound of c": ("fabs(c) < real(CELL_CLIP)", "fabs(c) <= real(CELL_CLIP)", CELL_CLIP),
+    "gradient by c below alone": ("dc = fabs(c) < real(CELL_CLIP)", "dc = c < real(CELL_CLIP)", CELL_CLIP),
+    "f = i": ("f = real(1) - i, f_noted", "f = i, f_noted", COUPLED),
+    "f not kept": ("f = real(1) - i, f_noted = f;", "f = real(1) - i, f_noted = 1;", COUPLED),
+    "i's gradient without f's": ("dc * (g - c_prev) *", "dc * g *", COUPLED),
+    "i's gradient with f's added": ("dc * (g - c_prev) *", "dc * (g + c_prev) *", COUPLED),
+    "f = 0": ("const real f = 1, f_noted", "const real f = 0, f_noted", PAPER),
+    "candidate of 1997 halved": ("real(2) * tanh(real(0.5) * a)", "tanh(real(0.5) * a)", PAPER),
+    "candidate of 1997 by tanh": ("real(2) * tanh(real(0.5) * a)", "real(2) * tanh(a)", PAPER),
+    "its slope": ("(real(2) - s) * (real(2) + s) * real(0.25)", "(real(1) - s) * (real(1) + s)", PAPER),
+    "output of 1997 by tanh": ("tanh(real(0.5) * c)", "tanh(c)", PAPER),
+    "its slope without a half": ("(real(1) - s * s) * real(0.5)", "(real(1) - s * s)", PAPER),
+    "relu passes all": ("return a < real(0) ? real(0) : a;", "return a;", RELU),
+    "slope of relu": ("return s > real(0) ? real(1) : real(0);", "return real(1);", RELU),
+    "hard sigmoid's slope": ("fma(real(0.2), a, real(0.5))", "fma(real(0.25), a, real(0.5))", HARD),
+    "its derivative": ("? real(0.2) : real(0);", "? real(0.25) : real(0);", HARD),
+    "softsign without the size": ("a / (real(1) + fabs(a))", "a / (real(1) + a * a)", SOFT),
+    "slope of softsign": ("real below = real(1) - fabs(s);", "real below = real(1) - s;", SOFT),
+    "slope of softsign not squared": ("return below * below;", "return below;", SOFT),
+    "slope of identity": ("slope(real) { return real(1); }", "slope(real) { return real(0); }", IDENTITY),
+}  # fmt: skip
+
+STEP_SLIPS = {
+    "state not read": ("if (h_prev) add_products", "if (false) add_products"),
+    "weights of the next unit": ("weight_ih + unit * inputs", "weight_ih + (unit + 1) % hidden * inputs"),
+    "gates too close": ("weight[gate * gate_stride + k]", "weight[gate * count + k]"),
+    "last lane's share left out": ("k = threadIdx.x; k < count", "k = threadIdx.x; k + 1 < count"),
+    "half of the sum": ("int flip = 16;", "int flip = 8;"),
+    "every lane the last sequence's sums": ("if (threadIdx.x == n) gates", "gates"),
+    "bias of the gate before": ("bias[gate * hidden + unit]", "bias[(gate + 3) % GATES * hidden + unit]"),
+    "no cell state": ("c_prev ? c_prev[at] : real(0)", "real(0)"),
+    "sequences of one warp alone": ("first += index_t(gridDim.y) * STEP_ROWS", "first += batch"),
+    "output left out": ("if (y) y[at] = h_t;", ""),
+    "rows of the first group again": ("row = min(first + n, batch - 1);", "row = min(index_t(n), batch - 1);"),
+}  # fmt: skip
+
 
 def solve_twice(xp: FakeCupy, case: Case) -> list[Arrays]:
     """Forward once, backward twice on one tape; all results, once with each backward pass."""
     p = problem(case)
     params = {name: xp.array(value) for name, value in p.params.items()}
-    y, (h_n, c_n), tape = lstm_forward(params, xp.array(p.x), tuple(map(xp.array, p.state)), p.lengths)
+    resets = None if p.resets is None else xp.array(p.resets)
+    state = tuple(map(xp.array, p.state))
+    y, (h_n, c_n), tape = lstm_forward(params, xp.array(p.x), state, p.lengths, **model_of(p), resets=resets)
     found = []
     for _ in range(2):
         grads = lstm_backward(params, tape, xp.array(p.dy), tuple(map(xp.array, p.dstate)))
@@ -110,7 +196,7 @@ def solve_twice(xp: FakeCupy, case: Case) -> list[Arrays]:
 def truth(case: Case) -> Arrays:
     p = problem(case)
     with REFERENCE.active():
-        y, (h_n, c_n), tape = lstm_forward(p.params, p.x, p.state, p.lengths)
+        y, (h_n, c_n), tape = lstm_forward(p.params, p.x, p.state, p.lengths, **model_of(p), resets=p.resets)
         grads = lstm_backward(p.params, tape, p.dy, p.dstate)
     return {"y": y, "h_n": h_n, "c_n": c_n, "dx": grads.x, "dh0": grads.state[0], "dc0": grads.state[1]} | grads.params
 
@@ -134,9 +220,13 @@ BOUND = BOUNDS["agreement"].float64
 NOTICED = 1e3  # a slip must stand out by this factor over the bound: no check may pass or fail by luck
 
 
-@pytest.mark.parametrize("cases", [CASES, PEEPHOLE_CASES], ids=["plain", "peephole"])
+@pytest.mark.parametrize(
+    "cases", [CASES, PEEPHOLE_CASES, RESET_CASES, *dict.fromkeys(cases for *_, cases in FAMILY_SLIPS.values())], ids=str
+)
 def test_the_unchanged_kernels_pass(cases):
-    assert worst_error(lambda code: code, cases) <= BOUND
+    """After a slip, too: the check must not use what an earlier one has compiled or prepared."""
+    for change, passes in ((slipped(*SLIPS["dy not added"]), False), (lambda code: code, True)) * 2:
+        assert (worst_error(change, cases) <= BOUND) is passes
 
 
 def slipped(old: str, new: str):
@@ -157,3 +247,42 @@ def test_a_slip_is_noticed(slip):
 @pytest.mark.parametrize("slip", PEEPHOLE_SLIPS)
 def test_a_slip_in_the_peepholes_is_noticed(slip):
     assert worst_error(slipped(*PEEPHOLE_SLIPS[slip]), PEEPHOLE_CASES) > NOTICED * BOUND
+
+
+@pytest.mark.parametrize("slip", RESET_SLIPS)
+def test_a_slip_in_the_resets_is_noticed(slip):
+    assert worst_error(slipped(*RESET_SLIPS[slip]), RESET_CASES) > NOTICED * BOUND
+
+
+@pytest.mark.parametrize("slip", FAMILY_SLIPS)
+def test_a_slip_in_a_variant_is_noticed(slip):
+    *change, cases = FAMILY_SLIPS[slip]
+    assert worst_error(slipped(*change), cases) > NOTICED * BOUND
+
+
+# More inputs than a warp has lanes, sequences that fill no warp, more groups of them than the grid has blocks.
+STEP_CASE = Case(1, 7, 37, 5, 2)
+
+
+def error_of_a_step(monkeypatch, change) -> float:
+    """Return the largest error of two steps with the changed kernels."""
+    monkeypatch.setattr(launch, "_MOST_BLOCKS", 1)
+    p, found = problem(STEP_CASE), []
+    xp = FakeCupy(change=change, fibers=True, options=("-O0",))
+    for library, host in ((xp, lambda value: value.get()), (np, lambda value: value)):
+        with installed(xp) if library is xp else REFERENCE.active():
+            lstm = LSTM(37, 5, 2, dtype=np.float64)
+            lstm.params.update({name: library.array(value) for name, value in p.params.items()})
+            first, state = lstm.step(library.array(p.x[0]), tuple(map(library.array, p.state)))
+            second, state = lstm.step(library.array(p.x[0]), state)
+            found.append([host(value) for value in (first, second, *state)])
+    return max(normalised_error(ours, true) for ours, true in zip(*found, strict=True))
+
+
+def test_the_unchanged_single_step_passes(monkeypatch):
+    assert error_of_a_step(monkeypatch, lambda code: code) <= BOUND
+
+
+@pytest.mark.parametrize("slip", STEP_SLIPS)
+def test_a_slip_in_the_single_step_is_noticed(slip, monkeypatch):
+    assert error_of_a_step(monkeypatch, slipped(*STEP_SLIPS[slip])) > NOTICED * BOUND

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from host_cuda import CompilationError, FakeCupy, HostModule, compiler
+from host_cuda.build import MOST_SHARED, LaunchError
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -66,10 +67,54 @@ extern "C" __global__ void divergent(float *values, index_t leave) {
 }
 """
 
+# Blocks that wait for each other, by what kernels/cuda/exchange.cuh has.
+EXCHANGE = r"""
+typedef unsigned int word_t;
+
+extern "C" __global__ void meet(word_t *flags, float *values, word_t absent) {
+    DYNAMIC_SHARED(shared);
+    const int block = blockIdx.y, blocks = gridDim.y;
+    shared[threadIdx.x] = float(block);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        store_shared_by_blocks(values + block, shared[blockDim.x - 1] + 1);
+        fence_acq_rel();
+        store_relaxed(flags + block, 1);
+    }
+    const int other = (block + 1) % blocks;
+    for (int tries = 0; load_acquire(flags + other) < 1 + absent; ++tries) SPIN(tries);
+    __syncwarp();
+    const float4 four = load_shared_by_blocks(values + other / 4 * 4);
+    const float each[] = {four.x, four.y, four.z, four.w};
+    if (threadIdx.x == 0) values[blocks + block] = each[other % 4];
+}
+
+extern "C" __global__ void outside(index_t at) {
+    DYNAMIC_SHARED(shared);
+    __syncthreads();
+    if (threadIdx.x == 0) shared[at] = 1;
+}
+
+"""
+
+IN_A_CLUSTER = r"""
+extern "C" __global__ void CLUSTER_OF(BLOCKS) pass_on(float *values, index_t first, index_t last) {
+    DYNAMIC_SHARED(shared);
+    if (first) {
+        cluster_arrive();
+        cluster_wait();
+    }
+    store_to_block(shared + blockIdx.x % BLOCKS, (blockIdx.x + 1) % BLOCKS, float(blockIdx.x));
+    cluster_arrive();
+    if (last) cluster_wait();
+    values[blockIdx.x] = shared[(blockIdx.x + BLOCKS - 1) % BLOCKS];
+}
+"""
+
 
 @pytest.fixture
 def xp():
-    return FakeCupy(seed=1)
+    return FakeCupy(seed=1, multiprocessors=132)
 
 
 def kernel(xp, name):
@@ -180,6 +225,65 @@ def test_what_cupy_launches_itself_is_counted(xp):
     assert xp.pool.own == ["zeros", "setitem", "iadd"]
     _ = fresh + there, fresh.copy(), xp.arange(3), xp.ascontiguousarray(fresh.T)
     assert xp.pool.own[3:] == ["add", "copy", "arange", "copy"]
+
+
+def exchange(xp, name, *options, shared=128):
+    code = "typedef long long index_t;" + (IN_A_CLUSTER if options else EXCHANGE)
+    module = xp.RawModule(
+        code=code, options=("--std=c++17", *options),
+        enable_cooperative_groups=not options,
+    )  # fmt: skip
+    function = module.get_function(name)
+    function.max_dynamic_shared_size_bytes = shared
+    return function
+
+
+def test_blocks_of_a_cooperative_launch_run_at_once_and_wait_for_each_other(xp):
+    flags, values = xp.zeros(32, np.uint32), xp.zeros(64, np.float32)
+    exchange(xp, "meet")((1, 32), (32,), (flags, values, np.zeros(1, np.uint32)), shared_mem=128)
+    np.testing.assert_array_equal(values.get()[:32], np.arange(32) + 1)
+    np.testing.assert_array_equal(values.get()[32:], np.roll(np.arange(32), -1) + 1)
+
+
+def test_a_wait_for_what_never_comes_is_an_error(xp, monkeypatch):
+    monkeypatch.setenv("FASTLSTM_TEST_SPIN_SECONDS", "0.2")
+    flags, values = xp.zeros(4, np.uint32), xp.zeros(8, np.float32)
+    own = exchange(xp, "meet")
+    with pytest.raises(RuntimeError, match="meet: a block waited too long for another one"):
+        own((1, 4), (32,), (flags, values, np.ones(1, np.uint32)), shared_mem=128)
+
+
+def test_dynamic_shared_memory_is_refused_beyond_its_limit_and_guarded(xp):
+    outside = exchange(xp, "outside", shared=50_000)
+    outside((1, 2), (32,), (12_499,), shared_mem=50_000)
+    for at in (-1, 12_500):
+        with pytest.raises(RuntimeError, match="outside: a write outside the dynamic shared memory"):
+            outside((1, 2), (32,), (at,), shared_mem=50_000)
+    with pytest.raises(LaunchError, match="INVALID_VALUE"):
+        outside((1, 2), (32,), (0,), shared_mem=50_001)
+    outside.max_dynamic_shared_size_bytes = MOST_SHARED + 1
+    with pytest.raises(LaunchError, match="INVALID_VALUE"):
+        outside((1, 2), (32,), (0,), shared_mem=MOST_SHARED + 1)
+
+
+def test_more_blocks_than_can_be_resident_are_refused():
+    xp = FakeCupy(multiprocessors=3)
+    meet = exchange(xp, "meet")
+    arguments = xp.zeros(4, np.uint32), xp.zeros(8, np.float32), np.zeros(1, np.uint32)
+    with pytest.raises(ValueError, match="more blocks than can be resident"):
+        meet((1, 4), (32,), arguments, shared_mem=128)
+    with pytest.raises(RuntimeError, match="CuPy would take fewer blocks"):
+        meet((4,), (32,), arguments, shared_mem=128)
+
+
+def test_the_blocks_of_a_cluster_write_to_each_others_memory(xp):
+    values = xp.zeros(4, np.float32)
+    pass_on = exchange(xp, "pass_on", "-DCLUSTER", "-DBLOCKS=4")
+    pass_on((4,), (1,), (values, 1, 1), shared_mem=128)
+    np.testing.assert_array_equal(values.get(), [3, 0, 1, 2])
+    with pytest.raises(RuntimeError, match="pass_on: a write to a block that has not begun"):
+        for _ in range(20):  # by the schedule, the neighbour may have begun
+            pass_on((4,), (1,), (values, 0, 1), shared_mem=128)
 
 
 def test_a_write_outside_an_array_is_found():

@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 HEADER = Path(__file__).with_name("cuda_host.h")
-KERNEL = re.compile(r'^extern "C" __global__ void (\w+)\(', re.MULTILINE)
+EXCHANGE = HEADER.with_name("exchange_host.h")
+KERNEL = re.compile(
+    r'^extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(?:CLUSTER_OF\(\w+\) )?(\w+)\(', re.MULTILINE
+)
 BARRIER = re.compile(r"__(syncthreads|syncwarp|shfl_\w+)\(")
+PLAIN, FIBERS, TOGETHER = 0, 1, 2  # of `launch` in cuda_host.h
+UNASKED_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes that a kernel gets without a word, and at most
 
 
 class CompilationError(RuntimeError):
@@ -45,7 +50,7 @@ def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     """Compile a source once."""
     names = KERNEL.findall(source)
     text = f'#include "{HEADER}"\n{source}\n' + "".join(f"HOST_CUDA_EXPORT({name})\n" for name in names)
-    key = hashlib.sha256(repr((text, HEADER.read_text(), options)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((text, HEADER.read_text(), EXCHANGE.read_text(), options)).encode()).hexdigest()[:16]
     compiled = folder() / f"{key}.so"
     if not compiled.exists():
         with tempfile.TemporaryDirectory(dir=folder()) as work:
@@ -69,6 +74,10 @@ def compile_with_host_compiler(text: str, options: tuple[str, ...], work: Path) 
         raise CompilationError(done.stderr)
 
 
+class LaunchError(RuntimeError):
+    """As CuPy's CUDADriverError."""
+
+
 class HostKernel:
     """One kernel; called like a CuPy kernel, with grid, block and arguments."""
 
@@ -81,8 +90,11 @@ class HostKernel:
         self.sizes = [size(k) for k in range(module.library[f"arguments_of_{name}"]())]  # bytes of each argument
         body = module.code.partition(f" {name}(")[2].partition('extern "C"')[0]
         self.has_barriers = BARRIER.search(body) is not None
+        self.max_dynamic_shared_size_bytes = UNASKED_SHARED
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
         """Run the kernel to its end."""
         self.module.launched.append(self.name)
         shape = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
@@ -90,13 +102,21 @@ class HostKernel:
             raise TypeError(f"{self.name} takes {len(self.sizes)} arguments, got {len(args)}")
         if not all(shape) or shape[0] > 2**31 - 1 or max(shape[1:3]) > 65535 or shape[3] * shape[4] * shape[5] > 1024:
             raise ValueError(f"{self.name}: CUDA has no such grid {tuple(shape)}")
+        if not 0 <= shared_mem <= min(self.max_dynamic_shared_size_bytes, MOST_SHARED):
+            raise LaunchError(f"CUDA_ERROR_INVALID_VALUE: {self.name} with {shared_mem} bytes of shared memory")
+        if self.module.cooperative and shape[0] * shape[1] * shape[2] > self.module.multiprocessors:
+            if shape[1] == shape[2] == 1:
+                raise RuntimeError(f"{self.name}: CuPy would take fewer blocks, with no more than a warning")
+            raise ValueError(f"{self.name}: more blocks than can be resident")
         given = [self.module.value(a) for a in args]
         for k, (value, size) in enumerate(zip(given, self.sizes, strict=True)):
             if len(value) != size:  # CuPy and CUDA would read what lies there
                 raise TypeError(f"argument {k} of {self.name} has {size} bytes, got {len(value)}")
         pointers = (ctypes.c_char_p * len(args))(*given)
-        fibers = int(self.has_barriers or self.module.always_fibers)
-        message = self.function(shape, pointers, ctypes.c_uint64(next(self.module.seeds)), fibers)
+        how = FIBERS if self.has_barriers or self.module.always_fibers else PLAIN
+        how = TOGETHER if self.module.together else how
+        seed, shared = ctypes.c_uint64(next(self.module.seeds)), ctypes.c_size_t(shared_mem)
+        message = self.function(shape, pointers, seed, how, shared)
         if message is not None:
             raise RuntimeError(f"{self.name}: {message.decode()}")
 
@@ -116,12 +136,16 @@ class HostModule:
         seed: int = 0,
         fibers: bool = False,
         launched: list[str] | None = None,
+        cooperative: bool = False,
+        multiprocessors: int = 1024,
     ) -> None:
         self.code = code
         self.value = value
         self.launched = [] if launched is None else launched  # the name of each kernel, at each launch
         self.seeds = itertools.count(seed)
         self.always_fibers = fibers
+        self.cooperative, self.multiprocessors = cooperative, multiprocessors
+        self.together = cooperative or "-DCLUSTER" in options
         self.library = library(code, tuple(options))
 
     def get_function(self, name: str) -> HostKernel:

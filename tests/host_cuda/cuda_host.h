@@ -8,8 +8,11 @@
 // What this cannot show: the memory model of a GPU, its launch limits, and speed.
 #pragma once
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <link.h>
 #include <math.h>
@@ -28,6 +31,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
+#define HOST_CUDA
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -41,17 +45,31 @@ using std::min;
 
 namespace host_cuda {
 
-constexpr size_t STACK = 64 * 1024, BLOCKS_AT_ONCE = 8;
-enum class State { runnable, at_block_barrier, at_warp_barrier, done };
+constexpr size_t STACK = 64 * 1024, BLOCKS_AT_ONCE = 8, GUARD = 64;
+enum class State { runnable, spinning, at_block_barrier, at_warp_barrier, done };
 
 struct Fiber {
     ucontext_t context;
     dim3 index;
     State state = State::runnable;
     unsigned mask = 0;      // of the warp barrier it waits at
+    uint32_t phase = 0;     // barriers of the cluster that it has arrived at
     unsigned char slot[8];  // what it offers to the others of its warp
     std::unique_ptr<char[]> stack{new char[STACK]};
 };
+
+// What the blocks of one launch share.
+struct Launch {
+    size_t shared;                                    // bytes of dynamic shared memory of a block
+    std::atomic<bool> failed{false};                  // some block has: the others need not wait for it
+    std::unique_ptr<std::atomic<float *>[]> memory;   // each block's shared memory, once it has arrived at a barrier
+    std::unique_ptr<std::atomic<uint32_t>[]> arrived; // threads at each cluster's barrier, counted up
+
+    Launch(size_t shared, size_t blocks)
+        : shared(shared), memory(new std::atomic<float *>[blocks]()), arrived(new std::atomic<uint32_t>[blocks]()) {}
+};
+static thread_local Launch *launched = nullptr;
+static thread_local float *dynamic_shared = nullptr;
 
 // The fibers of one block, and who runs when.
 struct Block {
@@ -97,11 +115,12 @@ inline void Block::run(std::mt19937_64 &random) {
     do {
         order.clear();
         for (size_t k = 0; k < fibers.size(); ++k)
-            if (fibers[k].state == State::runnable) order.push_back(k);
+            if (fibers[k].state == State::runnable || fibers[k].state == State::spinning) order.push_back(k);
         std::shuffle(order.begin(), order.end(), random);
         for (size_t k : order) {
             current = k;
             threadIdx = fibers[k].index;
+            fibers[k].state = State::runnable;
             swapcontext(&scheduler, &fibers[k].context);
             if (!error.empty()) throw std::runtime_error(error);
         }
@@ -113,12 +132,12 @@ inline void Block::run(std::mt19937_64 &random) {
 inline bool Block::release() {
     const auto is = [](State state) { return [state](const Fiber &fiber) { return fiber.state == state; }; };
     if (std::all_of(fibers.begin(), fibers.end(), is(State::done))) return false;
-    if (std::any_of(fibers.begin(), fibers.end(), is(State::runnable))) return true;  // it spins
+    if (std::any_of(fibers.begin(), fibers.end(), is(State::runnable))) return true;
     if (std::all_of(fibers.begin(), fibers.end(), is(State::at_block_barrier))) {
         for (Fiber &fiber : fibers) fiber.state = State::runnable;
         return true;
     }
-    bool released = false;
+    bool released = std::any_of(fibers.begin(), fibers.end(), is(State::spinning));  // these wait for another block
     for (size_t warp = 0; warp < fibers.size(); warp += warpSize) {
         const size_t lanes = std::min<size_t>(warpSize, fibers.size() - warp);
         for (size_t lane = 0; lane < lanes; ++lane) {
@@ -156,10 +175,26 @@ template <class T> T exchange(unsigned mask, T value, int source) {
     mine.wait(State::at_warp_barrier, mask);
     return value;
 }
-// What a thread does that waits for another block: let the other threads of its block run, and the other blocks.
+// What a thread does that waits for another block: let the other threads of its block run, and the other blocks. A wait
+// that lasts too long is an error.
+inline double patience() {
+    static const char *given = std::getenv("FASTLSTM_TEST_SPIN_SECONDS");
+    return given ? std::atof(given) : 60;
+}
 inline void spin() {
     std::this_thread::yield();
-    here().wait(State::runnable);
+    here().wait(State::spinning);
+}
+inline void spin(std::chrono::steady_clock::time_point begin) {
+    if (launched->failed) throw std::runtime_error("another block failed");
+    if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > patience())
+        throw std::runtime_error("a block waited too long for another one");
+    spin();
+}
+// Wait until `done`, as the barriers of a cluster do.
+template <class Done> void spin_until(Done done) {
+    const auto begin = std::chrono::steady_clock::now();
+    while (!done()) spin(begin);
 }
 inline int lane() { return int(here().current % warpSize); }
 
@@ -187,6 +222,22 @@ struct Permutation {
     size_t operator()(size_t k) const { return (k * factor + shift) % size; }
 };
 
+// Dynamic shared memory between two guards: poisoned, and a write outside it is found.
+struct DynamicShared {
+    std::vector<unsigned char> whole;
+    explicit DynamicShared(size_t bytes) : whole(bytes + 3 * GUARD, 0xa5) {
+        const size_t start = GUARD + (GUARD - reinterpret_cast<uintptr_t>(whole.data()) % GUARD) % GUARD;
+        std::memset(whole.data() + start, 0xff, bytes);
+        dynamic_shared = reinterpret_cast<float *>(whole.data() + start);
+    }
+    void check(size_t bytes) const {
+        const size_t start = reinterpret_cast<unsigned char *>(dynamic_shared) - whole.data();
+        for (size_t k = 0; k < whole.size(); ++k)
+            if ((k < start || k >= start + bytes) && whole[k] != 0xa5)
+                throw std::runtime_error("a write outside the dynamic shared memory");
+    }
+};
+
 inline void run_plainly(dim3 grid, dim3 threads, std::mt19937_64 &random, void (*body)(void *), void *argument) {
     const Permutation blocks(grid.size(), random), inside(threads.size(), random);
     gridDim = grid, blockDim = threads;
@@ -199,20 +250,27 @@ inline void run_plainly(dim3 grid, dim3 threads, std::mt19937_64 &random, void (
     }
 }
 
-inline void run_fibers(dim3 grid, dim3 threads, std::mt19937_64 &random, void (*body)(void *), void *argument) {
+// `together`: all blocks at once, as a cooperative launch promises; else a few at a time.
+inline void run_fibers(dim3 grid, dim3 threads, std::mt19937_64 &random, void (*body)(void *), void *argument,
+                       size_t shared, bool together) {
     const Permutation blocks(grid.size(), random);
+    const size_t at_once = together ? grid.size() : BLOCKS_AT_ONCE;
     std::vector<std::string> errors(grid.size());
-    for (size_t first = 0; first < grid.size(); first += BLOCKS_AT_ONCE) {
+    Launch launch(shared, grid.size());
+    for (size_t first = 0; first < grid.size(); first += at_once) {
         std::vector<std::thread> wave;
-        for (size_t k = first; k < std::min(first + BLOCKS_AT_ONCE, grid.size()); ++k) {
-            wave.emplace_back([=, &errors, seed = random()] {
+        for (size_t k = first; k < std::min(first + at_once, grid.size()); ++k) {
+            wave.emplace_back([=, &errors, &launch, seed = random()] {
                 poison_shared_memory();
-                gridDim = grid, blockDim = threads, blockIdx = grid.at(blocks(k)), block = nullptr;
+                const DynamicShared memory(shared);
+                gridDim = grid, blockDim = threads, blockIdx = grid.at(blocks(k)), block = nullptr, launched = &launch;
                 std::mt19937_64 own(seed);
                 try {
                     Block(threads.size(), body, argument).run(own);
+                    memory.check(shared);
+                    launch.memory[blockIdx.x] = nullptr;  // a cluster's peer must not write to it from now on
                 } catch (const std::exception &error) {
-                    errors[k] = error.what();
+                    if (!launch.failed.exchange(true)) errors[k] = error.what();  // the others only follow
                 }
             });
         }
@@ -234,9 +292,10 @@ void call(void (*kernel)(A...), void **args, std::index_sequence<K...>) {
     kernel(*static_cast<A *>(args[K])...);
 }
 
-// Launch as cuLaunchKernel does: `args` points to the arguments. Returns the message of what went wrong, or null.
+// Launch as cuLaunchKernel does: `args` points to the arguments, `how` is 0 for plain loops, 1 for fibers, 2 for fibers
+// of all blocks at once. Returns the message of what went wrong, or null.
 template <class... A>
-const char *launch(void (*kernel)(A...), const unsigned *shape, void **args, uint64_t seed, int fibers) {
+const char *launch(void (*kernel)(A...), const unsigned *shape, void **args, uint64_t seed, int how, size_t shared) {
     static thread_local char message[256];
     std::pair<void (*)(A...), void **> argument{kernel, args};
     const auto body = [](void *given) {
@@ -246,7 +305,10 @@ const char *launch(void (*kernel)(A...), const unsigned *shape, void **args, uin
     std::mt19937_64 random(seed);
     const dim3 grid{shape[0], shape[1], shape[2]}, threads{shape[3], shape[4], shape[5]};
     try {
-        (fibers ? run_fibers : run_plainly)(grid, threads, random, body, &argument);
+        if (how == 0)
+            run_plainly(grid, threads, random, body, &argument);
+        else
+            run_fibers(grid, threads, random, body, &argument, shared, how == 2);
     } catch (const std::exception &error) {
         std::strncpy(message, error.what(), sizeof message - 1);
         return message;
@@ -268,9 +330,12 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int flip) {
     return host_cuda::exchange(mask, value, host_cuda::lane() ^ flip);
 }
 
+#include "exchange_host.h"
+
 #define HOST_CUDA_EXPORT(kernel)                                                                                  \
-    extern "C" const char *launch_##kernel(const unsigned *shape, void **args, uint64_t seed, int fibers) {       \
-        return host_cuda::launch(kernel, shape, args, seed, fibers);                                              \
+    extern "C" const char *launch_##kernel(const unsigned *shape, void **args, uint64_t seed, int how,            \
+                                           size_t shared) {                                                       \
+        return host_cuda::launch(kernel, shape, args, seed, how, shared);                                         \
     }                                                                                                             \
     extern "C" int arguments_of_##kernel() { return host_cuda::count(kernel); }                                   \
     extern "C" int size_of_argument_of_##kernel(int number) { return host_cuda::size_of_argument(kernel, number); }

@@ -11,7 +11,9 @@ import numpy as np
 TF32 = 3  # CUBLAS_TF32_TENSOR_OP_MATH
 
 
-def cublas(launched: list[str], device: Callable[[], int], error: type[Exception]) -> types.SimpleNamespace:
+def cublas(
+    launched: list[str], device: Callable[[], int], error: type[Exception], captures: Callable[[], bool]
+) -> types.SimpleNamespace:
     """Make the module: `launched` gains a name at each product, `device` is the current one."""
     pointer_modes: dict[int, int] = {}  # of each handle; 0 is the default
     math_modes: dict[int, int] = {}
@@ -20,6 +22,8 @@ def cublas(launched: list[str], device: Callable[[], int], error: type[Exception
         def gemm(handle, transa, transb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
             if handle != device() + 1000:
                 raise ValueError("a cuBLAS handle of another device")
+            if captures():
+                raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
             launched.append("product")
             if pointer_modes.get(handle):
                 raise error("cudaErrorIllegalAddress: the factors were expected in the device's memory")

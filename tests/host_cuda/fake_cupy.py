@@ -11,20 +11,16 @@ import contextlib
 import operator
 import sys
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from host_cuda.build import HostModule, folder
+from host_cuda.build import MOST_SHARED, CompilationError, HostModule, LaunchError, folder
 from host_cuda.fake_cublas import cublas
 from host_cuda.memory import Allocation, OutOfMemoryError, Pool
-
-
-class CUDARuntimeError(RuntimeError):
-    """As CuPy's."""
+from host_cuda.streams import CUDARuntimeError, Event, Logged, Stream
 
 
 class Device:
@@ -57,18 +53,6 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
-
-
-class Event:
-    """As CuPy's, where all work is done at once; and the current stream."""
-
-    time = 0.0
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
 
 
 def _unpickle(host: np.ndarray) -> ndarray:
@@ -198,24 +182,33 @@ class FakeCupy(types.ModuleType):
         fibers: bool = False,
         options: tuple[str, ...] = (),
         seed: int = 0,
+        architecture: str = "00",
+        multiprocessors: int = 4,
     ) -> None:
         super().__init__("cupy")
         folder()  # made now, so that processes started from here find it
-        self.how = {"fibers": fibers, "seed": seed}
+        self.how = {"fibers": fibers, "seed": seed, "multiprocessors": multiprocessors}
         self.options = options  # for the compiler, besides those that the loader gives
         self.pool = Pool()
+        self.pool.launched, self.pool.own = Logged(), Logged()
         self.change = change or (lambda code: code)  # what a test does to the kernels' source
-        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": 4, "totalGlobalMem": 0}
+        properties = {"name": b"no GPU, but a stand-in", "multiProcessorCount": multiprocessors,
+                      "totalGlobalMem": 0}  # fmt: skip
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices),
             getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
+            getDevice=Device.now, deviceGetAttribute=lambda attribute, number: attribute,
+            cudaDevAttrMultiProcessorCount=multiprocessors, cudaDevAttrMaxSharedMemoryPerBlockOptin=MOST_SHARED,
         )  # fmt: skip
         self.cuda = types.SimpleNamespace(
-            Device=Device, runtime=runtime, cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError),
+            Device=type("Device", (Device,), {"compute_capability": architecture}), runtime=runtime,
+            driver=types.SimpleNamespace(CUDADriverError=LaunchError),
+            compiler=types.SimpleNamespace(CompileException=CompilationError),
+            cublas=cublas(self.pool.launched, Device.now, CUDARuntimeError, lambda: Stream.now().captures),
             nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
             device=types.SimpleNamespace(get_cublas_handle=lambda: Device.now() + 1000),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError), is_available=lambda: devices > 0,
-            Event=Event, get_current_stream=Event, set_allocator=lambda allocator: None,
+            Event=Event, Stream=Stream, get_current_stream=Stream.now, set_allocator=lambda allocator: None,
             get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
         )  # fmt: skip
 
@@ -229,10 +222,9 @@ class FakeCupy(types.ModuleType):
             raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
         return devices
 
-    def RawModule(self, *, code: str, options: tuple[str, ...]) -> HostModule:
-        return HostModule(
-            self.change(code), (*options, *self.options), self._value, launched=self.pool.launched, **self.how
-        )
+    def RawModule(self, *, code: str, options: tuple[str, ...], enable_cooperative_groups: bool = False) -> HostModule:
+        how = self.how | {"launched": self.pool.launched, "cooperative": enable_cooperative_groups}
+        return HostModule(self.change(code), (*options, *self.options), self._value, **how)
 
     @staticmethod
     def _value(argument: Any) -> bytes:
@@ -315,8 +307,14 @@ class FakeCupy(types.ModuleType):
         return result
 
     def asarray(self, value: Any, dtype: Any = None) -> ndarray:
+        if hasattr(value, "__cuda_array_interface__"):
+            return self.of_interface(value.__cuda_array_interface__)
         fits = isinstance(value, ndarray) and dtype in (None, value.dtype)
         return value if fits else self.array(value, dtype)
+
+    def of_interface(self, interface: dict[str, Any]) -> ndarray:
+        view = np.asarray(types.SimpleNamespace(__array_interface__=interface | {"version": 3}))
+        return ndarray(self, view, self.pool.allocate(0), Device.now())
 
     def ascontiguousarray(self, value: Any) -> ndarray:
         fits = isinstance(value, ndarray) and value._view.flags.c_contiguous
@@ -324,6 +322,15 @@ class FakeCupy(types.ModuleType):
 
     def asnumpy(self, value: Any) -> np.ndarray:
         return value.get() if isinstance(value, ndarray) else np.asarray(value)
+
+    def from_dlpack(self, value: Any) -> ndarray:
+        """View memory that says it is on a device."""
+
+        class OnHost:  # NumPy takes only such
+            __dlpack_device__ = staticmethod(lambda: (1, 0))
+            __dlpack__ = staticmethod(lambda **_: value.__dlpack__())
+
+        return ndarray(self, np.from_dlpack(OnHost()), self.pool.allocate(0), value.__dlpack_device__()[1])
 
     def strided(self, flat: ndarray, start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> ndarray:
         """View flat memory with any strides."""

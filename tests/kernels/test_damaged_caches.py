@@ -94,7 +94,7 @@ def store(tmp_path, monkeypatch):
     return kernel_cache
 
 
-def test_whatever_bit_is_flipped_a_file_is_not_read(store, tmp_path):
+def test_a_kernel_file_with_any_flipped_bit_is_not_used(store, tmp_path):
     key = b"k" * 32
     store.write("it", key, b"payload" * 9)
     path = tmp_path / "a" / "it"
@@ -117,8 +117,8 @@ def test_a_file_that_may_not_be_read_counts_as_missing(store, monkeypatch):
     assert store.read("it", key) is None
 
 
-def test_what_one_folder_lacks_is_read_from_the_next(store, tmp_path):
-    """As in an image that was warmed by somebody who could write there."""
+def test_kernels_missing_in_one_folder_are_read_from_the_next(store, tmp_path):
+    """As in an image whose kernels were compiled by a user with write access."""
     key = b"k" * 32
     store.write("it", key, b"payload")
     (tmp_path / "a").rename(tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Private parts of Numba: all in one file, each checked when it is imported, and to be done without."""
+"""Private parts of Numba: all in one file, each checked at import, with a fallback to plain njit."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ CHANGES = {
     "from numba.core.caching import NullCache as part; part.load_overload = lambda self, sig: None": (
         "NullCache.load_overload takes other arguments than (self, sig, target_context)"
     ),
+    "from numba.core.lowering import Lower as part; part.storevar = lambda self, value, name: None": (
+        "Lower.storevar takes other arguments than (self, value, name, argidx)"
+    ),
+    "import importlib.util as part; part.find_spec = lambda name: None": "numba.np.arrayobj is missing",
     "from numba.core.cpu import CPUTargetOptions as part; del part.__bases__[0]._nrt": (
         "CPUTargetOptions._nrt is missing"
     ),
@@ -89,6 +93,42 @@ except fastlstm.BackendError as error:
 """
     found, _ = start(tmp_path / "nowhere", tmp_path / "cache", code, timeout=120, NUMBA_DISABLE_JIT="1")
     assert "NUMBA_DISABLE_JIT" in found
+
+
+COMPILED = """
+import gc, json, sys
+import numpy as np, fastlstm
+fastlstm.use_backend("cpu").__enter__()
+from fastlstm.kernels.cpu import kernel_cache
+kernel_cache.folders = kernel_cache.folders[:1]  # kernels that stand beside the package are not to be found
+model = fastlstm.LSTM(3, 4, seed=0)
+before = set(sys.modules)
+if sys.argv[1:]:
+    gc.disable()
+y, _, tape = model.forward(np.ones((40, 8, 3), np.float32))
+model.backward(tape, y)
+jit = sys.modules["fastlstm.kernels.cpu.jit"]
+compiled = [each for kernel in jit.KERNELS for each in kernel.overloads.values()]
+print(json.dumps({
+    "compiled": len(compiled), "counting": [b"NRT_" in each.library._get_compiled_object() for each in compiled],
+    "collecting": gc.isenabled(), "numba": sorted(set(sys.modules) - before), "scipy": "scipy.linalg" in sys.modules,
+}))
+"""
+
+
+def test_compiling_loads_what_kernels_need_of_numba_and_no_more(tmp_path):
+    """Kernels count no references, for whose code Numba's runtime would have to be loaded."""
+    found, _ = start(tmp_path / "nowhere", tmp_path / "cache", COMPILED)
+    assert found["compiled"] >= 2 and not any(found["counting"])
+    assert "numba.np.arrayobj" in found["numba"]
+    unneeded = {"numba.np.arraymath", "numba.np.linalg", "numba.np.npyimpl", "numba.cpython.mathimpl"}
+    assert not unneeded & set(found["numba"]) and not found["scipy"]
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_compiling_leaves_the_garbage_collector_as_it_was(tmp_path, off):
+    found, _ = start(tmp_path / "nowhere", tmp_path / "cache", COMPILED, *(["off"] if off else []))
+    assert found["collecting"] is not off
 
 
 # Every kind of call: on two threads and one, in training and inference, few rows and many, ragged, and both ways.
@@ -152,7 +192,7 @@ def double(target):
         target[n] *= 2
 
 
-def test_a_plain_kernel_refuses_what_it_was_not_compiled_for(monkeypatch):
+def test_a_plain_kernel_refuses_types_that_it_was_not_compiled_for(monkeypatch):
     monkeypatch.setattr(jit, "PLAIN", "for this test")
     made = PlainKernel(double)
     jit.refuse_others(made)

@@ -31,7 +31,7 @@ from fastlstm.kernels.cpu import sequence_backward, sequence_forward, small_batc
 kernels = sequence_forward.sequence_forward, sequence_backward.sequence_backward, small_batch.small_forward
 print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum(sum(k.stats.cache_hits.values()) for k in kernels))
 print(float(h.sum()))
-print("numba.np.arraymath" in sys.modules)
+print("numba.np.arrayobj" in sys.modules)
 """
 
 
@@ -144,23 +144,6 @@ def test_one_source_that_cannot_be_read_is_enough_not_to_cache(tmp_path):
     (cpu / "cell_step.py").unlink()
     found, _ = start(folder, cache)
     assert (found["misses"], files(cache)) == (1, [])
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [('"_nrt": False, "no_cfunc', '"no_cfunc'), ("if needs_runtime:", "if True:")],
-    ids=["counting references", "initialising all of Numba"],
-)
-def test_not_counting_references_and_loading_little_do_not_depend_on_each_other(tmp_path, old, new):
-    """Code that counts references crashes in a process that has not initialised Numba's runtime."""
-    folder, cache = tmp_path / "source", tmp_path / "cache"
-    cpu = copy_package(folder)
-    right, _ = start(folder, cache)
-    replace_in(cpu / "jit.py", old, new)
-    first, _ = start(folder, cache)
-    second, _ = start(folder, cache)
-    assert (first["misses"], second["misses"], second["hits"]) == (1, 0, 1)
-    assert right["bits"] == first["bits"] == second["bits"]
 
 
 def test_processes_may_fill_the_cache_at_once(tmp_path):

@@ -19,7 +19,7 @@ from harness import BackendUnderTest
 
 from fastlstm import LSTM, use_backend
 
-# Few rows and many, one and several at a time; I and H below, at and beyond whole vectors.
+# Small and large batches, one and several at a time; I and H below, at and beyond whole vectors.
 ROWS = [(1, 1), (1, 3), (2, 7), (9, 1), (5, 8)]
 SIZES = [(1, 1), (3, 7), (16, 16), (17, 33), (5, 100)]
 

@@ -1,4 +1,4 @@
-"""``fastlstm warm``: a later process compiles nothing, and what could not be kept is said."""
+"""``fastlstm warm``: a later process compiles nothing, and kernels that cannot be kept are reported."""
 
 from __future__ import annotations
 

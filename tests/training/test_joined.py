@@ -63,7 +63,7 @@ def test_joined_models_learn_as_each_alone(make):
         assert_identical(one.params, other.params)
 
 
-def test_what_backward_returns_is_joined_clipped_and_stepped_with():
+def test_results_of_backward_are_joined_clipped_and_stepped_with():
     lstm, head, _ = models()
     x = np.ones((5, 2, 3), np.float32)
     y, _, tape = lstm.forward(x)
@@ -93,7 +93,7 @@ def test_joined_models_can_be_joined():
 
 
 @pytest.mark.parametrize("name", ["one.weight", "lstm", "weight_ih_l0", "lstm.", ".weight_ih_l0", "", 3, None])
-def test_what_is_not_joined_is_not_found(name):
+def test_names_that_are_not_joined_are_not_found(name):
     lstm, _, _ = models()
     joined = join(lstm=lstm)
     assert name not in joined
@@ -115,7 +115,7 @@ def test_what_is_not_joined_is_not_found(name):
     ],
     ids=str,
 )
-def test_what_cannot_be_joined_is_refused(parts):
+def test_join_refuses_bad_parts(parts):
     with pytest.raises(ArgumentError, match="part"):
         join(**parts)
 
@@ -208,7 +208,7 @@ def test_a_replacement_that_does_not_fit_the_state_changes_nothing(make, case):
     np.testing.assert_equal(optimiser.state_dict(), state)
 
 
-def test_a_model_whose_params_are_no_mapping_any_more():
+def test_a_model_whose_params_were_replaced_by_a_non_mapping():
     model = Linear(4, 2, seed=0)
     optimiser = Adam(model)
     for wrong in (None, ["weight", "bias"], 3):

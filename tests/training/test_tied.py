@@ -137,7 +137,7 @@ def test_arrays_that_share_a_part_of_their_memory_are_refused(xp, peer, case):
 
 @peers
 @pytest.mark.parametrize("case", APART)
-def test_arrays_that_lie_side_by_side_are_not_taken_for_tied(xp, peer, case):
+def test_adjacent_arrays_are_not_tied(xp, peer, case):
     make = OPTIMISERS[peer][0]
     params = dict(zip("ab", APART[case](xp.asarray(FLAT.copy())), strict=True))
     alone = {name: xp.array(value) for name, value in params.items()}

@@ -18,6 +18,7 @@ from fastlstm import ArgumentError, ArrayTypeError, DTypeError, FastLSTMError, S
 from fastlstm.training import (
     SGD,
     Adam,
+    AdamW,
     Linear,
     clip_by_global_norm,
     clip_by_value,
@@ -225,7 +226,7 @@ def test_cross_entropy_invariants(logits, shift, scale, data):
 
 
 @given(st.data())
-def test_length_mask_marks_what_lies_inside(data):
+def test_length_mask_is_true_inside_each_length(data):
     steps = data.draw(st.integers(0, 7))
     lengths = data.draw(st.lists(st.integers(0, steps), max_size=5))
     mask = length_mask(lengths, steps)
@@ -324,6 +325,12 @@ PEERS = {
     "Adam options": (
         lambda p: Adam(p, 0.03, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1),
         "Adam",
+        {"lr": 0.03, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
+    ),
+    "AdamW": (AdamW, "AdamW", {}),
+    "AdamW options": (
+        lambda p: AdamW(p, 0.03, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1),
+        "AdamW",
         {"lr": 0.03, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
     ),
 }

@@ -11,10 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlstm.backends.base import Prepared, Signature
+import numpy as np
+
+from fastlstm.backends.base import Array, Dropout, Params, Prepared, Signature
+from fastlstm.backends.base import Unrolled as AnyUnrolled
+from fastlstm.backends.cpu.phased import PHASED, is_phased
 from fastlstm.backends.cpu.prepared_call import PreparedCall
 from fastlstm.backends.cpu.sequence import schedules
+from fastlstm.backends.cpu.unroll import Unrolled, can_unroll
 from fastlstm.backends.cpu.weights import size_of
+from fastlstm.backends.stepwise import Stepwise
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import Cell
 
@@ -28,11 +34,24 @@ class CpuBackend:
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        if is_phased(cell):
+            return PHASED.prepare(cell, signature)
         return PreparedCall(cell, signature)
+
+    def unroll(
+        self, cell: Cell, params: Params, steps: int, batch: int, h0: Array | None, c0: Array | None,
+        dropout: Dropout | None,
+    ) -> AnyUnrolled:  # fmt: skip
+        """Begin a run of steps (see ``base.Backend.unroll``)."""
+        if can_unroll(cell):
+            return Unrolled(cell, params, steps, batch, h0, c0, dropout)
+        return Stepwise(self, np, cell, params, steps, batch, h0, c0, dropout)
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
-        found = []
+        if is_phased(cell):
+            return PHASED.plan(cell, rows, batch, frozen)
+        found: list[str] = []
         for layer in range(cell.num_layers):
             size, threads = size_of(cell, layer), get_num_threads()
             chosen = schedules(size, rows, batch, threads, directions=cell.num_directions, packed=frozen)

@@ -1,6 +1,6 @@
 """How a kernel is launched: with a schedule, workers, and scratch memory.
 
-Where several schedules may be the fastest, calls are run in all of them, and their times are noted (``autotune.py``).
+Where several candidate schedules may be the fastest, they are autotuned (``autotune.py``).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ __all__ = ["AtOnce", "Candidate", "Candidates", "launch", "settings_of"]
 
 
 class Candidate(NamedTuple):
-    """One way to launch a kernel: a schedule, and what follows from it."""
+    """A candidate for launching a kernel: a schedule, its scratch memory and its settings."""
 
     schedule: Schedule
     workspaces: tuple[Workspace | None, ...]  # one for each scratch argument of the kernel; None for none
-    settings: Array  # the kernel's numbers, int64, the last argument before the team
+    settings: Array  # int64 numbers for the kernel, its last argument before the team
 
 
 class Candidates(NamedTuple):
-    """The candidates of which one may be the fastest, the most promising first."""
+    """Candidates, the most promising first."""
 
     candidates: tuple[Candidate, ...]
-    kind: object  # of calls, under which the trials note their times; None if there is but one
+    kind: object  # the kind of call, the key of its trials; None for a single candidate
 
 
 def settings_of(size: int, numbers: dict[int, int], addresses: Sequence[int]) -> Array:
-    """Return a kernel's settings: numbers by their places, and the addresses of a variant's routines at the end."""
+    """Return a kernel's settings: numbers by position, then the addresses of a variant's routines."""
     settings = np.zeros(size, np.int64)
     for place, number in numbers.items():
         settings[place] = number
@@ -57,33 +57,33 @@ def _with_numbers(settings: Array, numbers: dict[int, int] | None) -> Array:
 def launch(
     kernel: Any,
     arguments: tuple[Any, ...],
-    candidates_for: Any,  # of a number of threads
+    candidates_for: Any,  # maps a number of threads to candidates
     rows: int,
     threads: int,
     numbers: dict[int, int] | None = None,
 ) -> Any:
-    """Run a kernel over so many rows, on at most so many threads; return its result, False if it did nothing.
+    """Run a kernel over `rows` rows on at most `threads` threads; return its result, False if it did nothing.
 
     Parameters
     ----------
     kernel : callable
     arguments : tuple
-        Those before its scratch arguments.
+        Its arguments before the scratch arguments.
     candidates_for : callable
-        Returns the candidates for a number of threads.
+        Maps a number of threads to candidates.
     rows : int
         The trials compare times per row.
     threads : int
         The limit.
     numbers : dict of int to int, optional
-        What this call has in its settings in place of the candidate's.
+        Settings of this call that replace those of the candidate, by position.
     """
     candidates, kind = candidates_for(threads)
     number = TRIALS.pick(kind, len(candidates)) if kind else 0
     chosen = candidates[number]
     if not kind and chosen.schedule.threads == 1:
         return _launch_alone(kernel, arguments, chosen, numbers)
-    start = time.perf_counter()  # waking workers is a part of what a team costs
+    start = time.perf_counter()  # waking workers counts as part of the time of a team
     planned = chosen.schedule.threads
     if planned > 1 and (found := available(planned - 1)) < planned - 1:  # other calls have the workers
         chosen = candidates_for(1 + found).candidates[0]
@@ -102,7 +102,7 @@ def launch(
 
 
 def _launch_alone(kernel: Any, arguments: tuple[Any, ...], chosen: Candidate, numbers: dict[int, int] | None) -> Any:
-    """Run a kernel on one thread, where that is the only way."""
+    """Run a kernel whose only candidate has one thread."""
     scratch = [workspace and SCRATCH.borrow(workspace) for workspace in chosen.workspaces]
     result = kernel(*arguments, *scratch, _with_numbers(chosen.settings, numbers), NO_TEAM, 0)
     for workspace, memory in zip(chosen.workspaces, scratch, strict=True):
@@ -122,7 +122,7 @@ class AtOnce:
         self,
         kernel: Any,
         arguments: tuple[Any, ...],
-        candidates_for: Any,  # of a number of threads
+        candidates_for: Any,  # maps a number of threads to candidates
         rows: int,
         threads: int,
         numbers: dict[int, int] | None = None,

@@ -29,6 +29,7 @@ class LayerTape(NamedTuple):
     x: Array  # (T, B, I), the input itself
     rows: Rows
     directions: list[Any]  # of DirectionTape
+    y: Array | None = None  # (T, B, D*H), if the outputs of two directions are multiplied
 
 
 class LayerCall:
@@ -37,7 +38,7 @@ class LayerCall:
     Attributes
     ----------
     is_small : bool
-        Whether the kernels for small batches run it for inference, unless the batch is ragged.
+        Whether the kernels for small batches run it for inference, unless the batch is ragged or has resets.
     state_rows : slice
         Its rows in the states of all layers.
     """
@@ -45,19 +46,21 @@ class LayerCall:
     def __init__(self, cell: Cell, number: int, signature: Signature) -> None:
         steps, batch, self.keep_tape, frozen = signature
         directions = cell.num_directions
-        self.number, self.size = number, size_of(cell, number)
+        self.number, self.size, self.merge = number, size_of(cell, number), cell.merge
         self.state_rows = slice(number * directions, (number + 1) * directions)
         names = [direction_names(cell, number, direction) for direction in range(directions)]
         self.names = [tuple(name.values()) for name in names]
         self.directions = [
             DirectionCall(self.size, names[direction], direction, signature) for direction in range(directions)
         ]
-        small = directions == 1 and small_batch.is_small(self.size, steps, batch, packed=frozen)
+        in_order = directions == 1 and not (cell.reverse and steps > 1)
+        small = in_order and small_batch.is_small(self.size, steps, batch, packed=frozen)
         self.is_small = small and not self.keep_tape
-        # A frozen model always uses packed weights, so that inference and training are bit-identical; the kernel that
-        # trains on few rows reads unpacked weights, and sums in another order.
+        # A frozen model always uses packed weights, so that inference and training are bit-identical; the small-batch
+        # training kernel reads unpacked weights, and sums in another order.
         self._trains_small = small and self.keep_tape and not frozen
-        self._small_back = directions == 1 and small_batch.is_small(self.size, steps, batch, backward=True)
+        self._small_back = in_order and small_batch.is_small(self.size, steps, batch, backward=True)
+        self._settings = small_batch.layer_settings(self.size)
         self._launch: Any = None  # of a small layer, prepared at the first call: it compiles
 
     def forward(
@@ -73,7 +76,7 @@ class LayerCall:
         recompute: bool,
     ) -> tuple[Array, LayerTape | None]:
         """Run the layer: its output (T, B, D*H), and what it leaves on the tape."""
-        if (self.is_small or self._trains_small) and not rows.ragged:
+        if (self.is_small or self._trains_small) and rows.is_plain:
             return self._forward_small(arrays, packed, x, h0, c0, h_n, c_n, rows)
         size, directions, threads = self.size, self.directions, get_num_threads()
         h0, c0 = as_plain(h0), as_plain(c0)
@@ -94,12 +97,13 @@ class LayerCall:
         if at_once:
             at_once.run()
         y = y.reshape(rows.steps, rows.batch, y.shape[1])
-        return y, LayerTape(x, rows, tapes) if self.keep_tape else None
+        kept = y if self.merge == "product" else None
+        return _merged(self.merge, y), LayerTape(x, rows, tapes, kept) if self.keep_tape else None
 
     def _forward_small(
         self, arrays: Params, packed: Packed | None, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array, rows: Rows
     ) -> tuple[Array, LayerTape | None]:
-        """Run the layer over a few rows."""
+        """Run the layer over a small batch."""
         size = self.size
         y = np.empty((rows.count, size.hidden), size.dtype)
         given = x.reshape(rows.count, size.inputs), h0, c0, y, h_n, c_n
@@ -107,7 +111,7 @@ class LayerCall:
         direction = self.directions[0]
         if self._trains_small:
             given = given[0], as_plain(h0), as_plain(c0), *given[3:]
-            tape = small_batch.small_forward(size, direction.arguments(arrays), *given)
+            tape = small_batch.small_forward(size, self._settings, direction.arguments(arrays), *given)
             return y, LayerTape(x, rows, [tape])
         if self._launch is None:
             kernel = small_forward_packed if packed else small_forward
@@ -132,13 +136,14 @@ class LayerCall:
     ) -> tuple[Array, dict[str, Array]]:
         """Back-propagate through the layer: dx (T, B, I), and the gradients by its parameters."""
         size, rows, columns = self.size, tape.rows, len(self.directions) * self.size.hidden
+        dy = None if dy is None else _unmerged(self.merge, dy, tape.y)
         dy = np.empty((0, columns), size.dtype) if dy is None else dy if dy.flags.carray else as_plain(dy)
         dy = dy.reshape(-1, columns)
         dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
-        if self._small_back and not rows.ragged:
+        if self._small_back and rows.is_plain:
             grads = small_batch.small_backward(
-                size, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape), tape.directions[0], dy,
-                dh_n, dc_n, dx, dh0, dc0,
+                size, self._settings, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape),
+                tape.directions[0], dy, dh_n, dc_n, dx, dh0, dc0,
             )  # fmt: skip
             found = self.directions[0].named(grads)
         else:
@@ -150,3 +155,26 @@ class LayerCall:
                 )
                 found |= direction.named(grads)
         return dx.reshape(tape.x.shape), found
+
+
+def _merged(merge: str, y: Array) -> Array:
+    """Put the outputs of two directions together: (T, B, 2H), or (T, B, H) for all but "concat"."""
+    if merge == "concat":
+        return y
+    half = y.shape[2] // 2
+    one, other = y[..., :half], y[..., half:]
+    if merge == "product":
+        return one * other
+    total = one + other
+    return total * total.dtype.type(0.5) if merge == "mean" else total
+
+
+def _unmerged(merge: str, dy: Array, y: Array | None) -> Array:
+    """Take the gradient by the merged output to that by the outputs of the directions, (T, B, 2H)."""
+    if merge == "concat":
+        return dy
+    if merge == "product":
+        assert y is not None
+        half = dy.shape[2]
+        return np.concatenate([dy * y[..., half:], dy * y[..., :half]], axis=2)
+    return np.concatenate([dy * dy.dtype.type(0.5) if merge == "mean" else dy] * 2, axis=2)

@@ -1,7 +1,7 @@
-"""A call of a model on the CPU: what its signature decides is decided once; layer by layer, a kernel is launched.
+"""A prepared call on the CPU: decisions by the signature are made once; each layer is a kernel launch.
 
-What a caller can change between two calls of one signature is looked at in each call: type, dtype, byte order and shape
-in ``fastlstm/calls.py``, strides, alignment and writeability where an array is handed to a kernel (``as_plain``).
+What a caller can change between two calls with the same signature is checked in each call: type, dtype, byte order and
+shape in ``fastlstm/calls.py``; strides, alignment and writeability where an array goes to a kernel (``as_plain``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult
 from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
-from fastlstm.backends.cpu.weights import PACKED, Packed, packed_model
+from fastlstm.backends.cpu.state_gradients import backward_with_steps
+from fastlstm.backends.cpu.weights import PACKED, Packed, frozen_arrays, packed_model
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import StackTape, dropout_mask
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell
@@ -41,14 +43,15 @@ class PreparedCall:
         self.layers = [LayerCall(cell, layer, signature) for layer in range(cell.num_layers)]
         self.rows = Rows(None, signature.steps, signature.batch)
         self.is_empty = self.rows.count == 0
-        # One launch for one layer of few rows, or for several on packed weights at one step.
+        # One launch for one layer with a small batch, or for one step of several layers on packed weights.
         one_layer = cell.num_layers == 1
         self.is_one_launch = (
             not self.is_empty
             and all(layer.is_small for layer in self.layers)
             and (one_layer or (signature.frozen and signature.steps == 1))
         )
-        self.checks_shapes = self.is_one_launch
+        self.folding = Folding(cell) if is_folded(cell) else None
+        self.checks_shapes = self.is_one_launch and self.folding is None
         self._given = self.layers[0].directions[0].given
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
@@ -62,6 +65,7 @@ class PreparedCall:
         lengths: Array | None,
         dropout: Dropout | None,
         recompute: bool,
+        resets: Array | None = None,
     ) -> ForwardResult:
         """Run the whole sequence through all layers (see ``base.Prepared.forward``)."""
         shape, dtype = self.state_shape, self.dtype
@@ -72,9 +76,11 @@ class PreparedCall:
             return self._empty(x, h0, c0)
         h_n, c_n = np.empty(shape, dtype), np.empty(shape, dtype)
         rows = self.rows
-        if lengths is not None or not rows.is_kept:
-            rows = Rows(lengths, rows.steps, rows.batch)
-        if self.is_one_launch and not rows.ragged:
+        if lengths is not None or resets is not None or not rows.is_kept:
+            rows = Rows(lengths, rows.steps, rows.batch, resets)
+        if resets is not None:
+            h0, c0 = (self._without_reset(rows, np.array(state)) for state in (h0, c0))
+        if self.is_one_launch and rows.is_plain:
             y = self._at_once(params, x.reshape(self._x_shape), h0, c0, h_n, c_n)
             return ForwardResult(y.reshape(rows.steps, rows.batch, y.shape[1]), h_n, c_n, None)
         y, tape = self._forward_layers(params, x, h0, c0, h_n, c_n, rows, dropout, recompute)
@@ -106,7 +112,7 @@ class PreparedCall:
             packed = params.kept.get(PACKED) or packed_model(self.cell, params)
             self._launch(*packed.at_once, x, h0, c0, y, h_n, c_n)
         else:
-            self._launch(*self._given(params), x, h0, c0, y, h_n, c_n)
+            self._launch(*self._given(self._arrays(params)), x, h0, c0, y, h_n, c_n)
         return y
 
     def _inference(self) -> Inference:
@@ -129,10 +135,8 @@ class PreparedCall:
         recompute: bool,
     ) -> tuple[Array, StackTape | None]:
         """Run one layer after the other; the output and the tape."""
-        packed: Packed | None = None
-        arrays = params
-        if isinstance(params, FrozenParams):
-            packed, arrays = packed_model(self.cell, params), params.arrays
+        packed: Packed | None = packed_model(self.cell, params) if isinstance(params, FrozenParams) else None
+        arrays = self._arrays(params)
         if len(self.layers) == 1:
             y, tape = self.layers[0].forward(arrays, packed, x, h0, c0, h_n, c_n, rows, recompute)
             return y, StackTape((rows.steps, rows.batch), [tape], [None]) if self.signature.keep_tape else None
@@ -147,10 +151,32 @@ class PreparedCall:
             stack.masks.append(mask)
         return x, stack if self.signature.keep_tape else None
 
+    def _arrays(self, params: Params) -> Params:
+        """Return the parameters with rows for all gates; of a frozen model, arrays that the kernels take."""
+        if isinstance(params, FrozenParams):
+            return frozen_arrays(self.cell, params)
+        return params if self.folding is None else self.folding.unfold(params)
+
+    def _without_reset(self, rows: Rows, states: Array) -> Array:
+        """Set what belongs to states before the first step, (L * D, B, H), to zero in place where they are reset."""
+        directions = self.cell.num_directions
+        for direction in range(directions):
+            begins = rows.begins_reset(direction == 1 or self.cell.reverse)
+            states[direction::directions, begins] = 0
+        return states
+
     def backward(
-        self, params: Params, tape: StackTape, dy: Array | None, dh_n: Array | None, dc_n: Array | None
+        self,
+        params: Params,
+        tape: StackTape,
+        dy: Array | None,
+        dh_n: Array | None,
+        dc_n: Array | None,
+        keep_steps: bool = False,
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Prepared.backward``)."""
+        if keep_steps:
+            return backward_with_steps(self.cell, params, tape, dy, dh_n, dc_n)
         shape, dtype = self.state_shape, self.dtype
         dh_n = np.zeros(shape, dtype) if dh_n is None else as_plain(dh_n)
         dc_n = np.zeros(shape, dtype) if dc_n is None else as_plain(dc_n)
@@ -158,11 +184,11 @@ class PreparedCall:
             dx = np.zeros((*tape.shape, self.cell.input_size), dtype)
             zeros = {name: np.zeros(value.shape, dtype) for name, value in params.items()}
             return BackwardResult(dx, dh_n.copy(), dc_n.copy(), zeros)
-        arrays = params.arrays if isinstance(params, FrozenParams) else params
+        arrays = self._arrays(params)
         dh0, dc0 = np.empty(shape, dtype), np.empty(shape, dtype)
         if len(self.layers) == 1:
             dx, found = self.layers[0].backward(arrays, tape.layers[0], dy, dh_n, dc_n, dh0, dc0)
-            return BackwardResult(dx, dh0, dc0, found)
+            return self._result(tape, dx, dh0, dc0, found)
         by_layer = []
         for number in reversed(range(len(self.layers))):
             layer = self.layers[number]
@@ -173,4 +199,12 @@ class PreparedCall:
             by_layer.append(found)
             mask = tape.masks[number]
             dy = dx if mask is None else dx * mask
-        return BackwardResult(dy, dh0, dc0, {name: array for found in by_layer[::-1] for name, array in found.items()})
+        found = {name: array for found in by_layer[::-1] for name, array in found.items()}
+        return self._result(tape, dx, dh0, dc0, found)
+
+    def _result(self, tape: StackTape, dx: Array, dh0: Array, dc0: Array, found: dict[str, Array]) -> BackwardResult:
+        """Bring the gradients to the parameters that there are, and to the states before a reset."""
+        rows: Rows = tape.layers[0].rows
+        if rows.resets is not None:
+            dh0, dc0 = self._without_reset(rows, dh0), self._without_reset(rows, dc0)
+        return BackwardResult(dx, dh0, dc0, self.folding.fold(found) if self.folding else found)

@@ -28,25 +28,30 @@ class Rows:
         N, the number of steps of all sequences.
     ragged : bool
         Whether the lengths differ from T.
+    is_plain : bool
+        Whether all sequences have all steps, without resets.
+    resets : array or None, (T, B) bool
+        Where the state of a sequence is zero before a step.
     is_kept : bool
         Whether its index is kept between calls, as of a small batch of equal lengths. Otherwise it is freed with this
         object: those of many large batches could take more memory than the calls themselves.
     """
 
-    __slots__ = ("_indices", "_lengths", "batch", "count", "is_kept", "longest", "ragged", "steps")
+    __slots__ = ("_indices", "batch", "count", "is_kept", "is_plain", "lengths", "longest", "ragged", "resets", "steps")
 
-    def __init__(self, lengths: Array | None, steps: int, batch: int) -> None:
+    def __init__(self, lengths: Array | None, steps: int, batch: int, resets: Array | None = None) -> None:
         self.steps, self.batch, self.longest, self.count, self.ragged = steps, batch, steps, steps * batch, False
         if lengths is not None:
             shortest, longest, count = measure(lengths)
             if shortest < steps:
                 self.longest, self.count, self.ragged = longest, count, True
-        self._lengths = lengths
-        self.is_kept = not self.ragged and self.count + steps + 2 * batch <= _KEPT_NUMBERS
+        self.lengths, self.resets = lengths, resets
+        self.is_plain = not self.ragged and resets is None
+        self.is_kept = self.is_plain and self.count + steps + 2 * batch <= _KEPT_NUMBERS
         self._indices: dict[bool, Array] = {}
 
     def index(self, reverse: bool) -> Array:
-        """Return order, lengths, offsets and places of the rows, in the order of computation.
+        """Return order, lengths, offsets, places and, of a call with resets, these, in the order of computation.
 
         With equal lengths, the rows lie in the order of time in both directions.
         """
@@ -56,9 +61,12 @@ class Rows:
         if found is None:
             if self.ragged:
                 found = np.empty(2 * self.batch + self.longest + 1 + self.count, np.int64)
-                fill_index(self._lengths, self.longest, reverse, found)
+                fill_index(self.lengths, self.longest, reverse, found)
             else:
                 found = _index(self.steps, self.batch, reverse)
+            if self.resets is not None:
+                places = found[2 * self.batch + self.longest + 1 :]
+                found = np.concatenate([found, self.resets.reshape(-1)[places]])
             self._indices[reverse] = found
         return found
 
@@ -67,8 +75,19 @@ class Rows:
         flat = x.reshape(-1, x.shape[2])
         if not (self.ragged or reverse):
             return flat
-        packed: Array = flat.take(self.index(reverse)[2 * self.batch + self.longest + 1 :], axis=0)
+        start = 2 * self.batch + self.longest + 1
+        packed: Array = flat.take(self.index(reverse)[start : start + self.count], axis=0)
         return packed
+
+    def begins_reset(self, reverse: bool) -> Array:
+        """Return the sequences, (B,) bool, whose state is reset before their first step."""
+        assert self.resets is not None
+        if self.lengths is None:
+            begin: Array = self.resets[-1 if reverse else 0]
+            return begin
+        first = np.maximum(self.lengths - 1, 0) if reverse else np.zeros(self.batch, np.int64)
+        begin = self.resets[first, np.arange(self.batch)] & (self.lengths > 0)
+        return begin
 
 
 def _index(steps: int, batch: int, reverse: bool) -> Array:

@@ -1,4 +1,4 @@
-"""How one layer's work is divided among threads: one small function, which can say what it chose."""
+"""How the work of one layer is divided among threads: a function that chooses schedules, and their description."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from fastlstm.kernels.cpu.vector import REGISTERS
 
 __all__ = ["FEW_ROWS", "LEAST_TO_SHARE", "Schedule", "are_few", "choose", "is_short", "most_threads"]
 
-# Waking a worker takes some 20 microseconds, in which one core does about this many operations; or, where weights are
-# used for few rows, reads about so many.
+# Waking a worker takes about 20 us. In that time one core does this many floating-point operations, or, in a small
+# batch (M <= 16 rows), reads this many weights.
 _OPERATIONS_WORTH_A_THREAD, _WEIGHTS_WORTH_A_THREAD = 2_000_000, 300_000
-# From so many on, a team needs no measurement to be better than one thread.
+# Above this many operations, a team is faster than one thread without being measured.
 _OPERATIONS_SURELY_WORTH_A_TEAM = 100_000_000
-# Both directions at once: each has its arguments prepared in turn, for the interpreter runs one thread at a time.
+# Operations from which on both directions run at once. Their arguments are prepared one after the other, by one thread.
 _OPERATIONS_WORTH_A_DIRECTION = 8_000_000
-# Meeting after a step takes up to half a microsecond; less work per thread and step is not worth it. But reading so
-# many recurrent weights takes one thread longer than two take to meet, however few the operations are: with half of
-# them, each has little more than its first-level cache holds.
+# A barrier after a step takes up to 0.5 us, so each thread needs at least 100,000 operations per step. With 16,000
+# recurrent weights or more, two threads pay off for any number of operations: half of the weights nearly fits the L1
+# cache of each thread, and one thread takes longer to read them all than two take for the barrier.
 _OPERATIONS_WORTH_A_MEETING, _WEIGHTS_WORTH_A_MEETING = 100_000, 16_000
-# With fewer sequences, a thread that has all units gets all weights through its caches for few rows of the tile.
+# With fewer sequences per thread, a thread that computes all units reads all weights for a few rows of the microkernel.
 _ROWS_WORTH_ALL_WEIGHTS = 32
-# With fewer, forward: threads that divide the units help each other, which is worth more than meeting costs.
+# Forward, with fewer sequences per thread: threads that divide the units take work from each other, which gains more
+# than the barriers cost.
 _ROWS_WORTH_NO_HELP = 64
-# Rows of input products that are computed together: some tiles, and still in the caches. More, where there are so many
-# weights that each step has to read them from memory: those of the inputs then come less often. With several threads,
-# which share a cache, that pays from fewer weights on.
+# Input projections are batched over several steps: 48 rows, a few blocks of the microkernel, which fit the caches. Up
+# to 128 rows when the weights exceed L2 (1 M parameters per team, whose threads share a cache; 4 M on one thread): the
+# input weights are then read from memory less often.
 _ROWS_AHEAD, _ROWS_AHEAD_OF_MANY_WEIGHTS, _MANY_WEIGHTS, _MANY_WEIGHTS_OF_A_TEAM = 48, 128, 4_000_000, 1_000_000
-# Rows, in tiles, up to which the weights are used as they lie: packing them would read and write them all. There may be
-# more, the longer the rows of the weights, at whose end the sums of a vector's lanes have to be added up.
+# Up to 5.5 times the microkernel's MR rows, weights are used unpacked: packing would read and write all of them. Long
+# rows of weights allow more, one row per 8 numbers: the sum over the lanes of a vector, at the end of a row, then
+# matters less.
 _FEW_TILES, _NUMBERS_WORTH_A_ROW = 5.5, 8
-# A call of so few rows and operations takes hardly longer than to find out how it could be divided. Going back, up to
-# this number of rows always do: a team would pack the weights, and unpack their gradients. A single step on packed
-# weights may have more rows, as many as the tile's weights serve at a time.
+# A call of up to 16 rows and 8 M operations takes hardly longer than choosing a schedule, so none is chosen. Backward,
+# that holds for up to 8 rows with any number of operations: a team would have to pack the weights and unpack their
+# gradients. A single step on packed weights may have more rows: MC, which the microkernel takes at a time.
 FEW_ROWS, _OPERATIONS_OF_A_SHORT_CALL, _ROWS_SHORT_BACKWARD = 16, 8_000_000, 8
-# H (I + H) from which on a short call may have a team: a quarter of the weights. Steps of smaller models take a few
-# microseconds, and are not kept waiting for the question.
+# H (I + H), a quarter of the weights, from which on a short call may have a team. Steps of smaller models take a few
+# microseconds, so the choice itself would slow them down.
 LEAST_TO_SHARE = _OPERATIONS_WORTH_A_THREAD // (8 * FEW_ROWS)
 
 
@@ -46,12 +48,12 @@ class Schedule(NamedTuple):
     Attributes
     ----------
     kind : {"serial", "rows", "units", "directions"}
-        On one thread; each thread its own sequences; each thread its own hidden units, the threads
-        meeting after each step; or each thread its own direction (forward only, where dx is not shared).
+        On one thread; each thread its own sequences; each thread its own hidden units, with a barrier after each step;
+        or each thread its own direction (forward only, because backward both add to dx).
     threads : int
         Size of the team.
     ahead : int
-        Steps whose input products are computed together; 0 if each step computes its own.
+        Steps whose input projections are computed together; 0 if each step computes its own.
     unpacked : bool
         Whether the weights are used without being packed.
     """
@@ -62,27 +64,27 @@ class Schedule(NamedTuple):
     unpacked: bool = False
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Describe the schedule."""
         how = {
             "serial": "on one thread",
             "rows": f"on {self.threads} threads, each with its own sequences",
-            "units": f"on {self.threads} threads, each with its own hidden units, meeting after each step",
+            "units": f"on {self.threads} threads, each with its own hidden units, with a barrier after each step",
             "directions": "both directions at once, each on one thread",
         }[self.kind]
         ahead = f"; input products {self.ahead} steps ahead" if self.ahead else ""
-        return how + ahead + ("; the weights as they lie" if self.unpacked else "")
+        return how + ahead + ("; unpacked weights" if self.unpacked else "")
 
 
 @functools.lru_cache(maxsize=256)
 def are_few(rows: int, inputs: int, hidden: int, tile_rows: int) -> bool:
-    """Say whether so many rows are too few for packing the weights, on whatever number of threads."""
+    """Say whether there are too few rows for packing the weights, for any number of threads."""
     return rows <= max(_FEW_TILES * tile_rows, (inputs + hidden) // _NUMBERS_WORTH_A_ROW)
 
 
 def is_short(rows: int, inputs: int, hidden: int, backward: bool = False, most: int = FEW_ROWS) -> bool:
-    """Say whether there is so little work, in one direction without padding, that it is done without preparations.
+    """Say whether there is so little work, in one direction without padding, that no schedule is chosen.
 
-    In training it is then done by this thread alone.
+    Training then runs on one thread.
     """
     if rows > most:
         return False
@@ -112,23 +114,23 @@ def choose(
     backward: bool = False,
     packed: bool = False,
 ) -> tuple[Schedule, ...]:
-    """Choose how to run one layer, in one direction after the other or in both at once.
+    """Choose candidate schedules for one layer, for one direction after the other or both at once.
 
-    Where several schedules are returned, it is not clear which is the fastest: see
-    :mod:`fastlstm.backends.cpu.autotune`. The first is the most promising.
+    More than one candidate is returned where the fastest is not known: they are autotuned
+    (:mod:`fastlstm.backends.cpu.autotune`). The most promising one is first.
 
     Parameters
     ----------
     rows : int
-        N, the number of steps of all sequences.
+        N, the sum of the lengths of all sequences.
     batch, inputs, hidden : int
         B, I and H.
     blocks : int
         Number of vectors that H takes.
     tile_rows : int
-        Rows of the matrix tile.
+        MR, the rows of the microkernel.
     threads : int
-        The most threads to use.
+        The largest number of threads.
     few : bool
         Whether the rows are too few for packing the weights: see :func:`are_few`.
     directions : int
@@ -136,7 +138,7 @@ def choose(
     backward : bool
         Whether it is the backward pass.
     packed : bool
-        Whether the weights are packed already.
+        Whether the weights are already packed.
     """
     weights = 4 * hidden * (inputs + hidden)
     row_operations: Any = 2 * weights
@@ -151,7 +153,8 @@ def choose(
         many = weights > (_MANY_WEIGHTS if threads == 1 else _MANY_WEIGHTS_OF_A_TEAM)
         if many and not backward and batch <= _ROWS_AHEAD_OF_MANY_WEIGHTS // 2:
             ahead = max(ahead, int(min(steps, _ROWS_AHEAD_OF_MANY_WEIGHTS // batch)))
-            # With 16 registers (AVX2), threads that divide the units help each other instead: 0.91 to 0.93 of the time.
+            # With 16 registers (AVX2), threads that divide the units take work from each other: 0.91 to 0.93 of the
+            # time.
             team_ahead = ahead if REGISTERS == 32 else team_ahead
     alone = Schedule("serial", 1, ahead, unpacked)
     if threads == 1:

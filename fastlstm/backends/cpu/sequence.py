@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy import ndarray  # by a name of its own, which is found faster
+from numpy import ndarray  # a global name is looked up faster than an attribute
 
 from fastlstm.backends.base import Array, Params, Signature
 from fastlstm.backends.cpu.autotune import Trials
@@ -23,10 +23,10 @@ from fastlstm.kernels.cpu import sequence_forward as forth
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 
-__all__ = ["DirectionCall", "DirectionTape", "schedules"]
+__all__ = ["DirectionCall", "DirectionTape", "chunk_of", "schedules"]
 
-# Rows of a chunk of the backward pass, if a quarter of the steps has so many: below, fetching the weights and their
-# gradients anew for each chunk would cost too much.
+# Rows of a chunk of the backward pass, if a quarter of the steps has so many: with smaller chunks, reading the weights
+# and their gradients again for each chunk takes too long.
 _CHUNK_ROWS = 256
 _MOST_FOUND = 64
 # Numbers of rows from here on are rounded up, so that a ragged batch finds the schedule of others of about its size.
@@ -58,6 +58,7 @@ class DirectionCall:
 
     def __init__(self, size: Size, names: dict[str, str], direction: int, signature: Signature) -> None:
         self.size, self.direction, self.keep_tape = size, direction, signature.keep_tape
+        self.reverse = direction == 1 or size.reverse
         self.names = tuple(names.get(role) for role in ("weight_ih", "weight_hh", "bias", "weight_peephole"))
         self.steps, self.batch, self.packed = signature.steps, signature.batch, signature.frozen
         self._nothing = _nothing(size)
@@ -107,10 +108,10 @@ class DirectionCall:
         launch: Any = launch,
     ) -> DirectionTape | None:
         """Run the direction; writes y, h_n and c_n. `launch` launches the kernel; it may be that of ``AtOnce``."""
-        size, reverse = self.size, self.direction == 1
+        size, reverse = self.size, self.reverse
         tape, h_rows = self._nothing.tape, self._nothing.h_rows
         if self.keep_tape:
-            # What the unpacked weights gave could not be computed again to the same bits, and is little.
+            # Gates from unpacked weights could not be recomputed bit-identically, and take little memory.
             kept = 1 if recompute and not self._are_few(rows) else TAPE
             shapes = (rows.count, size.blocks, kept, size.width), (rows.count, size.stride)
             tape, h_rows = one_block(size.dtype, *shapes)
@@ -123,15 +124,17 @@ class DirectionCall:
             clear = int(is_to_be_cleared(y))
             numbers = {forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.CLEAR: clear}
             candidates = functools.partial(self._forward_candidates, (_rounded(rows.count), self._are_few(rows)))
+        if rows.resets is not None:
+            numbers = (numbers or {}) | {forth.RESETS: 1}
         launch(forth.sequence_forward, arguments, candidates, rows.count, threads, numbers)
         return DirectionTape(tape, h_rows, c0.copy()) if self.keep_tape else None
 
     def _are_few(self, rows: Rows) -> bool:
-        """Say whether the rows are too few for packing the weights."""
+        """Say whether there are too few rows for packing the weights."""
         return are_few(rows.count, self.size.inputs, self.size.hidden, MR)
 
     def _forward_candidates(self, kind: Any, threads: int) -> Candidates:
-        """Return the ways to launch the forward kernel; `kind` is None, or rows and ``few`` of a ragged batch."""
+        """Return candidates for the forward kernel; `kind` is None, or rows and ``few`` of a ragged batch."""
         found = self._found.get((kind, threads))
         if found is None:
             count, few = kind or (self.steps * self.batch, None)
@@ -157,23 +160,25 @@ class DirectionCall:
         dc0: Array,
     ) -> list[Array]:
         """Back-propagate; writes dx, dh0 and dc0, and returns the gradients in the order of :meth:`arguments`."""
-        reverse, recompute = self.direction == 1, tape.gates.shape[2] < TAPE
+        recompute = tape.gates.shape[2] < TAPE
         given = self.arguments(arrays)
         grads = [new_array(array.shape, self.size.dtype) for array in given]
         arguments = (
-            *given, rows.pack(x, reverse), *tape, rows.index(reverse), dy, dh_n, dc_n, dx, dh0, dc0, *grads,
+            *given, rows.pack(x, self.reverse), *tape, rows.index(self.reverse), dy, dh_n, dc_n, dx, dh0, dc0, *grads,
         )  # fmt: skip
         numbers, count = None, 0
         if rows.ragged:
-            clear, chunk = int(not reverse and is_to_be_cleared(dx)), _chunk(rows.longest, rows.batch)
+            clear, chunk = int(self.direction == 0 and is_to_be_cleared(dx)), chunk_of(rows.longest, rows.batch)
             numbers = {back.STEPS: rows.longest, back.CLEAR: clear, back.CHUNK: chunk}
             count = _rounded(rows.count)
+        if rows.resets is not None:
+            numbers = (numbers or {}) | {back.RESETS: 1}
         finder = functools.partial(self._backward_candidates, ("back", count, recompute))
         launch(back.sequence_backward, arguments, finder, rows.count, get_num_threads(), numbers)
         return grads
 
     def _backward_candidates(self, kind: Any, threads: int) -> Candidates:
-        """Return the ways to launch the backward kernel; `kind` has the rows of a ragged batch, and `recompute`."""
+        """Return candidates for the backward kernel; `kind` has the rows of a ragged batch, and `recompute`."""
         found = self._found.get((kind, threads))
         if found is None:
             _, count, recompute = kind
@@ -237,7 +242,7 @@ def _kind(*_: Any) -> object:
 def _forward_candidates(
     size: Size, steps: int, batch: int, rows: int, few: bool, training: bool, packed: bool, column: int, threads: int
 ) -> Candidates:
-    """Return the ways to launch the forward kernel; `steps` is T, or 0 for a ragged batch."""
+    """Return candidates for the forward kernel; `steps` is T, or 0 for a ragged batch."""
     chosen = schedules(size, rows, batch, threads, few=few, packed=packed)
     found = []
     for schedule in chosen:
@@ -262,7 +267,7 @@ def _forward_candidates(
     return Candidates(tuple(found), kind)
 
 
-def _chunk(steps: int, batch: int) -> int:
+def chunk_of(steps: int, batch: int) -> int:
     """Steps whose gate gradients, and with `recompute` their gates, are kept at a time."""
     return max(1, -(-steps // 8), min(-(-steps // 4), -(-_CHUNK_ROWS // batch)))
 
@@ -270,15 +275,15 @@ def _chunk(steps: int, batch: int) -> int:
 def _backward_candidates(
     size: Size, steps: int, batch: int, rows: int, recompute: bool, direction: int, threads: int
 ) -> Candidates:
-    """Return the ways to launch the backward kernel; `steps` is T."""
+    """Return candidates for the backward kernel; `steps` is T."""
     chosen = schedules(size, rows, batch, threads, backward=True)
-    chunk = _chunk(steps, batch)
+    chunk = chunk_of(steps, batch)
     chunk_rows, depth, panel = chunk * batch, GATES * size.stride, NR * size.width
     of_x, of_h = ((-(-columns // panel), depth, panel) for columns in (size.inputs, size.hidden))
     again = None
     numbers = {
         back.BATCH: batch, back.STEPS: steps, back.TOTAL: steps, back.COLUMN: direction * size.hidden,
-        back.ACCUMULATE: direction, back.CHUNK: chunk, back.CHUNK_ROWS: chunk_rows,
+        back.ACCUMULATE: direction, back.CHUNK: chunk, back.CHUNK_ROWS: chunk_rows, back.TRUNCATED: size.truncated,
     }  # fmt: skip
     if recompute:
         again = Workspace(size.dtype, (chunk_rows, size.blocks, TAPE, size.width), *size.packed_shapes)

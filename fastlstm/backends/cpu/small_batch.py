@@ -20,7 +20,7 @@ from fastlstm.kernels.cpu import small_batch as small
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR
 
-__all__ = ["Inference", "is_small", "small_backward", "small_forward"]
+__all__ = ["Inference", "is_small", "layer_settings", "small_backward", "small_forward"]
 
 
 def is_small(size: Size, steps: int, batch: int, *, packed: bool = False, backward: bool = False) -> bool:
@@ -33,11 +33,11 @@ def is_small(size: Size, steps: int, batch: int, *, packed: bool = False, backwa
 
 
 @functools.lru_cache(maxsize=256)
-def _settings(size: Size, layers: int) -> Array:
-    """Return the kernels' numbers."""
+def layer_settings(size: Size, layers: int = 1) -> Array:
+    """Return the kernels' numbers; a caller keeps them, since to find them again takes most of a microsecond."""
     numbers = {
         small.INPUTS: size.inputs, small.HIDDEN: size.hidden, small.BIASED: size.biased, small.LAYERS: layers,
-        small.OWN: size.own,
+        small.OWN: size.own, small.TRUNCATED: size.truncated,
     }  # fmt: skip
     return settings_of(small.SETTINGS, numbers, size.addresses)
 
@@ -65,7 +65,7 @@ class Inference:
 
     def __init__(self, kernel: Any, size: Size, layers: int, steps: int, batch: int) -> None:
         small.prepare(kernel, size.dtype)
-        self.kernel, self.settings, self.rows = kernel, _settings(size, layers), steps * batch
+        self.kernel, self.settings, self.rows = kernel, layer_settings(size, layers), steps * batch
         self.candidates: Any = None
         self.careful = False
         if self.rows > FEW_ROWS or size.hidden * (size.inputs + size.hidden) >= LEAST_TO_SHARE:
@@ -103,7 +103,7 @@ def _candidates(kernel: Any, size: Size, layers: int, rows: int, batch: int) -> 
         chosen = schedules(size, rows, batch, threads, packed=kernel is small.small_forward_packed)
         chosen = tuple({each.threads: each for each in chosen[::-1]}.values())[::-1]  # a team always divides the units
         return Candidates(
-            tuple(Candidate(schedule, (), _settings(size, layers)) for schedule in chosen),
+            tuple(Candidate(schedule, (), layer_settings(size, layers)) for schedule in chosen),
             _kind(kernel, size, layers, rows, batch, chosen) if len(chosen) > 1 else None,
         )
 
@@ -117,24 +117,32 @@ def _kind(kernel: Any, size: Size, layers: int, rows: int, batch: int, chosen: t
 
 
 def small_forward(
-    size: Size, weights: tuple[Array, ...], x: Array, h0: Array, c0: Array, y: Array, h_n: Array, c_n: Array
+    size: Size,
+    settings: Array,
+    weights: tuple[Array, ...],
+    x: Array,
+    h0: Array,
+    c0: Array,
+    y: Array,
+    h_n: Array,
+    c_n: Array,
 ) -> DirectionTape:
     """Run one layer over x (T * B, I) for training; writes y (T * B, H), h_n and c_n (1, B, H).
 
-    The arrays may have any layout.
-
     The tape keeps the gates even with `recompute`. Its arrays are allocated one by one: for so few rows, alignment
-    would take longer than it saves.
+    would take longer than it saves. `settings` are those of :func:`layer_settings`.
     """
     small.prepare(small.small_forward_taped, size.dtype)
     tape = np.empty((len(x), size.blocks, TAPE, size.width), size.dtype)
     h_rows = np.empty((len(x), size.stride), size.dtype)
-    _call(small.small_forward_taped, (*weights, x, h0, c0, y, h_n, c_n, tape, h_rows, _settings(size, 1), NO_TEAM))
+    done = small.small_forward_taped(*weights, x, h0, c0, y, h_n, c_n, tape, h_rows, settings, NO_TEAM)
+    assert done
     return DirectionTape(tape, h_rows, c0[0].copy())
 
 
 def small_backward(
     size: Size,
+    settings: Array,
     weights: tuple[Array, Array, Array, Array],
     x: Array,  # (T * B, I)
     tape: DirectionTape,
@@ -150,20 +158,6 @@ def small_backward(
     weight_ih, weight_hh, _, own = weights
     grads = [new_like(array) for array in weights]
     da = new_array((len(dx), GATES * size.hidden), size.dtype)
-    settings = _settings(size, 1)
-    _call(
-        small.small_backward,
-        (weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, settings),
-    )
-    return grads
-
-
-def _call(kernel: Any, arguments: tuple[Any, ...]) -> None:
-    """Call a kernel. What it does not take as it is, it refuses, and gets in another layout."""
-    try:
-        if kernel(*arguments):
-            return
-    except TypeError:  # Numba's: an array is not contiguous, or read-only
-        pass
-    done = kernel(*(as_plain(value) if isinstance(value, np.ndarray) else value for value in arguments))
+    done = small.small_backward(weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, settings)
     assert done
+    return grads

@@ -7,18 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Params
 from fastlstm.backends.cpu.workspace import one_block
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
-from fastlstm.kernels.cpu.cell_step import GATES, PEEPHOLE, PLAIN, cell_addresses
+from fastlstm.kernels.cpu.cell_step import COUPLED, GATES, NONE, OWN, Variant, cell_addresses
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights
-from fastlstm.parameters import direction_names
+from fastlstm.parameters import PEEPHOLES, direction_names
 
-__all__ = ["PACKED", "Packed", "Size", "packed_model", "size_of"]
+__all__ = ["PACKED", "Packed", "Size", "frozen_arrays", "packed_model", "size_of", "variant_of"]
 
-PACKED = "packed for the CPU backend"  # under this key they are kept with weights that never change
+# Under these keys they are kept with weights that never change.
+PACKED, UNFOLDED = "packed for the CPU backend", "with rows for all gates, for the CPU backend"
 
 
 class Size(NamedTuple):
@@ -32,6 +34,8 @@ class Size(NamedTuple):
     biased: bool
     dtype: Any
     addresses: tuple[int, ...]  # of the variant's routines
+    truncated: bool = False
+    reverse: bool = False  # whether the first direction runs backwards in time
 
     @property
     def stride(self) -> int:
@@ -48,11 +52,27 @@ class Size(NamedTuple):
 def size_of(cell: Cell, layer: int) -> Size:
     """Return the size of one layer of a model; compiles the routines of its variant, if it has any."""
     width = lanes(cell.dtype)
-    variant, own = (PEEPHOLE, 3) if cell.peephole else (PLAIN, 0)
     return Size(
-        cell.layer_input_size(layer), cell.hidden_size, width, -(-cell.hidden_size // width), own, cell.bias,
-        cell.dtype, cell_addresses(variant, cell.dtype),
+        cell.layer_input_size(layer), cell.hidden_size, width, -(-cell.hidden_size // width),
+        len(PEEPHOLES) if cell.peephole else 0, cell.bias, cell.dtype, cell_addresses(variant_of(cell), cell.dtype),
+        cell.truncated, cell.reverse,
     )  # fmt: skip
+
+
+def variant_of(cell: Cell) -> Variant:
+    """Return what the routines of a cell are compiled for."""
+    forget = COUPLED if cell.coupled else OWN if cell.forget_gate else NONE
+    return Variant(cell.peephole, forget, cell.activations, cell.clip, cell.cell_clip)
+
+
+def frozen_arrays(cell: Cell, params: FrozenParams) -> Params:
+    """Return the parameters of a frozen model as the kernels take them, with rows for all gates."""
+    if not is_folded(cell):
+        return params.arrays
+    found: Params | None = params.kept.get(UNFOLDED)
+    if found is None:
+        found = params.kept.setdefault(UNFOLDED, Folding(cell).unfold(params.arrays))
+    return found
 
 
 class Packed(NamedTuple):
@@ -75,7 +95,7 @@ def packed_model(cell: Cell, params: FrozenParams) -> Packed:
 
 def _pack(cell: Cell, params: FrozenParams) -> Packed:
     sizes = [size_of(cell, layer) for layer in range(cell.num_layers)]
-    found = Packed([], [], [], [[] for _ in sizes], [])
+    found, arrays = Packed([], [], [], [[] for _ in sizes], []), frozen_arrays(cell, params)
     for direction in range(cell.num_directions):
         shapes = [shape for number in (0, 1) for size in sizes for shape in size.packed_shapes[number : number + 1]]
         counts = [int(np.prod(shape)) for shape in shapes]
@@ -86,7 +106,7 @@ def _pack(cell: Cell, params: FrozenParams) -> Packed:
         own = []
         for layer, size in enumerate(sizes):
             names = direction_names(cell, layer, direction)
-            given = {role: params.arrays[name] for role, name in names.items()}
+            given = {role: arrays[name] for role, name in names.items()}
             bias = given.get("bias", np.empty(0, cell.dtype))
             packed, packed_bias = parts[layer], parts[len(sizes) + layer]
             pack_weights(given["weight_ih"], given["weight_hh"], bias, packed, packed_bias)

@@ -1,10 +1,14 @@
 """The CUDA backend: whole models and layers, on the kernels in ``kernels/cuda`` and on cuBLAS's matrix products.
 
-All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Only the packing of a
-ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call keeps six numbers for
-each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four more while it runs.
-When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are
-unchanged.
+All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
+(``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
+on another stream. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+
+Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
+keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
+more while it runs. Cells whose time step has more phases, such as layer norm, run in array operations (``phased.py``).
+Parameters without the rows of some gates get rows for all (``folding.py``). When memory runs out, CuPy's
+``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are unchanged.
 """
 
 from __future__ import annotations
@@ -13,15 +17,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params
+from fastlstm.backends.base import (
+    Array,
+    BackwardResult,
+    Dropout,
+    FlatArrays,
+    ForwardResult,
+    Params,
+    Steps,
+)
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
+from fastlstm.backends.cuda.launch import single_step
+from fastlstm.backends.cuda.persistent import choice_of
+from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
+from fastlstm.backends.cuda.plans import describe
 from fastlstm.backends.cuda.rows import Rows
-from fastlstm.backends.layers import LayeredBackend, LayerGradients, LayerResult, StackTape, Weights, layer_weights
+from fastlstm.backends.folding import Folding, is_folded
+from fastlstm.backends.layers import (
+    Given,
+    LayeredBackend,
+    LayerGradients,
+    LayerResult,
+    StackTape,
+    Weights,
+    layer_weights,
+)
 from fastlstm.backends.ragged import Packing
+from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.cell import Cell
 
-__all__ = ["CudaBackend"]
+__all__ = ["MOST_ROWS_OF_A_STEP", "CudaBackend"]
+
+# Above it, the products of a single step go to cuBLAS: the kernel reads the weights once for every four sequences, so
+# that its time grows with the batch. Not measured.
+MOST_ROWS_OF_A_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class LayerTape:
     x: Array  # (T, B, I), the input itself
     rows: Rows
     directions: list[DirectionTape]
+    y: list[Array]  # one per direction, (T, B, H), if they are merged by a product
 
 
 class CudaBackend(LayeredBackend):
@@ -53,10 +84,12 @@ class CudaBackend(LayeredBackend):
         dropout: Dropout | None,
         keep_tape: bool,
         recompute: bool = False,
+        resets: Array | None = None,
     ) -> ForwardResult:
-        """Run the whole sequence through all layers, on the device of `x` (see ``base.Backend.forward``)."""
+        """Run the whole sequence through all layers, on the device of `x` (see ``base.Prepared.forward``)."""
         with self.device.of(x):
-            return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute)
+            params = self._unfolded(cell, params)
+            return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute, resets)
 
     def backward(
         self,
@@ -66,27 +99,49 @@ class CudaBackend(LayeredBackend):
         dy: Array | None,
         dh_n: Array | None,
         dc_n: Array | None,
+        keep_steps: bool = False,
     ) -> BackwardResult:
-        """Back-propagate through all layers, on the device of the parameters (see ``base.Backend.backward``)."""
+        """Back-propagate through all layers, on the device of the parameters (see ``base.Prepared.backward``)."""
         with self.device.of(params["weight_hh_l0"]):
-            return super().backward(cell, params, tape, dy, dh_n, dc_n)
+            result = super().backward(cell, self._unfolded(cell, params), tape, dy, dh_n, dc_n, keep_steps)
+            if is_phased(cell) or not is_folded(cell):
+                return result
+            own = self.gradient_arrays(params)
+            for name, gradient in Folding(cell, self.xp).fold(result.params, own).items():
+                if gradient is not own[name]:
+                    own[name][...] = gradient
+            return result._replace(params=own)
 
-    def step(self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None) -> tuple[Array, Array]:
-        """Advance one time step (see ``base.Backend.step``): two products and one kernel for each layer."""
+    def step(
+        self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Advance one time step (see ``base.Prepared.step``): one launch for each layer.
+
+        Beyond :data:`MOST_ROWS_OF_A_STEP` sequences cuBLAS's products are faster. A CUDA graph cannot capture these, so
+        a stream that is being captured gets the kernel whatever the batch is.
+        """
         with self.device.of(x):
-            batch, hidden, dtype = x.shape[0], cell.hidden_size, x.dtype
-            if not batch:
+            batch = x.shape[0]
+            if not batch or is_phased(cell) or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
                 return super().step(cell, params, x, h, c)
-            h, c = (self.xp.ascontiguousarray(s) for s in self._states(cell, batch, dtype, h, c))
-            h_n, c_n = self.xp.empty(h.shape, dtype), self.xp.empty(c.shape, dtype)
-            rows, x = Rows(self.device, Packing.of(None, 1, batch)), self.xp.ascontiguousarray(x)
+            h_n, c_n = (self.xp.empty((cell.num_layers, batch, cell.hidden_size), x.dtype) for _ in range(2))
+            y = self.xp.empty((batch, cell.hidden_size), x.dtype)
+            params = self._unfolded(cell, params)
+            x, h, c = (None if array is None else self.xp.ascontiguousarray(array) for array in (x, h, c))
             for layer in range(cell.num_layers):
-                weights = self._contiguous(layer_weights(cell, params, layer)[0])
-                # h_t is output and final state in one.
-                inputs, y = x.reshape(1, batch, -1), h_n[layer].reshape(1, batch, 1, hidden)
-                direction_forward(weights, inputs, h[layer], c[layer], rows, 0, y, h_n[layer], c_n[layer], False)
+                single_step(
+                    self.device, cell, self._contiguous(layer_weights(cell, params, layer)[0]), x,
+                    None if h is None else h[layer], None if c is None else c[layer],
+                    h_n[layer], c_n[layer], y if layer == cell.num_layers - 1 else None,
+                )  # fmt: skip
                 x = h_n[layer]
-            return h_n, c_n
+            return y, h_n, c_n
+
+    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+        """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
+        if not batch or is_phased(cell):
+            return super().plan(cell, rows, batch, frozen)
+        return [describe(choice_of(self.device, cell.dtype, cell.hidden_size, rows, batch))] * cell.num_layers
 
     def layer_forward(
         self,
@@ -94,49 +149,75 @@ class CudaBackend(LayeredBackend):
         x: Array,
         h0: Array,
         c0: Array,
-        lengths: Array | None,
-        keep_tape: bool,
-        recompute: bool,
+        given: Given,
     ) -> LayerResult:
         """Run one layer (see ``layers.LayeredBackend.layer_forward``)."""
+        if is_phased(given.cell):
+            return phased_forward(self.device, weights, x, h0, c0, given)
         steps, batch = x.shape[:2]
         directions, _, hidden = h0.shape
         x, h0, c0 = (self.xp.ascontiguousarray(array) for array in (x, h0, c0))
-        rows = Rows(self.device, Packing.of(lengths, steps, batch))
+        rows = Rows(self.device, Packing.of(given.lengths, steps, batch), given.cell, given.resets)
         y = (self.xp.zeros if rows.packing.ragged else self.xp.empty)((steps, batch, directions, hidden), x.dtype)
         if rows.packing.lengths[-1]:  # the shortest
             h_n, c_n = self.xp.empty_like(h0), self.xp.empty_like(c0)
         else:  # a length of 0 returns the initial state
             h_n, c_n = h0.copy(), c0.copy()
         tapes = [
-            direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], keep_tape)
+            direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], given.keep_tape)
             for d, w in enumerate(weights)
         ]
-        tape = LayerTape(x, rows, [found for found in tapes if found]) if keep_tape else None
-        return LayerResult(y.reshape(steps, batch, directions * hidden), h_n, c_n, tape)
+        parts, result = [], y.reshape(steps, batch, directions * hidden)
+        if given.cell.merge != "concat":
+            parts = [y[:, :, d] for d in range(directions)]
+            result = merged(given.cell, parts)
+        tape = LayerTape(x, rows, [found for found in tapes if found], parts) if given.keep_tape else None
+        return LayerResult(result, h_n, c_n, tape)
 
     def layer_backward(
         self,
         weights: Sequence[Weights],
-        tape: LayerTape,
+        tape: LayerTape | PhasedTape,
         dy: Array | None,
         dh_n: Array,
         dc_n: Array,
+        keep_steps: bool = False,
+        out: Sequence[Weights] | None = None,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
+        assert out is not None  # from `gradient_arrays`
+        if isinstance(tape, PhasedTape):
+            return phased_backward(self.device, weights, tape, dy, dh_n, dc_n, keep_steps, out)
+        cell = tape.rows.cell
         dh_n, dc_n = self.xp.ascontiguousarray(dh_n), self.xp.ascontiguousarray(dc_n)
         if dy is not None:
-            dy = self.xp.ascontiguousarray(dy)
+            parts = [dy] if cell.merge == "concat" else unmerged(cell, dy, tape.y)
+            dy = self.xp.ascontiguousarray(parts[0]) if len(parts) == 1 else self.xp.concatenate(parts, axis=2)
+        by_states = None
+        if keep_steps:  # zero in the padding
+            shape = (tape.x.shape[0], *dh_n.shape)
+            by_states = Steps(*(self.xp.zeros(shape, dh_n.dtype) for _ in range(2)))
         dx = self.xp.empty(tape.x.shape, dh_n.dtype)
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
-        dweights = [
+        for d, w in enumerate(weights):
             direction_backward(
                 self._contiguous(w), tape.directions[d], tape.x, tape.rows, d, len(weights),
-                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d],
-            )
-            for d, w in enumerate(weights)
-        ]  # fmt: skip
-        return LayerGradients(dx, dh0, dc0, dweights)
+                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d], by_states,
+            )  # fmt: skip
+        return LayerGradients(dx, dh0, dc0, out, by_states)
+
+    def gradient_arrays(self, params: Params) -> FlatArrays:
+        """Make one array for the gradients of all parameters, in their order, and views of it."""
+        flat = self.xp.empty(sum(value.size for value in params.values()), params["weight_hh_l0"].dtype)
+        arrays, start = {}, 0
+        for name, value in params.items():
+            arrays[name] = flat[start : start + value.size].reshape(value.shape)
+            start += value.size
+        return FlatArrays(arrays, flat)
+
+    def _unfolded(self, cell: Cell, params: Params) -> Params:
+        """Return the parameters with rows for all gates and units."""
+        return Folding(cell, self.xp).unfold(params) if is_folded(cell) and not is_phased(cell) else params
 
     def _contiguous(self, weights: Weights) -> Weights:
         """Return the parameters as the kernels and products take them."""
@@ -144,6 +225,8 @@ class CudaBackend(LayeredBackend):
 
     def _states(self, cell: Cell, batch: int, dtype: Any, h: Array | None, c: Array | None) -> tuple[Array, Array]:
         """Fill in zeros for None, the same for both: states that are given are never written."""
+        if is_phased(cell):
+            return super()._states(cell, batch, dtype, h, c)
         if h is None or c is None:
             zeros = self.xp.zeros((cell.num_layers * cell.num_directions, batch, cell.hidden_size), dtype)
             h, c = (zeros if state is None else state for state in (h, c))

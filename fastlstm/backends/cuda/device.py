@@ -7,6 +7,7 @@ for the CPU.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -16,10 +17,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from fastlstm.backends.base import Array
+from fastlstm.backends.cuda.plans import Limits, Plan
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cuda import loader
 
-__all__ = ["CupyDevice", "Device", "Kernel", "Product"]
+__all__ = ["CupyDevice", "Device", "Kernel", "Product", "RefusedLaunchError"]
+
+_THREADS = 256  # of a block of a persistent kernel
 
 # Called with grid, block and arguments: arrays, passed as pointers; None, as a null pointer; integers, as 64 bits; and
 # what `Device.by_value` returns.
@@ -34,10 +38,15 @@ class Product(Protocol):
         ...
 
 
+class RefusedLaunchError(Exception):
+    """A kernel whose blocks wait for each other could not be compiled or launched; nothing was done."""
+
+
 class Device(Protocol):
     """A GPU: memory, kernels and products. All work goes to the caller's current stream, and nothing waits for it."""
 
     xp: Any  # the module whose arrays live there
+    refusals: dict[tuple[Limits, Plan], str]  # why a plan cannot run, once that was seen
 
     def of(self, array: Array) -> AbstractContextManager[Any]:
         """Make the device that holds `array` the current one inside a ``with`` block."""
@@ -51,8 +60,30 @@ class Device(Protocol):
         """Whether the array's first element lies at a multiple of 16 bytes."""
         ...
 
+    def capturing(self) -> bool:
+        """Whether the current stream's work is captured for a CUDA graph, in which cuBLAS must not be called."""
+        ...
+
     def kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
         """Return a kernel, compiled at its first use (see ``kernels/cuda/loader.py``)."""
+        ...
+
+    def limits(self) -> Limits:
+        """Return what the current device has."""
+        ...
+
+    def launch_resident(
+        self, name: str, options: tuple[str, ...], shared: int, cooperative: bool, blocks: int, args: tuple[Any, ...]
+    ) -> None:
+        """Launch a persistent kernel of `blocks` blocks with `shared` bytes of dynamic shared memory each.
+
+        `cooperative`: all blocks have to be resident at once, since they wait for each other; else they are clusters.
+
+        Raises
+        ------
+        RefusedLaunchError
+            If it cannot be compiled or launched here.
+        """
         ...
 
     def by_value(self, records: np.ndarray[Any, Any]) -> Sequence[Any]:
@@ -105,6 +136,11 @@ class CupyDevice:
         self._numbers = {name: np.array([0, 1], name) for name in self._gemm}
         self._factors = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
         self.kernel = cache(self._kernel)
+        self.refusals: dict[tuple[Limits, Plan], str] = {}
+        self._limits: dict[int, Limits] = {}  # by the device's number
+        # The last cooperative launch on each device. Reentrant: a signal handler may make a call.
+        self._cooperative: dict[int, Any] = {}
+        self._one_at_a_time = threading.RLock()
 
     def of(self, array: Array) -> AbstractContextManager[Any]:
         """See :class:`Device`."""
@@ -119,6 +155,10 @@ class CupyDevice:
         """See :class:`Device`."""
         return bool(array.data.ptr % 16 == 0)
 
+    def capturing(self) -> bool:
+        """See :class:`Device`."""
+        return bool(self.xp.cuda.get_current_stream().is_capturing())
+
     def _kernel(self, name: str, dtype: np.dtype[Any], width: int = 1, variant: tuple[str, ...] = ()) -> Kernel:
         kernel: Kernel = self._module(dtype, width, variant).get_function(name)
         return kernel
@@ -126,6 +166,68 @@ class CupyDevice:
     @cache  # noqa: B019, there is one such object, and it lives as long as the process
     def _module(self, dtype: np.dtype[Any], width: int, variant: tuple[str, ...]) -> Any:
         return self.xp.RawModule(code=loader.source(), options=loader.options(dtype, width, variant))
+
+    def limits(self) -> Limits:
+        """See :class:`Device`."""
+        runtime = self.xp.cuda.runtime
+        number = runtime.getDevice()
+        found = self._limits.get(number)
+        if found is None:
+            attribute = runtime.deviceGetAttribute
+            found = self._limits[number] = Limits(
+                int(self.xp.cuda.Device(number).compute_capability),
+                attribute(runtime.cudaDevAttrMultiProcessorCount, number),
+                attribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, number),
+            )
+        return found
+
+    def launch_resident(
+        self, name: str, options: tuple[str, ...], shared: int, cooperative: bool, blocks: int, args: tuple[Any, ...]
+    ) -> None:
+        """See :class:`Device`.
+
+        CuPy shrinks a cooperative grid along x that is too large, with no more than a warning, and the blocks that are
+        left would wait for the others; along y it raises ValueError.
+
+        One cooperative launch at a time on a device: on another stream, each waits for the one before. So two of them
+        never hold a part of the multiprocessors each. A stream that is being captured cannot wait for what is not.
+        """
+        cuda = self.xp.cuda
+        refusals = (
+            ValueError, cuda.driver.CUDADriverError, cuda.runtime.CUDARuntimeError, cuda.compiler.CompileException,
+        )  # fmt: skip
+        number = cuda.runtime.getDevice()
+        try:
+            kernel = self._resident(name, options, shared, cooperative, number)
+            if not cooperative:
+                kernel((blocks,), (_THREADS,), args, shared_mem=shared)
+                return
+            stream = cuda.get_current_stream()
+            if stream.is_capturing():
+                kernel((1, blocks), (_THREADS,), args, shared_mem=shared)
+                return
+            with self._one_at_a_time:
+                event = self._cooperative.get(number)
+                if event is None:
+                    event = self._cooperative[number] = cuda.Event(disable_timing=True)
+                else:
+                    stream.wait_event(event)
+                kernel((1, blocks), (_THREADS,), args, shared_mem=shared)
+                event.record(stream)
+        except refusals as error:
+            raise RefusedLaunchError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+
+    @cache  # noqa: B019, see `_module`
+    def _resident(self, name: str, options: tuple[str, ...], shared: int, cooperative: bool, _device: int) -> Any:
+        """Return a kernel that may have so much shared memory on the current device."""
+        kernel = self._persistent_module(options, cooperative).get_function(name)
+        kernel.max_dynamic_shared_size_bytes = shared
+        return kernel
+
+    @cache  # noqa: B019, see `_module`
+    def _persistent_module(self, options: tuple[str, ...], cooperative: bool) -> Any:
+        code = loader.persistent_source()
+        return self.xp.RawModule(code=code, options=options, enable_cooperative_groups=cooperative)
 
     def by_value(self, records: np.ndarray[Any, Any]) -> Sequence[Any]:
         """See :class:`Device`.

@@ -1,16 +1,19 @@
-"""One direction of one layer: a product and a kernel for each time step, and products over all steps around them.
+"""One direction of one layer: the recurrence, and products over all steps around it.
 
-Forward: one product of all inputs with W_ih, then for each step one product of h_{t-1} with W_hh, added to it, and one
-kernel. Backward: for each step one kernel and one product, then the gradients of the weights and of the input, each one
-product over all steps.
+Forward: one product of all inputs with W_ih, then the recurrence. Backward: the recurrence, then the gradients of the
+weights and of the input, each one product over all steps. The recurrence is one launch (``persistent.py``) where the
+plan says so. Otherwise it is, forward, for each step one product of h_{t-1} with W_hh, added to the inputs' share, and
+one kernel; backward one kernel and one product. Both leave and read the same tape. Calls with resets take the steps,
+and so does a backward pass whose gradient is truncated, without products, or that keeps the gradients by the states.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Steps
 from fastlstm.backends.cuda.launch import column_sum, geometry, step_kernel, step_records
+from fastlstm.backends.cuda.persistent import persistent_backward, persistent_forward
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import Weights
 
@@ -38,17 +41,39 @@ def direction_forward(
     c_n: Array,  # (B, H), likewise
     keep_tape: bool,
 ) -> DirectionTape | None:
-    """Run the recurrence of one direction."""
-    device, packing, (batch, hidden) = rows.device, rows.packing, h0.shape
-    starts = packing.step_rows(direction == 1)
-    gates = _project(weights, x, rows, direction)
+    """Run the recurrence of one direction: as one launch where the plan says so, else step after step."""
+    empty, packing, (batch, hidden) = rows.device.xp.empty, rows.packing, h0.shape
+    gates, tape = _project(weights, x, rows, direction), None
     if keep_tape:
-        h_rows = device.xp.empty((packing.rows, hidden), x.dtype)
-        c = device.xp.empty((batch + packing.rows, hidden), x.dtype)
+        c, h_rows = (empty((number, hidden), x.dtype) for number in (batch + packing.rows, packing.rows))
+        tape = DirectionTape(gates, c, h_rows)
+    c_tape, h_tape = (None, None) if tape is None else (tape.c, tape.h_rows)
+    if not persistent_forward(weights, gates, h0, c0, rows, direction, y, h_n, c_n, c_tape, h_tape):
+        _forward_by_steps(weights, gates, h0, c0, rows, direction, y, h_n, c_n, tape)
+    return tape
+
+
+def _forward_by_steps(
+    weights: Weights,
+    gates: Array,  # (N, 4H), the inputs' share IN, gates OUT
+    h0: Array,
+    c0: Array,
+    rows: Rows,
+    direction: int,
+    y: Array,
+    h_n: Array,
+    c_n: Array,
+    tape: DirectionTape | None,  # OUT
+) -> None:
+    """Run the recurrence as a product and a kernel for each step."""
+    device, packing, (batch, hidden) = rows.device, rows.packing, h0.shape
+    reverse, keep_tape = rows.reverse(direction), tape is not None
+    starts, h0 = packing.step_rows(reverse), rows.without_reset(h0, direction)  # c0 is the kernel's to reset
+    if tape is not None:
+        h_before, c_before = h_rows, c = tape.h_rows, tape.c
         if starts:
             rows.gather(h0, h_rows[starts[0][0] :], starts[0][1])
         rows.gather(c0, c, batch)
-        h_before, c_before = h_rows, c
     else:
         # h and c have one place for all steps: a kernel reads them before it writes them. With equal lengths it is that
         # of the final states, and the first step reads the initial states where the caller has them.
@@ -56,10 +81,10 @@ def direction_forward(
         h_rows, c = (h_before, c_before) if packing.ragged else (h_n, c_n)
 
     kernel, units = step_kernel(
-        device, "step_forward", weights, hidden, x.dtype, (weights.bias, weights.weight_peephole, c_before)
+        device, "step_forward", rows.variant, hidden, gates.dtype, (weights.bias, weights.weight_peephole, c_before)
     )
     recurrent = device.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
-    records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape)
+    records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape, reverse=reverse)
     for step, ((first, active), record) in enumerate(zip(starts, device.by_value(records), strict=True)):
         if step and c_before is not c:
             c_before = c
@@ -68,11 +93,10 @@ def direction_forward(
         kernel(
             *geometry(active, units),
             (
-                gates, weights.bias, weights.weight_peephole, rows.order, rows.lengths, c_before,
+                gates, weights.bias, weights.weight_peephole, rows.order, rows.lengths, rows.resets, c_before,
                 c, h_rows, y, h_n, c_n, record,
             ),
         )  # fmt: skip
-    return DirectionTape(gates, c, h_rows) if keep_tape else None
 
 
 def direction_backward(
@@ -88,41 +112,73 @@ def direction_backward(
     dx: Array,  # (T, B, I), OUT, or added to after the first direction
     dh0: Array,  # (B, H), OUT
     dc0: Array,  # (B, H), OUT
-) -> Weights:
-    """Back-propagate through one direction; the gradients of its weights."""
-    device, packing, (batch, hidden) = rows.device, rows.packing, dh_n.shape
-    da = device.xp.empty(tape.gates.shape, dh_n.dtype)
-    peephole = weights.weight_peephole
-    dp = None if peephole is None else device.xp.zeros((batch, peephole.size), dh_n.dtype)
+    out: Weights,  # the gradients by the weights, OUT
+    steps: Steps | None = None,  # (T, D, B, H) each: the gradients by the states, OUT at `direction` but for padding
+) -> None:
+    """Back-propagate through one direction."""
+    xp, peephole = rows.device.xp, weights.weight_peephole
+    da = xp.empty(tape.gates.shape, dh_n.dtype)
+    dp = None if peephole is None else xp.zeros((dh_n.shape[0], peephole.size), dh_n.dtype)
+    if steps is not None or not persistent_backward(
+        weights, tape.gates, tape.c, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0
+    ):
+        _backward_by_steps(weights, tape, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0, steps)
+    _input_gradient(weights, da, rows, direction, dx)
+    _weight_gradients(tape, x, rows, direction, da, dp, out)
+
+
+def _backward_by_steps(
+    weights: Weights,
+    tape: DirectionTape,
+    rows: Rows,
+    direction: int,
+    directions: int,
+    dy: Array | None,
+    dh_n: Array,
+    dc_n: Array,
+    da: Array,  # (N, 4H), OUT
+    dp: Array | None,  # (B, UNIT_WEIGHTS * H): gains the gradients by the unit weights
+    dh0: Array,
+    dc0: Array,
+    steps: Steps | None,
+) -> None:
+    """Run the recurrence backward as a kernel and a product for each step."""
+    device, packing, hidden, peephole = rows.device, rows.packing, dh_n.shape[1], weights.weight_peephole
     # In a ragged batch, sequences that end before a step keep the gradient of their final state until their own end.
     dh_next, dc_next = rows.sorted(dh_n), rows.sorted(dc_n)
     dh, dc = (dh_next, dc_next) if packing.ragged else (dh0, dc0)
 
-    kernel, units = step_kernel(device, "step_backward", weights, hidden, da.dtype, (dy, dh_next, dc_next, peephole))
+    kernel, units = step_kernel(
+        device, "step_backward", rows.variant, hidden, da.dtype, (dy, dh_next, dc_next, peephole)
+    )
     to_h = device.product(da, weights.weight_hh, dh)
-    starts = packing.step_rows(direction == 1)
-    records = step_records(packing, starts, hidden, directions, direction, keep_tape=True)
+    reverse, zeros = rows.reverse(direction), 0  # rows of dh that a truncated gradient has made zero
+    starts, (dh_steps, dc_steps) = packing.step_rows(reverse), (None, None) if steps is None else steps
+    records = step_records(packing, starts, hidden, directions, direction, keep_tape=True, reverse=reverse)
     for (first, active), record in zip(reversed(starts), reversed(device.by_value(records)), strict=True):
         kernel(
             *geometry(active, units),
             (
                 dy, dh_next, dc_next, dc, tape.gates, tape.c, peephole, rows.order, rows.lengths,
-                da, dp, record,
+                rows.resets, dh_steps, dc_steps, da, dp, record,
             ),
         )  # fmt: skip
-        to_h(active, first)
+        if not rows.cell.truncated:
+            to_h(active, first)
+        elif active > zeros:  # the others were zero before
+            dh[zeros:active], zeros = 0, active
         dh_next, dc_next = dh, dc
     rows.restore(dh, dh0)
     rows.restore(dc, dc0)
-    _input_gradient(weights, da, rows, direction, dx)
-    return _weight_gradients(weights, tape, x, rows, direction, da, dp)
+    if rows.resets is not None:
+        dh0[...] = rows.without_reset(dh0, direction)
 
 
 def _project(weights: Weights, x: Array, rows: Rows, direction: int) -> Array:
     """Return the inputs' share of all pre-activations, (N, 4H)."""
     a = rows.device.xp.empty((rows.packing.rows, weights.weight_ih.shape[0]), x.dtype)
     if rows.packing.rows:
-        rows.device.product(rows.pack(x, direction == 1), weights.weight_ih, a, transpose_b=True)()
+        rows.device.product(rows.pack(x, rows.reverse(direction)), weights.weight_ih, a, transpose_b=True)()
     return a
 
 
@@ -135,23 +191,20 @@ def _input_gradient(weights: Weights, da: Array, rows: Rows, direction: int, dx:
     packed = device.xp.empty((rows.packing.rows, inputs), dx.dtype)
     if rows.packing.rows:
         device.product(da, weights.weight_ih, packed)()
-    rows.unpack(packed, dx, direction == 1, accumulate=direction > 0)
+    rows.unpack(packed, dx, rows.reverse(direction), accumulate=direction > 0)
 
 
 def _weight_gradients(
-    weights: Weights, tape: DirectionTape, x: Array, rows: Rows, direction: int, da: Array, dp: Array | None
-) -> Weights:
-    """Return the sums over all rows of da x^T, da h^T and da, and those over the batch of `dp`."""
+    tape: DirectionTape, x: Array, rows: Rows, direction: int, da: Array, dp: Array | None, out: Weights
+) -> None:
+    """Write the sums over all rows of da x^T, da h^T and da, and those over the batch of `dp`."""
     device = rows.device
-    zeros_or_empty = device.xp.empty if da.shape[0] else device.xp.zeros
-    dweight_ih = zeros_or_empty(weights.weight_ih.shape, da.dtype)
-    dweight_hh = zeros_or_empty(weights.weight_hh.shape, da.dtype)
     if da.shape[0]:
-        device.product(da, rows.pack(x, direction == 1), dweight_ih, transpose_a=True)()
-        device.product(da, tape.h_rows, dweight_hh, transpose_a=True)()
-    return Weights(
-        dweight_ih,
-        dweight_hh,
-        None if weights.bias is None else column_sum(device, da),
-        None if weights.weight_peephole is None else column_sum(device, dp).reshape(weights.weight_peephole.shape),
-    )
+        device.product(da, rows.pack(x, rows.reverse(direction)), out.weight_ih, transpose_a=True)()
+        device.product(da, tape.h_rows, out.weight_hh, transpose_a=True)()
+    else:
+        out.weight_ih[...] = out.weight_hh[...] = 0
+    if out.bias is not None:
+        column_sum(device, da, out.bias)
+    if out.weight_peephole is not None:
+        column_sum(device, dp, out.weight_peephole.reshape(-1))

@@ -6,22 +6,34 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.backends.cuda.device import Device
-from fastlstm.backends.cuda.launch import geometry
+from fastlstm.backends.cuda.launch import geometry, variant_of
 from fastlstm.backends.ragged import Packing
+from fastlstm.cell import Cell
 
 __all__ = ["Rows"]
 
 
 class Rows:
-    """A packing, and its arrays on the device as the kernels take them.
+    """A packing, its arrays on the device as the kernels take them, and the cell that runs on them.
 
     With equal lengths the arrays are None, states stand as in the batch, and inputs are packed as they are: nothing is
     uploaded or copied.
+
+    Parameters
+    ----------
+    device : Device
+    packing : Packing
+    cell : Cell
+    resets : array, (T, B) bool, or None
+        Where a sequence's state is zero before the step that reads x_t.
     """
 
-    def __init__(self, device: Device, packing: Packing) -> None:
+    def __init__(self, device: Device, packing: Packing, cell: Cell, resets: Array | None = None) -> None:
         self.device = device
         self.packing = packing
+        self.cell = cell
+        self.variant = variant_of(cell) if resets is None else (*variant_of(cell), "RESETS")  # of the step kernels
+        self.resets = None if resets is None else device.xp.ascontiguousarray(resets)
         self.order: Array | None = None  # (B,) int64, the sequence at each row
         self.lengths: Array | None = None  # (B,) int64, in that order, descending
         self.offsets: Array | None = None  # (S + 1,) int64, the first row of each step
@@ -29,6 +41,24 @@ class Rows:
             batch = packing.order.size
             index = device.upload(np.concatenate([packing.order, packing.lengths, packing.offsets], dtype=np.int64))
             self.order, self.lengths, self.offsets = index[:batch], index[batch : 2 * batch], index[2 * batch :]
+
+    def reverse(self, direction: int) -> bool:
+        """Say whether a direction runs backwards in time."""
+        return direction == 1 or self.cell.reverse
+
+    def without_reset(self, state: Array, direction: int) -> Array:
+        """Return the h before a direction's first step (B, H), or its gradient, zero where it is reset there."""
+        if self.resets is None:
+            return state
+        xp, lengths = self.device.xp, self.lengths
+        if lengths is None:
+            first = self.resets[self.packing.steps - 1 if self.reverse(direction) else 0]
+        else:  # in the order of the packing, from where each sequence begins
+            begins = lengths - 1 if self.reverse(direction) else xp.zeros_like(lengths)
+            sorted_resets = self.resets[xp.maximum(begins, 0), self.order] & (lengths > 0)
+            first = xp.empty(sorted_resets.shape, bool)
+            first[self.order] = sorted_resets
+        return xp.where(first[:, None], state.dtype.type(0), state)
 
     def pack(self, x: Array, reverse: bool) -> Array:
         """Return the inputs (T, B, I) by packed rows, (N, I)."""

@@ -1,0 +1,154 @@
+"""What ``lstm.compiled()`` returns: packed weights and sizes as a named tuple, which Numba takes as an argument.
+
+Numba compiles a caller for the types of its arguments, and finds what it has cached by them. So the name of a kit's
+class has a stamp of our sources in it: with another version, a caller is compiled anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections import namedtuple
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.cpu import unroll
+from fastlstm.backends.cpu.thread_pool import NO_TEAM, own_team
+from fastlstm.backends.cpu.weights import size_of
+from fastlstm.backends.threads import get_num_threads
+from fastlstm.cell import VARIANTS, Cell
+from fastlstm.errors import ArgumentError
+from fastlstm.frozen import FrozenParams
+from fastlstm.kernels.cpu import kernel_cache
+from fastlstm.kernels.cpu import unrolled_back as back
+from fastlstm.kernels.cpu import unrolled_step as forth
+from fastlstm.kernels.cpu.jit import VECTOR_BYTES, address_of
+from fastlstm.parameters import shapes
+from fastlstm.unroll import check_direction, positive
+
+__all__ = ["FINISH", "KIT", "STAMP", "STEP", "STEP_BACK", "STEP_TAPED", "TAPE", "make_kit"]
+
+# Places of addresses of functions, after what `unrolled_step.py` knows: in a kit's record, and in a tape's.
+STEP = forth.KIT
+STEP_TAPED, STEP_BACK, FINISH = range(forth.TAPED, forth.TAPED + 3)
+
+
+def _make_stamp() -> str:
+    """Return what changes with our code; different in each process if the sources cannot be read."""
+    try:
+        package = Path(__file__).parents[2]
+        files = [*sorted((package / "backends" / "cpu").glob("*.py")), package / "compiled.py"]
+        sources = kernel_cache.SOURCES, [file.read_bytes() for file in files], VECTOR_BYTES
+    except OSError:
+        sources = None, [], 0
+    if sources[0] is None:
+        return os.urandom(8).hex()
+    return hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
+
+
+FIELDS_OF_KIT = "inputs", "hidden", "layers", "parameters", "record", "weights", "bias", "own", "for_back"
+FIELDS_OF_TAPE = "inputs", "steps", "batch", "record", "h", "c", "dh", "dc", "team"
+
+
+class _Here:
+    """What keeps addresses of this process: it can be neither pickled nor copied."""
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError(f"a {type(self).__name__.partition('_')[0].lower()} belongs to the process that made it")
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class _KitMethods(_Here):
+    cell: Cell
+
+    def tape(self, steps: int, batch: int, *, threads: int = 1) -> Any:
+        """Allocate the memory of a run for training, to be used for any number of runs.
+
+        Its fields are `h` and `c`, (L, T + 1, B, H), the states before each step and after the last, of which
+        ``h[:, 0]`` and ``c[:, 0]`` are to be set before a run, and are zero at first; and `dh` and `dc`, (L, B, H), the
+        gradients by the states, which are zero when the way back begins, unless they were set after the first step.
+        With `threads`, each step is shared by as many at most: worth it for a large model or batch, not under prange.
+        """
+        steps, batch, threads = positive("steps", steps), positive("batch", batch), positive("threads", threads)
+        if self.cell.dropout and self.cell.num_layers > 1:
+            raise ArgumentError("compiled code draws no dropout masks: train with lstm.unroll, or without dropout")
+        sizes = tuple(size_of(self.cell, layer) for layer in range(self.cell.num_layers))
+        made = unroll.tape_of(self.cell, sizes, steps, batch, lasting=True)
+        made.h[:, 0] = made.c[:, 0] = 0
+        made.dh[...] = made.dc[...] = 0
+        functions = forth.unrolled_step_taped, back.unrolled_back, back.unrolled_finish
+        record = np.append(made.record, [_function_address(function, self.cell.dtype) for function in functions])
+        return TAPE(self.cell.input_size, steps, batch, record, made.h, made.c, made.dh, made.dc, _team(threads))
+
+    def gradients(self) -> Array:
+        """Allocate an array for :func:`finish`: a number for each parameter."""
+        return np.empty(self.parameters, self.cell.dtype)  # type: ignore[attr-defined]
+
+    def named(self, gradients: Array) -> dict[str, Array]:
+        """View what :func:`finish` wrote under the names of the parameters."""
+        return unroll.named_gradients(self.cell, gradients)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.layers} layers, I={self.inputs}, H={self.hidden}>"  # type: ignore[attr-defined]
+
+
+class _TapeMethods(_Here):
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: T={self.steps}, B={self.batch}>"  # type: ignore[attr-defined]
+
+
+def _team(threads: int) -> Array:
+    """Return a team of so many threads, within the limit."""
+    threads = min(threads, get_num_threads())
+    return own_team(threads - 1) if threads > 1 else NO_TEAM
+
+
+@functools.cache
+def _class_named(name: str) -> Any:
+    """Make the class of a kit or a tape of some version of this package."""
+    fields, methods = (FIELDS_OF_KIT, _KitMethods) if name.startswith("Kit") else (FIELDS_OF_TAPE, _TapeMethods)
+    return type(name, (methods, namedtuple(name, fields)), {"__module__": __name__, "__qualname__": name})
+
+
+def __getattr__(name: str) -> Any:
+    """Find the classes of other versions, too: Numba looks them up when it reads what it cached for a caller."""
+    if re.fullmatch(r"(Kit|Tape)_[0-9a-f]{16}", name):
+        return _class_named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+STAMP = _make_stamp()
+KIT, TAPE = _class_named(f"Kit_{STAMP}"), _class_named(f"Tape_{STAMP}")
+
+
+def make_kit(cell: Cell, params: FrozenParams) -> Any:
+    """Pack a model's weights for compiled code: see :meth:`fastlstm.LSTM.compiled`."""
+    check_direction(cell)
+    if not unroll.can_unroll(cell):
+        names = [name for name, plain in VARIANTS.items() if getattr(cell, name) != plain]
+        raise ArgumentError(
+            f"compiled code has no step of a cell with {', '.join(names)}: use lstm.step or lstm.unroll"
+        )
+    made = unroll.kit_of(cell, params)
+    record = np.append(made.record, _function_address(forth.unrolled_step, cell.dtype))
+    parameters = sum(int(np.prod(shape)) for shape in shapes(cell).values())
+    kit = KIT(cell.input_size, cell.hidden_size, cell.num_layers, parameters, record, *made.kept)
+    kit.cell = cell
+    return kit
+
+
+def _function_address(function: Any, dtype: Any) -> int:
+    """Compile or load one of the kernels' functions of pointers."""
+    module = forth if function in (forth.unrolled_step, forth.unrolled_step_taped) else back
+    address: int = address_of(function, module.signatures(dtype, by_pointers=True)[function])
+    return address

@@ -1,0 +1,253 @@
+"""Cells with phases: sizes, parameters as the kernels take them, and the ways to launch these."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlstm.backends.base import Array
+from fastlstm.backends.cpu.launch import Candidate, Candidates, settings_of
+from fastlstm.backends.cpu.schedule import Schedule
+from fastlstm.backends.cpu.sequence import chunk_of
+from fastlstm.backends.cpu.weights import variant_of
+from fastlstm.backends.cpu.workspace import Workspace
+from fastlstm.backends.layers import Weights
+from fastlstm.backends.plain_arrays import as_plain
+from fastlstm.cell import Cell
+from fastlstm.kernels.cpu import phased_backward as back
+from fastlstm.kernels.cpu import phased_cells
+from fastlstm.kernels.cpu import phased_forward as forth
+from fastlstm.kernels.cpu.cell_step import GATES, cell_addresses
+from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
+from fastlstm.kernels.cpu.vector import lanes
+from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS
+
+__all__ = [
+    "Arguments", "Size", "arguments_of", "backward_candidates", "chunk_of_size", "forward_candidates",
+    "gradients_of", "packed_workspace", "schedule_of", "size_of",
+]  # fmt: skip
+
+# Rows of input products that are computed together where each step has few, and work that is worth a thread: as in
+# ``schedule.py``.
+_ROWS_AHEAD, _OPERATIONS_WORTH_A_THREAD = 48, 2_000_000
+
+
+class Size(NamedTuple):
+    """One layer in one direction: its sizes, and what its step has."""
+
+    inputs: int  # I
+    features: int  # F, of h
+    units: int  # U
+    out_units: int  # U of the projection, 0 for none
+    width: int  # V, lanes of a vector
+    kind: int  # of cell
+    normed: bool
+    own: int  # rows of a variant's own parameters, E
+    dtype: Any
+    addresses: tuple[int, ...]  # of the variant's routines
+
+    @property
+    def blocks(self) -> int:
+        """Vectors that U takes."""
+        return -(-self.units // self.width)
+
+    @property
+    def out_blocks(self) -> int:
+        """Vectors that U of the projection takes."""
+        return -(-self.out_units // self.width)
+
+    @property
+    def is_lstm(self) -> bool:
+        """Whether it has gates and a cell state."""
+        return bool(self.kind == phased_cells.LSTM)
+
+    @property
+    def h_row(self) -> int:
+        """Numbers of a row of h: room for what is spread from four vectors."""
+        features = self.features if self.is_lstm and not self.out_units else GATES * (self.out_units or self.units)
+        return -(-features // self.width) * self.width
+
+    @property
+    def out_row(self) -> int:
+        """Numbers of a row of the cell's output."""
+        return self.blocks * self.width if self.is_lstm else self.h_row
+
+    @property
+    def norm_row(self) -> int:
+        """Numbers of what layer norm leaves for a row."""
+        vectors = (2 * GATES + 1) * self.blocks + phased_cells.NORM_VECTORS
+        return int(vectors * self.width) if self.normed else 0
+
+    @property
+    def gates_row(self) -> int:
+        """Numbers of a row of pre-activations."""
+        return int(self.blocks * GATES * self.width)
+
+    @property
+    def keeps_outs(self) -> bool:
+        """Whether the output of the cell is kept for the backward pass."""
+        return self.out_units > 0 or not self.is_lstm
+
+
+@functools.lru_cache(maxsize=256)
+def size_of(cell: Cell, layer: int) -> Size:
+    """Return the size of one layer of a model; compiles the routines of its variant, if it has any."""
+    kind = {None: phased_cells.LSTM, "tanh": phased_cells.TANH, "relu": phased_cells.RELU}[cell.nonlinearity]
+    variant = variant_of(cell)._replace(normed=cell.layer_norm)
+    units = cell.hidden_size if kind == phased_cells.LSTM else -(-cell.hidden_size // GATES)
+    return Size(
+        cell.layer_input_size(layer), cell.h_size, units, -(-cell.proj_size // GATES), lanes(cell.dtype), kind,
+        cell.layer_norm, 3 if cell.peephole else 0, cell.dtype, cell_addresses(variant, cell.dtype),
+    )  # fmt: skip
+
+
+class Arguments(NamedTuple):
+    """The parameters of one layer in one direction, as the kernels take them."""
+
+    weight_ih: Array  # (4U, I)
+    weight_hh: Array  # (4U, F)
+    bias: Array  # (4U,) or (0,)
+    own: Array  # (E, H)
+    weight_hr: Array  # (4U of the projection, H) or (0, H)
+    gains: Array  # (2, 4U) or (0, 4U)
+    norm_c: Array  # (2, H) or (0, H)
+
+
+def arguments_of(size: Size, weights: Weights) -> Arguments:
+    """Return the parameters of a direction as the kernels take them."""
+    rows, units = GATES * size.units, size.units
+
+    def padded(array: Array | None, rows: int, *nothing: int) -> Array:
+        """Return an array with rows of zeros, to a multiple of four."""
+        if array is None:
+            return np.empty(nothing, size.dtype)
+        if len(array) == rows:
+            return as_plain(array)
+        found = np.zeros((rows, *array.shape[1:]), size.dtype)
+        found[: len(array)] = array
+        return found
+
+    gains, norm_c = np.empty((0, rows), size.dtype), np.empty((0, units), size.dtype)
+    if size.normed:
+        gains = np.stack((weights.ln_gain_ih, weights.ln_gain_hh))  # type: ignore[arg-type]
+        norm_c = np.stack((weights.ln_gain_c, weights.ln_bias_c))  # type: ignore[arg-type]
+    return Arguments(
+        padded(weights.weight_ih, rows), padded(weights.weight_hh, rows), padded(weights.bias, rows, 0),
+        padded(weights.weight_peephole, size.own, 0, units),
+        padded(weights.weight_hr, GATES * size.out_units, 0, units), gains, norm_c,
+    )  # fmt: skip
+
+
+def gradients_of(size: Size, weights: Weights, grads: Arguments) -> Weights:
+    """Return gradients under the parameters' names, without the rows that were added."""
+
+    def cut(like: Array | None, array: Array) -> Array | None:
+        return None if like is None else array if len(array) == len(like) else array[: len(like)].copy()
+
+    norms = (*grads.gains, *grads.norm_c) if size.normed else (None,) * 4
+    return Weights(
+        cut(weights.weight_ih, grads.weight_ih), cut(weights.weight_hh, grads.weight_hh), cut(weights.bias, grads.bias),
+        cut(weights.weight_peephole, grads.own), cut(weights.weight_hr, grads.weight_hr), *map(_own_memory, norms),
+    )  # fmt: skip
+
+
+def _own_memory(array: Array | None) -> Array | None:
+    return None if array is None else array.copy()
+
+
+@functools.lru_cache(maxsize=256)
+def packed_workspace(size: Size) -> Workspace:
+    """Return where the packed weights lie."""
+    tile_row = GATES * size.width
+    return Workspace(
+        size.dtype, (size.blocks * size.inputs, tile_row), (size.blocks * size.features, tile_row), (size.gates_row,),
+        (2 * size.gates_row if size.normed else 0,), (size.out_blocks * size.units, tile_row),
+    )  # fmt: skip
+
+
+def _threads(size: Size, rows: int, batch: int, threads: int) -> int:
+    """Choose a number of threads, each of which has its own sequences."""
+    operations = 8 * rows * size.units * (size.inputs + size.features)
+    return max(1, min(threads, 1 + operations // _OPERATIONS_WORTH_A_THREAD, int(batch // (2 * MR))))
+
+
+def schedule_of(threads: int, ahead: int) -> Schedule:
+    """Return the schedule of so many threads."""
+    return Schedule("rows" if threads > 1 else "serial", threads, ahead)
+
+
+@functools.lru_cache(maxsize=256)
+def forward_candidates(
+    size: Size, steps: int, batch: int, training: bool, recurrent: bool, zone_h: bool, most: int
+) -> Candidates:
+    """Return the way to launch the forward kernel on at most so many threads."""
+    threads = _threads(size, steps * batch, batch, most)
+    few = batch < 2 * MR
+    ahead = min(steps, -(-_ROWS_AHEAD // batch)) if few and steps > 1 else 0
+    whole = few or size.normed
+    a_row = size.gates_row if whole else GATES * size.width
+    room = threads * MC
+    keeps = 0 if training else batch
+    workspace = Workspace(
+        size.dtype, (keeps, size.h_row), (keeps * size.is_lstm, size.blocks * size.width),
+        (batch * zone_h, size.h_row), (batch * recurrent, size.h_row), (ahead * batch if ahead else room, a_row),
+        (room * (size.normed or size.out_units > 0), size.gates_row),
+        (0 if training and size.keeps_outs else room, size.out_row), (room * (size.out_units > 0), size.h_row),
+        (0 if training else threads, size.norm_row),
+    )  # fmt: skip
+    numbers = {
+        forth.BATCH: batch, forth.STEPS: steps, forth.TOTAL: steps, forth.TRAINING: training, forth.AHEAD: ahead,
+        forth.WHOLE: whole, forth.NORMED: size.normed, forth.KIND: size.kind, forth.OUT_UNITS: size.out_units,
+        forth.FEATURES: size.features,
+    }  # fmt: skip
+    places = (forth.H_ROWS, forth.C_ROWS, forth.H_STATE, forth.FACTORS, forth.A, forth.A_H, forth.OUTS, forth.H_NEW,
+              forth.NORMS)  # fmt: skip
+    of_packed = forth.OF_X, forth.OF_H, forth.BIAS, forth.GAINS, forth.OF_OUT
+    numbers |= dict(zip(places, workspace.starts, strict=True))
+    numbers |= dict(zip(of_packed, packed_workspace(size).starts, strict=True))
+    settings = settings_of(forth.SETTINGS, numbers, size.addresses)
+    return Candidates((Candidate(schedule_of(threads, ahead), (workspace,), settings),), None)
+
+
+def chunk_of_size(size: Size, steps: int, batch: int) -> int:
+    """Return for how many steps gate gradients are kept: with layer norm, which has them thrice, for half as many."""
+    chunk = chunk_of(steps, batch)
+    return -(-chunk // 2) if size.normed else chunk
+
+
+@functools.lru_cache(maxsize=256)
+def backward_candidates(
+    size: Size, steps: int, batch: int, recurrent: bool, zone_h: bool, truncated: bool, most: int
+) -> Candidates:
+    """Return the way to launch the backward kernel on at most so many threads."""
+    threads, chunk_rows = _threads(size, steps * batch, batch, most), chunk_of_size(size, steps, batch) * batch
+    width, depth, stride = size.width, size.gates_row, size.blocks * size.width
+    panel, out_depth = NR * width, size.out_blocks * GATES * width
+
+    def panels(columns: int, depth: int) -> tuple[int, ...]:
+        return -(-columns // panel), depth, panel
+
+    of_x, of_h, of_out = (
+        panels(columns, rows)
+        for columns, rows in ((size.inputs, depth), (size.features, depth), (size.units, out_depth))
+    )
+    normed = int(size.normed)
+    shapes = {
+        back.DA: (chunk_rows, depth), back.DA_X: (chunk_rows * normed, depth), back.DA_H: (chunk_rows * normed, depth),
+        back.D_SHOWN: (chunk_rows * normed, stride), back.D_OUT: (chunk_rows, out_depth),
+        back.DH_ROWS: (batch, size.h_row), back.DH_OLD: (batch * zone_h, size.h_row),
+        back.DC_ROWS: (batch * size.is_lstm, stride), back.DOUT_ROWS: (batch * (size.out_units > 0), stride),
+        back.FACTORS: (batch * recurrent, size.h_row), back.OF_X: of_x, back.OF_H: of_h, back.OF_OUT: of_out,
+        back.SUMS_IH: of_x, back.SUMS_HH: of_h, back.SUMS_OUT: of_out, back.SUMS_BIAS: (depth,),
+        back.SUMS_GAINS: (2 * depth * normed,), back.SUMS_C: (2 * stride * normed,), back.GAINS: (2 * depth * normed,),
+        back.D_ROW: (threads * normed, stride), back.PANEL: (threads, PANEL_ROWS, panel),
+    }  # fmt: skip
+    workspace = Workspace(size.dtype, *shapes.values())
+    numbers = {
+        back.BATCH: batch, back.STEPS: steps, back.TOTAL: steps, back.CHUNK_ROWS: chunk_rows, back.NORMED: size.normed,
+        back.KIND: size.kind, back.OUT_UNITS: size.out_units, back.FEATURES: size.features, back.TRUNCATED: truncated,
+    } | dict(zip(shapes, workspace.starts, strict=True))  # fmt: skip
+    settings = settings_of(back.SETTINGS, numbers, size.addresses)
+    return Candidates((Candidate(schedule_of(threads, 0), (workspace,), settings),), None)

@@ -1,0 +1,142 @@
+"""Which recurrences run as one persistent kernel, and how: a table, and the arithmetic of kernels/cuda/persistent.cu.
+
+The numbers are estimates: no GPU has timed the kernels. Measured ones are to replace them; results do not depend on
+them, but for the order of summation of the two paths.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlstm.errors import BackendError
+
+__all__ = ["SIZES", "Choice", "Limits", "Plan", "choose", "describe"]
+
+# "persistent" or "step" force a path, for tests; read once, at import. What cannot run as a persistent kernel takes the
+# step path even so.
+FORCED = os.environ.get("FASTLSTM_CUDA_RECURRENCE") or None
+
+SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # of SIZE in persistent.cu
+_WARPS, _HELD, _GATES = 8, 8, 4  # as there
+_MOST_ITEMS = 2  # (sequence, unit) pairs of a thread: more would not leave it registers for 128 weights
+
+# The table: with at least so many hidden units and so many sequences, float32 products by cuBLAS, one a step, are
+# estimated to be faster. Each row of the batch costs a group its share of the product, and one step has cuBLAS at its
+# best: at H = 1024 and B = 64 a step of either takes some 20 µs.
+CUBLAS_FROM = ((768, 32), (384, 256))
+FEWEST_STEPS = 3  # on average: below, loading the weights into registers does not pay
+OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory
+CLUSTERS_FROM, MOST_OF_A_CLUSTER = 90, 8  # compute capability, and blocks that every such GPU can hold
+
+
+class Limits(NamedTuple):
+    """What a device has."""
+
+    architecture: int  # compute capability, 90 for 9.0
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a block can have
+
+
+class Plan(NamedTuple):
+    """How one direction of one layer runs as a persistent kernel."""
+
+    size: int  # H rounded up to one of SIZES
+    rows: int  # sequences of a group
+    blocks: int  # of a group
+    groups: int  # side by side, at most
+    cluster: bool  # whether a group is a thread-block cluster
+
+    @property
+    def split(self) -> int:
+        """Lanes that share a row of the weights, forward."""
+        return _split(self.size)
+
+    def shared(self, backward: bool) -> int:
+        """Bytes of shared memory of a block."""
+        return _shared(self.size, self.rows, self.cluster, backward)
+
+    @property
+    def macros(self) -> tuple[str, ...]:
+        """The compiler's options that make the kernel of this plan."""
+        names = {"SIZE": self.size, "ROWS": self.rows, "BLOCKS": self.blocks,
+                 "SHARED_FORWARD": self.shared(False), "SHARED_BACKWARD": self.shared(True)}  # fmt: skip
+        return (*(f"{name}={value}" for name, value in names.items()), *(["CLUSTER"] if self.cluster else []))
+
+
+class Choice(NamedTuple):
+    """A plan, or None and why a kernel a step runs."""
+
+    plan: Plan | None
+    reason: str
+
+
+def choose(limits: Limits, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int) -> Choice:
+    """Decide how a direction runs; `steps_of_all` is the number of steps of all sequences."""
+    return _choose(limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED)
+
+
+def describe(choice: Choice) -> str:
+    """Say in words how a direction runs and why."""
+    if choice.plan is None:
+        return f"a product and a kernel each step: {choice.reason}"
+    plan = choice.plan
+    group = f"groups of {plan.blocks} blocks" if plan.blocks > 1 else "groups of one block"
+    how = "a cluster each" if plan.cluster else f"{plan.groups} at once at most"
+    return (
+        f"one launch a sequence: {group}, {how}, weights in registers (H = {plan.size}), {plan.rows} sequences a group"
+    )
+
+
+@lru_cache(maxsize=1024)
+def _choose(limits: Limits, dtype: str, hidden: int, short: bool, batch: int, force: str | None) -> Choice:
+    if force not in (None, "persistent", "step"):
+        raise BackendError(f"FASTLSTM_CUDA_RECURRENCE must be persistent or step, got {force!r}")
+    size = next((size for size in SIZES if size >= hidden), None)
+    reason = ""
+    if force == "step":
+        reason = "FASTLSTM_CUDA_RECURRENCE asks for it"
+    elif dtype != "float32":
+        reason = f"persistent kernels are for float32, not {dtype}"
+    elif size is None:
+        reason = f"persistent kernels are for at most {SIZES[-1]} hidden units"
+    elif force is None and limits.architecture < OLDEST:
+        reason = f"persistent kernels need compute capability {OLDEST // 10}.{OLDEST % 10}"
+    elif force is None and short:
+        reason = f"fewer than {FEWEST_STEPS} steps a sequence"
+    elif force is None and any(hidden >= units and batch >= rows for units, rows in CUBLAS_FROM):
+        reason = "cuBLAS is estimated to be faster for so large a batch"
+    if reason or size is None:
+        return Choice(None, reason)
+    blocks = size * _split(size) // (32 * _HELD // _GATES)
+    groups = limits.multiprocessors // blocks
+    if not groups:
+        return Choice(None, f"a group takes {blocks} multiprocessors, the GPU has {limits.multiprocessors}")
+    cluster = limits.architecture >= CLUSTERS_FROM and 1 < blocks <= MOST_OF_A_CLUSTER
+    rows = 2
+    while rows * groups < batch and _fits(size, rows * 2, cluster, limits.shared):
+        rows *= 2
+    if not _fits(size, rows, cluster, limits.shared):
+        return Choice(None, f"a block takes {_shared(size, rows, cluster, True)} bytes of shared memory")
+    return Choice(Plan(size, rows, blocks, groups, cluster), "")
+
+
+def _split(size: int) -> int:
+    return next(split for most, split in ((128, 1), (256, 2), (512, 4), (1024, 8)) if size <= most)
+
+
+def _fits(size: int, rows: int, cluster: bool, limit: int) -> bool:
+    units = 32 // _split(size) * _HELD // _GATES
+    items = -(-rows * units // (32 * _WARPS))
+    return items <= _MOST_ITEMS and max(_shared(size, rows, cluster, backward) for backward in (False, True)) <= limit
+
+
+def _shared(size: int, rows: int, cluster: bool, backward: bool) -> int:
+    lanes, inner = (4 * _split(size), 4 * size) if backward else (_split(size), size)
+    out = 32 // lanes * _HELD
+    tile = 2 if rows == 2 or inner > 1024 else 4
+    stage = 2 * rows * inner if cluster else 2 * tile * inner
+    return 4 * (stage + _WARPS * rows * out)

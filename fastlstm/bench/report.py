@@ -1,0 +1,203 @@
+"""The one reporter: results as tables in Markdown, for the terminal and for ``benchmarks/RESULTS.md``.
+
+Behind each peer's time stands its ratio, time theirs / time fastlstm's: above 1 fastlstm is faster. Losses are bold and
+listed; ``=`` is no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fastlstm.bench.clock import Spread, verdict
+from fastlstm.bench.peers import COPIES, CPU, CUDA
+from fastlstm.bench.results import Case, Results
+from fastlstm.bench.work import KINDS
+
+__all__ = ["amount", "baseline", "groups", "losses", "machine_line", "scores", "table", "text"]
+
+VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "CUDA", "driver", "cuDNN")
+PEERS = ("torch", "onnxruntime", "openvino")  # a side is a peer's if its name begins so
+
+
+def amount(value: float, unit: str = "s") -> str:
+    """Return seconds or bytes with the unit that suits them.
+
+    >>> amount(0.0123), amount(2.5e-5), amount(5_000_000, "bytes")
+    ('12.3 ms', '25 us', '4.77 MiB')
+    """
+    if unit == "bytes":
+        power = min(3, max(0, int(math.log2(max(value, 1)) // 10)))
+        return f"{value / 1024**power:.3g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+    name, scale = next((name, scale) for name, scale in (("s", 1.0), ("ms", 1e-3), ("us", 0.0)) if value >= scale)
+    value /= scale or 1e-6
+    return f"{value:.3g} {name}" if value < 999 else f"{value:.0f} {name}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table with aligned columns, the first `left` of them flush left."""
+    cells = [list(head), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * width if n < left else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
+    aligned = [
+        [
+            cell.ljust(width) if n < left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in (cells[0], rule, *cells[1:])
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+
+
+def baseline(side: str, case: Case) -> str | None:
+    """Return our side that a side is compared with: on the same device; of our own on a GPU, the CPU."""
+    ours = CUDA if "cuda" in side.split() and side not in (CUDA, COPIES) else CPU
+    return ours if side != ours and (ours in case.values or side in case.ratios) else None
+
+
+def is_peer(side: str) -> bool:
+    """Whether a side is another library, which can win."""
+    return side.startswith(PEERS)
+
+
+def ratio_of(case: Case, side: str) -> Spread | None:
+    """Return time of the side / time of ours."""
+    ours = baseline(side, case)
+    return case.ratio(side, ours) if ours else None
+
+
+def cell(case: Case, side: str, *, time: bool = True) -> str:
+    """Return a side's median and its ratio to ours: bold where a peer wins, ``=`` where there is no difference."""
+    if side not in case.values:
+        return "not timed" if side in case.refused else "-"
+    found, shown = ratio_of(case, side), amount(case.spread(side).middle, case.unit)
+    if found is None:
+        return shown
+    if side in case.bounds:
+        ratio = f"{100 * found.middle:.0f} % of ours"
+    elif not is_peer(side):
+        ratio = f"{found.middle:.2f}"
+    else:
+        ratio = {"faster": f"{found.middle:.2f}", "slower": f"**{found.middle:.2f}**"}.get(verdict(found), "=")
+    return f"{shown} ({ratio})" if time else ratio
+
+
+def groups(results: Results) -> Iterator[tuple[str, list[Case]]]:
+    """Give the cases of each table, with its title."""
+    for name in dict.fromkeys(case.group for case in results.cases):
+        yield KINDS.get(name, name), [case for case in results.cases if case.group == name]
+
+
+def table_of(results: Results, cases: Sequence[Case]) -> str:
+    """Return the table of cases: ours, the share of the peak, the other sides, and facts."""
+    sides = list(dict.fromkeys(side for case in cases for side in (*case.values, *case.refused)))
+    sides = [side for side in sides if any(side in case.values for case in cases)]
+    facts = list(dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")))
+    ours = next((side for side in (CPU, CUDA) if side in sides), None)
+    shares = {case.name: results.share_of_peak(case, ours) if ours else None for case in cases}
+    several = len({case.work.dtype for case in cases if case.work}) > 1
+    works = [case.work if case.work and case.name == case.work.title else None for case in cases]  # else it has a name
+    names = [w.name + f", {w.dtype}" * several if w else c.name for w, c in zip(works, cases, strict=True)]
+    head = ["T,B,I,H" if all(works) else "what", *sides, *facts]
+    rows = [
+        [name, *(cell(case, side) for side in sides), *(_fact(case, fact) for fact in facts)]
+        for name, case in zip(names, cases, strict=True)
+    ]
+    if any(shares.values()):
+        head.insert(2, "of peak")
+        for case, row in zip(cases, rows, strict=True):
+            share = shares[case.name]
+            row.insert(2, "-" if share is None else f"{100 * share:.0f} %")
+    return table(head, rows)
+
+
+def _fact(case: Case, name: str) -> str:
+    value = case.facts.get(name)
+    unit = {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
+    return "-" if value is None else amount(value, unit) if unit and value >= 0 else f"{value:.4g}"
+
+
+class Score(NamedTuple):
+    """How ours stand with one peer over all cases: rows won, level and lost, and the geometric mean of the ratios."""
+
+    peer: str
+    won: int
+    level: int
+    lost: int
+    mean: float
+
+
+def scores(cases: Iterable[Case]) -> list[Score]:
+    """Sum the cases up by peer."""
+    ratios: dict[str, list[Spread]] = {}
+    for case in cases:
+        for side in filter(is_peer, case.values):
+            if found := ratio_of(case, side):
+                ratios.setdefault(side, []).append(found)
+    result = []
+    for side, spreads in ratios.items():
+        words = [verdict(ratio) for ratio in spreads]
+        won, level, lost = (words.count(word) for word in ("faster", "no difference", "slower"))
+        result.append(Score(side, won, level, lost, math.exp(sum(math.log(r.middle) for r in spreads) / len(spreads))))
+    return result
+
+
+def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
+    """Return each case and peer where the peer is faster."""
+    pairs = [(case, side, ratio_of(case, side)) for case in cases for side in filter(is_peer, case.values)]
+    return [(case, side, found) for case, side, found in pairs if found and verdict(found) == "slower"]
+
+
+def machine_line(results: Results) -> str:
+    """Return the line under a table: the machine, the threads, the versions, and the day."""
+    machine: Mapping[str, str] = results.machine
+    place = [machine[name] for name in ("processor", "GPU") if name in machine]
+    versions = [f"{name} {machine[name].partition(' ')[0]}" for name in VERSIONS if name in machine]
+    threads = f"{results.threads} thread{'s' if results.threads > 1 else ''} on each side"
+    parts = [*place, threads, ", ".join(versions), results.made.partition("T")[0]]
+    return "*" + "; ".join(filter(None, parts)) + "*"
+
+
+def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
+    """Return the whole report, paragraph by paragraph."""
+    yield machine_line(results)
+    for device, ceiling in results.ceilings.items():
+        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in ceiling.operations.items())
+        yield f"Measured peak, {device}: {rates}; copies {ceiling.bandwidth / 1e9:.1f} GB/s."
+    for title, cases in groups(results):
+        yield f"{title[:1].upper()}{title[1:]}:" if title else ""
+        yield table_of(results, cases)
+    yield from summary(results, list_losses=list_losses)
+
+
+def summary(results: Results, *, list_losses: bool = True) -> Iterator[str]:
+    """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
+    lines = []
+    for score in scores(results.cases):
+        count = score.won + score.level + score.lost
+        lines.append(
+            f"- against {score.peer}: faster in {score.won} of {count} rows, no difference in {score.level}, slower in"
+            f" {score.lost}; geometric mean of the ratios {score.mean:.2f}"
+        )
+    for case, side, found in losses(results.cases) if list_losses else ():
+        lines.append(
+            f"- LOSS at {case.name}: {side} {found.middle:.2f} (quartiles {found.low:.2f} to {found.high:.2f})"
+        )
+    first: dict[str, float] = {}
+    for case in results.cases:
+        for fact, value in case.facts.items():
+            if fact.startswith("first results"):
+                first[fact] = max(value, first.get(fact, 0.0))
+    lines += [
+        f"- {fact}, compilation included: {amount(value)} at most; in no other figure" for fact, value in first.items()
+    ]
+    lines += [f"- {name} is not measured: {reason}" for name, reason in results.absent.items()]
+    for case in results.cases:
+        lines += [f"- {side} is not timed at {case.name}: {reason}" for side, reason in case.refused.items()]
+    lines += ["- Interrupted: this is what was measured until then."] if results.interrupted else []
+    if lines:
+        yield "\n".join(lines)
+    if results.steps:
+        rows = [[step.get(key, "-") for key in ("name", "result", "seconds", "remark")] for step in results.steps]
+        yield table(["step", "result", "seconds", "last line of its log"], rows, left=4)

@@ -1,0 +1,315 @@
+"""An LSTM inside other people's compiled code: functions that ``@njit`` code calls in nopython mode.
+
+::
+
+    from numba import njit
+    from fastlstm import compiled
+
+    kit = lstm.compiled()  # packed weights and sizes: an argument for Numba
+
+    @njit
+    def simulate(kit, x, h, c, h_next, c_next, y, steps):
+        for _ in range(steps):
+            compiled.step(kit, x, h, c, y, h_next, c_next)
+            h, h_next = h_next, h
+            c, c_next = c_next, c
+            x[:] = ...  # whatever your world makes of y
+
+Training is the same as with ``lstm.unroll``, on a `tape` that ``kit.tape(steps, batch)`` makes once: :func:`step_taped`
+for t = 0, 1, ..., then :func:`step_back` from the last t to 0, and :func:`finish`. The functions allocate nothing and
+need no lock of the interpreter; under ``prange``, each iteration has arrays, or a tape, of its own. They are called by
+their addresses, which the kit holds: a caller compiles in little more than its own time, and a caller that is cached
+on disk (``cache=True``) has no code of ours in it. The name of the kit's type has a stamp of our sources in it, so
+that such a caller is compiled anew with another fastlstm.
+
+Shapes are checked at each call. Arrays are C-contiguous and of the model's dtype, which Numba checks when it compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import cfunc, extending, njit
+from numba import types as numba_types
+
+from fastlstm.backends.cpu.kit import FINISH, STEP, STEP_BACK, STEP_TAPED, make_kit
+from fastlstm.backends.cpu.numba_calls import in_python, tell
+from fastlstm.errors import ArgumentError, DTypeError, ShapeError
+from fastlstm.kernels.cpu.atomics import pointer_at
+from fastlstm.kernels.cpu.jit import caller
+from fastlstm.kernels.cpu.unrolled_step import LEFT, TAKEN
+
+# Numba is typed in part, so that its own extensions would not pass.
+types: Any = numba_types
+intrinsic: Any = extending.intrinsic
+
+__all__ = ["c_step", "finish", "make_kit", "step", "step_back", "step_taped"]
+
+_call = caller(lambda *_: types.none)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _number(typingctx: Any, pointer: Any) -> Any:
+    """Return a pointer as an integer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], context.get_value_type(types.int64))
+
+    return types.int64(pointer), codegen
+
+
+@njit(inline="always")
+def _overlap(a: Any, b: Any, size: Any, other_size: Any) -> Any:
+    """Say whether so many bytes at two pointers share memory."""
+    start, other = _number(a), _number(b)
+    return start < other + other_size and other < start + size
+
+
+def step(kit: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any) -> None:
+    """Advance by one time step: bit-identical to ``lstm.freeze().step``.
+
+    Parameters
+    ----------
+    kit : Kit
+        From ``lstm.compiled()``.
+    x : array, (B, I), IN
+        The input.
+    h, c : array, (L, B, H), IN
+        The state before.
+    y : array, (B, H), OUT
+        The hidden state of the last layer.
+    h_next, c_next : array, (L, B, H), OUT
+        The state after. `h_next` must be another array than `h`; `c_next` may be `c`.
+
+    Raises
+    ------
+    ShapeError
+        If a shape does not fit.
+    ArgumentError
+        If what is written overlaps what is still read.
+    numba.TypingError
+        When the caller is compiled, if an array has another dtype or layout.
+    """
+    _steps(kit, x, h, c, y, h_next, c_next)
+
+
+def _step(kit: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any) -> None:
+    record, inputs, hidden, layers, _ = kit
+    batch, state = x[1], (layers, x[1], hidden)
+    if x[2] != inputs:
+        raise ShapeError("x must have shape (B, I)")
+    if h[1:4] != state or c[1:4] != state or h_next[1:4] != state or c_next[1:4] != state:
+        raise ShapeError("h, c, h_next and c_next must have shape (L, B, H), with the B of x")
+    if y[1:3] != (batch, hidden):
+        raise ShapeError("y must have shape (B, H), with the B of x")
+    of_x, of_y, of_state = x[3], y[3], h[4]
+    if (
+        _overlap(h_next[0], h[0], of_state, of_state) or _overlap(h_next[0], x[0], of_state, of_x)
+        or _overlap(y[0], x[0], of_y, of_x) or _overlap(y[0], h[0], of_y, of_state)
+    ):  # fmt: skip
+        raise ArgumentError("h_next and y must not overlap h or x, which are still read when these are written")
+    if (
+        _overlap(h_next[0], c[0], of_state, of_state) or _overlap(y[0], c[0], of_y, of_state)
+        or _overlap(c_next[0], h[0], of_state, of_state) or _overlap(c_next[0], x[0], of_state, of_x)
+    ):  # fmt: skip
+        raise ArgumentError("what is written must not overlap what is read; c_next alone may be c")
+    if _overlap(c_next[0], h_next[0], of_state, of_state) or _overlap(c_next[0], y[0], of_state, of_y):
+        raise ArgumentError("c_next must not overlap h_next or y")
+    _call(record[STEP], (record, batch, x[0], h[0], c[0], y[0], h_next[0], c_next[0]))
+
+
+def step_taped(kit: Any, tape: Any, t: int, x: Any, y: Any) -> None:
+    """Run step number t, and keep what :func:`step_back` needs.
+
+    Parameters
+    ----------
+    kit : Kit
+    tape : Tape
+        From ``kit.tape(steps, batch)``. Step 0 starts a new run, from ``tape.h[:, 0]`` and ``tape.c[:, 0]``; the states
+        after step t are ``tape.h[:, t + 1]`` and ``tape.c[:, t + 1]``.
+    t : int
+        0, or the step after the last one.
+    x : array, (B, I), IN
+        The input; it is copied.
+    y : array, (B, H), OUT
+        The hidden state of the last layer.
+
+    Raises
+    ------
+    ArgumentError
+        If `t` is not the step that is next, or the tape is not of this kit.
+    ShapeError
+        If a shape does not fit.
+    """
+    _steps_taped(kit, tape, t, x, y)
+
+
+def _step_taped(kit: Any, tape: Any, t: Any, x: Any, y: Any) -> None:
+    _check_tape(kit, tape)
+    record, steps, batch, size = tape[0], tape[2], tape[3], tape[6]
+    if x[1:3] != (batch, kit[1]):
+        raise ShapeError("x must have shape (B, I), with the B of the tape")
+    if y[1:3] != (batch, kit[2]):
+        raise ShapeError("y must have shape (B, H), with the B of the tape")
+    if _overlap(x[0], y[0], x[3], y[3]):
+        raise ArgumentError("y must not overlap x")
+    if t != 0 and (t != record[TAKEN] or record[LEFT] != -1):
+        raise ArgumentError("t must be 0, which starts a new run, or the step after the last one")
+    if t >= steps:
+        raise ArgumentError("the tape has no room for another step")
+    if t == 0:
+        record[TAKEN], record[LEFT] = 0, -1
+        for n in range(size):
+            tape[7][n] = tape[8][n] = 0
+    _call(record[STEP_TAPED], (kit[0], record, x[0], y[0], tape[9], 0))
+
+
+def step_back(kit: Any, tape: Any, t: int, dh: Any, dx: Any) -> None:
+    """Take the gradients back through step number t.
+
+    Parameters
+    ----------
+    kit : Kit
+        That of the run.
+    tape : Tape
+        Its `dh` and `dc` are the loss's gradients by the states after step t, and then by those before. They are zero
+        when the way back begins, unless they were set after the first step.
+    t : int
+        The last step of the run, then the one before, down to 0.
+    dh : array, (B, H), IN
+        The loss's gradient by the output of step t; not what the model's own state carried on.
+    dx : array, (B, I), OUT
+        The loss's gradient by its input.
+
+    Raises
+    ------
+    ArgumentError
+        If `t` is not the step that is next, or the tape is not of this kit.
+    ShapeError
+        If a shape does not fit.
+    """
+    _steps_back(kit, tape, t, dh, dx)
+
+
+def _step_back(kit: Any, tape: Any, t: Any, dh: Any, dx: Any) -> None:
+    _check_tape(kit, tape)
+    record, batch = tape[0], tape[3]
+    if dh[1:3] != (batch, kit[2]):
+        raise ShapeError("dh must have shape (B, H), with the B of the tape")
+    if dx[1:3] != (batch, kit[1]):
+        raise ShapeError("dx must have shape (B, I), with the B of the tape")
+    if _overlap(dh[0], dx[0], dh[3], dx[3]):
+        raise ArgumentError("dx must not overlap dh")
+    left = record[LEFT] if record[LEFT] != -1 else record[TAKEN]
+    if left == 0 or t != left - 1:
+        raise ArgumentError("t must be the last step of the run, and then the one before the last")
+    record[LEFT] = left
+    _call(record[STEP_BACK], (kit[0], record, dh[0], dx[0], tape[9], 0))
+
+
+def finish(kit: Any, tape: Any, gradients: Any) -> None:
+    """Compute the gradients by the parameters, one product over all steps.
+
+    Parameters
+    ----------
+    kit : Kit
+    tape : Tape
+        Of which all steps have been taken back.
+    gradients : array, (P,), OUT
+        A number for each parameter, such as ``kit.gradients()``; ``kit.named(gradients)`` views them under the names of
+        the parameters.
+
+    Raises
+    ------
+    ArgumentError
+        If steps are left, or the tape is not of this kit.
+    ShapeError
+        If `gradients` has another size.
+    """
+    _finishes(kit, tape, gradients)
+
+
+def _finish(kit: Any, tape: Any, gradients: Any) -> None:
+    _check_tape(kit, tape)
+    if gradients[1] != kit[4]:
+        raise ShapeError("gradients must have a number for each parameter, such as kit.gradients()")
+    if tape[0][LEFT] != 0:
+        raise ArgumentError("not all steps have been taken back")
+    _call(tape[0][FINISH], (kit[0], tape[0], gradients[0]))
+
+
+@njit(inline="always")
+def _check_tape(kit: Any, tape: Any) -> None:
+    """Refuse a tape of a model of other sizes."""
+    if tape[1] != kit[1] or tape[4] != kit[3] or tape[5] != kit[2]:
+        raise ArgumentError("the tape is of another kit's sizes")
+
+
+tell(step, _step, x=(2, False), h=(3, False), c=(3, False), y=(2, True), h_next=(3, True), c_next=(3, True))
+tell(step_taped, _step_taped, x=(2, False), y=(2, True))
+tell(step_back, _step_back, dh=(2, False), dx=(2, True))
+tell(finish, _finish, gradients=(1, True))
+
+_steps, _steps_taped = in_python(step), in_python(step_taped)
+_steps_back, _finishes = in_python(step_back), in_python(finish)
+
+
+# --- what C, Cython, Fortran and SciPy call -------------------------------------------------------------------
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _numbers_at(typingctx: Any, number: Any, kind: Any) -> Any:
+    """Take an integer for the address of numbers of a kind."""
+    pointer = types.CPointer(kind.instance_type)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, kind), codegen
+
+
+@functools.cache  # and so kept: its machine code is freed with it
+def _c_function(dtype: np.dtype[Any]) -> Any:
+    number: Any = dtype.type
+
+    def c_step_of_dtype(
+        record: Any, batch: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any
+    ) -> None:  # fmt: skip
+        kit = pointer_at(record)
+        _call(
+            kit[STEP],
+            (kit, batch, _numbers_at(x, number), _numbers_at(h, number), _numbers_at(c, number),
+             _numbers_at(y, number), _numbers_at(h_next, number), _numbers_at(c_next, number)),
+        )  # fmt: skip
+
+    return cfunc(types.void(*[types.int64] * 8), error_model="numpy")(c_step_of_dtype)
+
+
+def c_step(dtype: Any) -> Any:
+    """Return the step as a C function, for C, Cython, Fortran, ctypes and SciPy's LowLevelCallable.
+
+    ::
+
+        void step(const int64_t *record, int64_t batch, const T *x, const T *h, const T *c,
+                  T *y, T *h_next, T *c_next);
+
+    where T is float or double, ``record`` is ``kit.record.ctypes.data``, and the arrays are those of :func:`step`. It
+    checks nothing. The kit has to be kept as long as it is called.
+
+    Parameters
+    ----------
+    dtype : dtype
+        float32 or float64, that of the model.
+
+    Returns
+    -------
+    CFunc
+        Its attribute `address` is the function's, and `ctypes` the function for ctypes, which takes addresses as
+        integers. That can be called in nopython mode, too.
+    """
+    found = np.dtype(dtype)
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise DTypeError(f"dtype must be float32 or float64, got {found}")
+    return _c_function(found)

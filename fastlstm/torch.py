@@ -1,0 +1,165 @@
+"""A drop-in for ``torch.nn.LSTM`` on the CPU that runs fastlstm's kernels, forward and backward.
+
+Only this module of fastlstm imports PyTorch. Tensors and arrays share memory in both directions: no copies are made.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fastlstm import functional
+from fastlstm.backends.base import Dropout
+from fastlstm.cell import Cell
+from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError
+from fastlstm.interchange.torch import add
+
+__all__ = ["LSTM"]
+
+_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+class LSTM(torch.nn.LSTM):  # type: ignore[misc]
+    """``torch.nn.LSTM`` on fastlstm's CPU kernels: the same arguments, calls, parameters and state dict.
+
+    Differences: it runs on the CPU only, in float32 and float64; it has no second derivatives; dropout masks are
+    seeded by PyTorch's generator, but differ from those of PyTorch.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for ``torch.nn.LSTM``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastlstm.torch import LSTM
+    >>> lstm = LSTM(3, 8, batch_first=True)
+    >>> y, (h_n, c_n) = lstm(torch.ones(2, 5, 3))
+    >>> y.shape
+    torch.Size([2, 5, 8])
+    >>> y.sum().backward()
+    >>> lstm.weight_hh_l0.grad.shape
+    torch.Size([32, 8])
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph calls it as it is
+    def forward(self, input: Any, hx: Any = None) -> Any:  # torch's name
+        """Run whole sequences: see ``torch.nn.LSTM``.
+
+        Raises
+        ------
+        ArrayTypeError
+            If a tensor is not on the CPU.
+        ArgumentError, ShapeError, DTypeError
+            If an argument does not fit.
+        """
+        if not isinstance(input, PackedSequence):
+            y, h_n, c_n = self._run(input, hx, None, self.batch_first)
+            return y, (h_n, c_n)
+        batch_sizes, order, back = input.batch_sizes, input.sorted_indices, input.unsorted_indices
+        # The rows stay sorted by length, as in the packed data.
+        padded, lengths = pad_packed_sequence(PackedSequence(input.data, batch_sizes))
+        if order is not None and isinstance(hx, tuple | list) and len(hx) == 2:
+            hx = self.permute_hidden(tuple(hx), order)
+        y, h_n, c_n = self._run(padded, hx, lengths.numpy(), False)
+        data = pack_padded_sequence(y, lengths).data
+        return PackedSequence(data, batch_sizes, order, back), self.permute_hidden((h_n, c_n), back)
+
+    def _run(self, x: Any, hx: Any, lengths: Any, batch_first: bool) -> Any:
+        names = [name for layer in self._all_weights for name in layer]
+        weights = [getattr(self, name) for name in names]
+        if hx is not None and not (isinstance(hx, tuple | list) and len(hx) == 2):
+            raise ArgumentError(f"hx must be a pair (h_0, c_0), got {type(hx).__qualname__}")
+        state = (None, None) if hx is None else tuple(hx)
+        for name, tensor in (("input", x), *zip(("h_0", "c_0"), state, strict=True), *zip(names, weights, strict=True)):
+            if tensor is not None:
+                _check(name, tensor)
+        cell = _cell(
+            self.input_size, self.hidden_size, self.num_layers, self.bias, float(self.dropout), self.bidirectional,
+            _DTYPES[weights[0].dtype], self.proj_size,
+        )  # fmt: skip
+        key = None
+        if self.training and cell.dropout and cell.num_layers > 1:
+            key = int(torch.randint(2**62, ()).item())
+        call = _Call(cell, tuple(names), lengths, batch_first, key)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights)):
+            return _Function.apply(call, x, *state, *weights)
+        y, (h_n, c_n), _ = call.forward(x, state, weights, False)
+        return tuple(map(torch.from_numpy, (y, h_n, c_n)))
+
+
+def _check(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+        where = getattr(tensor, "device", type(tensor).__qualname__)
+        raise ArrayTypeError(f"{name} must be a tensor on the CPU, where fastlstm.torch.LSTM runs, got {where}")
+    if tensor.dtype not in _DTYPES:
+        raise DTypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
+@functools.lru_cache(maxsize=64)
+def _cell(
+    inputs: int, hidden: int, layers: int, bias: bool, dropout: float, bidirectional: bool, dtype: Any, proj_size: int
+) -> Cell:
+    """Return the cell of a module; the calls that are prepared for it are kept in it."""
+    return Cell(inputs, hidden, layers, bias, dropout, bidirectional, dtype, proj_size=proj_size)
+
+
+class _Call:
+    """The arguments of one call that are not tensors."""
+
+    def __init__(self, cell: Cell, names: tuple[str, ...], lengths: Any, batch_first: bool, key: int | None) -> None:
+        self.cell, self.names, self.lengths, self.batch_first = cell, names, lengths, batch_first
+        self.dropout = None if key is None else Dropout(cell.dropout, key)
+
+    def params(self, weights: Any) -> dict[str, Any]:
+        """Return our parameters: the tensors' memory, and the sums of the two biases."""
+        found: dict[str, Any] = {}
+        for name, weight in zip(self.names, weights, strict=True):
+            ours, array = name.replace("bias_ih", "bias").replace("bias_hh", "bias"), weight.detach().numpy()
+            found[ours] = add(found[ours], array) if name.startswith("bias_hh") else array
+        return found
+
+    def forward(self, x: Any, state: Any, weights: Any, keep_tape: bool) -> Any:
+        given = None if state[0] is None else tuple(part.detach().numpy() for part in state)
+        return functional.run(
+            self.cell, self.params(weights), x.detach().numpy(), given, self.lengths, batch_first=self.batch_first,
+            dropout=self.dropout, keep_tape=keep_tape,
+        )  # fmt: skip
+
+    def gradients(self, grads: Any) -> list[Any]:
+        """Return the gradients of the weights: the two biases have the same one, in memory of its own each."""
+        found = []
+        for name in self.names:
+            array = grads.params[name.replace("bias_ih", "bias").replace("bias_hh", "bias")]
+            found.append(torch.from_numpy(array.copy() if name.startswith("bias_hh") else array))
+        return found
+
+
+class _Function(torch.autograd.Function):  # type: ignore[misc]
+    """fastlstm's forward and backward pass, as PyTorch's autograd calls them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Any, h0: Any, c0: Any, *weights: Any) -> Any:
+        y, (h_n, c_n), ctx.tape = call.forward(x, (h0, c0), weights, True)
+        ctx.call, ctx.has_state = call, h0 is not None
+        # PyTorch then notices when one of them is changed before the backward pass.
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return tuple(map(torch.from_numpy, (y, h_n, c_n)))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any) -> Any:
+        _, *weights = ctx.saved_tensors
+        dy, dh_n, dc_n = (None if d is None else d.numpy() for d in (dy, dh_n, dc_n))
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * (4 + len(weights))
+        grads = functional.lstm_backward(ctx.call.params(weights), ctx.tape, dy, (dh_n, dc_n))
+        state = tuple(map(torch.from_numpy, grads.state)) if ctx.has_state else (None, None)
+        return None, torch.from_numpy(grads.x), *state, *ctx.call.gradients(grads)

@@ -1,0 +1,321 @@
+"""The gradients of a loop that was closed outside: back through one step at a time, and the weights' at the end.
+
+A step back computes the gradients by the pre-activations, the input and the states alone. The first are kept for all
+steps, so that the gradients by the weights are one product over all of them, as in a call for a whole sequence: one for
+each step would read and write as many numbers as the weights have, a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import from_dtype, types
+
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE, backward, cell_at, cell_of, own_gradients
+from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row, strip
+from fastlstm.kernels.cpu.gemm_microkernel import NR, ROW_BLOCKS
+from fastlstm.kernels.cpu.jit import by_address, kernel, routine
+from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
+from fastlstm.kernels.cpu.unrolled_step import (
+    ADDRESSES,
+    BACK_WEIGHTS,
+    BATCH,
+    BETWEEN,
+    BIASED,
+    BLOCKS,
+    CELLS,
+    CHUNK,
+    DC,
+    DH,
+    DROPPED,
+    HIDDEN,
+    INPUTS,
+    LAYERS,
+    LEFT,
+    MASKS,
+    OWN,
+    OWN_PARAMETERS,
+    PANELS,
+    STEPS,
+    SUMS_BIAS,
+    SUMS_HH,
+    SUMS_IH,
+    TAKEN,
+    C,
+    H,
+    X,
+    at,
+    multiply,
+    steps_of_cells,
+)
+from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, load_first, minimum, offset, store_first
+from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS, Product, add_bias, finish_edge, weights_back
+from fastlstm.kernels.cpu.weight_packing import pack_backward
+from fastlstm.kernels.cpu.worker import this_call
+
+__all__ = ["pack_for_back", "signatures", "unrolled_back", "unrolled_finish", "unrolled_finish_together"]
+
+
+@kernel
+def pack_for_back(
+    weight_ih,  # (4H, I), IN
+    weight_hh,  # (4H, H), IN
+    packed,  # one-dimensional: (panels of I, 4 * Hp, 4 * V), then (panels of H, 4 * Hp, 4 * V), OUT
+):
+    """Pack the weights of a layer for products with gradients by pre-activations."""
+    inputs, hidden, start = weight_ih.shape[1], weight_hh.shape[1], address(packed)
+    blocks = (hidden + lanes_of(start) - 1) // lanes_of(start)
+    pack_backward(address(weight_ih), hidden, inputs, start, blocks, 0, blocks)
+    of_h = offset(start, _packed_size(inputs, blocks, start))
+    pack_backward(address(weight_hh), hidden, hidden, of_h, blocks, 0, blocks)
+
+
+@routine(inline=True)
+def _packed_size(columns, blocks, like):
+    """Return the size of a weight of so many columns, packed for the backward pass."""
+    panel = NR * lanes_of(like)
+    return (columns + panel - 1) // panel * panel * blocks * GATES * lanes_of(like)
+
+
+@by_address
+def unrolled_back(
+    kit,  # (KIT,), IN
+    tape,  # (TAPED,), IN and OUT
+    dh,  # (B, H) the gradient by the output of the step, IN
+    dx,  # (B, I), OUT
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
+    thread,
+):
+    """Take the gradients back through the last step that is left, for all layers."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    like, batch = address(dx), tape[BATCH]
+    inputs, hidden, layers, blocks = kit[INPUTS], kit[HIDDEN], kit[LAYERS], kit[BLOCKS]
+    t, tile = tape[LEFT] - 1, make_room(like)
+    row = t % tape[CHUNK] * batch  # the first of the step in its chunk
+    between, dy = at(tape[BETWEEN], like), address(dh)
+    first, second = _packed_size(inputs, blocks, like), _packed_size(hidden, blocks, like)
+    for turn in range(layers):
+        number = layers - 1 - turn
+        da = _gate_gradients(kit, tape, number, t // tape[CHUNK], like)
+        _cells_back(kit, tape, number, t, dy, da, share(blocks, team, thread))
+        barrier(team, thread)
+        state = offset(at(tape[DH], like), number * batch * hidden)
+        weights = at(kit[BACK_WEIGHTS], like)
+        if number:
+            weights = offset(weights, first + second + (number - 1) * 2 * second)
+            _product_back(da, row, batch, offset(weights, second), hidden, state, tile, team, thread)
+            _product_back(da, row, batch, weights, hidden, between, tile, team, thread)
+            barrier(team, thread)  # the next layer reads all of it
+            if tape[MASKS]:
+                place = ((number - 1) * tape[STEPS] + t) * batch * hidden
+                if thread == 0:
+                    multiply(batch * hidden, between, offset(at(tape[MASKS], like), place), between)
+                barrier(team, thread)
+            dy = between
+        else:
+            _product_back(da, row, batch, offset(weights, first), hidden, state, tile, team, thread)
+            _product_back(da, row, batch, weights, inputs, like, tile, team, thread)
+    if thread == 0:
+        dismiss(team)
+        tape[LEFT] = t
+
+
+@routine(inline=True)
+def _gate_gradients(kit, tape, number, chunk, like):
+    """Return the record of the gradients by the pre-activations of a chunk of steps, in a layer."""
+    rows, unit_row = tape[CHUNK] * tape[BATCH], kit[BLOCKS] * lanes_of(like)
+    cells = offset(at(tape[CELLS], like), number * steps_of_cells(tape) * tape[BATCH] * TAPE * unit_row)
+    return GateGradients(offset(cells, (chunk + 1) * rows * TAPE * unit_row), rows, GATES * unit_row)
+
+
+@routine
+def _cells_back(kit, tape, number, t, dy, da, mine):
+    """Take the gradients of a step back through some cells of a layer: dc in place, the others to `da`."""
+    width, batch, hidden, blocks = lanes_of(dy), tape[BATCH], kit[HIDDEN], kit[BLOCKS]
+    own = at(kit[OWN_PARAMETERS], dy)
+    cell = cell_of(kit, ADDRESSES, offset(own, number * kit[OWN] * hidden), hidden)
+    states = number * batch * hidden
+    dh_rows, dc_rows = offset(at(tape[DH], dy), states), offset(at(tape[DC], dy), states)
+    c_rows = offset(at(tape[C], dy), (number * (tape[STEPS] + 1) + t) * batch * hidden)
+    cells = offset(at(tape[CELLS], dy), (number * steps_of_cells(tape) + t) * batch * blocks * TAPE * width)
+    first_row = t % tape[CHUNK] * batch
+    for block in range(mine[0], mine[1]):
+        unit = block * width
+        units, here = minimum(width, hidden - unit), cell_at(cell, unit)
+        part, part_row = strip(da, unit * GATES)
+        for row in range(batch):
+            state = row * hidden + unit
+            dh = load_first(offset(dh_rows, state), units) + load_first(offset(dy, state), units)
+            dc_prev = backward(
+                here, dh, load_first(offset(dc_rows, state), units),
+                offset(cells, (row * blocks + block) * TAPE * width), units, load_first(offset(c_rows, state), units),
+                offset(part, (first_row + row) * part_row),
+            )  # fmt: skip
+            store_first(offset(dc_rows, state), dc_prev, units)
+
+
+@routine
+def _product_back(da, first_row, rows, weights, columns, out, tile, team, thread):
+    """Compute da @ W for some rows, W being packed in panels of its columns, which the threads share.
+
+    `out` is (rows, columns).
+    """
+    width = lanes_of(out)
+    panel_columns = NR * width
+    panel_first, panel_last = share((columns + panel_columns - 1) // panel_columns, team, thread)
+    # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several.
+    together = ROW_BLOCKS if rows == 1 else 1
+    for low in range(0, rows, MOST_ROWS):
+        count = minimum(MOST_ROWS, rows - low)
+        for number in range(panel_first, panel_last, together):
+            some = minimum(together, panel_last - number)
+            column = number * panel_columns
+            packed = offset(weights, column * da.depth)
+            vectors = minimum(some * NR, (columns - column + width - 1) // width)
+            if rows == 1:
+                long_row(some, da, first_row, packed, tile)
+            else:
+                long_product(count, vectors, da, first_row + low, packed, tile, panel_columns, packed, 0, 0)
+            for row in range(count):
+                for v in range(vectors):
+                    value = load(offset(tile, row * panel_columns + v * width))
+                    target = offset(out, (low + row) * columns + column + v * width)
+                    store_first(target, value, minimum(width, columns - column - v * width))
+
+
+@by_address
+def unrolled_finish(
+    kit,  # (KIT,), IN
+    tape,  # (TAPED,), IN
+    gradients,  # one-dimensional: those by weight_ih, weight_hh, bias and own parameters of each layer in turn, OUT
+):
+    """Compute the gradients by all parameters, from all steps that were taken."""
+    _finish(kit, tape, address(gradients), 0, kit[BLOCKS], 0)
+
+
+@kernel
+def unrolled_finish_together(kit, tape, gradients, team, thread):
+    """Do so with a team, of which each thread has some of the units; none reads what another writes."""
+    if thread == 0:
+        call, arguments = this_call()
+        summon(team, call, arguments)
+    first, last = share(kit[BLOCKS], team, thread)
+    _finish(kit, tape, address(gradients), first, last, thread)
+    if thread == 0:
+        dismiss(team)
+
+
+@routine
+def _finish(kit, tape, gradients, first, last, thread):
+    """Compute the gradients by the parameters of some blocks of units, layer by layer."""
+    width, batch, steps, hidden, layers = lanes_of(gradients), tape[BATCH], tape[STEPS], kit[HIDDEN], kit[LAYERS]
+    inputs, chunk_rows, rows = kit[INPUTS], tape[CHUNK] * batch, tape[TAKEN] * batch
+    panel = offset(at(tape[PANELS], gradients), thread * PANEL_ROWS * NR * width)
+    sums_bias = at(tape[SUMS_BIAS], gradients)
+    x = at(tape[X], gradients)
+    for number in range(layers):
+        h = offset(at(tape[H], gradients), number * (steps + 1) * batch * hidden)
+        of_hh = offset(gradients, GATES * hidden * inputs)
+        of_bias = offset(of_hh, GATES * hidden * hidden)
+        of_own = offset(of_bias, GATES * hidden if kit[BIASED] else 0)
+        ih = Product(x, inputs, inputs, at(tape[SUMS_IH], gradients), gradients, hidden)
+        hh = Product(h, hidden, hidden, at(tape[SUMS_HH], gradients), of_hh, hidden)
+        _begin(kit, ih, hh, rows, sums_bias, of_own, first, last)
+        for low in range(0, rows, chunk_rows):
+            da = _gate_gradients(kit, tape, number, low // chunk_rows, gradients)
+            _add_chunk(da, low, minimum(chunk_rows, rows - low), rows, ih, hh, sums_bias, panel, first, last)
+            if kit[OWN]:
+                _add_own(kit, tape, number, da, low, minimum(chunk_rows, rows - low), of_own, first, last)
+        if rows:
+            finish_edge(ih, kit[BLOCKS] * GATES * width, first, last)
+            finish_edge(hh, kit[BLOCKS] * GATES * width, first, last)
+        if kit[BIASED]:
+            _write_bias(hidden, sums_bias, of_bias, first, last)
+        gradients, inputs = offset(of_own, kit[OWN] * hidden), hidden
+        x = offset(h, batch * hidden)
+        if tape[MASKS]:
+            x = offset(at(tape[DROPPED], gradients), number * steps * batch * hidden)
+
+
+@routine
+def _begin(kit, ih, hh, rows, sums_bias, of_own, first, last):
+    """Set to zero what is added to; and the gradients by the weights, if there was no step."""
+    width, hidden = lanes_of(sums_bias), ih.hidden
+    tile_row = GATES * width
+    _clear(offset(sums_bias, first * tile_row), (last - first) * tile_row)
+    for block in range(first, last):
+        unit = block * width
+        units = minimum(width, hidden - unit)
+        for row in range(kit[OWN]):
+            _clear(offset(of_own, row * hidden + unit), units)
+        if rows == 0:
+            for gate in range(GATES):
+                row = gate * hidden + unit
+                _clear(offset(ih.gradient, row * ih.columns), units * ih.columns)
+                _clear(offset(hh.gradient, row * hh.columns), units * hh.columns)
+
+
+@routine
+def _add_chunk(da, low, count, rows, ih, hh, sums_bias, panel, first, last):
+    """Add the gradients by weights and bias of a chunk's rows, of which `low` is the first of all `rows`."""
+    for start in range(0, count, PANEL_ROWS):
+        some, row = minimum(PANEL_ROWS, count - start), low + start
+        add_bias(da, start, some, sums_bias, first, last)
+        weights_back(ih, da, start, some, row, panel, row > 0, row + some == rows, first, last)
+        weights_back(hh, da, start, some, row, panel, row > 0, row + some == rows, first, last)
+
+
+@routine
+def _clear(start, size):
+    """Set some numbers to zero."""
+    for n in range(0, size, lanes_of(start)):
+        store_first(offset(start, n), fill(start, 0.0), size - n)
+
+
+@routine
+def _write_bias(hidden, sums, gradient, first, last):
+    """Write the gradient by the bias."""
+    width = lanes_of(sums)
+    for block in range(first, last):
+        for gate in range(GATES):
+            total = load(offset(sums, (block * GATES + gate) * width))
+            store_first(offset(gradient, gate * hidden + block * width), total, minimum(width, hidden - block * width))
+
+
+@routine
+def _add_own(kit, tape, number, da, low, count, gradient, first, last):
+    """Add the gradients by a variant's own parameters, (E, H), of a chunk's rows."""
+    width, hidden, batch = lanes_of(gradient), kit[HIDDEN], tape[BATCH]
+    cell = cell_of(kit, ADDRESSES, gradient, hidden)  # no parameters are read
+    c = offset(at(tape[C], gradient), (number * (tape[STEPS] + 1) * batch + low) * hidden)
+    for block in range(first, last):
+        unit = block * width
+        units, here, sums = minimum(width, hidden - unit), cell_at(cell, unit), offset(gradient, unit)
+        part, part_row = strip(da, unit * GATES)
+        for row in range(count):
+            before, after = offset(c, row * hidden + unit), offset(c, (row + batch) * hidden + unit)
+            own_gradients(
+                here, offset(part, row * part_row), units, load_first(before, units), load_first(after, units), sums
+            )
+
+
+def signatures(dtype: Any, by_pointers: bool) -> dict[Any, tuple[Any, ...]]:
+    """Return the types of the arguments of the functions by address, as arrays of a dtype or as pointers."""
+    number = from_dtype(dtype)
+    if by_pointers:
+        matrix = vector = types.CPointer(number)
+        record = types.CPointer(types.int64)
+    else:
+        matrix, vector, record = (
+            types.Array(number, 2, "C"),
+            types.Array(number, 1, "C"),
+            types.Array(types.int64, 1, "C"),
+        )
+    team = types.Array(types.int64, 2, "C")
+    return {
+        unrolled_back: (record, record, matrix, matrix, team, types.intp),
+        unrolled_finish: (record, record, vector),
+    }

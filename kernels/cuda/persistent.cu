@@ -1,0 +1,239 @@
+// One launch for all time steps of one direction, forward and backward, in float32. group.cuh says how.
+//
+// The cell's equations are those of cell_step.cuh, with its macros: a variant of the cell is a change there. A mask by
+// sequence or unit would be one more array of ITEMS registers here, read with the gates.
+
+// ---- forward ----
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) persistent_forward(
+    real *a,                   // (N, 4H): the inputs' share of the pre-activations IN; with a tape, gates OUT
+    const real *weight,        // (4H, H), IN
+    const real *bias,          // (4H,), IN; null for none
+    const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
+    const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
+    const index_t *lengths,    // (B,), IN; null for equal lengths
+    const index_t *offsets,    // (S + 1,): first row of each step, IN; null for equal lengths
+    const real *h0,            // (B, H), IN
+    const real *c0,            // (B, H), IN
+    real *c_tape,              // (B + N, H), OUT: the initial states, sorted, then c of each row; null without a tape
+    real *h_rows,              // (N, H), OUT: the h before each row's step; null without a tape
+    real *y,                   // (T, B, D, H), OUT at `direction`
+    real *h_n,                 // (B, H), OUT
+    real *c_n,                 // (B, H), OUT
+    float *vectors,            // (groups, 2, ROWS, SIZE), scratch
+    word_t *flags,             // (groups, BLOCKS), zeros IN; null with CLUSTER
+    const Direction d) {
+    DYNAMIC_SHARED(shared);
+    using P = Forward;
+    Group group = group_of<P>(vectors, flags, d);
+    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, OUT)
+#ifdef CLUSTER
+    group.vectors = shared;
+#endif
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = threadIdx.x % UNITS;
+    const index_t unit = group.rank * UNITS + own;
+
+    float w[HELD][DEPTH];  // row j is gate j % 4 of the thread's unit j / 4
+#pragma unroll
+    for (int j = 0; j < HELD; ++j) {
+        const index_t of_unit = group.rank * UNITS + lane / SPLIT * (HELD / GATES) + j / GATES;
+        const real *row = weight + ((j % GATES) * d.hidden + of_unit) * d.hidden;
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k) {
+            const int column = warp * P::SLICE + (k / 4 * SPLIT + lane % SPLIT) * 4 + k % 4;
+            w[j][k] = of_unit < d.hidden && column < d.hidden ? row[column] : real(0);
+        }
+    }
+    OfGates b = {};
+    OfUnitWeights p = {};
+    if (unit < d.hidden) {
+        if (bias)
+            for (int gate = 0; gate < GATES; ++gate) b[gate] = bias[gate * d.hidden + unit];
+        for (int n = 0; n < UNIT_WEIGHTS; ++n) p[n] = unit_weights[n * d.hidden + unit];
+    }
+    Item items[ITEMS];
+    real h[ITEMS], c[ITEMS];
+    const index_t steps = steps_of(group, lengths, d);
+    index_t first = steps ? first_row(0, offsets, d) : 0;
+    begin_group();
+#pragma unroll
+    for (int n = 0; n < ITEMS; ++n) {
+        const Item item = items[n] = item_of(n, unit, group, order, lengths, d);
+        h[n] = c[n] = 0;
+        if (item.sequence >= 0) {
+            h[n] = h0[item.sequence * d.hidden + unit], c[n] = c0[item.sequence * d.hidden + unit];
+            if (c_tape) c_tape[item.row * d.hidden + unit] = c[n];
+            if (h_rows && item.length) h_rows[(first + item.row) * d.hidden + unit] = h[n];
+        }
+        if (place_of(n) < ROWS) publish<P>(group, 0, place_of(n), group.rank * UNITS + own, h[n]);
+    }
+    published(group, 0);
+    for (index_t step = 0; step < steps; ++step) {
+        OfGates gates[ITEMS];  // asked for before the wait
+#pragma unroll
+        for (int n = 0; n < ITEMS; ++n) {
+            const real *from = a + (first + items[n].row) * GATES * d.hidden + unit;
+            if (step < items[n].length)
+                for (int gate = 0; gate < GATES; ++gate) gates[n][gate] = from[gate * d.hidden];
+        }
+        const index_t next = step + 1 < steps ? first_row(step + 1, offsets, d) : 0;
+        wait_for_group();
+        product<P>(w, group, stage, sums, step);
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < ITEMS; ++n) {
+            if (step < items[n].length) {
+                const float *share = sums + place_of(n) * P::OUT + own * GATES;
+                float4 sum = *reinterpret_cast<const float4 *>(share);
+#pragma unroll
+                for (int k = 1; k < WARPS; ++k) {
+                    const float4 more = *reinterpret_cast<const float4 *>(share + k * ROWS * P::OUT);
+                    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+                }
+                gates[n][0] += sum.x, gates[n][1] += sum.y, gates[n][2] += sum.z, gates[n][3] += sum.w;
+                cell_forward(gates[n], b, p, c[n], c[n], h[n]);
+            }
+            if (place_of(n) < ROWS) publish<P>(group, step + 1, place_of(n), group.rank * UNITS + own, h[n]);
+        }
+        published(group, step + 1);
+#pragma unroll
+        for (int n = 0; n < ITEMS; ++n) {  // nobody waits for this
+            const Item &item = items[n];
+            if (step >= item.length) continue;
+            y[output_of(item, step, d) * d.hidden + unit] = h[n];
+            if (!c_tape) continue;
+            const index_t row = first + item.row;
+            for (int gate = 0; gate < GATES; ++gate) a[(row * GATES + gate) * d.hidden + unit] = gates[n][gate];
+            c_tape[(d.batch + row) * d.hidden + unit] = c[n];
+            if (step + 1 < item.length) h_rows[(next + item.row) * d.hidden + unit] = h[n];
+        }
+        first = next;
+    }
+    wait_for_group();  // no block may end while others write to it
+#pragma unroll
+    for (int n = 0; n < ITEMS; ++n) {
+        if (items[n].sequence < 0) continue;
+        const index_t at = items[n].sequence * d.hidden + unit;
+        h_n[at] = h[n], c_n[at] = c[n];
+    }
+}
+
+// ---- backward ----
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) persistent_backward(
+    const real *dy,            // (T, B, D, H) at `direction`, IN; null for zeros
+    const real *dh_n,          // (B, H), IN
+    const real *dc_n,          // (B, H), IN
+    const real *gates,         // (N, 4H), IN
+    const real *c_tape,        // (B + N, H), IN
+    const real *weight,        // (4H, H), IN
+    const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
+    const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
+    const index_t *lengths,    // (B,), IN; null for equal lengths
+    const index_t *offsets,    // (S + 1,): first row of each step, IN; null for equal lengths
+    real *da,                  // (N, 4H): by the pre-activations, OUT
+    real *dp,                  // (B, UNIT_WEIGHTS * H): by unit_weights, OUT; null if there are none
+    real *dh0,                 // (B, H), OUT
+    real *dc0,                 // (B, H), OUT
+    float *vectors,            // (groups, 2, ROWS, 4 SIZE), scratch
+    word_t *flags,             // (groups, BLOCKS), zeros IN; null with CLUSTER
+    const Direction d) {
+    DYNAMIC_SHARED(shared);
+    using P = Backward;
+    Group group = group_of<P>(vectors, flags, d);
+    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, OUT)
+#ifdef CLUSTER
+    group.vectors = shared;
+#endif
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = threadIdx.x % UNITS;
+    const index_t unit = group.rank * UNITS + own;
+
+    float w[HELD][DEPTH];  // of W_hh transposed: row j is one of the thread's 8 units, the columns are gates' rows
+#pragma unroll
+    for (int k = 0; k < DEPTH; ++k) {
+        const int column = warp * P::SLICE + (k / 4 * P::LANES + lane % P::LANES) * 4 + k % 4;
+        const index_t gate = column / SIZE, from = column % SIZE;
+        const real *row = weight + (gate * d.hidden + from) * d.hidden;
+#pragma unroll
+        for (int j = 0; j < HELD; ++j) {
+            const index_t to = group.rank * UNITS + lane / P::LANES * HELD + j;
+            w[j][k] = from < d.hidden && to < d.hidden ? row[to] : real(0);
+        }
+    }
+    OfUnitWeights p = {};
+    if (unit < d.hidden)
+        for (int n = 0; n < UNIT_WEIGHTS; ++n) p[n] = unit_weights[n * d.hidden + unit];
+    Item items[ITEMS];
+    real dh[ITEMS], dc[ITEMS], c[ITEMS];
+    OfUnitWeights sums_of_dp[ITEMS] = {};
+    begin_group();
+#pragma unroll
+    for (int n = 0; n < ITEMS; ++n) {
+        const Item item = items[n] = item_of(n, unit, group, order, lengths, d);
+        dh[n] = dc[n] = c[n] = 0;
+        if (item.sequence < 0) continue;
+        dh[n] = dh_n[item.sequence * d.hidden + unit], dc[n] = dc_n[item.sequence * d.hidden + unit];
+    }
+    const index_t steps = steps_of(group, lengths, d);
+    index_t first = steps ? first_row(steps - 1, offsets, d) : 0;
+    // `turn` counts up, the step down; turn number t publishes da of step steps - 1 - t. The last turn only receives.
+    for (index_t turn = 0; turn <= steps; ++turn) {
+        const index_t step = steps - 1 - turn, before = step > 0 ? first_row(step - 1, offsets, d) : 0;
+        OfGates of_gates[ITEMS];  // asked for before the wait
+        real c_prev[ITEMS], dy_t[ITEMS];
+#pragma unroll
+        for (int n = 0; n < ITEMS; ++n) {
+            const Item &item = items[n];
+            if (step < 0 || step >= item.length) continue;
+            const index_t row = first + item.row;
+            for (int gate = 0; gate < GATES; ++gate) of_gates[n][gate] = gates[(row * GATES + gate) * d.hidden + unit];
+            if (step + 1 == item.length) c[n] = c_tape[(d.batch + row) * d.hidden + unit];
+            c_prev[n] = c_tape[(step ? d.batch + before + item.row : item.row) * d.hidden + unit];
+            dy_t[n] = dy ? dy[output_of(item, step, d) * d.hidden + unit] : real(0);
+        }
+        if (turn) {
+            wait_for_group();
+            product<P>(w, group, stage, sums, turn - 1);
+        }
+        __syncthreads();
+        OfGates da_t[ITEMS];
+#pragma unroll
+        for (int n = 0; n < ITEMS; ++n) {
+            const Item &item = items[n];
+            for (int gate = 0; gate < GATES; ++gate) da_t[n][gate] = 0;
+            if (turn && step + 1 < item.length) {  // the step after was this sequence's
+                const float *share = sums + place_of(n) * P::OUT + own;
+                dh[n] = share[0];
+#pragma unroll
+                for (int k = 1; k < WARPS; ++k) dh[n] += share[k * ROWS * P::OUT];
+            }
+            if (step < 0) continue;
+            if (step < item.length) {
+                cell_backward(of_gates[n], p, c_prev[n], c[n], dh[n] + dy_t[n], dc[n], da_t[n], sums_of_dp[n]);
+                c[n] = c_prev[n];
+            }
+            if (place_of(n) >= ROWS) continue;
+            for (int gate = 0; gate < GATES; ++gate) {
+                publish<P>(group, turn, place_of(n), gate * SIZE + group.rank * UNITS + own, da_t[n][gate]);
+            }
+        }
+        if (step < 0) break;
+        published(group, turn);
+#pragma unroll
+        for (int n = 0; n < ITEMS; ++n) {  // nobody waits for this
+            if (step >= items[n].length) continue;
+            real *to = da + (first + items[n].row) * GATES * d.hidden + unit;
+            for (int gate = 0; gate < GATES; ++gate) to[gate * d.hidden] = da_t[n][gate];
+        }
+        first = before;
+    }
+#pragma unroll
+    for (int n = 0; n < ITEMS; ++n) {
+        if (items[n].sequence < 0) continue;
+        const index_t at = items[n].sequence * d.hidden + unit;
+        dh0[at] = dh[n], dc0[at] = dc[n];
+        for (int k = 0; k < UNIT_WEIGHTS; ++k) {
+            dp[(items[n].row * UNIT_WEIGHTS + k) * d.hidden + unit] = sums_of_dp[n][k];
+        }
+    }
+}

@@ -1,0 +1,402 @@
+"""``fastlstm bench``: what is computed, the timing loop, and runs that are cut short or go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+
+import cuda_row
+import numpy as np
+import pytest
+from host_cuda import FakeCupy, compiler
+
+import fastlstm
+from fastlstm.bench import ceilings, clock, grid, peers, run, sides
+from fastlstm.bench.clock import Spread
+from fastlstm.bench.peers import Contender
+from fastlstm.bench.results import Ceiling
+from fastlstm.bench.sides import Side
+from fastlstm.bench.work import Problem, Work
+from fastlstm.errors import ArgumentError
+
+TINY = Work(3, 2, 4, 5)
+VARIANTS = [
+    TINY,
+    Work(3, 2, 4, 5, "float64", "train", layers=2),
+    Work(3, 2, 4, 5, layers=2, bidirectional=True),
+    Work(3, 2, 4, 5, kind="train", layers=2, bidirectional=True),
+    Work(1, 2, 4, 5, kind="stream", layers=2),
+    Work(1, 1, 4, 5, kind="stream", unbatched=True),
+    Work(3, 1, 4, 5, kind="train", unbatched=True),
+    Work.ragged(6, 4, 4, 5),
+    Work.ragged(6, 4, 4, 5, kind="infer"),
+]
+needs_kernels = pytest.mark.skipif(peers.missing("fastlstm") is not None, reason="the compiled kernels do not run")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No pauses, no ceilings: nothing here depends on a measured time."""
+    monkeypatch.setattr(clock, "PAUSE", 0.0)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(ceilings, "of", lambda device, threads, dtypes: Ceiling(dict.fromkeys(dtypes, 1e10), 1e10))
+
+
+@pytest.mark.parametrize(
+    "text", ["1,2,3", "1,2,3,0", "a,b,c,d", "1,2,3,4,5", "-1,2,3,4", "1.5,1,1,1", "", "9" * 99 + ",1,1,1"]
+)
+def test_a_bad_shape_is_a_typed_error(text):
+    with pytest.raises(ArgumentError, match="T,B,I,H"):
+        Work.parse(text)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"steps": True}, {"hidden": 10**9}, {"dtype": "float16"}, {"kind": "think"}, {"kind": "stream"}, {"layers": 0},
+     {"lengths": (1,)}, {"lengths": (3, 4)}, {"lengths": (0, 1)}, {"unbatched": True},
+     {"steps": 1, "kind": "stream", "bidirectional": True}],
+)  # fmt: skip
+def test_an_impossible_work_is_a_typed_error(given):
+    with pytest.raises(ArgumentError):
+        Work(**({"steps": 3, "batch": 2, "inputs": 4, "hidden": 5} | given))
+
+
+@pytest.mark.parametrize(
+    "work", [*VARIANTS[:6], Work(1, 2, 4, 5), Work(1, 2, 4, 5, kind="train")], ids=lambda w: w.title
+)
+def test_operations_and_bytes_are_those_of_the_arrays(work):
+    problem = Problem.of(work)
+    y, (h, _) = problem.model(problem.x)
+    params = problem.model.params
+    moved, products = problem.x.size + y.size, 0
+    for name, value in params.items():
+        used = "weight_hh" not in name or work.recurrent_rows > 0  # a product with a state of zeros is not needed
+        moved += value.size * used
+        rows = 0 if "bias" in name else work.recurrent_rows if "weight_hh" in name else work.rows
+        products += value.size * rows
+    if work.kind == "train":  # each has a gradient of its size
+        moved = 2 * moved + sum(v.size for n, v in params.items() if "weight_hh" in n and not work.recurrent_rows)
+    if work.kind == "stream":
+        moved += 4 * h.size - y.size
+    assert work.operations == 2 * products * (3 if work.kind == "train" else 1)
+    assert work.bytes == moved * y.itemsize
+
+
+def test_a_ragged_batch_counts_without_its_padding():
+    work = Work.ragged(20, 7, 4, 5)
+    assert work.rows == sum(work.lengths) < 20 * 7 and min(work.lengths) >= 10
+    assert work.operations == 3 * 8 * 5 * (work.rows * 4 + (work.rows - 7) * 5)
+    past = np.arange(20)[:, None] >= np.array(work.lengths)
+    assert not Problem.of(work).dy[past].any() and Problem.of(work).dy[~past].all()
+
+
+def test_grids_have_every_kind_of_call_and_whole_sweeps():
+    kinds = ("infer", "train", "stream")
+    small, full, goals = (grid.named(name, ("float32",), kinds) for name in ("small", "full", "goals"))
+    assert len(small) < 25 and set(small) < set(full) and len(set(full)) == len(full) and len(goals) == 19
+    for kind in kinds:
+        assert any(work.layers == 2 for work in small if work.kind == kind)
+    assert any(work.unbatched and work.kind == "stream" for work in small)
+    assert any(work.bidirectional for work in small) and any(work.lengths for work in small)
+    for place, sizes in ((0, grid.STEPS), (1, grid.BATCHES), (3, grid.HIDDENS)):
+        others = {n: grid.CENTRE[n] for n in range(4) if n != place}
+        swept = {work.shape[place] for work in full if all(work.shape[n] == size for n, size in others.items())}
+        assert swept >= set(sizes)
+    assert len(grid.crossover("full", ("float32",), kinds)) == 2 * len(grid.MAP_BATCHES) * len(grid.MAP_HIDDENS)
+    with pytest.raises(ArgumentError, match="no grid 'huge'"):
+        grid.named("huge", ("float32",), kinds)
+
+
+# The timing loop.
+
+
+@pytest.mark.parametrize(("shares", "pauses"), [([0.05], 1), ([1.0, 2.0, 0.5, 0.02], 4), ([1.0] * 99, 5)])
+def test_a_pause_lasts_until_no_thread_works_but_not_for_ever(monkeypatch, shares, pauses):
+    monkeypatch.setattr(clock, "PAUSE", 0.25)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE", 1.2)
+    slept, worked, left = [], [0.0], iter(shares)
+
+    def sleep(seconds):
+        slept.append(seconds)
+        worked[0] += next(left) * seconds
+
+    clock.wait_for_quiet(sleep, lambda: sum(slept), lambda: worked[0])
+    assert slept == [0.25] * pauses
+
+
+class Machine:
+    """A clock that only sleeping and working advance, and a log of both."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def sleep(self, seconds):
+        self.log.append("pause")
+        self.now += seconds
+
+    def side(self, name, duration, fails_at=None):
+        """A side whose calls take so long, until it is interrupted."""
+        done = []
+
+        def call():
+            if len(done) == fails_at:
+                raise KeyboardInterrupt
+            self.now += duration
+            done.append(name)
+
+        def seconds(call, count):
+            start = self.now
+            for _ in range(count):
+                call()
+            self.log.append(f"{name} x {count}")
+            return (self.now - start) / count
+
+        return Side(call, lambda: (), seconds)
+
+    def turns(self, sides, budget):
+        return clock.take_turns(sides, budget, pause=lambda: self.sleep(clock.PAUSE), now=lambda: self.now)
+
+
+def test_sides_take_turns_after_a_pause_and_untimed_calls():
+    machine = Machine()
+    seconds, interrupted = machine.turns({name: machine.side(name, 2e-3) for name in "abc"}, 0.0)
+    expected = []
+    for order in ("abc", "bca", "cab"):
+        for name in order:
+            expected += ["pause", *[f"{name} x 1"] * 3]  # two calls of two milliseconds before it counts
+    assert machine.log[machine.log.index("pause") :] == expected and not interrupted
+    assert seconds["a"] == pytest.approx([2e-3] * clock.FEWEST_ROUNDS)
+
+
+def test_a_sample_lasts_long_enough_and_a_long_call_needs_no_warm_up():
+    machine = Machine()
+    machine.turns({"short": machine.side("short", 1e-5), "long": machine.side("long", 0.2)}, 1.0)
+    turns = machine.log[machine.log.index("pause") :]
+    at = turns.index("long x 1")
+    assert turns[at - 1] == "pause" and turns[at + 1] == "pause"
+    calls = [int(entry.split()[-1]) for entry in turns if entry.startswith("short")]
+    assert set(calls) == {calls[0]} and clock.SAMPLE <= calls[0] * 1e-5 <= 2 * clock.SAMPLE
+    assert turns[1:].index("pause") - 1 >= clock.WARM / (calls[0] * 1e-5)  # untimed samples before the timed one
+
+
+def test_the_budget_is_spent_but_five_rounds_are_made_unless_they_take_far_too_long():
+    for duration, rounds in ((0.01, 100), (0.5, clock.LEAST_ROUNDS), (5.0, clock.FEWEST_ROUNDS)):
+        machine = Machine()
+        seconds, _ = machine.turns({"a": machine.side("a", duration)}, 2.0)
+        assert len(seconds["a"]) == pytest.approx(rounds, rel=0.1)
+    assert Machine().turns({}, 1.0) == ({}, False)
+
+
+@pytest.mark.parametrize(("fails_at", "rounds"), [(5, 4), (2, 0)])
+def test_ctrl_c_keeps_whole_rounds(fails_at, rounds):
+    machine = Machine()
+    given = {"a": machine.side("a", 0.5), "b": machine.side("b", 0.25, fails_at)}
+    seconds, interrupted = machine.turns(given, 100.0)
+    assert interrupted and [len(values) for values in seconds.values()] == [rounds, rounds]
+
+
+def test_a_ratio_is_taken_within_each_round():
+    ours = [1.0, 10.0, 1.0, 10.0]  # the machine is ten times slower in every second round
+    assert clock.ratio([2 * value for value in ours], ours) == Spread(2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [(Spread(1.01, 1.5, 2.0), "faster"), (Spread(0.5, 0.9, 0.99), "slower"), (Spread(0.9, 1.5, 2.0), "no difference"),
+     (Spread(1.0, 1.5, 2.0), "no difference"), (Spread(0.5, 0.8, 1.0), "no difference")],
+)  # fmt: skip
+def test_there_is_no_difference_where_the_spread_exceeds_it(found, expected):
+    assert clock.verdict(found) == expected
+
+
+def test_results_that_are_not_equal_are_told():
+    true = [np.array([1.0, -100.0], np.float32), np.array([[0.5]], np.float32)]
+    assert clock.disagreement(true, [value * np.float32(1 + 5e-5) for value in true], "float32") is None
+    for wrong in (1.001, math.nan, math.inf):
+        found = [true[0], true[1] * np.float32(wrong)]
+        assert clock.disagreement(true, found, "float32").startswith("computes something else")
+    assert clock.disagreement(true, [true[0], true[1] * np.float32(1.001)], "float32", 1e-2) is None
+    assert "1 arrays and not 2" in clock.disagreement(true, true[:1], "float32")
+    assert "(1,)" in clock.disagreement(true, [true[0], true[1][0]], "float32")
+    assert "float64" in clock.disagreement(true, [true[0], true[1].astype(np.float64)], "float32")
+
+
+# Whole runs.
+
+
+def contender(call, outputs=None, **fields):
+    """A side that computes as `call` does, and claims the right results unless told otherwise."""
+
+    @contextlib.contextmanager
+    def build(problem, threads):
+        def results():
+            y, _ = problem.model(problem.x, lengths=problem.lengths)
+            return (y if outputs is None else outputs(y),)
+
+        yield Side(call, results)
+
+    return Contender(build, **fields)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Our side, whichever backend that is, and room for others."""
+    entries = {"fastlstm": contender(lambda: None)}
+    monkeypatch.setattr(peers, "CONTENDERS", entries)
+    return entries
+
+
+def measured(names, works=(TINY,), **options):
+    return run.measure(works, names, **({"threads": 1, "seconds": 0.0} | options))
+
+
+def test_a_side_that_computes_something_else_is_not_timed(table):
+    called = []
+    table["wrong"] = contender(lambda: called.append(0), lambda y: y * np.float32(1.001))
+    table["right"] = contender(lambda: None)
+    (case,) = measured(["fastlstm", "wrong", "right"]).cases
+    assert list(case.values) == ["fastlstm", "right"] and not called
+    assert "computes something else: off by 1.0e-03" in case.refused["wrong"]
+    assert case.facts["first results, right"] > 0
+
+
+def test_a_side_that_fails_is_named_and_the_others_go_on(table):
+    def fail():
+        raise ValueError("no\nsuch luck")
+
+    table["while timed"] = contender(fail)
+    table["at first"] = contender(lambda: None, lambda y: fail())
+    (case,) = measured(["fastlstm", "while timed", "at first"]).cases
+    assert list(case.values) == ["fastlstm"]
+    assert case.refused == dict.fromkeys(["while timed", "at first"], "failed: ValueError: no such luck")
+
+
+def test_missing_sides_are_listed_with_the_way_to_get_them(table):
+    table["other"] = contender(lambda: None, packages=("numpy", "fastlstm_no_such_package"))
+    table["gpu"] = contender(lambda: None, obstacle=lambda: "no GPU here")
+    found = measured(["fastlstm", "other", "gpu"])
+    assert found.absent == {"other": "pip install fastlstm_no_such_package", "gpu": "no GPU here"}
+
+
+def test_ctrl_c_keeps_the_cases_before_it(table):
+    kept, calls = [], []
+
+    def interrupt():
+        calls.append(0)
+        if len(calls) > 40:
+            raise KeyboardInterrupt
+        time.sleep(1e-3)
+
+    table["fastlstm"] = contender(interrupt)
+    found = measured(["fastlstm"], [Work(n, 2, 4, 5) for n in range(1, 100)], keep=kept.append)
+    assert found.interrupted and 0 < len(found.cases) < 40
+    assert [len(state.cases) for state in kept] == list(range(1, len(found.cases) + 1))
+
+
+def test_a_work_that_does_not_fit_in_memory_is_told(table, monkeypatch):
+    def no_memory(work):
+        raise MemoryError("of course")
+
+    monkeypatch.setattr(Problem, "of", no_memory)
+    (case,) = measured(["fastlstm"]).cases
+    assert case.refused == {run.EVERYBODY: "not enough memory: of course"} and not case.values
+
+
+def test_the_map_is_measured_only_where_there_is_a_gpu(table):
+    extra = [Work(2, 2, 2, 2)]
+    assert len(measured(["fastlstm"], ours_only=extra).cases) == 1
+    table["fastlstm cuda"] = contender(lambda: None, device="cuda")
+    table["peer"] = contender(lambda: None)
+    found = measured(["fastlstm", "fastlstm cuda", "peer"], ours_only=extra)
+    assert [list(case.values) for case in found.cases] == [[*table], ["fastlstm", "fastlstm cuda"]]
+
+
+@pytest.mark.parametrize("given", [{"seconds": -1.0}, {"seconds": math.nan}, {"threads": 0}])
+def test_a_budget_or_a_number_of_threads_that_makes_no_sense(given, table):
+    with pytest.raises(ArgumentError):
+        measured(["fastlstm"], **given)
+
+
+# Our own sides and the peers, for real.
+
+
+@needs_kernels
+@pytest.mark.parametrize("work", VARIANTS, ids=lambda work: work.title)
+def test_every_peer_computes_every_variant_and_threads_are_restored(work):
+    names = [name for name in ("fastlstm", "torch", "onnxruntime") if peers.missing(name) is None]
+    before = fastlstm.get_num_threads()
+    case, interrupted = run.measure_case(work, names, before + 1, 0.0)
+    assert list(case.values) == [name for name in names if peers.able(name, work)] and not interrupted, case.refused
+    assert fastlstm.get_num_threads() == before
+
+
+@needs_kernels
+def test_a_stream_continues_from_its_state_and_its_check_starts_anew():
+    problem = Problem.of(Work(1, 2, 4, 5, kind="stream"))
+    with sides.cpu(problem, 1) as side:
+        (first,) = side.outputs()
+        y, _ = problem.model(np.repeat(problem.x, sides.CHECKED_STEPS, axis=0))
+        np.testing.assert_allclose(first, y, rtol=1e-5)
+        assert not np.array_equal(side.call(), first[-1])
+        np.testing.assert_array_equal(side.outputs()[0], first)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_torch_on_a_gpu_computes_with_tf32_only_if_asked(monkeypatch, tf32):
+    torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
+    monkeypatch.setattr(peers, "TORCH_GPU", "cpu")
+    parts, seen = (torch.backends.cudnn, torch.backends.cuda.matmul), []
+    before = [part.allow_tf32 for part in parts]
+    forward = torch.nn.LSTM.forward
+    look = lambda *given: (seen.append([part.allow_tf32 for part in parts]), forward(*given))[1]  # noqa: E731
+    monkeypatch.setattr(torch.nn.LSTM, "forward", look)
+    with peers.torch_cuda(tf32=tf32)(Problem.of(TINY), 1) as side:
+        side.outputs()
+        side.time(1)
+    assert seen == [[tf32, tf32]] * 2 and [part.allow_tf32 for part in parts] == before
+
+
+def test_a_forced_backend_or_a_missing_numba_is_told(monkeypatch):
+    with fastlstm.use_backend("reference"):
+        assert "forced" in peers.missing("fastlstm")
+
+    def fail(name):
+        raise ImportError("no numba")
+
+    monkeypatch.setattr(fastlstm.dispatch, "backend_named", fail)
+    assert peers.missing("fastlstm") == "no numba"
+
+
+@pytest.fixture
+def gpu():
+    with cuda_row.installed(FakeCupy()) as library:
+        yield library
+
+
+@needs_kernels
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("kind", ["infer", "train", "stream"])
+def test_the_gpu_is_measured_with_and_without_copies(gpu, kind):
+    work = Work(1 if kind == "stream" else 3, 2, 4, 5, kind=kind)
+    problem = Problem.of(work)
+    with sides.cpu(problem, 1) as ours, sides.cuda(problem, 1) as device, sides.cuda_with_copies(problem, 1) as copies:
+        for side, moved in ((device, False), (copies, True)):
+            assert clock.disagreement(ours.outputs(), side.outputs(), "float32") is None
+            gpu.pool.copies.clear()
+            side.call()
+            assert bool(sum(gpu.pool.copies) >= problem.x.nbytes) == moved
+        assert device.time(2) > 0 and device.host[0] > 0
+
+
+@needs_kernels
+def test_ceilings_are_those_of_all_threads_and_take_the_time_in_which_all_were_done():
+    assert 1e8 < ceilings.cpu_peak("float32", 2, seconds=0.02) < 1e13
+    assert 1e7 < ceilings.cpu_bandwidth(3, seconds=0.0, size=1 << 20) < 1e13
+    assert ceilings._shortest([lambda: time.sleep(0.02), lambda: None], 0.0) >= 0.02
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_ceilings_of_a_gpu(gpu):
+    found = ceilings.cuda(("float32", "float64"), size=32, copied=4096, repeats=2)
+    assert min(found.bandwidth, *(found.operations[dtype] for dtype in ("float32", "float64"))) > 0

@@ -1,0 +1,157 @@
+"""Known slips, put into the persistent kernels on purpose: comparing bits must notice each of them.
+
+A right kernel gives the same bits whatever the schedule is, so a mutant is noticed by any difference from it, or by an
+error: a barrier that not all threads reach, a write outside shared memory, a wait for a step that never comes. Slips in
+the synchronisation show in some schedules only; four are tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_row
+import numpy as np
+import pytest
+from harness import Case, problem
+from host_cuda import FakeCupy, compiler
+from host_cuda.build import folder
+
+from fastlstm import dispatch
+from fastlstm.functional import lstm_backward, lstm_forward
+from fastlstm.kernels.cuda import loader
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+# Two blocks a group; both directions, ragged, with a length of 0; and several waves. Eight blocks, for the exchange.
+PLACES = Case(4, 21, 3, 100, 1, True, lengths="zeros", peephole=True)
+EXCHANGE = Case(6, 4, 3, 256)
+SEEDS = (0, 1000, 2000, 3000)
+
+# what slipped: (pattern, replacement), everywhere it stands
+SLIPS_OF_PLACES = {
+    "rows of another wave": (r"d\.row \+ number \* ROWS", "number * ROWS"),
+    "steps of the last sequence": (r"lengths\[group\.row\] :", "lengths[d.batch - 1] :"),
+    "packed rows taken for equal lengths": (r"offsets \? offsets\[step\] : ", ""),
+    "reverse runs forwards": (r"return reverse \? length - 1 - step : step;", "return step;"),
+    "y of the other direction": (r"\* d\.directions \+ d\.direction;", "* d.directions;"),
+    "sequences not sorted back": (r"int\(sequence_of\(row, order\)\)", "int(row)"),
+    "a step too many": (r"if \(step < items\[n\]\.length\) \{", "if (step <= items[n].length) {"),
+    "weights of another gate": (r"weight \+ \(\(j % GATES\)", "weight + ((j + 1) % GATES"),
+    "columns of a vector in another order": (r"lane % SPLIT\) \* 4 \+ k % 4", "lane % SPLIT) * 4 + (k + 1) % 4"),
+    "bias of the first unit": (r"bias\[gate \* d\.hidden \+ unit\]", "bias[gate * d.hidden]"),
+    "unit weights of another gate": (r"= unit_weights\[n \* d\.hidden", "= unit_weights[(n + 1) % 3 * d.hidden"),
+    "two warps' shares left out": (r"k < WARPS; \+\+k\) \{", "k < WARPS - 2; ++k) {"),
+    "one warp's share left out, backward": (r"k < WARPS; \+\+k\) dh", "k < WARPS - 1; ++k) dh"),
+    "dh through the padding": (r"turn && step \+ 1 < item\.length", "turn"),
+    "c of the step before": (r"if \(step \+ 1 == item\.length\) c\[n\]", "if (false) c[n]"),
+    "h of this step on the tape": (r"h_rows\[\(next \+ item\.row\)", "h_rows[(first + item.row)"),
+    "the initial h not on the tape": (r"if \(h_rows && item\.length\)", "if (false)"),
+    "rows of dp overlap": (r"items\[n\]\.row \* UNIT_WEIGHTS \+ k", "items[n].row + k"),
+    "dy not added": (r"dh\[n\] \+ dy_t\[n\]", "dh[n]"),
+}  # fmt: skip
+FLAG_SLIPS = {
+    "a place beyond the group": (r"if \(place_of\(n\) < ROWS\) publish", "publish"),
+    "one buffer": (r"\(step % 2\) \* ROWS \* P::INNER", "0"),
+    "flag before the block is done": (r"__syncthreads\(\);  // all of the block's", "// all of the block's"),
+    "wait for one flag less": (r"block <= last", "block < last"),
+    "wait for the step before": (r"word_t\(step \+ 1\)\);\n    fetch", "word_t(step));\n    fetch"),
+    "wait for a step that never comes": (r"word_t\(step \+ 1\)\);\n    fetch", "word_t(step + 2));\n    fetch"),
+    "cell before all products": (r"product<P>\(w, group, stage, sums, step\);\n        __syncthreads\(\);",
+                                 "product<P>(w, group, stage, sums, step);"),
+    "product of a tile that is not there": (r"settle<P>\(next, tile, lane\);\n        __syncwarp\(\);",
+                                            "settle<P>(next, tile, lane);"),
+    "data before the flag is seen": (r"SPIN\(tries\);\n    \}\n    __syncwarp\(\);", "SPIN(tries);\n    }"),
+    "slices of the other pass": (r"P::INNER == SIZE \? WARPS : WARPS / GATES", "WARPS"),
+}  # fmt: skip
+CLUSTER_SLIPS = {
+    "one buffer": (r"\(step % 2\) \* ROWS \* P::INNER", "0"),
+    "writes to a block that has not begun": (r"cluster_arrive\(\);  // nobody writes.*\n    cluster_wait\(\);", ""),
+    "no wait for the others": (r"wait_for_group\(\) \{\n#ifdef CLUSTER\n    cluster_wait\(\);",
+                               "wait_for_group() {\n#ifdef CLUSTER\n"),
+    "ends while others write": (r"wait_for_group\(\);  // no block may end", "// no block may end"),
+}  # fmt: skip
+
+
+def results(case, architecture, seed, change=None):
+    """Bits of a forward and backward pass."""
+    p = problem(case).astype(np.float32)
+    blocks = 4 if case == PLACES else 8  # two groups, so that the batch takes two waves; one group
+    xp = FakeCupy(architecture=architecture, seed=seed, change=change, options=("-O1",), multiprocessors=blocks)
+    with cuda_row.installed(xp):
+        params = {name: xp.array(value) for name, value in p.params.items()}
+        y, state, tape = lstm_forward(params, xp.array(p.x), tuple(map(xp.array, p.state)), p.lengths)
+        grads = lstm_backward(params, tape, xp.array(p.dy), tuple(map(xp.array, p.dstate)))
+        assert not dispatch.backend_named("cuda").device.refusals
+    return b"".join(array.get().tobytes() for array in (y, *state, grads.x, *grads.state, *grads.params.values()))
+
+
+def hash_in_its_own_process(case, architecture, seed, slip=None):
+    """Return the hash of the bits, or what went wrong: a mutant may write where the process has no memory."""
+    folder()  # made here, so that a mutant is compiled once for all seeds
+    given = repr((case, architecture, seed, slip))
+    environment = os.environ | {"FASTLSTM_TEST_SPIN_SECONDS": "10", "FASTLSTM_CUDA_RECURRENCE": "persistent"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, __file__, given]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        return "no end"
+    return done.stdout if done.returncode == 0 else f"status {done.returncode}: {done.stderr[-300:]}"
+
+
+def main(given):
+    """Print the hash of a mutant's bits."""
+    case, architecture, seed, slip = eval(given)
+
+    def change(code):
+        if slip is None or code != loader.persistent_source():
+            return code
+        changed, count = re.subn(slip[0], lambda _: slip[1], code)
+        assert count
+        return changed
+
+    sys.stdout.write(hashlib.sha256(results(case, architecture, seed, change)).hexdigest())
+
+
+@functools.cache
+def truth(case, architecture):
+    found = hash_in_its_own_process(case, architecture, 0)
+    assert re.fullmatch(r"\w{64}", found), found
+    return found
+
+
+def noticed(case, architecture, slip):
+    assert re.search(slip[0], loader.persistent_source()), f"{slip[0]!r} is not there"
+    expected = truth(case, architecture)
+    return any(hash_in_its_own_process(case, architecture, seed, slip) != expected for seed in SEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slip", SLIPS_OF_PLACES)
+def test_a_slip_in_what_stands_where_is_noticed(slip):
+    assert noticed(PLACES, "80", SLIPS_OF_PLACES[slip])
+
+
+@pytest.mark.parametrize("slip", FLAG_SLIPS)
+def test_a_slip_in_the_exchange_by_flags_is_noticed(slip):
+    assert noticed(EXCHANGE, "80", FLAG_SLIPS[slip])
+
+
+@pytest.mark.parametrize("slip", CLUSTER_SLIPS)
+def test_a_slip_in_the_exchange_of_a_cluster_is_noticed(slip):
+    assert noticed(EXCHANGE, "90", CLUSTER_SLIPS[slip])
+
+
+@pytest.mark.parametrize(("case", "architecture"), [(PLACES, "80"), (EXCHANGE, "80"), (EXCHANGE, "90")], ids=str)
+def test_the_unchanged_kernels_pass(case, architecture):
+    assert not noticed(case, architecture, ("typedef", "typedef"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,252 @@
+"""The choice between a persistent kernel and a kernel a step: the table, what it says, and what a refusal does."""
+
+from __future__ import annotations
+
+import re
+
+import cuda_row
+import numpy as np
+import nvrtc
+import pytest
+from harness import Case, problem
+from host_cuda import FakeCupy, compiler
+from tolerances import assert_identical
+
+import fastlstm
+from fastlstm import LSTM, dispatch
+from fastlstm.backends.cuda import persistent, plans
+from fastlstm.backends.cuda.plans import SIZES, Limits, choose, describe
+from fastlstm.functional import lstm_forward
+from fastlstm.kernels.cuda import loader
+
+FLOAT = np.dtype(np.float32)
+# Compute capability, multiprocessors and shared memory of a block: A100, H100, B200, RTX 5090.
+DEVICES = {80: Limits(80, 108, 166912), 90: Limits(90, 132, 232448), 100: Limits(100, 148, 232448),
+           120: Limits(120, 170, 101376)}  # fmt: skip
+needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason="the wheel nvidia-cuda-nvrtc is not installed")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def free(monkeypatch):
+    monkeypatch.setattr(plans, "FORCED", None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "dtype", "hidden", "steps", "batch", "reason"),
+    [
+        (DEVICES[90], "float64", 128, 100, 1, "float32, not float64"),
+        (DEVICES[90], "float32", 1025, 100, 1, "at most 1024 hidden units"),
+        (Limits(75, 132, 65536), "float32", 128, 100, 1, "compute capability 8.0"),
+        (DEVICES[90], "float32", 128, 2, 1, "fewer than 3 steps"),
+        (DEVICES[80], "float32", 1024, 100, 1, "takes 128 multiprocessors, the GPU has 108"),
+        (DEVICES[90], "float32", 1024, 100, 32, "cuBLAS is estimated to be faster"),
+        (DEVICES[90]._replace(shared=40_000), "float32", 1024, 100, 1, "bytes of shared memory"),
+    ],
+)
+def test_what_does_not_fit_takes_the_step_path_and_says_why(limits, dtype, hidden, steps, batch, reason):
+    choice = choose(limits, np.dtype(dtype), hidden, steps * batch, batch)
+    assert choice.plan is None and reason in choice.reason
+    assert describe(choice) == f"a product and a kernel each step: {choice.reason}"
+
+
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_every_plan_fits_its_device(architecture):
+    limits = DEVICES[architecture]
+    for hidden in range(1, 1025):
+        for batch in (1, 2, 3, 16, 64, 255, 10_000):
+            plan = choose(limits, FLOAT, hidden, 100 * batch, batch).plan
+            if plan is None:
+                continue
+            assert plan.size == min(size for size in SIZES if size >= hidden)
+            assert plan.blocks * plan.groups <= limits.multiprocessors and plan.groups >= 1
+            assert max(plan.shared(False), plan.shared(True)) <= limits.shared
+            assert plan.rows == 2 or plan.rows % 4 == 0
+            assert plan.cluster == (architecture >= 90 and 2 <= plan.blocks <= 8)
+            # No larger part of the batch than one wave needs.
+            assert plan.rows == 2 or plan.rows // 2 * plan.groups < batch
+
+
+def test_a_path_can_be_forced_and_a_wrong_name_is_an_error(monkeypatch):
+    limits = Limits(75, 132, 232448)
+    monkeypatch.setattr(plans, "FORCED", "persistent")
+    assert choose(limits, FLOAT, 128, 1, 1).plan is not None
+    assert choose(limits, np.dtype(np.float64), 128, 1, 1).plan is None
+    monkeypatch.setattr(plans, "FORCED", "step")
+    assert "FASTLSTM_CUDA_RECURRENCE" in choose(DEVICES[90], FLOAT, 128, 100, 1).reason
+    monkeypatch.setattr(plans, "FORCED", "fast")
+    with pytest.raises(fastlstm.BackendError, match="must be persistent or step, got 'fast'"):
+        choose(DEVICES[90], FLOAT, 128, 100, 1)
+
+
+@needs_compiler
+def test_a_model_says_how_it_would_run():
+    with cuda_row.installed(FakeCupy(architecture="90", multiprocessors=132)) as xp:
+        x = xp.array(np.ones((40, 8, 3), np.float32))
+        said = LSTM(3, 256, 2, seed=0).to(xp).plan(x)
+        assert said == "\n".join(
+            ["cuda backend"]
+            + [
+                f"layer {layer}: one launch a sequence: groups of 8 blocks, a cluster each, weights in registers"
+                " (H = 256), 2 sequences a group"
+                for layer in (0, 1)
+            ]
+        )
+        x = xp.array(np.ones((40, 8, 3)))
+        assert "each step: persistent kernels are for float32" in LSTM(3, 256, dtype=np.float64).to(xp).plan(x)
+        with cuda_row.installed(FakeCupy()):
+            x = xp.array(np.ones((40, 8, 3), np.float32))
+            assert "need compute capability 8.0" in LSTM(3, 256).to(xp).plan(x)
+
+
+# What refuses: too much shared memory, more blocks than fit (CuPy raises ValueError), the compiler.
+def too_much_shared(monkeypatch):
+    monkeypatch.setattr("host_cuda.build.MOST_SHARED", 1024)
+
+
+def too_many_blocks(monkeypatch):
+    init = FakeCupy.__init__
+
+    def fewer(self, *args, **options):
+        init(self, *args, **options)
+        self.how["multiprocessors"] = 0
+
+    monkeypatch.setattr(FakeCupy, "__init__", fewer)
+
+
+REFUSALS = {
+    "shared memory": (too_much_shared, None, "LaunchError: CUDA_ERROR_INVALID_VALUE"),
+    "blocks": (too_many_blocks, None, "ValueError: persistent_forward: more blocks than can be resident"),
+    "compiler": (None, lambda code: code.replace("published(group, 0);", "oh no"), "CompilationError"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_takes_the_step_path_once_and_for_all(monkeypatch, name):
+    prepare, change, said = REFUSALS[name]
+    p = problem(Case(6, 3, 3, 20, 1, True, lengths=(6, 0, 5))).astype(np.float32)
+    found = {}
+    for refused in (False, True):
+        monkeypatch.setattr(plans, "FORCED", None if refused else "step")
+        if refused and prepare:
+            prepare(monkeypatch)
+        with cuda_row.installed(FakeCupy(architecture="80", change=change, multiprocessors=132)) as xp:
+            params = {k: xp.array(value) for k, value in p.params.items()}
+            state = tuple(map(xp.array, p.state))
+            results = [lstm_forward(params, xp.array(p.x), state, p.lengths) for _ in range(2)]
+            found[refused] = {
+                f"{k}{n}": v.get() for n, (y, s, _) in enumerate(results) for k, v in zip("yhc", (y, *s), strict=True)
+            }
+            device = dispatch.backend_named("cuda").device
+            assert not any(launched.startswith("persistent") for launched in xp.pool.launched[-4:])
+            choice = persistent.choice_of(device, FLOAT, 20, p.lengths.sum(), 3)
+            assert len(device.refusals) == refused
+            if refused:
+                assert "a persistent kernel was refused (" in choice.reason and said in choice.reason
+                assert xp.pool.launched.count("persistent_forward") <= 1
+    assert_identical(found[True], found[False])
+
+
+@needs_compiler
+def test_a_refusal_in_a_later_wave_is_an_error(monkeypatch):
+    monkeypatch.setattr(plans, "FORCED", "persistent")
+    p = problem(Case(3, 37, 3, 20)).astype(np.float32)
+    with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=2)) as xp:
+        params = {k: xp.array(value) for k, value in p.params.items()}
+        device = dispatch.backend_named("cuda").device
+        calls, launch = [], device.launch_resident
+
+        def second_fails(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise persistent.RefusedLaunchError("busy")
+            launch(*args)
+
+        monkeypatch.setattr(device, "launch_resident", second_fails)
+        with pytest.raises(fastlstm.BackendError, match="refused after another one had run: busy"):
+            lstm_forward(params, xp.array(p.x))
+
+
+# ---- the compiler ----
+
+
+def builds(*, all_rows):
+    """Plan, architecture and variant of the kernels to compile: for many sequences, or for few, too."""
+    found = []
+    for architecture, limits in DEVICES.items():
+        for size in SIZES:
+            for batch in (1, 2, 16, 64, 10_000) if all_rows else (10_000,):
+                plan = plans._choose(limits, "float32", size, False, batch, "persistent").plan
+                if plan is None:
+                    continue
+                variants = nvrtc.VARIANTS if architecture == 90 else ((),)
+                exchanges = (plan.cluster, False) if architecture == 90 and plan.cluster else (plan.cluster,)
+                found += [(plan._replace(cluster=c), architecture, v) for c in exchanges for v in variants]
+    return list(dict.fromkeys(found))
+
+
+def name_of(build):
+    plan, architecture, variant = build
+    return "-".join([f"sm_{architecture}", f"{plan.size}x{plan.rows}", *["cluster"] * plan.cluster, *variant])
+
+
+def options_of(plan, variant):
+    macros = (f"-D{macro}" for macro in plan.macros)
+    return (*loader.options(FLOAT, 1, variant), *macros, *nvrtc.OPTIONS_OF_CUPY)
+
+
+FEW, ALL = builds(all_rows=False), builds(all_rows=True)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "build", FEW + [pytest.param(b, marks=pytest.mark.slow) for b in ALL if b not in FEW], ids=name_of
+)
+def test_persistent_kernels_keep_their_weights_in_registers(build):
+    """A spilled weight would be read again at each step. 65,536 registers are 255 for each of 256 threads."""
+    plan, architecture, variant = build
+    options = (*options_of(plan, variant), f"-arch=sm_{architecture}", "--ptxas-options=-v")
+    cubin, log = nvrtc.compile_source(loader.persistent_source(), options)
+    assert cubin.startswith(b"\x7fELF") and "warning" not in log
+    found = nvrtc.resources(log)
+    assert found.keys() == {"persistent_forward", "persistent_backward"}
+    for kernel, taken in found.items():
+        assert taken.registers <= 255 and taken.spills == 0 and taken.stack == 0, (kernel, taken)
+        assert taken.shared == 0, (kernel, taken)  # all of it is dynamic
+    assert max(plan.shared(False), plan.shared(True)) <= DEVICES[architecture].shared
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("cluster", [False, True], ids=["flags", "cluster"])
+@pytest.mark.parametrize("variant", nvrtc.VARIANTS, ids=str)
+def test_what_other_blocks_write_is_read_from_l2_and_nothing_is_left_to_chance(cluster, variant):
+    plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100).plan._replace(cluster=cluster)
+    options = (*options_of(plan, variant), "-arch=compute_90")
+    ptx = nvrtc.compile_source(loader.persistent_source(), options, "PTX")[0].decode()
+    assert ".nc." not in ptx and "ld.volatile" not in ptx
+    assert re.search(r"\b(atom|red)\.", ptx) is None
+    assert ".f64" not in ptx and "tanh.approx" not in ptx and ".approx.ftz.f32" not in re.sub(r"ex2\S+|rcp\S+", "", ptx)
+    assert (
+        ("ld.acquire.gpu" in ptx) is ("fence.acq_rel.gpu" in ptx) is ("ld.relaxed.gpu.global.v4" in ptx) is not cluster
+    )
+    assert ("st.shared::cluster" in ptx) is ("barrier.cluster.wait.acquire" in ptx) is cluster
+    assert "trap" in ptx or cluster
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("wrong", ["SIZE=200", "BLOCKS=9", "SHARED_FORWARD=1", "SHARED_BACKWARD=1", "ROWS=6"])
+def test_what_the_host_counts_wrongly_does_not_compile(wrong):
+    plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100).plan
+    name = wrong.partition("=")[0]
+    options = tuple(f"-D{wrong}" if o.startswith(f"-D{name}=") else o for o in options_of(plan, ()))
+    assert options != options_of(plan, ())
+    with pytest.raises(RuntimeError, match=r"static assertion failed|static_assert"):
+        nvrtc.compile_source(loader.persistent_source(), (*options, "-arch=sm_90"))
+
+
+def test_the_record_of_a_direction_is_the_same_on_both_sides():
+    fields = re.search(r"struct Direction \{(.*?)\};", loader.persistent_source(), re.DOTALL)[1]
+    names = [name for line in re.findall(r"index_t ([\w, ]+);", fields) for name in line.split(", ")]
+    assert tuple(names) == persistent.FIELDS
+    assert len(re.findall(";", fields)) == len(re.findall(r"index_t", fields))
