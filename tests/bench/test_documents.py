@@ -134,3 +134,13 @@ def test_the_command_writes_and_then_finds_nothing_to_do(tmp_path, monkeypatch, 
     (folder / "bench.json").rename(folder / "loop.json")
     with pytest.raises(ResultsFileError, match="holds the results 'bench'"):
         figures.machines(tmp_path / "results")
+
+
+def test_the_tables_of_scaling_out_are_those_that_are_computed():
+    import scaling_out
+
+    machine = "epyc-zen5-2-cores"
+    text = (Path(scaling_out.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for table in (scaling_out.training_table(machine), scaling_out.inference_table(machine)):
+        rows = table.splitlines()[2:]
+        assert len(rows) >= 4 and all(row in text for row in rows)
