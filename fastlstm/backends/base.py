@@ -141,7 +141,7 @@ class Prepared(Protocol):
 class Unrolled(Protocol):
     """A run whose steps are taken one by one, forward and then back; the caller counts them.
 
-    The parameters are those at its start. What it returns is nobody else's.
+    The parameters are those at its start. Nothing else refers to what it returns.
     """
 
     def step(self, x: Array) -> Array:
