@@ -121,11 +121,12 @@ def family(threads: int, seconds: float) -> Iterator[Case]:
     for shape in ((100, 32, 64, 128), (50, 64, 128, 256)):
         for kind in ("infer", "train"):
             plain = Problem.of(Work(*shape, kind=kind))
+            inputs, hidden = plain.work.inputs, plain.work.hidden
             models: dict[str, Any] = {}
             for name, given in fields.items():
-                size = {"proj_size": shape[3] // 2} if "proj_size" in given else given
-                models[name] = LSTM(shape[2], shape[3], seed=0, **size)
-            models[RNN_NAME] = RNN(shape[2], shape[3], seed=0)
+                size = {"proj_size": hidden // 2} if "proj_size" in given else given
+                models[name] = LSTM(inputs, hidden, seed=0, **size)
+            models[RNN_NAME] = RNN(inputs, hidden, seed=0)
             builders = {OURS: functools.partial(sides.cpu, plain, threads)} | {
                 name: functools.partial(sides.cpu, _with_model(plain, model), threads) for name, model in models.items()
             }
