@@ -144,7 +144,8 @@ def test_the_package_under_test_is_whole():
     assert Path(result.strip()) == Path(fastlstm.__file__)
 
 
-HEAVY = ("numba", "llvmlite", "cupy", "torch", "scipy", "pandas", "matplotlib", "sklearn", "onnxruntime")
+HEAVY = ("numba", "llvmlite", "cupy", "torch", "scipy", "pandas", "matplotlib", "sklearn", "onnx", "onnxruntime",
+         "h5py", "xarray", "dask", "mpi4py", "jax")  # fmt: skip
 
 
 def test_importing_loads_neither_numba_nor_cupy(tmp_path):
