@@ -146,6 +146,7 @@ GOALS = (
     Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family",
          most_of([studies.TRUNCATED], "train"), max),
     Goal("plain RNN / the plain LSTM, most", 0.45, True, "family", most_of([studies.RNN_NAME]), max),
+    Goal("`torch.nn.LSTM` / `fastlstm.torch.LSTM`, training, least", 2.0, False, "torch_lstm", ratio("torch"), min),
     Goal(f"first call, CPU time / {OLD}, most", 0.6, True, "versions/first", ratio(OLD, of=inverse), max, COMPILED),
     Goal(f"first call, CPU time / {OLD}, least", 0.6, True, "versions/first", ratio(OLD, of=inverse), min, COMPILED),
     Goal(f"shapes: {OLD} / ours, geometric mean", 0.98, False, "versions/calls", of_shapes, mean, HANDED),

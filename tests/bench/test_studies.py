@@ -15,6 +15,7 @@ pytest.importorskip("numba", reason="the CPU kernels need Numba")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
 import bounds
+import first_calls
 import studies
 import versions
 from studies import OURS, STUDIES
@@ -127,10 +128,10 @@ times = [0.0, 1.0, 2.0 + compiled, 2.5 + compiled, 2.75 + compiled]
 
 
 def test_a_start_is_cold_once_and_then_warm(monkeypatch):
-    fakes = {OURS: FAKE, "torch": FAKE, studies.NUMBA: "times = [0.0, 0.125]"}
-    monkeypatch.setattr(studies, "SCRIPTS", fakes)
-    cases = {case.name: case for case in studies.start(1, 0.0, rounds=2)}
-    assert cases["warm: all three calls"].values[studies.NUMBA] == (0.125, 0.125)
+    fakes = {OURS: FAKE, "torch": FAKE, first_calls.NUMBA: "times = [0.0, 0.125]"}
+    monkeypatch.setattr(first_calls, "SCRIPTS", fakes)
+    cases = {case.name: case for case in first_calls.start(1, 0.0, rounds=2)}
+    assert cases["warm: all three calls"].values[first_calls.NUMBA] == (0.125, 0.125)
     found = {name: case.values[OURS] for name, case in cases.items()}
     assert found["cold: training pass"] == (4.0, 4.0) and found["warm: training pass"] == (1.0, 1.0)
     assert found["cold: all three calls"] == (4.75, 4.75) and found["warm: import and calls"] == (2.75, 2.75)
@@ -138,18 +139,18 @@ def test_a_start_is_cold_once_and_then_warm(monkeypatch):
         (FAKE.replace("0 if left.exists() else 3", "3"), "warm process compiled 3"),
         ("1 / 0", "division"),
     ):
-        monkeypatch.setattr(studies, "SCRIPTS", fakes | {OURS: script})
+        monkeypatch.setattr(first_calls, "SCRIPTS", fakes | {OURS: script})
         with pytest.raises(RuntimeError, match=message):
-            list(studies.start(1, 0.0, rounds=1))
+            list(first_calls.start(1, 0.0, rounds=1))
 
 
 def test_a_process_that_starts_prints_the_seconds_of_each_part(torch, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(sys, "argv", ["-c", "1"])
-    for side, script in studies.SCRIPTS.items():
-        exec(studies._CLOCK + script + studies._PRINT, {})
+    for side, script in first_calls.SCRIPTS.items():
+        exec(first_calls._CLOCK + script + first_calls._PRINT, {})
         seconds = json.loads(capsys.readouterr().out)["seconds"]
-        assert len(seconds) == (1 if side == studies.NUMBA else len(studies.PARTS)) and min(seconds) >= 0
+        assert len(seconds) == (1 if side == first_calls.NUMBA else len(first_calls.PARTS)) and min(seconds) >= 0
 
 
 def test_the_command_keeps_what_it_prints(tiny, tmp_path, capsys):
