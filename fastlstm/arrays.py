@@ -9,7 +9,7 @@ import numpy as np
 
 from fastlstm.backends.base import Array
 from fastlstm.dispatch import kind_of
-from fastlstm.errors import ArrayTypeError, BackendError, DTypeError
+from fastlstm.errors import ArrayTypeError, BackendError, DTypeError, refused
 
 __all__ = ["as_array"]
 
@@ -63,7 +63,11 @@ def as_array(value: Any) -> Array:
         raise ArrayTypeError(f"{name} has neither __dlpack__ nor __array__: convert it with numpy.asarray")
     try:
         found = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the code of a foreign object may raise anything
+        if not refused(value, error):
+            raise
         raise ArrayTypeError(f"NumPy can make no array of a {name}: {error}") from error
     if found.dtype.kind not in "fiub":
         raise DTypeError(
@@ -77,7 +81,9 @@ def _of_dlpack(value: Any, name: str) -> Array:
         device = int(value.__dlpack_device__()[0])
         if device in _ON_HOST:
             return np.from_dlpack(value)
-    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         if "grad" in str(error):
             raise ArrayTypeError(f"this {name} requires gradients: detach() it first") from error
         raise ArrayTypeError(f"the memory of this {name} cannot be shared: {error}") from error

@@ -69,9 +69,10 @@ def kind_of(name: str, value: Any) -> Kind:
             if key in TABLE:
                 kind = _kinds[type(value)] = TABLE[key]
                 return kind
+        example = name if name.isidentifier() else "it"
         raise ArrayTypeError(
             f"{name} must be a NumPy or CuPy array, got {type(value).__module__}.{type(value).__qualname__};"
-            f" convert it first, for example with numpy.asarray({name}, dtype=...)"
+            f" convert it first, for example with numpy.asarray({example}, dtype=...)"
         )
     return kind
 

@@ -263,8 +263,8 @@ def _check_header(header: bytes, size: int | None) -> Header:
         header,
         KEY,
         FIELDS,
-        "the metadata of fastlstm.LSTM is missing; for weights of PyTorch, use safetensors.numpy.load_file and"
-        " LSTM.from_torch_state_dict, and for a fastlstm.training.Model its load()",
+        "the metadata of fastlstm.LSTM is missing; LSTM.load_torch reads weights of PyTorch, and"
+        " fastlstm.training.Model.load its own files",
     )
     cell, batch_first = cell_from(description["cell"]), description["batch_first"]
     if not isinstance(batch_first, bool):

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from fastlstm import functional
 from fastlstm.backends.base import Dropout
 from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError
+from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError
 from fastlstm.interchange.torch import add
 
 __all__ = ["LSTM"]
@@ -27,8 +27,9 @@ _DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float
 class LSTM(torch.nn.LSTM):  # type: ignore[misc]
     """``torch.nn.LSTM`` on fastlstm's CPU kernels: the same arguments, calls, parameters and state dict.
 
-    Differences: it runs on the CPU only, in float32 and float64; it has no second derivatives; dropout masks are
-    seeded by PyTorch's generator, but differ from those of PyTorch.
+    Differences: it runs on the CPU only, in float32 and float64, also under ``torch.autocast``; it has no second
+    derivatives, and no transforms of ``torch.func``; ``torch.export`` and ``torch.jit.script`` do not take it; dropout
+    is below 1, and its masks are seeded by PyTorch's generator, but differ from those of PyTorch.
 
     Parameters
     ----------
@@ -63,10 +64,15 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
             y, h_n, c_n = self._run(input, hx, None, self.batch_first)
             return y, (h_n, c_n)
         batch_sizes, order, back = input.batch_sizes, input.sorted_indices, input.unsorted_indices
+        _check("input", input.data)
         # The rows stay sorted by length, as in the packed data.
         padded, lengths = pad_packed_sequence(PackedSequence(input.data, batch_sizes))
-        if order is not None and isinstance(hx, tuple | list) and len(hx) == 2:
-            hx = self.permute_hidden(tuple(hx), order)
+        if order is not None and hx is not None:
+            h0, c0 = _pair(hx)
+            for name, state in (("h_0", h0), ("c_0", c0)):
+                if state.dim() != 3 or state.shape[1] != len(lengths):
+                    raise ShapeError(f"{name} must have shape (L*D, {len(lengths)}, H), got {tuple(state.shape)}")
+            hx = self.permute_hidden((h0, c0), order)
         y, h_n, c_n = self._run(padded, hx, lengths.numpy(), False)
         data = pack_padded_sequence(y, lengths).data
         return PackedSequence(data, batch_sizes, order, back), self.permute_hidden((h_n, c_n), back)
@@ -74,18 +80,17 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
     def _run(self, x: Any, hx: Any, lengths: Any, batch_first: bool) -> Any:
         names = [name for layer in self._all_weights for name in layer]
         weights = [getattr(self, name) for name in names]
-        if hx is not None and not (isinstance(hx, tuple | list) and len(hx) == 2):
-            raise ArgumentError(f"hx must be a pair (h_0, c_0), got {type(hx).__qualname__}")
-        state = (None, None) if hx is None else tuple(hx)
-        for name, tensor in (("input", x), *zip(("h_0", "c_0"), state, strict=True), *zip(names, weights, strict=True)):
-            if tensor is not None:
-                _check(name, tensor)
+        state = (None, None) if hx is None else _pair(hx)
+        for name, tensor in (("input", x), *zip(names, weights, strict=True)):
+            _check(name, tensor)
+        # A module that is evaluated, or has one layer, may have any dropout.
+        dropout = float(self.dropout) if self.training and self.num_layers > 1 else 0.0
         cell = _cell(
-            self.input_size, self.hidden_size, self.num_layers, self.bias, float(self.dropout), self.bidirectional,
+            self.input_size, self.hidden_size, self.num_layers, self.bias, dropout, self.bidirectional,
             _DTYPES[weights[0].dtype], self.proj_size,
         )  # fmt: skip
         key = None
-        if self.training and cell.dropout and cell.num_layers > 1:
+        if cell.dropout:
             key = int(torch.randint(2**62, ()).item())
         call = _Call(cell, tuple(names), lengths, batch_first, key)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights)):
@@ -94,12 +99,27 @@ class LSTM(torch.nn.LSTM):  # type: ignore[misc]
         return tuple(map(torch.from_numpy, (y, h_n, c_n)))
 
 
+def _pair(hx: Any) -> tuple[Any, Any]:
+    if not isinstance(hx, tuple | list) or len(hx) != 2:
+        raise ArgumentError(f"hx must be a pair (h_0, c_0), got {type(hx).__qualname__}")
+    h0, c0 = hx
+    _check("h_0", h0)
+    _check("c_0", c0)
+    return h0, c0
+
+
 def _check(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
-        where = getattr(tensor, "device", type(tensor).__qualname__)
-        raise ArrayTypeError(f"{name} must be a tensor on the CPU, where fastlstm.torch.LSTM runs, got {where}")
+    if not isinstance(tensor, torch.Tensor):
+        raise ArrayTypeError(f"{name} must be a tensor, got {type(tensor).__qualname__}")
+    if tensor.device.type != "cpu":
+        raise ArrayTypeError(f"{name} is on {tensor.device}: fastlstm.torch.LSTM runs on the CPU")
     if tensor.dtype not in _DTYPES:
         raise DTypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
+def _array(tensor: Any) -> Any:
+    """Return a tensor's memory; a copy if the tensor stands for its negative, as the imaginary part of a conjugate."""
+    return tensor.detach().resolve_neg().numpy()
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,14 +141,14 @@ class _Call:
         """Return our parameters: the tensors' memory, and the sums of the two biases."""
         found: dict[str, Any] = {}
         for name, weight in zip(self.names, weights, strict=True):
-            ours, array = name.replace("bias_ih", "bias").replace("bias_hh", "bias"), weight.detach().numpy()
+            ours, array = name.replace("bias_ih", "bias").replace("bias_hh", "bias"), _array(weight)
             found[ours] = add(found[ours], array) if name.startswith("bias_hh") else array
         return found
 
     def forward(self, x: Any, state: Any, weights: Any, keep_tape: bool) -> Any:
-        given = None if state[0] is None else tuple(part.detach().numpy() for part in state)
+        given = None if state[0] is None else tuple(map(_array, state))
         return functional.run(
-            self.cell, self.params(weights), x.detach().numpy(), given, self.lengths, batch_first=self.batch_first,
+            self.cell, self.params(weights), _array(x), given, self.lengths, batch_first=self.batch_first,
             dropout=self.dropout, keep_tape=keep_tape,
         )  # fmt: skip
 
@@ -157,7 +177,7 @@ class _Function(torch.autograd.Function):  # type: ignore[misc]
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any) -> Any:
         _, *weights = ctx.saved_tensors
-        dy, dh_n, dc_n = (None if d is None else d.numpy() for d in (dy, dh_n, dc_n))
+        dy, dh_n, dc_n = (None if d is None else _array(d) for d in (dy, dh_n, dc_n))
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (4 + len(weights))
         grads = functional.lstm_backward(ctx.call.params(weights), ctx.tape, dy, (dh_n, dc_n))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm import parameters
+from fastlstm import checks, parameters
 from fastlstm.cell import VARIANTS, Cell
 from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError, shown
@@ -90,7 +90,7 @@ def assemble(
     dtype = _check_arrays(layers, name)
     if first.weight_ih.ndim != 2 or first.weight_hh.ndim != 2:
         raise ShapeError(
-            f"the weights of {name} must be matrices, got {first.weight_ih.shape}, {first.weight_hh.shape}"
+            f"weight_ih and weight_hh of {name} must be matrices, got {first.weight_ih.shape}, {first.weight_hh.shape}"
         )
     cell = Cell(
         input_size=first.weight_ih.shape[1],
@@ -139,7 +139,7 @@ def _check_arrays(layers: Sequence[Sequence[Part]], name: str) -> np.dtype[Any]:
                     raise ArrayTypeError(f"{role} of {name} is an array of {library}: convert it with .get()")
                 dtypes.add(value.dtype.newbyteorder("="))
     if len(dtypes) > 1:
-        raise DTypeError(f"the weights of {name} must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+        raise DTypeError(f"all arrays of {name} must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     dtype: np.dtype[Any] = dtypes.pop()
     return dtype
 
@@ -160,6 +160,9 @@ def from_gates(
     layers, backwards = _listed(gates), None if backward is None else _listed(backward)
     if backwards is not None and len(backwards) != len(layers):
         raise ArgumentError(f"gates has {len(layers)} layers, backward has {len(backwards)}")
+    if order is not None and not isinstance(order, str | list | tuple):
+        raise ArgumentError(f"order must be a string or a list of gates, such as 'ifgo', got {shown(order)}")
+    transposed, interleaved = checks.flag("transposed", transposed), checks.flag("interleaved", interleaved)
     wanted = ("i", "g", "o") if fields.get("coupled") or fields.get("forget_gate") is False else parameters.GATES
     read = _Reader(order, transposed, interleaved, wanted)
     parts = [[read.part(layer), *([read.part(backwards[k])] if backwards else [])] for k, layer in enumerate(layers)]

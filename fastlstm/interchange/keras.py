@@ -40,7 +40,7 @@ def from_keras(
         if layer is not None:
             raise ArgumentError("layer chooses a layer of a file; weights are those of one layer, or a list of layers")
         layers = list(source) if source and isinstance(source[0], list | tuple) else [source]
-        return _of_arrays([list(weights) for weights in layers], "the weights", **given)
+        return _of_arrays([list(weights) for weights in layers], "the given weights", **given)
     names = [layer] if isinstance(layer, str) else layer
     if names is not None and not (isinstance(names, list | tuple) and names and all(isinstance(n, str) for n in names)):
         raise ArgumentError(f"layer must be a name or a list of names, got {shown(layer)}")

@@ -50,6 +50,8 @@ def from_onnx(source: Any, node: str | Sequence[str] | None = None) -> tuple[Cel
 
     def read(opened: Source) -> tuple[Cell, dict[str, HostArray], bool]:
         opened.file.seek(0)
+        if not opened.size:  # which would be read as a model without nodes
+            raise ModelFileError("it is empty")
         return _of_model(_parsed(onnx, opened.file.read()), folder_of(source), names)
 
     return with_source(source, read)

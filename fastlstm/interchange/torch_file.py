@@ -263,6 +263,9 @@ def _of_safetensors(source: Source) -> dict[str, Tensor]:
         entries = json.loads(source.file.read(length).decode("utf-8"))
         if not isinstance(entries, dict):
             raise ModelFileError("its safetensors header is no JSON object")
+        said = entries.get("__metadata__")
+        if isinstance(said, dict) and any(str(name).startswith("fastlstm") for name in said):
+            raise ModelFileError("it was written by fastlstm: LSTM.load or fastlstm.training.Model.load reads it")
         return {
             name: _of_entry(source, name, entry, 8 + length)
             for name, entry in entries.items()

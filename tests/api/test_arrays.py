@@ -102,13 +102,41 @@ def test_what_is_no_array_is_refused(value):
         as_array(value)
 
 
-def test_an_object_that_breaks_is_refused():
-    class Broken:
-        def __array__(self, dtype=None, copy=None):
-            raise TypeError("not today")
+class Broken:
+    """An array of code that fails."""
 
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+
+class BrokenExport(Broken):
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __dlpack__(self, **_):
+        raise self.error
+
+
+class BrokenDevice(BrokenExport):
+    def __dlpack_device__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [Broken, BrokenExport, BrokenDevice])
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OSError])
+def test_an_object_that_breaks_is_refused(kind, error):
     with pytest.raises(ArrayTypeError, match="not today"):
-        as_array(Broken())
+        as_array(kind(error("not today")))
+
+
+@pytest.mark.parametrize("kind", [Broken, BrokenExport, BrokenDevice])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_errors_that_are_not_about_the_object_pass_through(kind, error):
+    with pytest.raises(error):
+        as_array(kind(error()))
 
 
 def test_nothing_is_converted_without_the_call():

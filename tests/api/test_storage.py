@@ -777,8 +777,11 @@ def test_foreign_files_are_refused(tmp_path):
 
 def test_the_error_for_a_foreign_safetensors_file_says_what_to_do(tmp_path):
     safetensors.numpy.save_file(draw(SMALL), tmp_path / "model", metadata={"format": "pt"})
-    with pytest.raises(ModelFileError, match="from_torch_state_dict"):
+    with pytest.raises(ModelFileError, match=r"LSTM\.load_torch"):
         storage.load(tmp_path / "model")
+    LSTM(3, 4, seed=0).save(tmp_path / "ours")
+    with pytest.raises(ModelFileError, match=r"written by fastlstm: LSTM\.load"):
+        LSTM.load_torch(tmp_path / "ours")
 
 
 def test_a_missing_file_is_missing(tmp_path):
