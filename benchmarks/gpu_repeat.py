@@ -1,4 +1,4 @@
-"""Forward and backward on a GPU, again and again: every result must be the first one, bit for bit.
+"""Repeat forward and backward passes on a GPU: every result must be bit-identical to the first.
 
     python benchmarks/gpu_repeat.py --times 1000 --out OUTDIR/C.json
 

@@ -1,4 +1,4 @@
-"""Which sizes are measured.
+"""The grids: the sizes that are measured.
 
 >>> [work.title for work in small(("float32",), ("stream",))][:2]
 ['1,1,32,64 stream float32', '1,1,32,64, unbatched stream float32']

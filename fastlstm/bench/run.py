@@ -1,4 +1,4 @@
-"""Measure: build the sides of each work, compare what they compute, and time them in turn.
+"""One measurement: build the sides of each work, compare their results, and time them in turn.
 
 >>> results = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
 >>> results.cases[0].spread("fastlstm").middle > 0
@@ -20,7 +20,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastlstm.bench import ceilings, clock, peers
+from fastlstm.bench import clock, peaks, peers
 from fastlstm.bench.clock import SideError
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
@@ -92,7 +92,7 @@ def measure(
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
     devices = dict.fromkeys(peers.contender(name).device for name in here if name in peers.OURS)
     try:
-        results = replace(results, ceilings={device: ceilings.of(device, threads, dtypes) for device in devices})
+        results = replace(results, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
         for work in progress(list(plan)):
             case, interrupted = measure_case(work, plan[work][0], threads, plan[work][1])
             if case.values or not interrupted:
