@@ -33,7 +33,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 class Goal(NamedTuple):
-    """What is asked, at least or at most, and how to read it off the results.
+    """A goal, at least or at most, and how to read its value off the results.
 
     `place` begins the names of the files and, behind a slash, those of their groups: each has a value of its own, which
     `combine` makes of the values of its cases.

@@ -1,9 +1,9 @@
 """Two versions of fastlstm on one machine, in turn: ``python benchmarks/versions.py OLD_PYTHON NEW_PYTHON --out FILE``.
 
 Each interpreter has one of the versions installed. Two processes, one each, hold the same models and take turns, as the
-sides of ``fastlstm bench``. A process may be slower than its like throughout, by where its memory lies, so several
-pairs of processes are measured. The ratio is old time / new time: above 1 the new version is faster. A first call is
-timed in processes of its own, with an empty kernel cache, in CPU seconds.
+sides of ``fastlstm bench``. One process may be slower than another throughout, depending on where its memory is, so
+several pairs of processes are measured. The ratio is old time / new time: above 1 the new version is faster. A first
+call is timed in processes of its own, with an empty kernel cache, in CPU seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The measured peak of this machine, in operations per second: what a share of the peak refers to.
+"""The measured peak of this machine, in operations per second, for the shares of the peak in reports.
 
 On the processor all threads run the kernels' own GEMM microkernel at once, on data in L1. On a GPU it is a product of
 large matrices by cuBLAS.

@@ -66,7 +66,7 @@ def measure(
     progress: Callable[[Iterable[Work]], Iterable[Work]] = iter,
     keep: Callable[[Results], Any] = lambda results: None,
 ) -> Results:
-    """Measure all works by the sides of these names, in so many seconds each, at least; until Ctrl-C.
+    """Measure all works by the sides of these names, in at least so many seconds each, until Ctrl-C.
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ def measure_sides(
 ) -> tuple[Case, bool]:
     """Build sides, compare them with the first that can be built, and time those that agree, in turn.
 
-    A side whose tolerance is infinite is not compared: a lower bound, or another work. The case has the values; in its
-    facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds per
-    call. The second result is whether Ctrl-C cut it short.
+    A side whose tolerance is infinite is not compared: it is meant to compute something else. The case has the values;
+    in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
+    per call. The second result is whether Ctrl-C cut it short.
     """
     refused: dict[str, str] = {}
     built: dict[str, Side] = {}

@@ -110,7 +110,7 @@ def _on_host(problem: Problem, arrays: tuple[Any, ...]) -> tuple[Array, ...]:
 
 @contextlib.contextmanager
 def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
-    """Our library on NumPy arrays. The model is frozen unless it is trained, or not to be."""
+    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
     with _threads(threads):
         call, results = _ours(problem, problem.frozen_or_trained if frozen else problem.model, problem.x, problem.dy)
         yield Side(call, lambda: _on_host(problem, results()))
