@@ -1,4 +1,4 @@
-"""Made-up results, for tests of what shows them: no figure here was ever measured."""
+"""Made-up results for tests of reports and pictures: no figure here was measured."""
 
 from __future__ import annotations
 
