@@ -82,8 +82,10 @@ def measure(
     ArgumentError
         If seconds or threads make no sense.
     """
-    if not 0 <= seconds < 1e9 or threads < 1:
-        raise ArgumentError(f"seconds have to be at least 0 and threads at least 1, got {seconds} and {threads}")
+    if not 0 <= seconds < 1e9:
+        raise ArgumentError(f"seconds must be at least 0, got {seconds}")
+    if threads < 1:
+        raise ArgumentError(f"threads must be at least 1, got {threads}")
     results, here = begin("bench", names, threads)
     plan = {work: (here, seconds) for work in works}
     if any(peers.contender(name).device == "cuda" for name in here):
