@@ -95,19 +95,14 @@ def seconds(name: str, scale: float = 1.0) -> Value:
     return lambda _, case: scale * case.spread(OURS).middle if case.name == name else None
 
 
-def of_shapes(results: Results, case: Case) -> float | None:
-    """Return the ratio of the old version at the shapes of the grid."""
-    return ratio(OLD)(results, case) if "," in case.name and case.name.startswith(("inference", "training")) else None
-
-
 def of_step(results: Results, case: Case) -> float | None:
     """Return the ratio of the old version at a step of a model that is not frozen."""
     return ratio(OLD)(results, case) if case.name == "step (1, I)" else None
 
 
-def growing(_: Results, case: Case) -> float | None:
-    """Return how much memory grows with T."""
-    return case.facts.get(studies.GROWING)
+def of_shapes(results: Results, case: Case) -> float | None:
+    """Return the ratio of the old version at the shapes of the grid."""
+    return ratio(OLD)(results, case) if "," in case.name and case.name.startswith(("inference", "training")) else None
 
 
 CHECKED = "A prepared call checks type, dtype and shape of each parameter in Python at every call."
@@ -129,7 +124,7 @@ GOALS = (
     Goal("ragged training / the same padded", 0.85, True, "ragged", ratio(studies.PADDED, of="365", inverse=True)),
     Goal("first calls with an empty kernel cache, seconds", 10.0, True, "start", seconds("cold: all three calls")),
     Goal("first calls in a later process, seconds", 0.5, True, "start", seconds("warm: all three calls")),
-    Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", growing),
+    Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", lambda _, c: c.facts.get(studies.GROWING)),
     Goal("training with recompute, times the time", 1.35, True, "recompute", ratio(studies.RECOMPUTED)),
     Goal("steps of other cells / the plain LSTM, most", 1.1, True, "family", ratio(*studies.STEP_VARIANTS)),
     Goal("any other cell / the plain LSTM, most", 1.3, True, "family", ratio(*studies.PHASES), max, NORMED),

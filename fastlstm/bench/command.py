@@ -51,7 +51,7 @@ def bench(options: argparse.Namespace) -> int:
     elif options.layers != 1 or options.bidirectional:
         raise ArgumentError("--layers and --bidirectional go with --shape")
     else:
-        works = grid.named(options.grid, dtypes, kinds)
+        works = grid.GRIDS[options.grid](dtypes, kinds)
     _prepare(options)
     found = run.measure(
         works,

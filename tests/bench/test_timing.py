@@ -79,7 +79,7 @@ def test_a_ragged_batch_counts_without_its_padding():
 
 def test_grids_have_every_kind_of_call_and_whole_sweeps():
     kinds = ("infer", "train", "stream")
-    small, full, goals = (grid.named(name, ("float32",), kinds) for name in ("small", "full", "goals"))
+    small, full, goals = (grid.GRIDS[name](("float32",), kinds) for name in ("small", "full", "goals"))
     assert len(small) < 25 and set(small) < set(full) and len(set(full)) == len(full) and len(goals) == 19
     for kind in kinds:
         assert any(work.layers == 2 for work in small if work.kind == kind)
