@@ -189,7 +189,7 @@ def test_nothing_in_the_environment_falsifies_what_is_measured(tmp_path):
         ("A", {"BAD": "*-m pytest*", "SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "check=3"},
          {"A": {"tests": "FAILED (3)", "check": "out of time"}}),
         ("AB", {"HANG": "*-m pytest*", "FASTLSTM_GPU_LIMITS": "tests=2"}, {"A": {"tests": "out of time"}}),
-        ("A", {"SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "A=9"},
+        ("A", {"SLOW": "*check --backend*", "FASTLSTM_GPU_LIMITS": "A=9 closing=100"},
          {"A": {"check": "out of time", "tests": "no time left", "repeat": "no time left"}}),
         ("C", {"BAD_TOOL": "memcheck", "BLIND_TOOL": "racecheck", "MISSING": "hypothesis"},
          {"C": {"memcheck": "FAILED (9)", "racecheck": "FAILED (it says nothing of success)", "suite": "not run"}}),
