@@ -1,7 +1,7 @@
 """Write ``benchmarks/RESULTS.md``, its pictures, and the table of the README, from the results that are committed.
 
     python benchmarks/figures.py          # draw the pictures, and write the documents
-    python benchmarks/figures.py --check  # only say whether they are what the results say; status 1 if not
+    python benchmarks/figures.py --check  # only compare the documents with the results; status 1 if they differ
 
 ``benchmarks/results`` has a folder for each machine, with files of ``fastlstm bench --json``, ``studies.py``,
 ``versions.py`` and ``.ci/gpu``, all in one format. ``goals.py`` has the goals and the reasons.
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import goals
+import scaling_out
 
 from fastlstm.bench import report, results
 from fastlstm.bench.peers import CPU
@@ -38,15 +39,11 @@ ROWS = {
 }
 """Six rows of the README; two more are where the peers come nearest or win, and the first calls, which compile."""
 
+Found = Mapping[str, Mapping[str, Results]]  # by folder, by file name
+
 
 def machines(folder: Path) -> dict[str, dict[str, Results]]:
-    """Read all results: by folder, by file name.
-
-    Raises
-    ------
-    ResultsFileError
-        If a file is broken, or has another name than its results.
-    """
+    """Read all results; ResultsFileError if a file is broken, or has another name than its results."""
     found: dict[str, dict[str, Results]] = {}
     for path in sorted(folder.glob("*/*.json")):
         loaded = results.load(path)
@@ -61,14 +58,8 @@ def is_gpu(found: Results) -> bool:
     return "GPU" in found.machine
 
 
-def tables(found: Mapping[str, Mapping[str, Results]], folder: Path = RESULTS) -> str:
-    """Return what ``RESULTS.md`` has to be.
-
-    Raises
-    ------
-    MissingReasonError
-        If a peer wins or a goal is missed, and no reason is given.
-    """
+def tables(found: Found, folder: Path = RESULTS) -> str:
+    """Return what ``RESULTS.md`` has to be; MissingReasonError if a loss or a missed goal has no reason."""
     parts = [
         "# Results",
         "Made by `python benchmarks/figures.py` from the files in `benchmarks/results`. The method is described in"
@@ -86,10 +77,12 @@ def tables(found: Mapping[str, Mapping[str, Results]], folder: Path = RESULTS) -
             parts += [f"### {name.replace('-', ' ')}", file.about, *report.text(file, list_losses=False)]
             if why := list(goals.wins(file)):
                 parts.append("\n".join(["Where a peer wins, and why:", "", *why]))
+        if "goals-1-thread" in files:
+            parts += ["### scaling out", *scaling_out.tables(files["goals-1-thread"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def section(found: Mapping[str, Mapping[str, Results]]) -> str:
+def section(found: Found) -> str:
     """Return the README's table of eight rows, the machine, and a sentence on GPUs."""
     parts = []
     for files in found.values():
@@ -123,7 +116,7 @@ def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
     yield from (("first calls ever, which compile", case) for case in starts if case.name == "cold: all three calls")
 
 
-def gpu_sentence(found: Mapping[str, Mapping[str, Results]]) -> str:
+def gpu_sentence(found: Found) -> str:
     """Return what the README has to say of measurements on GPUs."""
     words = []
     for files in found.values():
@@ -135,25 +128,18 @@ def gpu_sentence(found: Mapping[str, Mapping[str, Results]]) -> str:
     return " ".join(words) or NO_GPU
 
 
-def draw(files: Mapping[str, Results], folder: Path) -> Iterator[Path]:
-    """Draw and write the pictures of a machine; give the files."""
+def draw(files: Mapping[str, Results], folder: Path) -> None:
+    """Draw and write the pictures of a machine."""
     from fastlstm.bench import pictures
 
     for name, made in pictures.draw(files[MAIN]).items() if MAIN in files else ():
         if isinstance(made, bytes):
-            path = folder / f"{name}.png"
-            path.write_bytes(made)
-            yield path
+            (folder / f"{name}.png").write_bytes(made)
+            print(f"wrote {folder / name}.png")
 
 
 def readme(text: str, inside: str) -> str:
-    """Return a text with what stands between the two marks replaced.
-
-    Raises
-    ------
-    ValueError
-        If it does not have each mark once, in this order.
-    """
+    """Return a text with what stands between the two marks replaced; ValueError if it does not have each once."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in before + after:
@@ -167,10 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = machines(RESULTS)
-        if not options.check:
-            for machine, files in found.items():
-                for path in draw(files, RESULTS / machine):
-                    print(f"wrote {path}")
+        for machine, files in found.items() if not options.check else ():
+            draw(files, RESULTS / machine)
         text = README.read_text(encoding="utf-8")
         wanted = {README: readme(text, section(found)), TABLES: tables(found, RESULTS)}
     except (goals.MissingReasonError, ResultsFileError, ValueError) as error:

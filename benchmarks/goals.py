@@ -1,4 +1,4 @@
-"""The goals of the project on a CPU, read off the results of one machine; and why one is missed, measured.
+"""The project's goals on a CPU, compared with the results of one machine, and why some are missed.
 
 A reason is one sentence without figures, which are generated. ``figures.py`` fails if a missed goal, or a case that a
 peer wins, has none.
@@ -7,10 +7,9 @@ peer wins, has none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import bounds
 import studies
 
 from fastlstm.bench import report
@@ -18,10 +17,10 @@ from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
 
 OURS = studies.OURS
-PEAK_INFER = "50,64,512,512 infer"  # most of its time is arithmetic
+LARGE = "50,64,512,512 infer float32"  # most of its time is arithmetic
 STEP = Work(1, 1, 32, 64, kind="stream")
 OLD = "55c5fee"  # of versions.json
-Value = Callable[[Case], float | None]
+Value = Callable[[Results, Case], float | None]
 
 
 class MissingReasonError(Exception):
@@ -34,7 +33,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 class Goal(NamedTuple):
-    """What is asked, at least or at most, and how to read it off the results.
+    """A goal, at least or at most, and how to read its value off the results.
 
     `place` begins the names of the files and, behind a slash, those of their groups: each has a value of its own, which
     `combine` makes of the values of its cases.
@@ -51,11 +50,12 @@ class Goal(NamedTuple):
     def found(self, files: Mapping[str, Results]) -> list[float]:
         """Return the values of each file or group."""
         name, _, group = self.place.partition("/")
-        cases = [(f, c.group * bool(group), c) for f in files if f.startswith(name) for c in files[f].cases]
         values: dict[tuple[str, str], list[float]] = {}
-        for file, of, case in cases:
-            if of.startswith(group) and (value := self.value(case)) is not None:
-                values.setdefault((file, of), []).append(value)
+        for file in (file for file in files if file.startswith(name)):
+            for case in files[file].cases:
+                of = case.group if group else ""
+                if of.startswith(group) and (value := self.value(files[file], case)) is not None:
+                    values.setdefault((file, of), []).append(value)
         return [self.combine(found) for found in values.values()]
 
     def misses(self, value: float) -> bool:
@@ -66,7 +66,7 @@ class Goal(NamedTuple):
 def best_peer(kind: str, dtype: str) -> Value:
     """Return the best peer's time / ours, of plain works."""
 
-    def value(case: Case) -> float | None:
+    def value(_: Results, case: Case) -> float | None:
         if not case.work or not case.work.is_plain or (case.work.kind, case.work.dtype) != (kind, dtype):
             return None
         ratios = [report.ratio_of(case, side) for side in case.values if report.is_peer(side)]
@@ -75,49 +75,34 @@ def best_peer(kind: str, dtype: str) -> Value:
     return value
 
 
-def ratio(side: str, name: str = "", of: Callable[[float], float] = lambda ratio: ratio) -> Value:
-    """Return the time of a side / ours, of cases whose name has the given words."""
+def share_of_peak(title: str) -> Value:
+    """Return the share of the measured peak, of the work of this title."""
+    return lambda results, case: results.share_of_peak(case, OURS) if case.name == title else None
 
-    def value(case: Case) -> float | None:
-        found = case.ratio(side) if name in case.name else None
-        return of(found.middle) if found else None
+
+def ratio(*sides: str, of: str = "", inverse: bool = False) -> Value:
+    """Return the largest time of some sides / ours, or ours / theirs, of cases whose name has the given words."""
+
+    def value(_: Results, case: Case) -> float | None:
+        found = [spread.middle for side in sides if of in case.name and (spread := case.ratio(side))]
+        return max((1 / value if inverse else value for value in found), default=None)
 
     return value
 
 
 def seconds(name: str, scale: float = 1.0) -> Value:
     """Return our seconds, of the case of this name."""
-    return lambda case: scale * case.spread(OURS).middle if case.name == name else None
+    return lambda _, case: scale * case.spread(OURS).middle if case.name == name else None
 
 
-def of_shapes(case: Case) -> float | None:
-    """Return the ratio of the old version at the shapes of the grid."""
-    return ratio(OLD)(case) if "," in case.name and case.name.startswith(("inference", "training")) else None
-
-
-def of_step(case: Case) -> float | None:
+def of_step(results: Results, case: Case) -> float | None:
     """Return the ratio of the old version at a step of a model that is not frozen."""
-    return ratio(OLD)(case) if case.name == "step (1, I)" else None
+    return ratio(OLD)(results, case) if case.name == "step (1, I)" else None
 
 
-def growing(case: Case) -> float | None:
-    """Return how much memory grows with T."""
-    return case.facts.get(studies.GROWING)
-
-
-def most_of(names: Iterable[str], kind: str = "") -> Value:
-    """Return the largest time of some variants / that of the plain LSTM, of cases of a kind."""
-
-    def value(case: Case) -> float | None:
-        found = [case.ratio(name) for name in names if kind in case.name]
-        return max((ratio.middle for ratio in found if ratio), default=None)
-
-    return value
-
-
-def inverse(value: float) -> float:
-    """Turn theirs / ours into ours / theirs."""
-    return 1 / value
+def of_shapes(results: Results, case: Case) -> float | None:
+    """Return the ratio of the old version at the shapes of the grid."""
+    return ratio(OLD)(results, case) if "," in case.name and case.name.startswith(("inference", "training")) else None
 
 
 CHECKED = "A prepared call checks type, dtype and shape of each parameter in Python at every call."
@@ -134,27 +119,27 @@ GOALS = (
     Goal("inference, float64: geometric mean", 1.5, False, "goals", best_peer("infer", "float64"), mean),
     Goal("training, float64: geometric mean", 1.5, False, "goals", best_peer("train", "float64"), mean),
     Goal("a streaming step, microseconds", 4.0, True, "goals", seconds(STEP.title, 1e6)),
-    Goal("a streaming step: ONNX Runtime's time / ours", 2.0, False, "goals", ratio("onnxruntime", STEP.title)),
-    Goal("ragged training: PyTorch's packed sequences / ours", 20.0, False, "goals", ratio("torch", "ragged")),
-    Goal("share of the peak, inference 50,64,512,512", 0.8, False, "roofs", ratio(bounds.TILE, PEAK_INFER), min),
-    Goal("ragged training / the same padded", 0.85, True, "ragged", ratio(studies.PADDED, "365", inverse)),
+    Goal("a streaming step: ONNX Runtime's time / ours", 2.0, False, "goals", ratio("onnxruntime", of=STEP.title)),
+    Goal("ragged training: PyTorch's packed sequences / ours", 20.0, False, "goals", ratio("torch", of="ragged")),
+    Goal("share of the peak, inference 50,64,512,512", 0.8, False, "goals", share_of_peak(LARGE), min),
+    Goal("ragged training / the same padded", 0.85, True, "ragged", ratio(studies.PADDED, of="365", inverse=True)),
     Goal("first calls with an empty kernel cache, seconds", 10.0, True, "start", seconds("cold: all three calls")),
     Goal("first calls in a later process, seconds", 0.5, True, "start", seconds("warm: all three calls")),
-    Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", growing),
+    Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", lambda _, c: c.facts.get(studies.GROWING)),
     Goal("training with recompute, times the time", 1.35, True, "recompute", ratio(studies.RECOMPUTED)),
-    Goal("steps of other cells / the plain LSTM, most", 1.1, True, "family", most_of(studies.STEP_VARIANTS), max),
-    Goal("any other cell / the plain LSTM, most", 1.3, True, "family", most_of(studies.PHASES), max, NORMED),
+    Goal("steps of other cells / the plain LSTM, most", 1.1, True, "family", ratio(*studies.STEP_VARIANTS)),
+    Goal("any other cell / the plain LSTM, most", 1.3, True, "family", ratio(*studies.PHASES), max, NORMED),
     Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family",
-         most_of([studies.TRUNCATED], "train"), max),
-    Goal("plain RNN / the plain LSTM, most", 0.45, True, "family", most_of([studies.RNN_NAME]), max),
+         ratio(studies.TRUNCATED, of="train")),
+    Goal("plain RNN / the plain LSTM, most", 0.45, True, "family", ratio(studies.RNN_NAME)),
     Goal("`torch.nn.LSTM` / `fastlstm.torch.LSTM`, training, least", 2.0, False, "torch_lstm", ratio("torch"), min,
          PAGED),
-    Goal(f"first call, CPU time / {OLD}, most", 0.6, True, "versions/first", ratio(OLD, of=inverse), max, COMPILED),
-    Goal(f"first call, CPU time / {OLD}, least", 0.6, True, "versions/first", ratio(OLD, of=inverse), min, COMPILED),
+    Goal(f"first call, CPU time / {OLD}, most", 0.6, True, "versions/first", ratio(OLD, inverse=True), max, COMPILED),
+    Goal(f"first call, CPU time / {OLD}, least", 0.6, True, "versions/first", ratio(OLD, inverse=True), min, COMPILED),
     Goal(f"shapes: {OLD} / ours, geometric mean", 0.98, False, "versions/calls", of_shapes, mean, HANDED),
     Goal(f"shapes: {OLD} / ours, least", 0.93, False, "versions/calls", of_shapes, min, HANDED),
     Goal(f"`step`: {OLD} / ours", 1.0, False, "versions/calls", of_step, min, CHECKED),
-    Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls", ratio(OLD, "on one step"), min, CHECKED),
+    Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls", ratio(OLD, of="one step"), min, CHECKED),
 )  # fmt: skip
 NOTES = (
     "A second variant of the cell is asked to compile in at most 2 s. One of the step takes 0.8 s; the first cell with"

@@ -2,9 +2,8 @@
 
     python benchmarks/gpu.py --out OUTDIR/B.json --seconds 150
 
-Cases are measured as by ``fastlstm bench``: results are compared first, sides take turns. PyTorch is also timed with
-TF32, float16 and bfloat16, its results within what these formats explain. Cells are ordered by value; those that the
-time does not reach are listed.
+Cases are measured as by ``fastlstm bench``: results are compared first, sides take turns. PyTorch is timed with and
+without TF32. The most telling cells come first; those that the time does not reach are listed.
 """
 
 from __future__ import annotations

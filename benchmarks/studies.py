@@ -1,6 +1,6 @@
 """Studies beyond the grids of ``fastlstm bench``: each supports a promise of the documentation.
 
-    python benchmarks/studies.py loop
+    python benchmarks/studies.py memory
     python benchmarks/studies.py all --out benchmarks/results/NAME-OF-THE-MACHINE
 
 A study is a function that gives cases; its docstring says what is measured. All use the timing loop of
@@ -18,20 +18,18 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import bounds
 import numpy as np
 import torch_module
 from first_calls import start
 
 import fastlstm
 from fastlstm import LSTM, RNN
-from fastlstm.bench import clock, grid, peers, report, results, run, sides
+from fastlstm.bench import grid, peers, report, results, run, sides
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import DTYPES, Problem, Work
@@ -64,12 +62,6 @@ def _work_case(work: Work, name: str, threads: int, seconds: float, names: list[
     return _case(name, builders, seconds, dtype=work.dtype, threads=threads, work=work)
 
 
-def hydrology(threads: int, seconds: float) -> Iterator[Case]:
-    """A rainfall-runoff model in float32: a year of days (T=365) for B=256 catchments, I=32, H=256."""
-    for kind, words in (("infer", "inference"), ("train", "a training pass")):
-        yield _work_case(Work(365, 256, 32, 256, kind=kind), words, threads, seconds)
-
-
 def ragged(threads: int, seconds: float) -> Iterator[Case]:
     """Ragged batches in float32, lengths between T/2 and T, unsorted.
 
@@ -92,8 +84,8 @@ def freeze(threads: int, seconds: float) -> Iterator[Case]:
     sequences = ((1, 1, 128, 256), (10, 1, 32, 64), (100, 1, 32, 64), (10, 32, 64, 128), (100, 32, 64, 128))
     for work in [*(Work(*shape, kind="stream") for shape in streams), *(Work(*shape) for shape in sequences)]:
         problem = Problem.of(work)
-        ways = {OURS: sides.cpu, LIVE: sides.not_frozen}
-        builders = {name: functools.partial(way, problem, threads) for name, way in ways.items()}
+        models = {OURS: True, LIVE: False}
+        builders = {n: functools.partial(sides.cpu, problem, threads, frozen=frozen) for n, frozen in models.items()}
         yield _case(f"{work.name} {work.kind}", builders, seconds, threads=threads)
 
 
@@ -211,118 +203,10 @@ def recompute(threads: int, seconds: float) -> Iterator[Case]:
 
 
 def growth(threads: int, seconds: float) -> Iterator[Case]:
-    """A training pass in float32, one size varied at a time: the time has to be linear in T, however long."""
-    sweeps = {
-        "T": [(t, 4, 8, 16) for t in (512, 2048, 8192, 32768, 65536, 131072)],
-        "B": [(50, b, 64, 64) for b in (1, 4, 16, 64, 256, 1024)],
-        "H": [(50, 16, 64, h) for h in (16, 32, 64, 128, 256, 512, 1024)],
-    }
-    for axis, shapes in sweeps.items():
-        for shape in shapes:
-            size = shape["TBIH".index(axis)]
-            case = _work_case(Work(*shape, kind="train"), f"{axis}={size:,}", threads, seconds, _here((OURS, "torch")))
-            yield replace(case, group=f"training pass against {axis}")
-
-
-def threads(threads: int, seconds: float) -> Iterator[Case]:
-    """The same work on one thread, two, and so on, in turn; our results are compared bit by bit first."""
-    counts = range(1, threads + 1)
-    for shape in ((100, 32, 64, 128), (365, 64, 32, 256)):
-        for kind in ("infer", "train"):
-            problem = Problem.of(Work(*shape, kind=kind))
-            bits = set()
-            for count in counts:
-                with sides.cpu(problem, count) as side:
-                    bits.add(b"".join(array.tobytes() for array in side.outputs()))
-            if len(bits) > 1:
-                raise RuntimeError(f"{problem.work.title}: not bit-identical on 1 to {threads} threads")
-            pairs = [(name, count) for name in _here((OURS, "torch")) for count in counts]
-            builders = {f"{name} {count}": functools.partial(_held, name, problem, count) for name, count in pairs}
-            case, interrupted = run.measure_sides(problem.work.title, builders, "float32", seconds * threads)
-            if interrupted:
-                raise KeyboardInterrupt
-            for count in counts:
-                values = {side.rpartition(" ")[0]: v for side, v in case.values.items() if side.endswith(f" {count}")}
-                facts = {"speed-up": clock.ratio(case.values[f"{OURS} 1"], values[OURS]).middle}
-                name = f"{problem.work.name} {kind}, {count} thread{'s' * (count > 1)}"
-                yield Case(name, values, threads=count, work=problem.work, facts=facts, refused=case.refused)
-
-
-@contextmanager
-def _held(name: str, problem: Problem, count: int) -> Iterator[Side]:
-    """Build a side that sets its number of threads before each sample: sides in turn have different ones."""
-    set_threads = fastlstm.set_num_threads if name == OURS else import_module("torch").set_num_threads
-
-    def first(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given: (set_threads(count), function(*given))[1]
-
-    with peers.contender(name).build(problem, count) as side:
-        yield Side(side.call, first(side.outputs), first(side.seconds))
-
-
-STEPS, LOOP = 1000, Work(1, 32, 10, 100, kind="stream")
-
-
-def loop(threads: int, seconds: float) -> Iterator[Case]:
-    """A closed loop of 1,000 steps, one call each, float32: the next input is the first I units of h.
-
-    Our model is frozen. PyTorch is called as nn.LSTM with T=1 and as nn.LSTMCell, ONNX Runtime as a graph of one step.
-    """
-    problem = Problem.of(LOOP)
-    with sides.cpu(problem, threads):  # sets the threads
-        builders = {name: functools.partial(nullcontext, side) for name, side in loops(problem, threads).items()}
-        yield _case(f"{STEPS:,} steps, B={LOOP.batch}, H={LOOP.hidden}", builders, seconds, threads=threads)
-
-
-def loops(problem: Problem, threads: int) -> dict[str, Side]:
-    """Return the closed loop of each library that is installed."""
-
-    def looped(step: Callable[[Any, Any], tuple[Any, Any]], first: Any) -> Side:
-        def call() -> Any:
-            x, state = first, None
-            for _ in range(STEPS):
-                h, state = step(x, state)
-                x = h[..., : LOOP.inputs]
-            return h
-
-        return Side(call, lambda: (np.asarray(call()).reshape(LOOP.batch, LOOP.hidden),))
-
-    here, x = _here((OURS, "torch", "onnxruntime")), problem.x
-    found = {OURS: looped(problem.frozen_or_trained.step, x[0])}
-    if "torch" in here:
-        torch = import_module("torch")
-        torch.set_num_threads(threads)
-        cell, weights = torch.nn.LSTMCell(LOOP.inputs, LOOP.hidden), problem.model.to_torch_state_dict()
-        cell.load_state_dict({name.removesuffix("_l0"): torch.from_numpy(value) for name, value in weights.items()})
-        cell.requires_grad_(False)
-
-        def cell_step(x: Any, state: Any) -> Any:
-            state = cell(x, state)
-            return state[0], state
-
-        found["torch"] = looped(peers.torch_module(torch, problem).requires_grad_(False), torch.from_numpy(x))
-        found["torch LSTMCell"] = looped(cell_step, torch.from_numpy(x[0]))
-    if "onnxruntime" in here:
-        session, zero = peers.onnx_session(problem, threads), np.zeros((1, LOOP.batch, LOOP.hidden), x.dtype)
-
-        def graph_step(x: Any, state: Any) -> Any:
-            _, h, c = session(dict(zip(("X", "h", "c"), (x, *(state or (zero, zero))), strict=True)))
-            return h, (h, c)
-
-        found["onnxruntime"] = looped(graph_step, x)
-    return found
-
-
-def roofs(threads: int, seconds: float) -> Iterator[Case]:
-    """Whole calls in float32, in turn with lower bounds of the machine (``bounds.py``), on one thread and on all."""
-    works = [Work(*shape, kind=kind) for kind in ("infer", "train") for shape in grid.GOALS]
-    works += [Work(*shape, kind="stream") for shape in grid.GOALS[:2]]
-    for count in sorted({1, threads}):
-        for work in works:
-            builders = {OURS: functools.partial(sides.cpu, Problem.of(work), count)} | bounds.of(work, count)
-            name = f"{work.name} {work.kind}, {count} thread{'s' * (count > 1)}"
-            never = dict.fromkeys(builders, math.inf)
-            yield _case(name, builders, seconds, never, threads=count, bounds=tuple(builders)[1:])
+    """A training pass in float32 over longer and longer sequences, B=4, I=8, H=16: the time has to be linear in T."""
+    for steps in (512, 2048, 8192, 32768, 65536, 131072):
+        work = Work(steps, 4, 8, 16, kind="train")
+        yield _work_case(work, f"T={steps:,}", threads, seconds, _here((OURS, "torch")))
 
 
 def torch_lstm(threads: int, seconds: float) -> Iterator[Case]:
@@ -338,8 +222,7 @@ def torch_lstm(threads: int, seconds: float) -> Iterator[Case]:
 
 
 STUDIES: dict[str, Callable[[int, float], Iterator[Case]]] = {
-    study.__name__: study
-    for study in (loop, ragged, hydrology, memory, recompute, freeze, family, roofs, start, threads, growth, torch_lstm)
+    study.__name__: study for study in (ragged, memory, recompute, freeze, family, start, growth, torch_lstm)
 }
 
 

@@ -1,9 +1,9 @@
 """Two versions of fastlstm on one machine, in turn: ``python benchmarks/versions.py OLD_PYTHON NEW_PYTHON --out FILE``.
 
 Each interpreter has one of the versions installed. Two processes, one each, hold the same models and take turns, as the
-sides of ``fastlstm bench``. A process may be slower than its like throughout, by where its memory lies, so several
-pairs of processes are measured. The ratio is old time / new time: above 1 the new version is faster. A first call is
-timed in processes of its own, with an empty kernel cache, in CPU seconds.
+sides of ``fastlstm bench``. One process may be slower than another throughout, depending on where its memory is, so
+several pairs of processes are measured. The ratio is old time / new time: above 1 the new version is faster. A first
+call is timed in processes of its own, with an empty kernel cache, in CPU seconds.
 """
 
 from __future__ import annotations
@@ -42,39 +42,32 @@ def training(model, x, dy):
 
 one, row, few = x(1, 32), x(32), x(10, 4, 32)
 plain = LSTM(32, 64, seed=0)
-frozen = plain.freeze()
-state = frozen.step(one)[1]
-cells["frozen step (1, I)"] = lambda: frozen.step(one, state)
-cells["step (1, I)"] = lambda: plain.step(one, state)
+frozen, deep = plain.freeze(), LSTM(32, 64, 3, seed=0).freeze()
+state, states = frozen.step(one)[1], deep.step(one)[1]
 flat = tuple(s[:, 0] for s in state)
-cells["frozen step (I,)"] = lambda: frozen.step(row, flat)
-for layers in (2, 3):
-    deep = LSTM(32, 64, layers, seed=0).freeze()
-    cells[f"frozen step, {layers} layers"] = lambda deep=deep, s=deep.step(one)[1]: deep.step(one, s)
-    chain = [LSTM(64 if k else 32, 64, seed=k).freeze() for k in range(layers)]
-    states = [model.step(x(1, 64 if k else 32))[1] for k, model in enumerate(chain)]
-    def chained(chain=chain, states=states):
-        h = one
-        for model, s in zip(chain, states):
-            h, _ = model.step(h, s)
-    cells[f"frozen step, {layers} models by hand"] = chained
-cells["call (10, 4, I)"] = lambda: plain(few)
-first = LSTM(32, 64, batch_first=True, seed=0)
-swapped = np.ascontiguousarray(few.swapaxes(0, 1))
-cells["batch_first"] = lambda: first(swapped)
-alone = np.ascontiguousarray(few[:, 0])
-cells["unbatched"], cells["one sequence"] = lambda: plain(alone), lambda: plain(few[:, :1])
-cells["ragged"] = lambda lengths=np.array([10, 7, 5, 2]): plain(few, None, lengths)
-both = LSTM(32, 64, bidirectional=True, seed=0)
-cells["bidirectional"] = lambda: both(few)
-cells["forward"], cells["functional"] = lambda: plain.forward(few), lambda: functional.lstm_forward(plain.params, few)
-cells["training on one step"] = training(plain, few[:1, :1].copy(), x(1, 1, 64))
+first, both = LSTM(32, 64, batch_first=True, seed=0), LSTM(32, 64, bidirectional=True, seed=0)
+swapped, alone, lengths = np.ascontiguousarray(few.swapaxes(0, 1)), few[:, 0].copy(), np.array([10, 7, 5, 2])
+cells |= {
+    "frozen step (1, I)": lambda: frozen.step(one, state),
+    "step (1, I)": lambda: plain.step(one, state),
+    "frozen step (I,)": lambda: frozen.step(row, flat),
+    "frozen step, 3 layers": lambda: deep.step(one, states),
+    "call (10, 4, I)": lambda: plain(few),
+    "batch_first": lambda: first(swapped),
+    "unbatched": lambda: plain(alone),
+    "one sequence": lambda: plain(few[:, :1]),
+    "ragged": lambda: plain(few, None, lengths),
+    "bidirectional": lambda: both(few),
+    "forward": lambda: plain.forward(few),
+    "functional": lambda: functional.lstm_forward(plain.params, few),
+    "training on one step": training(plain, few[:1, :1].copy(), x(1, 1, 64)),
+}
 for t, b, i, h in INFER:
     cells[f"inference {t},{b},{i},{h}"] = lambda m=LSTM(i, h, seed=0), given=x(t, b, i): m(given)
 for t, b, i, h in TRAIN:
     cells[f"training {t},{b},{i},{h}"] = training(LSTM(i, h, seed=0), x(t, b, i), x(t, b, h))
-lengths, m, given, dy = rng.integers(1, 101, 64), LSTM(32, 128, seed=0), x(100, 64, 32), x(100, 64, 128)
-cells["training 100,64,32,128 ragged"] = lambda: m.backward(m.forward(given, lengths=lengths)[2], dy)
+long, m, given, dy = rng.integers(1, 101, 64), LSTM(32, 128, seed=0), x(100, 64, 32), x(100, 64, 128)
+cells["training 100,64,32,128 ragged"] = lambda: m.backward(m.forward(given, lengths=long)[2], dy)
 
 for call in cells.values():
     for _ in range(30 if threads > 1 else 3):  # compiled, and the candidate schedules tried

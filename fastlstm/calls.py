@@ -24,7 +24,7 @@ _MOST_CALLS, _MOST_CELLS = 64, 64  # that are kept: calls of a cell, and cells o
 
 
 class Layout(NamedTuple):
-    """How the caller's arrays lie: `batched` with a batch axis, `batch_first` with it before time."""
+    """The layout of the caller's arrays: `batched` with a batch axis, `batch_first` with it before time."""
 
     batched: bool
     batch_first: bool

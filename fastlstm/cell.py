@@ -1,4 +1,4 @@
-"""What one LSTM is: its sizes, dtype and variant, as one frozen value that every layer below reads."""
+"""The description of a model: sizes, dtype and variant, as one immutable value that every layer below reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VARIANTS: dict[str, Any] = {
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "hard_sigmoid", "softsign", "identity", "1997")
 MERGES = ("concat", "sum", "mean", "product")
 NONLINEARITIES = ("tanh", "relu")
-# What a plain RNN has in common with an LSTM: every other variant is about gates or the cell state.
+# Variants that a plain RNN may have too: all others concern gates or the cell state.
 _OF_RNN = ("reverse", "merge", "nonlinearity")
 
 
@@ -77,7 +77,7 @@ class Cell:
     block_size : int
         Number S of consecutive units that share the gates i, f and o; divides H.
     truncated : bool
-        Whether the gradient by the h of the step before is taken for zero, as in 1997.
+        Whether the gradient by the h of the step before is set to zero, as in 1997.
     activations : tuple of str
         Of the gates, the candidate and the output; each one of :data:`ACTIVATIONS`.
     clip : float or None
@@ -102,7 +102,7 @@ class Cell:
     ------
     ArgumentError
         If a size is not a positive integer, or so large that the parameters cannot be addressed, a probability is
-        outside [0, 1), a field has a value that is none of its own, or two fields exclude each other.
+        outside [0, 1), a field has an invalid value, or two fields exclude each other.
     DTypeError
         If `dtype` is neither float32 nor float64.
     """
@@ -161,7 +161,7 @@ class Cell:
 
     @functools.cached_property
     def calls(self) -> dict[Any, Any]:
-        """The calls that were prepared for this cell, by their signatures: see ``calls.py``. No part of its value."""
+        """The prepared calls of this cell, by signature (see ``calls.py``); they are not part of its value."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _type_name(value: Any) -> str:
 
 
 def flag(name: str, given: Any) -> bool:
-    """Check a choice between two ways: true or false, and no other value that would count as either."""
+    """Check a flag: True or False, and no other value that Python would take for either."""
     if not isinstance(given, (bool, np.bool_)):
         raise ArgumentError(f"{name} must be True or False, got {shown(given)}")
     return bool(given)

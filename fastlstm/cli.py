@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlstm import dispatch
 from fastlstm.bench import command
 from fastlstm.demo import TASKS
 from fastlstm.errors import FastLSTMError
@@ -110,7 +111,9 @@ def _shape(text: str) -> tuple[int, ...]:
 def _check(options: argparse.Namespace) -> int:
     from fastlstm.diagnostics import BOUNDS, backends, cases, compare
 
-    here = backends()
+    for name in options.backend or ():
+        dispatch.backend_named(name)  # raises an error if it cannot run
+    here = {} if options.backend else backends()
     for name, reason in here.items():
         if reason is not None:
             print(f"{name} is not checked: {reason}")

@@ -1,4 +1,4 @@
-"""An LSTM inside other people's compiled code: functions that ``@njit`` code calls in nopython mode.
+"""Time steps of an LSTM, forward and backward, inside a caller's own ``@njit`` code.
 
 ::
 
@@ -13,14 +13,14 @@
             compiled.step(kit, x, h, c, y, h_next, c_next)
             h, h_next = h_next, h
             c, c_next = c_next, c
-            x[:] = ...  # whatever your world makes of y
+            x[:] = ...  # the next input, which depends on y
 
 Training is the same as with ``lstm.unroll``, on a `tape` that ``kit.tape(steps, batch)`` makes once: :func:`step_taped`
 for t = 0, 1, ..., then :func:`step_back` from the last t to 0, and :func:`finish`. The functions allocate nothing and
 need no lock of the interpreter; under ``prange``, each iteration has arrays, or a tape, of its own. They are called by
 their addresses, which the kit holds: a caller compiles in little more than its own time, and a caller that is cached
-on disk (``cache=True``) has no code of ours in it. The name of the kit's type has a stamp of our sources in it, so
-that such a caller is compiled anew with another fastlstm.
+on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type contains a stamp of fastlstm's
+sources, so that such a caller is compiled again for another version.
 
 Shapes are checked at each call. Arrays are C-contiguous and of the model's dtype, which Numba checks when it compiles.
 """
@@ -41,7 +41,7 @@ from fastlstm.kernels.cpu.atomics import pointer_at
 from fastlstm.kernels.cpu.jit import caller
 from fastlstm.kernels.cpu.unrolled_step import LEFT, TAKEN
 
-# Numba is typed in part, so that its own extensions would not pass.
+# Numba's types are incomplete: its own extensions do not pass.
 types: Any = numba_types
 intrinsic: Any = extending.intrinsic
 
@@ -179,7 +179,8 @@ def step_back(kit: Any, tape: Any, t: int, dh: Any, dx: Any) -> None:
     t : int
         The last step of the run, then the one before, down to 0.
     dh : array, (B, H), IN
-        The loss's gradient by the output of step t; not what the model's own state carried on.
+        The loss's gradient by the output of step t, without the part through the model's own state, which is added
+        here.
     dx : array, (B, I), OUT
         The loss's gradient by its input.
 
@@ -270,7 +271,7 @@ def _numbers_at(typingctx: Any, number: Any, kind: Any) -> Any:
     return pointer(types.int64, kind), codegen
 
 
-@functools.cache  # and so kept: its machine code is freed with it
+@functools.cache  # kept for the process: its machine code is freed with it
 def _c_function(dtype: np.dtype[Any]) -> Any:
     number: Any = dtype.type
 

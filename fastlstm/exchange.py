@@ -1,4 +1,4 @@
-"""class Exchange(Recurrent): models from and to the files of other software; each reader is imported when used."""
+"""class Exchange: models from and to the files of other software; each reader is imported when used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LSTM as functions, for pipelines that hold their own arrays; :class:`fastlstm.LSTM` is a thin holder over them.
+"""The LSTM as functions, for pipelines that hold their own arrays; :class:`fastlstm.LSTM` is a thin class over them.
 
 Every call takes one path: the prepared call of its signature is found (``calls.py``) or made, the arguments are checked
 by it or, if they are not as it knows them, by ``checks.py``, and brought to the layout of the backends (time first,
@@ -60,7 +60,7 @@ class Gradients:
         ``keep_state_gradients=True``. For unbatched input without the axis of the batch.
     flat : array or None
         From the CUDA backend: the gradients by all parameters, one after the other, in one array (n,) that those in
-        `params` are views of. One all-reduce of NCCL, in place, does for all of them.
+        `params` are views of. One all-reduce of NCCL, in place, is enough for all of them.
     """
 
     x: Array
@@ -229,7 +229,7 @@ def run(
     keep_tape: bool,
     recompute: bool = False,
 ) -> tuple[Array, State, Tape | None]:
-    """Run a forward pass: find the prepared call, check what it does not know, and bring the result to the caller."""
+    """Run a forward pass: find the prepared call, check the rest, and return the result in the caller's layout."""
     mode = calls.mode(batch_first, keep_tape)
     call = calls.find(cell, params, x, mode)
     if call is None or not call.takes_all(params, x, state):

@@ -1,7 +1,7 @@
 """Inference over grids and ensembles, also larger than memory, with Dask and xarray.
 
 :func:`predict` runs a model over all series of an array: of a NumPy array at once, of a Dask array block by block when
-it is computed, by whatever scheduler, and of an xarray.DataArray with either in it. It needs ``pip install
+it is computed, by any scheduler, and of an xarray.DataArray with either in it. It needs ``pip install
 "fastlstm[dask]"`` for the latter two. On a cluster, the model goes to each worker once.
 
 >>> import numpy as np
@@ -51,9 +51,9 @@ def predict(
     model : LSTM or Model
         An LSTM, whose outputs at each step are returned, or a whole model with one head, whose predictions are.
     data : numpy.ndarray, dask.array.Array or xarray.DataArray
-        The inputs, in the model's dtype. Of arrays the last two axes are time and feature; of a DataArray those with
-        these names are, and others such as latitude, longitude and member may stand anywhere. Blocks of Dask arrays
-        must hold whole series.
+        The inputs, in the model's dtype. The last two axes of an array are time and feature. A DataArray has dimensions
+        of these names, and others such as latitude, longitude and member, in any order. Blocks of Dask arrays must hold
+        whole series.
     time, feature : str
         Names of dimensions of a DataArray.
     output : str
@@ -61,7 +61,7 @@ def predict(
     threads : int
         The most threads of one block's computation. A worker runs several blocks at once, so that it is one.
     batch : int
-        How many series are computed together: the more, the faster and the larger the memory needed.
+        Number of series that are computed together: more take less time and more memory.
 
     Returns
     -------

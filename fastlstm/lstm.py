@@ -1,4 +1,4 @@
-"""class LSTM(Exchange): the parameters of a model and the calls on them. What people touch."""
+"""class LSTM: what users create, with the model's parameters and calls."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class LSTM(Exchange):
         Number S of consecutive units that share i, f and o, the memory blocks of 1997; H is a multiple of S.
     truncated : bool
         Whether gradients are those of 1997: none reaches the h of the step before, so that errors travel back in time
-        in c alone. What `grads.x` has is our extension, so that stacked layers learn: in the paper it is zero.
+        in c alone. `grads.x` is not zero as in the paper, so that stacked layers learn.
     activations : tuple of str
         Functions of the gates, the candidate and the output, out of ``sigmoid``, ``tanh``, ``relu``, ``hard_sigmoid``
         (0.2 a + 0.5 between 0 and 1), ``softsign``, ``identity`` and ``1997`` (candidate 4 sigmoid(a) - 2, output
         2 sigmoid(c) - 1).
     clip : float, optional
-        Clips the pre-activations to [-clip, clip], as ONNX Runtime does; the gradient is zero where it bites.
+        Clips the pre-activations to [-clip, clip], as ONNX Runtime does; the gradient of a clipped value is zero.
     cell_clip : float, optional
         Clips c, as cuDNN and TensorFlow Lite do.
     layer_norm : bool

@@ -1,4 +1,4 @@
-"""Names, shapes, gate order and initialisation of the parameters: one table, which is all that knows the layout.
+"""The table of parameters: names, shapes, gate order and initialisation. No other file knows the layout.
 
 The parameters are named and laid out as in ``torch.nn.LSTM``, except that there is one bias where
 PyTorch keeps two that are only ever added:

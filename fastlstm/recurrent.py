@@ -1,4 +1,4 @@
-"""class Recurrent: what every recurrent model does with its parameters; ``lstm.py`` says which there are."""
+"""class Recurrent: the calls that LSTM and RNN have in common."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Recurrent(Stored):
             it before that step in its own order.
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
-            then takes longer and gives the same gradients to the last bit. In place of the ``7 * T * B * H``
-            numbers that :meth:`backward` speaks of, 4.25 at most are then needed. The backends `cuda` and
-            `reference`, and calls of a few steps, keep the gates nonetheless.
+            then takes longer; the gradients are bit-identical. It needs at most ``4.25 * T * B * H`` numbers, in place
+            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, and calls
+            of a few steps, keep the gates nonetheless.
 
         Returns
         -------
@@ -165,10 +165,10 @@ class Recurrent(Stored):
         -----
         Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
         numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call. H
-        is rounded up to whole vectors of the processor. On top come, for each layer but the last, ``2 * T * B * D * H``
-        for its output and the gradient by that, and with dropout its mask; in a ragged batch, one copy of a layer's
-        input, and the places of its rows. What remains does not grow with T: the weights in the kernels' order, and
-        scratch.
+        is rounded up to whole vectors of the processor. In addition, each layer but the last takes
+        ``2 * T * B * D * H`` for its output and the gradient by that, and its mask with dropout; a ragged batch takes
+        one copy of a layer's input, and the places of its rows. The rest does not grow with T: packed weights and
+        scratch memory.
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")
@@ -301,16 +301,15 @@ class Recurrent(Stored):
     def freeze(self) -> Self:
         """Copy the model to one whose parameters cannot change: for inference, where it is faster.
 
-        A call has to bring the weights into the order of the kernels, or to use them as they lie, because they may
-        have changed since the last. Those of a frozen model are brought there once, at its first call. It pays where
-        that is much of a call's work: few steps, and :meth:`step` of many sequences or of large models.
+        A model that is not frozen packs its weights in each call, or uses them unpacked, because they may have changed.
+        A frozen model packs them once, at its first call. That saves most in calls of few steps, and in :meth:`step` of
+        many sequences or of large models.
 
         Returns
         -------
         LSTM
-            The same model. Its `params` cannot change, nor can their contents; it pickles and copies as what it is, and
-            :meth:`to` makes a changeable copy. It can be trained with in so far as gradients are computed as ever. It
-            keeps each weight twice.
+            The same model. Its `params` cannot change, nor can their contents; it can be pickled and copied, :meth:`to`
+            makes a copy that can change, and gradients are computed as before. It holds each weight twice.
 
         Raises
         ------
@@ -320,7 +319,7 @@ class Recurrent(Stored):
         Notes
         -----
         Sums are taken in the same order for any number of rows: the results of :meth:`step`, step by step, and of one
-        call for the whole sequence agree to the last bit. They agree with those of the model as it was within rounding.
+        call for the whole sequence agree to the last bit. They agree with those of the original model within rounding.
 
         Examples
         --------

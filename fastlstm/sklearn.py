@@ -90,7 +90,7 @@ _PARAMETERS = """
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """What classifier and regressor share: options, the reading of X, and training."""
+    """The common part of classifier and regressor: options, the reading of X, and training."""
 
     def __init__(
         self,
@@ -311,7 +311,7 @@ class LSTMForecaster(BaseEstimator):  # type: ignore[misc]
     """Forecast a series: an :class:`LSTMRegressor` from each window of it to the values that come next.
 
     All steps of the horizon are predicted at once, from the last `window` values. It reads one series, and not a table
-    of samples, so that scikit-learn's check_estimator is not for it.
+    of samples, so that scikit-learn's check_estimator does not apply.
 
     Parameters
     ----------

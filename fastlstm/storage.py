@@ -164,10 +164,10 @@ def load(path: str | os.PathLike[str] | BinaryIO) -> SavedModel:
     ArgumentError
         If `path` is neither a path nor a binary file object that can be read from.
     ModelFileError
-        If the file is broken, truncated or foreign. Before the header was found to describe a model of just the
-        file's size, that header alone has been read (at most 1 MB; a malicious one takes 30 MB while it is parsed);
-        after that, at most twice the file's size is allocated. The size of a file object is not known before its end:
-        it is read in pieces, so that no more is allocated than twice of what is there.
+        If the file is broken, truncated or foreign. Until the header is found to describe a model of the file's size,
+        only the header is read (at most 1 MB; a malicious one takes 30 MB while it is parsed); after that, at most
+        twice the file's size is allocated. The size of a file object is not known before its end: it is read in pieces,
+        so that no more is allocated than twice of what is there.
     OSError
         If the file cannot be read; a missing one is a FileNotFoundError.
     """
@@ -258,7 +258,7 @@ def parse_header(
 
 
 def _check_header(header: bytes, size: int | None) -> Header:
-    """Hold the header of a file of `size` bytes, if that is known, against all that it has to be."""
+    """Check the header of a file of `size` bytes, if that is known, against its description."""
     entries, description = parse_header(
         header,
         KEY,

@@ -1,4 +1,4 @@
-"""class Stored: a model's file, written and read."""
+"""class Stored: saving a model to a file, and loading it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Stored", "on_host"]
 
 
 class Stored:
-    """The calls of a recurrent model on its file."""
+    """`save` and `load` of a recurrent model."""
 
     cell: Cell
     params: dict[str, Array]

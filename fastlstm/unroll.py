@@ -5,7 +5,7 @@
     run = lstm.unroll(state, steps=T, batch=B)
     for t in range(T):
         h = run.step(x)  # (B, H)
-        x = ...          # whatever your world makes of h
+        x = ...          # the next input, which depends on h
     back = run.backward(dstate)
     for t in reversed(range(T)):
         dx = back.step(dh)  # the loss's gradient by h of step t to that by its x
@@ -31,7 +31,7 @@ __all__ = ["Run", "RunBackward", "RunGradients", "begin", "check_direction", "dr
 
 @dataclass(frozen=True, repr=False, eq=False)
 class RunGradients:
-    """The gradients of the loss by what a run started from.
+    """The gradients of the loss by a run's initial state and by the parameters.
 
     Attributes
     ----------
@@ -161,8 +161,8 @@ class RunBackward:
         Parameters
         ----------
         dh_t : array, (B, H), or None
-            The loss's gradient by the output of the last step that is left; None for zero. What later steps' inputs
-            made of this output belongs to it, but not what the model's own state carried on.
+            The loss's gradient by the output of the last step that is left; None for zero. It includes the part through
+            the inputs of later steps, but not the part through the model's own state, which the run adds.
 
         Returns
         -------

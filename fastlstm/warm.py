@@ -106,7 +106,7 @@ def _run(dtype: str, train: bool, step: bool) -> None:
 
 
 def _run_loops(dtype: str, jit: Any, no_team: Any) -> None:
-    """Take one step there and back, with the kernels that Python calls, and have those that compiled code calls."""
+    """Take one step forward and back, with the kernels that Python calls, and have those that compiled code calls."""
     model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((1, 3), dtype)
     run = model.unroll(steps=1, batch=1)
     y = run.step(x)

@@ -1,10 +1,10 @@
-"""Made-up results, for tests of what shows them: no figure here was ever measured."""
+"""Made-up results for tests of reports and pictures: no figure here was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastlstm.bench.results import Case, Ceiling, Results
+from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
 
 NOISE = (0.98, 1.0, 1.02, 0.99, 1.01)  # of five rounds
@@ -25,7 +25,7 @@ def case(work: Work | str, sides: Mapping[str, float | tuple[float, ...]], **fie
 def results(*cases: Case, name: str = "bench", **changes: object) -> Results:
     given = {
         "machine": {"processor": "made up, 2 of 2 cores usable", "fastlstm": "0"},
-        "ceilings": {"cpu": Ceiling({"float32": 1e11, "float64": 5e10}, 2e10)},
+        "peaks": {"cpu": {"float32": 1e11, "float64": 5e10}},
         "made": "2000-01-01T00:00:00+00:00",
     } | changes
     return Results(name, threads=2, cases=cases, **given)
@@ -55,5 +55,5 @@ def gpu_results() -> Results:
             size = batch * hidden
             sides = {"fastlstm": size * 1e-6, "fastlstm cuda": 4096e-6, "fastlstm cuda with copies": 16384e-6}
             cases.append(case(Work(50, batch, hidden, hidden), sides | {"torch cuda": 5000e-6}))
-    ceilings = {"cpu": Ceiling({"float32": 1e11}, 2e10), "cuda": Ceiling({"float32": 1e13}, 1e12)}
-    return results(*cases, ceilings=ceilings, machine={"processor": "made up", "GPU": "made up too"})
+    peaks = {"cpu": {"float32": 1e11}, "cuda": {"float32": 1e13}}
+    return results(*cases, peaks=peaks, machine={"processor": "made up", "GPU": "made up too"})

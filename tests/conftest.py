@@ -26,8 +26,9 @@ import tolerances
 from harness import CHOSEN_BACKENDS, KNOWN_BACKENDS, BackendUnderTest
 from hypothesis import HealthCheck, settings
 
-# Derandomised: a run is the same tomorrow, so a failure is the change's. `backend` is function-scoped but the same
-# for all examples, which is what that health check asks for; compilation may fall into any one example (deadline).
+# Derandomised: every run has the same examples, so a failure is caused by a change. `backend` is function-scoped but
+# the same for all examples, which is what that health check asks for; compilation may fall into any one example
+# (deadline).
 settings.register_profile(
     "fastlstm",
     derandomize=True,

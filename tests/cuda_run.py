@@ -1,4 +1,4 @@
-"""A model and a problem on a stand-in for CuPy, with all calls: what the tests of the CUDA backend share."""
+"""A model and a problem on a stand-in for CuPy, with all calls, for the tests of the CUDA backend."""
 
 from __future__ import annotations
 

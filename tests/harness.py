@@ -210,7 +210,7 @@ def _lengths(case: Case, rng: np.random.Generator) -> np.ndarray | None:
 
 
 def model_of(p: Problem) -> dict[str, Any]:
-    """Say what model a problem's parameters are of, as far as they do not show it themselves."""
+    """Return the description of a problem's model, for fields that its parameters do not show."""
     shown = dataclasses.replace(p.cell, peephole=False, proj_size=0, layer_norm=False)
     return {"dropout": p.cell.dropout} if shown.is_plain else {"cell": p.cell}
 

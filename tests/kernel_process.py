@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fastlstm
 
-# What each process prints: of small_forward alone, which is compiled in a second.
+# The code of each process. It runs small_forward alone, which is compiled in a second.
 STEP = """
 import json, sys, warnings
 import numpy as np

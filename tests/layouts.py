@@ -1,4 +1,4 @@
-"""Arrays that lie in memory as users' arrays do: strided, reversed, broadcast, read-only, foreign, unaligned, mapped.
+"""Arrays with the memory layouts of users' arrays: strided, reversed, broadcast, read-only, foreign, unaligned, mapped.
 
 Each layout comes with a predicate that says whether an array really has it, because a generator that
 silently hands out clean arrays tests nothing.

@@ -1,4 +1,4 @@
-"""The LSTM once more, number by number in plain Python: the oracle that needs neither NumPy's arithmetic nor torch.
+"""The LSTM once more, number by number in plain Python: an oracle without NumPy's arithmetic and torch.
 
 Written from the equations of Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000),
 one sequence and one unit at a time, so that it shares no code and no layout trick with the library.

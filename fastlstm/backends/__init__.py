@@ -1,1 +1,1 @@
-"""The backends: each can be read, replaced or added whole. ``base.py`` holds the contract."""
+"""The backends, a module or a folder each; ``base.py`` holds the interface that they implement."""

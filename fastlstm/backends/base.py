@@ -1,4 +1,4 @@
-"""The contract between the API and a backend.
+"""The interface between the API and a backend.
 
 Shapes: T time steps, B sequences, I inputs, H hidden units, L layers, D directions. With a projection, h and y have P
 features in place of H; the c of a plain RNN has none; a merged y has H in place of D*H. The arguments of a backend have
@@ -28,7 +28,7 @@ State: TypeAlias = tuple[Array, Array]
 class FlatArrays(dict[str, Array]):
     """Arrays by name that are views of one array `flat` (n,), one after the other in the order of the names.
 
-    One collective operation, such as an all-reduce of NCCL over several GPUs, then does for all of them.
+    One collective operation, such as an all-reduce of NCCL over several GPUs, is then enough for all of them.
     """
 
     def __init__(self, arrays: Mapping[str, Array], flat: Array) -> None:
@@ -81,7 +81,7 @@ class RefusedError(Exception):
 
 
 class Signature(NamedTuple):
-    """The facts that calls share which can be prepared together."""
+    """The properties of a call that decide which prepared call runs it."""
 
     steps: int  # T
     batch: int  # B

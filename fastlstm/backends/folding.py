@@ -1,4 +1,4 @@
-"""Parameters of a cell without the rows of some gates, brought to those of one that has them all; and gradients back.
+"""Cells that lack rows of some gates: parameters unfolded to those of a plain cell, and gradients folded back.
 
 The kernels have four gates, each with a row for each unit. A gate that does not exist gets rows of zeros, whose
 pre-activations the cell step does not read; rows that the units of a block share are repeated for each of them. Of the
@@ -70,7 +70,7 @@ class Folding:
             for part in rows.parts:
                 if part.repeats == 1:
                     full[part.full] = own[part.own]
-                else:  # the units of a block lie side by side
+                else:  # the units of a block are contiguous
                     full[part.full].reshape(-1, part.repeats, *own.shape[1:])[:] = own[part.own, None]
             for zeros in rows.zeros:
                 full[zeros] = 0

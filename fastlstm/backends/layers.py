@@ -1,4 +1,4 @@
-"""From a whole model to one layer: layers, dropout between them, and the zeros that stand for None.
+"""Running a model layer by layer: dropout between layers, and zeros in place of None.
 
 A backend that can run one layer inherits from :class:`LayeredBackend` and gets the rest from here. A
 backend with a better plan for the whole stack overrides `forward`, `backward` or `step` instead.
@@ -44,11 +44,11 @@ class Weights(NamedTuple):
     ln_gain_hh: Array | None = None  # (4H,)
     ln_gain_c: Array | None = None  # (H,)
     ln_bias_c: Array | None = None  # (H,)
-    kept: dict[Any, Any] | None = None  # where a backend may keep what it makes of them, if they never change
+    kept: dict[Any, Any] | None = None  # where a backend may keep packed weights, if these never change
 
 
 class Given(NamedTuple):
-    """What a layer is given beside its numbers."""
+    """The arguments of a layer besides its arrays."""
 
     cell: Cell
     layer: int  # its number
@@ -60,20 +60,20 @@ class Given(NamedTuple):
 
 
 class LayerResult(NamedTuple):
-    """What one layer's forward pass gives back."""
+    """The result of one layer's forward pass."""
 
     y: Array  # (T, B, D*H)
-    h_n: Array  # (D, B, H), nobody else's
-    c_n: Array  # (D, B, H), nobody else's
+    h_n: Array  # (D, B, H), referred to by nothing else
+    c_n: Array  # (D, B, H), referred to by nothing else
     tape: Any
 
 
 class LayerGradients(NamedTuple):
-    """What one layer's backward pass gives back."""
+    """The result of one layer's backward pass."""
 
     x: Array  # (T, B, I)
-    h0: Array  # (D, B, H), nobody else's
-    c0: Array  # (D, B, H), nobody else's
+    h0: Array  # (D, B, H), referred to by nothing else
+    c0: Array  # (D, B, H), referred to by nothing else
     weights: Sequence[Weights]  # one per direction
     steps: Steps | None = None  # (T, D, B, H) each, if they were asked for
 
@@ -301,7 +301,7 @@ def dropout_mask(xp: Any, dropout: Dropout, layer: int, like: Array) -> Array:
     return kept_mask(xp, dropout.probability, [dropout.key, layer], like.shape, like.dtype)
 
 
-# What a mask inside a layer is for; the last number of its key.
+# The purpose of a mask inside a layer: the last number of its key.
 RECURRENT, ZONEOUT_C, ZONEOUT_H = 1, 2, 3
 
 

@@ -1,4 +1,4 @@
-"""Which NumPy arrays the compiled kernels take without a copy: decided here and nowhere else.
+"""The check which NumPy arrays the compiled kernels take without a copy.
 
 A kernel takes an ``ndarray`` (not a subclass) of the model's dtype in native byte order, C-contiguous, aligned and
 writeable. Kernels do not write to their inputs, but Numba has another type for read-only arrays, and would compile a

@@ -45,7 +45,7 @@ class Packing:
     def step_rows(self, reverse: bool) -> list[tuple[int, int]]:
         """List, in the order of computation, each step's first row and number of rows.
 
-        With equal lengths the rows lie in the order of time in both directions, so that nothing has to be
+        With equal lengths the rows are in the order of time in both directions, so that nothing has to be
         copied; the reverse direction then takes them from the end.
         """
         starts = [(int(first), int(rows)) for first, rows in zip(self.offsets, np.diff(self.offsets), strict=False)]
@@ -61,7 +61,7 @@ class Packing:
         return (self.lengths[row] - 1 - step if reverse else step) * batch + self.order[row]
 
     def pack(self, x: Array, reverse: bool) -> tuple[Array, Array]:
-        """Pack a sequence (T, B, I) into (N, I), a view where the rows lie in order already; return it and `places`."""
+        """Pack a sequence (T, B, I) into (N, I), a view where the rows are in order already; return it and `places`."""
         flat, places = x.reshape(-1, x.shape[2]), self.places(reverse)
         # A third of the time that indexing takes.
         return flat.take(places, axis=0) if self.ragged or reverse else flat, places

@@ -1,7 +1,7 @@
-"""Closed loops on any backend: a step of each layer is a call for training of its own, with a tape of its own.
+"""Closed loops on any backend: each step of a layer is a training call with a tape of its own.
 
-This is what runs where no kernel does better: on arrays of CuPy, on the reference, and for variants of the cell that
-the CPU's kernels of closed loops do not have.
+This runs where there are no kernels of closed loops: on arrays of CuPy, on the reference, and for variants of the cell
+that the CPU's kernels of closed loops do not have.
 """
 
 from __future__ import annotations

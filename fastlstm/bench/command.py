@@ -1,15 +1,16 @@
-"""The command ``fastlstm bench``: its options, and what is done with the results."""
+"""The command ``fastlstm bench``: its options, its output and its files."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastlstm.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Iterator
 
     from fastlstm.bench.results import Results
     from fastlstm.bench.work import Work
@@ -50,7 +51,7 @@ def bench(options: argparse.Namespace) -> int:
     elif options.layers != 1 or options.bidirectional:
         raise ArgumentError("--layers and --bidirectional go with --shape")
     else:
-        works = grid.named(options.grid, dtypes, kinds)
+        works = grid.GRIDS[options.grid](dtypes, kinds)
     _prepare(options)
     found = run.measure(
         works,
@@ -58,7 +59,7 @@ def bench(options: argparse.Namespace) -> int:
         threads=get_num_threads() if options.threads is None else options.threads,
         seconds=options.seconds,
         ours_only=() if options.shape else grid.crossover(options.grid, dtypes, kinds),
-        progress=_progress(),
+        progress=_shown,
         keep=lambda found: results.save(options.json, found) if options.json else None,
     )
     print(*report.text(found), sep="\n\n")
@@ -83,20 +84,12 @@ def _prepare(options: argparse.Namespace) -> None:
         raise ArgumentError(f"{error.filename}: {error.strerror}") from error
 
 
-def _progress() -> Callable[[Iterable[Work]], Iterable[Work]]:
-    """Return a progress bar on stderr, or nothing if tqdm is missing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return iter
-
-    def bar(works: Iterable[Work]) -> Iterable[Work]:
-        with tqdm(works, unit="row", disable=None) as shown:
-            for work in shown:
-                shown.set_postfix_str(work.title)
-                yield work
-
-    return bar
+def _shown(works: Iterable[Work]) -> Iterator[Work]:
+    """Give the works, and show on stderr which one is measured."""
+    works = list(works)
+    for number, work in enumerate(works, 1):
+        print(f"{number} of {len(works)}: {work.title}", file=sys.stderr, flush=True)
+        yield work
 
 
 def _plot(found: Results, folder: Path) -> None:

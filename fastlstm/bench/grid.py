@@ -1,4 +1,4 @@
-"""Which sizes are measured.
+"""The grids: the sizes that are measured.
 
 >>> [work.title for work in small(("float32",), ("stream",))][:2]
 ['1,1,32,64 stream float32', '1,1,32,64, unbatched stream float32']
@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastlstm.bench.work import Work
-from fastlstm.errors import ArgumentError
 
-__all__ = ["GOALS", "GRIDS", "crossover", "named", "of_shapes"]
+__all__ = ["GOALS", "GRIDS", "crossover", "of_shapes"]
 
 SMALL: dict[str, tuple[tuple[tuple[int, int, int, int], dict[str, Any]], ...]] = {
     "infer": (
@@ -104,10 +103,3 @@ def of_shapes(texts: Iterable[str], dtypes: Iterable[str], kinds: Iterable[str],
 
 
 GRIDS = {"small": small, "full": full, "goals": goals}
-
-
-def named(name: str, dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
-    """Return the grid called `name`."""
-    if name not in GRIDS:
-        raise ArgumentError(f"there is no grid {name!r}; choose one of {', '.join(GRIDS)}")
-    return GRIDS[name](dtypes, kinds)

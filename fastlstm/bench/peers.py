@@ -29,22 +29,22 @@ TORCH_GPU = "cuda"
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
 
-def torch_module(torch: Any, problem: Problem, device: str = "cpu", dtype: str = "") -> Any:
+def torch_module(torch: Any, problem: Problem, device: str = "cpu") -> Any:
     """Return torch.nn.LSTM with the problem's weights."""
     work = problem.work
     module = torch.nn.LSTM(work.inputs, work.hidden, work.layers, bidirectional=work.bidirectional)
     state = problem.model.to_torch_state_dict()
     module = module.to(getattr(torch, work.dtype))
     module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
-    module = module.to(device, getattr(torch, dtype or work.dtype))
+    module = module.to(device)
     return module if work.kind == "train" else module.eval()  # cuDNN does less then
 
 
-def _torch_calls(torch: Any, problem: Problem, device: str, dtype: str = "") -> tuple[Callable[[], Any], ...]:
+def _torch_calls(torch: Any, problem: Problem, device: str) -> tuple[Callable[[], Any], ...]:
     """Return the call to time, and one for the tensors to compare."""
     work = problem.work
-    module = torch_module(torch, problem, device, dtype)
-    x, dy = (torch.from_numpy(value).to(device, module.weight_ih_l0.dtype) for value in (problem.x, problem.dy))
+    module = torch_module(torch, problem, device)
+    x, dy = (torch.from_numpy(value).to(device) for value in (problem.x, problem.dy))
     if work.unbatched:
         x, dy = x[:, 0], dy[:, 0]
     lengths = None if work.lengths is None else torch.from_numpy(problem.lengths)
@@ -86,8 +86,8 @@ def _torch_calls(torch: Any, problem: Problem, device: str, dtype: str = "") -> 
 
 
 def _torch_arrays(problem: Problem, tensors: Any) -> tuple[Array, ...]:
-    """Bring tensors to the host, in the dtype and the shapes of a batch."""
-    host = [value.to("cpu").numpy().astype(problem.work.dtype, copy=False) for value in tensors]
+    """Bring tensors to the host, in the shapes of a batch."""
+    host = [value.to("cpu").numpy() for value in tensors]
     if problem.work.unbatched:
         host[:2] = [value[..., None, :] for value in host[:2]]
     return tuple(host)
@@ -106,14 +106,14 @@ def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
         torch.set_num_threads(before)
 
 
-def torch_cuda(dtype: str = "", *, tf32: bool = False) -> Callable[[Problem, int], AbstractContextManager[Side]]:
-    """Return the builder of PyTorch's nn.LSTM on the GPU, which is cuDNN's, in another dtype or with TF32 if asked."""
+def torch_cuda(*, tf32: bool = False) -> Callable[[Problem, int], AbstractContextManager[Side]]:
+    """Return the builder of PyTorch's nn.LSTM on the GPU, which is cuDNN's, with TF32 if asked."""
 
     @contextlib.contextmanager
     def build(problem: Problem, threads: int) -> Iterator[Side]:
         torch = import_module("torch")
         torch.cuda.empty_cache()
-        call, results = _torch_calls(torch, problem, TORCH_GPU, dtype)
+        call, results = _torch_calls(torch, problem, TORCH_GPU)
         flags, host = (torch.backends.cudnn, torch.backends.cuda.matmul), list[float]()
 
         @contextlib.contextmanager
@@ -135,7 +135,7 @@ def torch_cuda(dtype: str = "", *, tf32: bool = False) -> Callable[[Problem, int
 
         def outputs() -> tuple[Array, ...]:
             with held():
-                return _torch_arrays(problem, [value.to(getattr(torch, problem.work.dtype)) for value in results()])
+                return _torch_arrays(problem, results())
 
         yield Side(call, outputs, seconds, host)
 
@@ -307,13 +307,8 @@ CONTENDERS = {
 }
 """What ``fastlstm bench`` measures by default."""
 
-_GPU = CONTENDERS["torch cuda"]
-NARROWER = {
-    "torch cuda TF32": _GPU._replace(build=torch_cuda(tf32=True), tolerance=2e-2),
-    "torch cuda float16": _GPU._replace(build=torch_cuda("float16"), tolerance=2e-2),
-    "torch cuda bfloat16": _GPU._replace(build=torch_cuda("bfloat16"), tolerance=2e-1),
-}
-"""PyTorch in narrower formats, for ``benchmarks/gpu.py``: what leaving float32 would bring."""
+NARROWER = {"torch cuda TF32": CONTENDERS["torch cuda"]._replace(build=torch_cuda(tf32=True), tolerance=2e-2)}
+"""PyTorch in the narrower format that it takes on GPUs by default, for ``benchmarks/gpu.py``."""
 
 
 def contender(name: str) -> Contender:

@@ -1,8 +1,7 @@
-"""The results as pictures, each for one question, readable at the width of a README.
+"""The results as pictures, readable at the width of a README.
 
-``peers``: who is faster here? ``gpu``: does a GPU pay for my sizes? ``scaling``: how does time grow with T, B and H?
-``roofline``: how near is it to what the machine can do? Each function returns a figure of Matplotlib, or the reason why
-there is none. :func:`draw` makes PNGs of all of them.
+``peers`` shows whether fastlstm or another library is faster, ``gpu`` for which sizes a GPU is faster than the CPU.
+Each function returns a figure of Matplotlib, or the reason why there is none. :func:`draw` makes PNGs of both.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.report import amount, is_peer, machine_line, ratio_of
 from fastlstm.bench.results import Case, Results
 
-__all__ = ["PICTURES", "draw", "gpu", "peers", "roofline", "scaling"]
+__all__ = ["PICTURES", "draw", "gpu", "peers"]
 
-AXES = {"T": "time steps T", "B": "batch B", "H": "hidden units H"}
 KINDS = {"infer": "inference", "train": "training", "stream": "streaming"}
-COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6cab", "#777777")  # fastlstm is the first
-LEAST_POINTS = 3  # of a curve
+COLOURS, MARKERS = ("#d1495b", "#edae49", "#66a182", "#8d6cab", "#777777"), "osD^v"
 MOST_ROWS = 24  # of the picture of peers
+WIDTH = 8.3  # inches, which are 913 pixels
 
 
 def draw(results: Results) -> dict[str, bytes | str]:
@@ -47,12 +45,12 @@ def draw(results: Results) -> dict[str, bytes | str]:
     return found
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(height: float) -> Any:
     """Return an empty figure with a canvas of its own, which leaves pyplot and its settings alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -63,76 +61,77 @@ def peers(results: Results) -> Any:
     if not cases:
         return "no peer was measured"
     names = list(dict.fromkeys(side for case in cases for side in case.values if is_peer(side)))
-    if len(cases) > MOST_ROWS:  # those of the small grid, and where the peers come nearest
-        nearest = sorted(cases, key=lambda case: min(r.middle for side in names if (r := ratio_of(case, side))))
-        shown = [case for case in cases if case.work in grid.small(("float32",), KINDS)]
-        shown += [case for case in nearest if case not in shown][: max(4, MOST_ROWS - len(shown))]
-        cases = sorted(
-            (case for case in cases if case in shown), key=lambda case: [*KINDS, case.group].index(case.group)
-        )
-    figure = _figure(8.3, 1.5 + 0.24 * len(cases))
+    cases = _most_telling(cases, names)
+    figure = _figure(1.5 + 0.24 * len(cases))
     panel = figure.subplots()
     ratios = [ratio.middle for case in cases for side in names if (ratio := ratio_of(case, side))]
     low, high = min(0.8, 0.8 * min(ratios)), max(2.0, 1.2 * max(ratios))
-    panel.axvspan(low, 1, color="#d1495b", alpha=0.12, linewidth=0)
+    panel.axvspan(low, 1, color=COLOURS[0], alpha=0.12, linewidth=0)
     panel.axvline(1, color="black", linewidth=1)
-    for number, name in enumerate(names):
-        points = [(ratio, at) for at, case in enumerate(cases) if (ratio := ratio_of(case, name))]
-        colour, marker = COLOURS[1 + number % 5], "osD^vP"[number % 6]
-        panel.hlines(
-            [at for _, at in points], *zip(*((r.low, r.high) for r, _ in points), strict=True), color=colour, alpha=0.5
-        )
-        panel.plot(
-            [r.middle for r, _ in points], [at for _, at in points], marker, color=colour, label=_only_text(name)
-        )
-    labels = [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases]
-    panel.set_yticks(range(len(cases)), labels, fontsize=8)
-    panel.set_ylim(len(cases) - 0.4, -0.6)
+    for name, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
+        found = [(ratio, at) for at, case in enumerate(cases) if (ratio := ratio_of(case, name))]
+        spreads, heights = zip(*found, strict=True)
+        panel.hlines(heights, [r.low for r in spreads], [r.high for r in spreads], color=colour, alpha=0.5)
+        panel.plot([r.middle for r in spreads], heights, marker, color=colour, label=_only_text(name))
+    _label_rows(panel, [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases])
     ours = panel.twinx()
     times = [amount(case.spread(CPU if CPU in case.values else CUDA).middle, case.unit) for case in cases]
-    ours.set_yticks(range(len(cases)), times, fontsize=8)
-    ours.set_ylim(panel.get_ylim())
+    _label_rows(ours, times)
     ours.set_ylabel("time of fastlstm", fontsize=8)
     panel.set(xscale="log", xlim=(low, high), xlabel="time of the peer / time of fastlstm")
-    _ticks(panel, low, high)
+    ticks = [value for value in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= value <= high]
+    panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    panel.minorticks_off()
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=6, fontsize=8)
-    panel.set_title("Who is faster?  Right of 1: fastlstm.  Shaded: the peer.  Sizes are T,B,I,H", fontsize=10)
+    panel.set_title(
+        "Time of other libraries / time of fastlstm.  Shaded: the other library is faster.  Sizes: T,B,I,H", fontsize=10
+    )
     return figure
 
 
+def _most_telling(cases: list[Case], names: list[str]) -> list[Case]:
+    """Return at most MOST_ROWS cases by kind: those of the small grid, and those with the smallest ratios."""
+    if len(cases) <= MOST_ROWS:
+        return cases
+    shown = [case for case in cases if case.work in grid.small(("float32",), KINDS)]
+    nearest = sorted(cases, key=lambda case: min(r.middle for side in names if (r := ratio_of(case, side))))
+    shown += [case for case in nearest if case not in shown][: max(4, MOST_ROWS - len(shown))]
+    return sorted((case for case in cases if case in shown), key=lambda case: [*KINDS, case.group].index(case.group))
+
+
+def _label_rows(panel: Any, labels: list[str]) -> None:
+    panel.set_yticks(range(len(labels)), labels, fontsize=8)
+    panel.set_ylim(len(labels) - 0.4, -0.6)
+
+
 def gpu(results: Results) -> Any:
-    """A map over (B, H): how many times faster the GPU is than the CPU; green where it pays."""
+    """A map over (B, H): how many times faster the GPU is than the CPU, green where it is."""
     if not any(side in case.values for case in results.cases for side in (CUDA, COPIES)):
-        return "no GPU was measured here, so there is no map of where one pays"
+        return "no GPU was measured here"
     panels = [(kind, side) for kind in ("infer", "train") for side in (CUDA, COPIES)]
     maps = {panel: found for panel in panels if (found := gpu_ratios(results, *panel))}
     if not maps:
-        return (
-            "the map of where a GPU pays needs the CPU's times, for two batches and two numbers of units: --grid full"
-        )
+        return "the map of GPU and CPU needs times on both, for two batches and two numbers of units: --grid full"
     high = math.ceil(len(maps) / 2)
-    figure = _figure(8.3, 0.8 + 2.9 * high)
+    figure = _figure(0.8 + 2.9 * high)
     axes = figure.subplots(high, min(2, len(maps)), squeeze=False).ravel()
     for panel, ((kind, side), found) in zip(axes, maps.items(), strict=False):
         batches, hiddens = (sorted({key[n] for key in found}) for n in (0, 1))
         ratios = np.array([[math.log2(found.get((b, h), math.nan)) for b in batches] for h in hiddens])
-        panel.pcolormesh(
-            range(len(batches)), range(len(hiddens)), ratios, cmap="PiYG", vmin=-5, vmax=5, shading="nearest"
-        )
+        across, up = range(len(batches)), range(len(hiddens))
+        panel.pcolormesh(across, up, ratios, cmap="PiYG", vmin=-5, vmax=5, shading="nearest")
         for (b, h), value in found.items():
             times = max(value, 1 / value)
             words = f"{times:.0f}" if times >= 10 else f"{times:.2g}"
             style = {"ha": "center", "va": "center", "fontsize": 9, "color": "white" if times > 12 else "black"}
             panel.text(batches.index(b), hiddens.index(h), f"{words}x" if value >= 1 else f"1/{words}", **style)
-        panel.set_xticks(range(len(batches)), [str(b) for b in batches])
-        panel.set_yticks(range(len(hiddens)), [str(h) for h in hiddens])
+        panel.set_xticks(across, [str(b) for b in batches])
+        panel.set_yticks(up, [str(h) for h in hiddens])
         copies = "arrays copied in each call" if side == COPIES else "arrays on the GPU"
         panel.set_title(f"{KINDS[kind]}, {copies}", fontsize=9)
-        panel.set(xlabel=AXES["B"] + " (sequences)", ylabel=AXES["H"])
-    figure.suptitle(
-        f"Does a GPU pay?  CPU time / GPU time, T = {grid.MAP_STEPS}, I = H.  Green: the GPU is faster", fontsize=10
-    )
+        panel.set(xlabel="batch B (sequences)", ylabel="hidden units H")
+    figure.suptitle(f"CPU time / GPU time, T = {grid.MAP_STEPS}, I = H.  Green: the GPU is faster", fontsize=10)
     return figure
 
 
@@ -147,91 +146,9 @@ def gpu_ratios(results: Results, kind: str, side: str) -> dict[tuple[int, int], 
     return best if all(len({key[n] for key in best}) >= 2 for n in (0, 1)) else {}
 
 
-def sweep(results: Results, kind: str, axis: str) -> tuple[str, dict[int, Case]]:
-    """Return most of the plain cases that differ in one size alone, by that size; and the other sizes in words."""
-    groups: dict[Any, dict[int, Case]] = {}
-    for case in results.cases:
-        if case.work and case.work.kind == kind and case.work.is_plain and case.values:
-            sizes = dict(zip("TBIH", case.work.shape, strict=True))
-            size = sizes.pop(axis)
-            words = ", ".join(f"{key}={value}" for key, value in sizes.items())
-            groups.setdefault((words, case.work.dtype, case.threads), {})[size] = case
-    (words, *_), found = max(groups.items(), key=lambda item: len(item[1]), default=(("",), {}))
-    return words, {size: found[size] for size in sorted(found)} if len(found) >= LEAST_POINTS else {}
-
-
-def scaling(results: Results) -> Any:
-    """Time against T, B and H for each side."""
-    kinds = [kind for kind in KINDS if any(sweep(results, kind, axis)[1] for axis in AXES)]
-    if not kinds:
-        return f"there are no {LEAST_POINTS} rows that differ in T, B or H alone: --grid full"
-    names = list(dict.fromkeys(name for case in results.cases if case.work for name in case.values))
-    figure = _figure(8.3, 0.9 + 2.3 * len(kinds))
-    for kind, line in zip(kinds, figure.subplots(len(kinds), len(AXES), squeeze=False, sharey="row"), strict=True):
-        for axis, panel in zip(AXES, line, strict=True):
-            words, cases = sweep(results, kind, axis)
-            if not cases:
-                panel.set_axis_off()
-                continue
-            for name in names:
-                points = {size: case.spread(name).middle for size, case in cases.items() if name in case.values}
-                style = {"color": COLOURS[names.index(name) % 6], "linewidth": 2.2 if name == CPU else 1.2}
-                if points:
-                    panel.plot([*points], [*points.values()], "o-", markersize=2.5, label=_only_text(name), **style)
-            panel.set_title(f"{KINDS[kind]}, {words}", fontsize=8)
-            panel.set(xscale="log", yscale="log")
-            panel.set_xlabel(AXES[axis], fontsize=8)
-            panel.tick_params(labelsize=7)
-            panel.grid(alpha=0.3)
-        first = next(panel for panel in line if panel.axison)
-        first.set_ylabel("seconds of a call", fontsize=8)
-        first.tick_params(labelleft=True)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
-    return figure
-
-
-def roofline(results: Results) -> Any:
-    """Operations per second against operations per byte that has to be moved, under what the machine can do."""
-    points: dict[str, dict[tuple[str, str], list[tuple[float, float]]]] = {}
-    for device, side in (("cpu", CPU), ("cuda", CUDA)):
-        for case in results.cases:
-            if case.work and results.share_of_peak(case, side):
-                rate = case.work.operations / case.spread(side).middle / 1e9
-                of_kind = points.setdefault(device, {}).setdefault((case.work.dtype, case.work.kind), [])
-                of_kind.append((case.work.operations / case.work.bytes, rate))
-    if not points:
-        return "nothing was measured on a device whose peak is known"
-    figure = _figure(8.3, 3.8)
-    for (device, found), panel in zip(points.items(), figure.subplots(1, len(points), squeeze=False)[0], strict=True):
-        ceiling = results.ceilings[device]
-        across = [x for of_kind in found.values() for x, _ in of_kind]
-        span = np.geomspace(min(across) / 2, max(across) * 2, 200)
-        for number, (dtype, peak) in enumerate(ceiling.operations.items()):
-            roof = np.minimum(peak, ceiling.bandwidth * span) / 1e9
-            panel.plot(span, roof, "-" if number == 0 else "--", color="black", label=_only_text(f"machine, {dtype}"))
-            for kind, marker, colour in zip(KINDS, "os^", COLOURS, strict=False):
-                if (dtype, kind) in found:
-                    style = {"color": colour if number == 0 else "white", "edgecolors": colour, "marker": marker}
-                    panel.scatter(
-                        *zip(*found[dtype, kind], strict=True), s=16, label=f"{KINDS[kind]}, {dtype}", **style
-                    )
-        panel.set(xscale="log", yscale="log", xlabel="operations per byte moved at least (FLOP/B)", ylabel="GFLOP/s")
-        panel.set_title({"cpu": "CPU", "cuda": "GPU"}[device] + ": points above the slope work in caches", fontsize=9)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    return figure
-
-
-def _ticks(panel: Any, low: float, high: float) -> None:
-    """Label a logarithmic axis of ratios with plain numbers."""
-    values = [value for value in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= value <= high]
-    panel.set_xticks(values, [f"{value:g}" for value in values])
-    panel.minorticks_off()
-
-
 def _only_text(words: str) -> str:
     """Let no name of a machine or of a side be read as mathematics."""
     return words.replace("$", r"\$")
 
 
-PICTURES: dict[str, Callable[[Results], Any]] = {"peers": peers, "gpu": gpu, "scaling": scaling, "roofline": roofline}
+PICTURES: dict[str, Callable[[Results], Any]] = {"peers": peers, "gpu": gpu}

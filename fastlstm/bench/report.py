@@ -1,4 +1,4 @@
-"""The one reporter: results as tables in Markdown, for the terminal and for ``benchmarks/RESULTS.md``.
+"""The report of results: tables in Markdown, for the terminal and for ``benchmarks/RESULTS.md``.
 
 Behind each peer's time stands its ratio, time theirs / time fastlstm's: above 1 fastlstm is faster. Losses are bold and
 listed; ``=`` is no difference.
@@ -74,9 +74,7 @@ def cell(case: Case, side: str, *, time: bool = True) -> str:
     found, shown = ratio_of(case, side), amount(case.spread(side).middle, case.unit)
     if found is None:
         return shown
-    if side in case.bounds:
-        ratio = f"{100 * found.middle:.0f} % of ours"
-    elif not is_peer(side):
+    if not is_peer(side):
         ratio = f"{found.middle:.2f}"
     else:
         ratio = {"faster": f"{found.middle:.2f}", "slower": f"**{found.middle:.2f}**"}.get(verdict(found), "=")
@@ -162,9 +160,9 @@ def machine_line(results: Results) -> str:
 def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
     """Return the whole report, paragraph by paragraph."""
     yield machine_line(results)
-    for device, ceiling in results.ceilings.items():
-        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in ceiling.operations.items())
-        yield f"Measured peak, {device}: {rates}; copies {ceiling.bandwidth / 1e9:.1f} GB/s."
+    for device, rates in results.peaks.items():
+        words = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+        yield f"Measured peak, {device}: {words}."
     for title, cases in groups(results):
         yield f"{title[:1].upper()}{title[1:]}:" if title else ""
         yield table_of(results, cases)

@@ -1,7 +1,7 @@
-"""The one format of all results: cases, the machine, and the JSON file that keeps them, one case a line.
+"""The format of all results: cases, the machine, and the JSON file that keeps them, one case a line.
 
 A case keeps the value of every round; medians, quartiles, ratios and verdicts are computed from these when they are
-shown. :func:`load` checks everything: a broken or foreign file raises :class:`~fastlstm.errors.ResultsFileError`.
+shown.
 
 >>> case = Case("a loop", {"fastlstm": (1.0, 1.1, 1.0), "torch": (2.0, 2.2, 2.1)})
 >>> case.ratio("torch", "fastlstm")
@@ -14,32 +14,23 @@ True
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastlstm.bench.clock import Spread, ratio, spread
 from fastlstm.bench.work import Work
-from fastlstm.errors import ArgumentError, ResultsFileError
+from fastlstm.errors import ResultsFileError
 
-__all__ = ["Case", "Ceiling", "Results", "load", "read", "save", "text_of"]
+__all__ = ["Case", "Results", "load", "read", "save", "text_of"]
 
 FORMAT = "fastlstm results 2"
-MOST_BYTES = 1 << 28  # of a file
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """The most that a device did: operations per second of matrix products by dtype, bytes per second of a copy."""
-
-    operations: Mapping[str, float]
-    bandwidth: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that was measured on several sides; less is better."""
+    """One measurement of several sides; less is better."""
 
     name: str
     values: Mapping[str, tuple[float, ...]]  # of each side; those at the same place belong to the same round
@@ -49,7 +40,6 @@ class Case:
     work: Work | None = None
     facts: Mapping[str, float] = field(default_factory=dict)  # such as an error, or seconds of the first results
     refused: Mapping[str, str] = field(default_factory=dict)  # sides that failed or computed something else, and why
-    bounds: tuple[str, ...] = ()  # sides that are lower bounds: they neither win nor lose
     ratios: Mapping[str, Spread] = field(default_factory=dict)  # to ours, where `values` do not have every round
 
     def __post_init__(self) -> None:
@@ -76,14 +66,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one run found."""
+    """The results of one run."""
 
     name: str  # of the file, without its suffix
     machine: Mapping[str, str]  # versions, processor and the like, by name
     threads: int  # that each side was given, unless a case says otherwise
     cases: tuple[Case, ...] = ()
     about: str = ""  # what was measured
-    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)  # by device, "cpu" and "cuda"
+    peaks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # FLOP/s by device (cpu, cuda) and dtype
     absent: Mapping[str, str] = field(default_factory=dict)  # sides that cannot run here, and what to do about it
     steps: tuple[Mapping[str, str], ...] = ()  # of a stage of .ci/gpu: name, result, seconds, last line of the log
     made: str = ""  # when, in ISO 8601
@@ -95,10 +85,10 @@ class Results:
 
     def share_of_peak(self, case: Case, side: str) -> float | None:
         """Return the share of the device's measured peak that a side reached."""
-        ceiling = self.ceilings.get("cuda" if "cuda" in side.split() else "cpu")
-        if case.work is None or ceiling is None or case.work.dtype not in ceiling.operations or side not in case.values:
+        peaks = self.peaks.get("cuda" if "cuda" in side.split() else "cpu", {})
+        if case.work is None or case.work.dtype not in peaks or side not in case.values:
             return None
-        return case.work.operations / case.spread(side).middle / ceiling.operations[case.work.dtype]
+        return case.work.operations / case.spread(side).middle / peaks[case.work.dtype]
 
 
 def text_of(results: Results) -> str:
@@ -119,61 +109,31 @@ def save(path: Path, results: Results) -> None:
 def load(path: Path) -> Results:
     """Read a file that :func:`save` wrote; ResultsFileError if it is broken or foreign."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ResultsFileError("more than 256 MiB")
         return read(path.read_text(encoding="utf-8"))
     except (ResultsFileError, UnicodeDecodeError) as error:
         raise ResultsFileError(f"{path} holds no results: {error}") from error
 
 
-_WORK = {"steps": int, "batch": int, "inputs": int, "hidden": int, "dtype": str, "kind": str, "layers": int,
-         "bidirectional": bool, "unbatched": bool, "lengths": ([int], None)}  # fmt: skip
-_CASE = {"name": str, "values": {str: [float]}, "unit": str, "threads": int, "group": str, "work": (_WORK, None),
-         "facts": {str: float}, "refused": {str: str}, "bounds": [str], "ratios": {str: [float]}}  # fmt: skip
-_FILE = {"format": str, "name": str, "machine": {str: str}, "threads": int, "cases": [_CASE], "about": str,
-         "ceilings": {str: {"operations": {str: float}, "bandwidth": float}}, "absent": {str: str},
-         "steps": [{str: str}], "made": str, "interrupted": bool}  # fmt: skip
-"""Types by name: ``{str: type}`` is an object of any names, a tuple has alternatives."""
-
-
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """Return a JSON value, its lists as tuples; raise an error that says where it is of another type."""
-    if isinstance(kind, tuple):
-        return None if value is None else _checked(value, kind[0], where)
-    if isinstance(kind, list) and type(value) is list:
-        return tuple(_checked(one, kind[0], f"{where}[{n}]") for n, one in enumerate(value))
-    if isinstance(kind, dict) and type(value) is dict:
-        if str not in kind and value.keys() != kind.keys():
-            raise ResultsFileError(f"{where} has to have {', '.join(kind)}")
-        return {key: _checked(one, kind.get(key, kind.get(str)), f"{where}.{key}") for key, one in value.items()}
-    if kind is float and type(value) in (int, float) and abs(value) < 1e300:
-        return float(value)
-    if kind is float or type(value) is not kind or (kind is int and abs(value) >= 1 << 60):
-        raise ResultsFileError(f"{where} is no {getattr(kind, '__name__', 'list or object')}")
-    return value
-
-
 def read(text: str) -> Results:
-    """Read what :func:`text_of` made; ResultsFileError if it is anything else."""
+    """Read what :func:`text_of` made; ResultsFileError if it is anything else. Unknown fields are left out."""
     try:
         whole = json.loads(text)
-    except (RecursionError, ValueError) as error:
-        raise ResultsFileError(f"no JSON: {error}") from error
-    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-        raise ResultsFileError(f'no "format": "{FORMAT}"')
-    content = _checked(whole, _FILE, "results")
-    del content["format"]
-    ceilings = {name: Ceiling(**ceiling) for name, ceiling in content.pop("ceilings").items()}
-    if any(rate <= 0 for c in ceilings.values() for rate in (c.bandwidth, *c.operations.values())):
-        raise ResultsFileError("results.ceilings: a rate is no positive number")
-    return Results(**content | {"cases": tuple(_cases(content["cases"]))}, ceilings=ceilings)
+        if whole["format"] != FORMAT:
+            raise ResultsFileError(f'no "format": "{FORMAT}"')
+        cases = tuple(Case(**_known(Case, _with_tuples(case))) for case in whole["cases"])
+        return Results(**_known(Results, whole) | {"cases": cases, "steps": tuple(whole["steps"])})
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:  # and what these derive
+        raise ResultsFileError(f"{type(error).__name__}: {error}") from error
 
 
-def _cases(found: Sequence[dict[str, Any]]) -> Iterator[Case]:
-    for number, case in enumerate(found):
-        try:
-            work = case["work"] and Work(**case["work"])
-            ratios = {side: Spread(*values) for side, values in case["ratios"].items()}
-            yield Case(**case | {"work": work, "ratios": ratios})
-        except (ArgumentError, TypeError) as error:
-            raise ResultsFileError(f"results.cases[{number}]: {error}") from error
+def _known(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in found.items() if name in names}
+
+
+def _with_tuples(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a case of JSON with tuples, a Work and Spreads."""
+    work = case["work"] and Work(**{**case["work"], "lengths": tuple(case["work"]["lengths"] or ()) or None})
+    values = {side: tuple(map(float, given)) for side, given in case["values"].items()}
+    ratios = {side: Spread(*given) for side, given in case["ratios"].items()}
+    return {**case, "work": work or None, "values": values, "ratios": ratios}

@@ -1,4 +1,4 @@
-"""Measure: build the sides of each work, compare what they compute, and time them in turn.
+"""One measurement: build the sides of each work, compare their results, and time them in turn.
 
 >>> results = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
 >>> results.cases[0].spread("fastlstm").middle > 0
@@ -20,7 +20,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastlstm.bench import ceilings, clock, peers
+from fastlstm.bench import clock, peaks, peers
 from fastlstm.bench.clock import SideError
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
@@ -66,7 +66,7 @@ def measure(
     progress: Callable[[Iterable[Work]], Iterable[Work]] = iter,
     keep: Callable[[Results], Any] = lambda results: None,
 ) -> Results:
-    """Measure all works by the sides of these names, in so many seconds each, at least; until Ctrl-C.
+    """Measure all works by the sides of these names, in at least so many seconds each, until Ctrl-C.
 
     Parameters
     ----------
@@ -82,8 +82,10 @@ def measure(
     ArgumentError
         If seconds or threads make no sense.
     """
-    if not 0 <= seconds < 1e9 or threads < 1:
-        raise ArgumentError(f"seconds have to be at least 0 and threads at least 1, got {seconds} and {threads}")
+    if not 0 <= seconds < 1e9:
+        raise ArgumentError(f"seconds must be at least 0, got {seconds}")
+    if threads < 1:
+        raise ArgumentError(f"threads must be at least 1, got {threads}")
     results, here = begin("bench", names, threads)
     plan = {work: (here, seconds) for work in works}
     if any(peers.contender(name).device == "cuda" for name in here):
@@ -92,7 +94,7 @@ def measure(
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
     devices = dict.fromkeys(peers.contender(name).device for name in here if name in peers.OURS)
     try:
-        results = replace(results, ceilings={device: ceilings.of(device, threads, dtypes) for device in devices})
+        results = replace(results, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
         for work in progress(list(plan)):
             case, interrupted = measure_case(work, plan[work][0], threads, plan[work][1])
             if case.values or not interrupted:
@@ -127,9 +129,9 @@ def measure_sides(
 ) -> tuple[Case, bool]:
     """Build sides, compare them with the first that can be built, and time those that agree, in turn.
 
-    A side whose tolerance is infinite is not compared: a lower bound, or another work. The case has the values; in its
-    facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds per
-    call. The second result is whether Ctrl-C cut it short.
+    A side whose tolerance is infinite is not compared: it is meant to compute something else. The case has the values;
+    in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
+    per call. The second result is whether Ctrl-C cut it short.
     """
     refused: dict[str, str] = {}
     built: dict[str, Side] = {}

@@ -1,4 +1,4 @@
-"""A side of a comparison, and our own: the library on NumPy arrays, and on CuPy arrays.
+"""The sides of a comparison, and those of fastlstm: on NumPy arrays, and on CuPy arrays.
 
 A side is built for one problem and a number of threads by a context manager; leaving it restores what it has set for
 the whole process, such as the number of threads.
@@ -26,7 +26,7 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = ["CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds", "not_frozen"]
+__all__ = ["CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds"]
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -109,23 +109,10 @@ def _on_host(problem: Problem, arrays: tuple[Any, ...]) -> tuple[Array, ...]:
 
 
 @contextlib.contextmanager
-def cpu(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on NumPy arrays. The model is frozen unless it is trained."""
-    with _cpu(problem, problem.frozen_or_trained, threads) as side:
-        yield side
-
-
-@contextlib.contextmanager
-def not_frozen(problem: Problem, threads: int) -> Iterator[Side]:
-    """The same with a model whose parameters may change between any two calls."""
-    with _cpu(problem, problem.model, threads) as side:
-        yield side
-
-
-@contextlib.contextmanager
-def _cpu(problem: Problem, model: fastlstm.LSTM, threads: int) -> Iterator[Side]:
+def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
+    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
     with _threads(threads):
-        call, results = _ours(problem, model, problem.x, problem.dy)
+        call, results = _ours(problem, problem.frozen_or_trained if frozen else problem.model, problem.x, problem.dy)
         yield Side(call, lambda: _on_host(problem, results()))
 
 

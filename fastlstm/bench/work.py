@@ -116,31 +116,12 @@ class Work:
         return self.rows if self.kind == "stream" else self.rows - self.batch
 
     @property
-    def _inputs_of_layers(self) -> list[int]:
-        """The inputs of each layer and direction."""
-        directions = 1 + self.bidirectional
-        return directions * [self.inputs, *[directions * self.hidden] * (self.layers - 1)]
-
-    @property
     def operations(self) -> int:
         """Multiplications and additions of the matrix products that are needed; training has three times as many."""
-        products = sum(self.rows * inputs + self.recurrent_rows * self.hidden for inputs in self._inputs_of_layers)
+        directions = 1 + self.bidirectional
+        inputs_of_layers = directions * [self.inputs, *[directions * self.hidden] * (self.layers - 1)]
+        products = sum(self.rows * inputs + self.recurrent_rows * self.hidden for inputs in inputs_of_layers)
         return 8 * self.hidden * products * (3 if self.kind == "train" else 1)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes moved at least: parameters, x and y, the states when streaming, and in training as many gradients.
-
-        A single step from no state needs no recurrent weights.
-        """
-        recurrent = self.hidden if self.recurrent_rows else 0
-        count = sum(4 * self.hidden * (inputs + recurrent + 1) for inputs in self._inputs_of_layers)
-        count += self.rows * (self.inputs + (1 + self.bidirectional) * self.hidden)
-        if self.kind == "train":  # the recurrent weights of a single step have a gradient, which is zero
-            count = 2 * count + (0 if recurrent else 4 * self.hidden**2 * len(self._inputs_of_layers))
-        if self.kind == "stream":  # h and c in and out of each layer; h of the last is y
-            count += (4 * self.layers - 1) * self.batch * self.hidden
-        return count * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 Its input gate reads only static features, x_s; the gates f, g and o read only dynamic features, x_d, and h::
 
-    i = sigmoid(W_i x_s + b_i)        f, g, o as ever, of x_d and h
+    i = sigmoid(W_i x_s + b_i)        f, g, o as in any LSTM, of x_d and h
 
 That is a plain LSTM on [x_d, x_s] whose weights are zero in two places. They stay zero in training if their gradients
 are multiplied by the mask; so the variant runs on the kernels as they are.

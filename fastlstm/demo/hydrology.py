@@ -306,7 +306,7 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
         return 0
 
     def _no_grid(self, grid: int, *_: Any) -> HostArray:
-        """Say that points have no such thing."""
+        """Raise NotImplementedError: the grid's points have no coordinates."""
         raise NotImplementedError("the grid is of points, whose places are not known")
 
     get_grid_shape = get_grid_spacing = get_grid_origin = get_grid_x = get_grid_y = get_grid_z = _no_grid

@@ -1,4 +1,4 @@
-"""The cell of 1997 with one head, learning from one sequence at a time: what both of the paper's tasks here share."""
+"""Training the cell of 1997 with one head on one sequence at a time, for the demos of its paper's tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Separate two mixed sources, whatever the mixing matrix: an LSTM that sets the weights of the layer it watches.
+"""Separate two mixed sources for any mixing matrix: an LSTM that sets the weights of the layer it watches.
 
 From Naumann, Keijser and Sprekeler (eLife 2022, 76096), where it models how cortical feedback makes perception
 invariant to context. Two sources s of two tones each arrive mixed, x = A s + noise, and a layer of 2 x 2 weights is to

@@ -1,4 +1,4 @@
-"""Say in which order two symbols came, 50 and more steps later: task 6a of the paper of 1997, with its cell.
+"""Tell the order of two symbols, 50 and more steps later: task 6a of the paper of 1997, with its cell.
 
 A sequence of 100 to 110 symbols begins with E and ends with B. In between come a, b, c and d by chance, but for two: X
 or Y at step 10 to 20, and again at step 50 to 60. After B, the net tells XX, XY, YX and YY apart. It learns from one

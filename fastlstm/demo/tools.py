@@ -1,4 +1,4 @@
-"""What the demos share: their options and results, the array library, data files, compiling, and pictures."""
+"""Code that the demos share: options and results, the array library, data files, compiling, and pictures."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _opened(file: Any) -> Any:
         raise ModelFileError(f"its HDF5 content is damaged ({error})") from error
 
 
-# --- HDF5, without trust ----------------------------------------------------------------------------------------------
+# --- HDF5, of which nothing is trusted --------------------------------------------------------------------------------
 
 
 def _child(group: Any, path: str) -> Any:

@@ -250,5 +250,5 @@ def _evaluated(model: Any, node: Any, inputs: dict[str, Any], name: str) -> Host
 
 
 def folder_of(path: Any) -> str | None:
-    """Return the folder that a model's external data lie beside, None for a file object."""
+    """Return the folder of a model's external data, None for a file object."""
     return os.path.dirname(os.path.abspath(os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else None

@@ -232,7 +232,7 @@ class _Clipped:
 
 
 def _places(source: Source, keys: Any, storages: Mapping[str, Storage]) -> dict[str, tuple[int, int]]:
-    """Return where each storage lies: its first byte, and how many there are."""
+    """Return the place of each storage: its first byte, and the number of bytes."""
     places = {}
     position = source.file.tell()
     for key in keys if isinstance(keys, list) else ():

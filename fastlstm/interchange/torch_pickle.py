@@ -1,4 +1,4 @@
-"""The pickles inside PyTorch's files, read without running anything of them.
+"""The pickles inside PyTorch's files, read without executing code.
 
 ``pickle.Unpickler`` calls the functions that a file names. Here a stack machine interprets the opcodes one by one: the
 names that tensors need (:data:`ALLOWED`) become tokens, every other name is refused, and a call of a token

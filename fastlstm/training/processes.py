@@ -1,4 +1,4 @@
-"""What several processes of a training run do together over MPI, so that none waits for one that has failed."""
+"""Communication of the processes of a training run over MPI: none waits for one that has failed."""
 
 from __future__ import annotations
 

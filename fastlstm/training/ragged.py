@@ -1,4 +1,4 @@
-"""Lists of sequences of different lengths, brought into one array."""
+"""Converting lists of sequences of different lengths to one array."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What threads need and Numba does not offer: atomic words, ways to wait, and the floating-point mode.
+"""Primitives for threads that Numba does not offer: atomic integers, waiting, and the floating-point mode.
 
 A lock here is one of the interpreter's own (``PyThread_allocate_lock``): one thread sleeps until another releases it,
 on every system, and neither needs the GIL.
@@ -39,7 +39,7 @@ def _call(builder, name, result, *arguments):
 
 @intrinsic
 def fetch_add(typingctx, pointer, value):
-    """Add to an integer in memory, atomically; return what it was."""
+    """Add to an integer in memory, atomically; return its old value."""
 
     def codegen(context, builder, signature, args):
         value = context.cast(builder, args[1], signature.args[1], pointer.dtype)

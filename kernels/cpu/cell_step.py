@@ -18,7 +18,7 @@ The plain LSTM is compiled into the drivers. A variant is compiled by itself, in
 address, which takes some nanoseconds for each call: drivers and products are compiled once for all variants, and the
 plain LSTM pays nothing for the family. What a variant changes are constants of its routines, which functions such as
 :func:`_update_of` make: a forget gate that is 1 - i or 1, peepholes, activations (``gate_activations.py``), and clips,
-whose gradient is zero where they bite.
+with a gradient of zero for clipped values.
 
 On the tape, a vector of units keeps its five values side by side, :data:`TAPE` vectors: i, f, g, o and c. A variant's
 own parameters are a matrix of E rows of H numbers (peepholes: i, f, o). A gate that does not exist has pre-activations

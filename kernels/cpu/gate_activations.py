@@ -1,8 +1,8 @@
 """The activations that a cell may have, on vectors: their values, and their slopes in terms of the values.
 
-Where a clip bounds the pre-activations, no gradient passes those that it bounds. Which these are has to show in what
-the tape keeps, the activated value: it is that of the bound. A pre-activation within the bounds may round to the same
-value; on the tape, the smallest relative step towards zero, or away from it, tells it apart.
+No gradient passes a clipped pre-activation. It is recognised on the tape by its activated value, which is that of the
+bound. A pre-activation within the bounds may round to the same value; on the tape it is then moved by the smallest
+relative step, towards zero or away from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a kernel is compiled and cached.
+"""Compiling and caching of kernels.
 
 A kernel is called from Python; a routine is a part of the kernels that call it. ``compiler.py`` describes which passes
 of Numba's compiler are left out, and ``target.py`` what is not loaded.

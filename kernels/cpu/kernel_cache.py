@@ -172,7 +172,7 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-_announced = threading.Lock()  # taken once, and for good
+_announced = threading.Lock()  # taken once
 
 
 def announce(*, kept: bool = True, silently: bool = False) -> None:

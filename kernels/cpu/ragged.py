@@ -44,7 +44,7 @@ def rows_of(index, batch, steps, has_resets):
 
 @routine
 def clear_padding(target, row_size, columns, rows, total, first_step, step):
-    """Set some columns of what lies past the lengths to zero, at every `step`-th time step from the first on.
+    """Set some columns of the padding past the lengths to zero, at every `step`-th time step from the first on.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def clear_padding(target, row_size, columns, rows, total, first_step, step):
 def share_rows(rows, first_step, last_step, team, thread):
     """Divide the rows of some steps, so that each thread has about as many in all.
 
-    A thread's rows stand side by side: dealt out in turn, each thread would have the processor fetch the others' rows.
+    A thread's rows are contiguous: if rows were dealt out in turn, each core would prefetch rows of other threads.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def share_rows(rows, first_step, last_step, team, thread):
 
 @routine
 def _row_after(rows, first_step, last_step, count):
-    """Return before which row the rows have, in some steps and all together, `count` as nearly as can be."""
+    """Return the row before which the rows of some steps add up to `count`, as nearly as possible."""
     steps = last_step - first_step
     whole = rows.offsets[last_step] - rows.offsets[last_step - 1]  # rows that have all these steps
     row = minimum(whole, (count + steps // 2) // steps)

@@ -1,8 +1,8 @@
 """One layer over a few rows, forward and backward: the driver for small batches and streaming.
 
-It uses the unpacked weights, for packing them would cost more than a step; but those of a frozen model are packed
-already. Training has the same in both directions of time: a step or a few, as in learning online. Inference may have a
-team, each of whose threads computes some of the hidden units; they meet after each step.
+It uses unpacked weights, because packing them takes longer than a step, or the packed weights of a frozen model.
+Training, forward and backward, is for one step or a few, as in online learning. Inference may have a team, each of
+whose threads computes some of the hidden units, with a barrier after each step.
 
 The shapes of arrays are checked here, because a step takes less time than their checks in Python would: a kernel
 returns False, with nothing written, if one does not fit.

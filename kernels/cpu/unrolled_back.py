@@ -1,4 +1,4 @@
-"""The gradients of a loop that was closed outside: back through one step at a time, and the weights' at the end.
+"""The gradients of a closed loop: back through one step at a time, and the weights' gradients at the end.
 
 A step back computes the gradients by the pre-activations, the input and the states alone. The first are kept for all
 steps, so that the gradients by the weights are one product over all of them, as in a call for a whole sequence: one for

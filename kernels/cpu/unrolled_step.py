@@ -1,4 +1,4 @@
-"""One time step of all layers, for loops that are closed outside: the next input depends on this output.
+"""One time step of all layers, for closed loops, whose next input depends on this output.
 
 Weights are packed once, before the first step, so that each step reads them in the order of the kernels, and results
 are bit-identical to those of a frozen model. In training, every step writes to one tape, which is allocated before the

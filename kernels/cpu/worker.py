@@ -167,7 +167,7 @@ def _entry(typingctx):
 
 @kernel
 def serve(mailbox, role):
-    """Be a worker, or do what it takes to have one.
+    """Run a worker, or an operation that starts or ends one.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-// What every kernel starts from. The loader puts this text in front of the kernels, because CuPy's cache
+// Definitions for every kernel. The loader puts this text in front of the kernels, because CuPy's cache
 // of compiled code does not see included files.
 //
 // Macros come from the compiler's options:

@@ -1,4 +1,4 @@
-// How the blocks of a persistent kernel tell each other their results: PTX that C++ has no words for.
+// How the blocks of a persistent kernel exchange results: PTX instructions that C++ does not offer.
 //
 // Data and flags that other blocks write go through ld.relaxed and ld.acquire, which read L2: __ldg and const __restrict__
 // would read a cache that does not see those writes. The order is that of the PTX memory model: data, barrier of the

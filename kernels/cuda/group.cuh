@@ -1,4 +1,4 @@
-// What both persistent kernels share: a group of blocks, the product of its weights, and the exchange between them.
+// Code of both persistent kernels: a group of blocks, the product of its weights, and the exchange between them.
 //
 // A group of BLOCKS blocks owns all of W_hh, spread over its registers and loaded once. It takes ROWS sequences of the
 // batch; several groups run side by side, so that no wait spans the grid. Each of the 8 warps of a block owns an eighth

@@ -70,7 +70,7 @@ extern "C" __global__ void step_backward(
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
     const unsigned char *resets,  // (T, B), IN, as above
-    real *dh_steps,            // (T, D, B, H) at `direction`: the gradient by each h_t, OUT; null if nobody wants it
+    real *dh_steps,            // (T, D, B, H) at `direction`: the gradient by each h_t, OUT; null if not asked for
     real *dc_steps,            // likewise by each c_t
     real *da,                  // (N, 4H) at row `first`: by the pre-activations, OUT
     real *dp,                  // (B, UNIT_WEIGHTS * H): by unit_weights, this step's are added; null if there are none

@@ -102,8 +102,9 @@ def test_an_error_is_one_line_and_status_2(command, capsys, tmp_path):
     if command[0] == "demo":
         command = [*command, "--out", str(tmp_path)]
     assert cli.main(command) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"fastlstm {command[0]}: ") and message.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"fastlstm {command[0]}: ") and printed.err.count("\n") == 1
+    assert not printed.out
 
 
 def test_ctrl_c_ends_quietly(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import bench_data
 import pytest
-from bench_data import case, values
+from bench_data import case
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
@@ -83,17 +83,19 @@ def test_goals_stand_beside_what_was_measured_and_a_miss_is_bold_with_its_reason
         case(Work(8, 9, 9, 9), {OURS: 1.0, "torch": 1.2}),
         case(goals.STEP, {OURS: 3e-6, "onnxruntime": 9e-6}),
         case(Work.ragged(9, 9, 9, 9), {OURS: 1.0, "torch": 40.0}),  # no part of the mean
+        case(Work(50, 64, 512, 512), {OURS: Work(50, 64, 512, 512).operations / 9e10}),  # of a peak of 1e11
     ]
     first = [case(name, {OURS: new, goals.OLD: 2.0}, group="first call") for name, new in (("a", 1.0), ("b", 1.5))]
-    old = [case("inference 1,2,3,4", {OURS: 1.0}, group=f"calls on {n}", ratios={goals.OLD: (0.9, ratio, 1.1)})
-           for n, ratio in ((1, 1.0), (2, 0.875))]  # fmt: skip
-    old = [dataclasses.replace(c, values={**c.values, goals.OLD: values(1.0)},
-                               ratios={goals.OLD: results.Spread(*c.ratios[goals.OLD])}) for c in old]  # fmt: skip
+    old = [
+        case("inference 1,2,3,4", {OURS: 1.0, goals.OLD: 1.0}, group=f"calls on {n}", ratios={goals.OLD: spread})
+        for n, spread in ((1, results.Spread(0.9, 1.0, 1.1)), (2, results.Spread(0.8, 0.875, 0.9)))
+    ]
     files = {name: bench_data.results(*table, name=name) for name in ("goals-1-thread", "goals-2-threads")}
     files |= {"versions": bench_data.results(*first, *old, name="versions"), "start": start()}
     rows = {row[0]: row[2:] for row in goals.rows(files)}
     assert rows["inference, float32: best peer's time / ours, least"] == ["1.20 / 1.20", ""]
     assert rows["inference, float32: geometric mean"] == ["1.80 / 1.80", ""]
+    assert rows["share of the peak, inference 50,64,512,512"] == ["0.90 / 0.90", ""]
     assert rows["a streaming step, microseconds"] == ["3.00 / 3.00", ""]
     assert rows["ragged training: PyTorch's packed sequences / ours"] == ["40.00 / 40.00", ""]
     assert rows[f"first call, CPU time / {goals.OLD}, most"] == ["**0.75**", goals.COMPILED]
@@ -109,9 +111,8 @@ def test_a_gpu_has_its_tables_and_a_sentence():
     stage = bench_data.results(*cases, name="B", machine={"GPU": "a made-up GPU"}, steps=({"name": "table"},))
     text = figures.section({"gpu": {"B": stage}})
     assert "On a made-up GPU, the geometric mean of PyTorch's time / ours is 2.00 (torch cuda)." in text
-    assert "| table" in figures.tables({"gpu": {"B": stage}}) and "*a made-up GPU; " in figures.tables(
-        {"gpu": {"B": stage}}
-    )
+    tables = figures.tables({"gpu": {"B": stage}})
+    assert "| table" in tables and "*a made-up GPU; " in tables
 
 
 def test_the_command_writes_and_then_finds_nothing_to_do(tmp_path, monkeypatch, capsys):
@@ -134,13 +135,3 @@ def test_the_command_writes_and_then_finds_nothing_to_do(tmp_path, monkeypatch, 
     (folder / "bench.json").rename(folder / "loop.json")
     with pytest.raises(ResultsFileError, match="holds the results 'bench'"):
         figures.machines(tmp_path / "results")
-
-
-def test_the_tables_of_scaling_out_are_those_that_are_computed():
-    import scaling_out
-
-    machine = "epyc-zen5-2-cores"
-    text = (Path(scaling_out.__file__).parent / "README.md").read_text(encoding="utf-8")
-    for table in (scaling_out.training_table(machine), scaling_out.inference_table(machine)):
-        rows = table.splitlines()[2:]
-        assert len(rows) >= 4 and all(row in text for row in rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,13 @@ import pytest
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
-import bounds
 import first_calls
 import studies
 import versions
 from studies import OURS, STUDIES
 
-from fastlstm.bench import ceilings, clock, grid, results
-from fastlstm.bench.work import Problem, Work
+from fastlstm.bench import clock, grid, results
+from fastlstm.bench.work import Work
 
 
 @pytest.fixture
@@ -38,7 +36,6 @@ def tiny(monkeypatch):
 
     small.ragged = lambda *shape, **options: Work.ragged(4, 3, 2, 8, **options)
     monkeypatch.setattr(studies, "Work", small)
-    monkeypatch.setattr(studies, "STEPS", 3)
     monkeypatch.setattr(
         studies, "extra_bytes", lambda model, steps, *_, recompute=False, **__: 900 - 100 * recompute + steps
     )
@@ -49,7 +46,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "start"])
 def test_a_study_measures_all_sides_in_the_same_rounds(torch, tiny, name):
     before = torch.get_num_threads()
-    cases = list(STUDIES[name](2 if name == "threads" else 1, 0.0))
+    cases = list(STUDIES[name](1, 0.0))
     assert cases and len(inspect.getdoc(STUDIES[name])) > 50
     for case in cases:
         assert OURS in case.values and not case.refused, case
@@ -57,59 +54,11 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, tiny, name):
             "recompute": studies.RECOMPUTED,
             "family": studies.TRUNCATED,
             "freeze": studies.LIVE,
-            "roofs": bounds.TILE,
             "memory": OURS,
         }
         other = studies.PADDED if "padded" in case.name else others.get(name, "torch")
         assert other in case.values
     torch.set_num_threads(before)
-
-
-def test_bounds_are_those_that_apply_to_the_work():
-    names = {
-        work: set(bounds.of(work, 1))
-        for work in (Work(1, 1, 8, 16), Work(3, 9, 8, 16), Work(1, 1, 8, 16, kind="train"))
-    }
-    assert list(names.values()) == [
-        {bounds.TILE, bounds.WEIGHTS, bounds.CALL},
-        {bounds.TILE},
-        {bounds.TILE, bounds.WEIGHTS},
-    ]
-    array, total = np.arange(1024, dtype=np.float32), np.zeros(16, np.float32)
-    bounds.reader()(3, array, total)
-    assert total.sum() == 3 * array.sum()  # integers below 2**24: exact in any order
-
-
-def test_the_microkernel_makes_the_operations_that_it_says():
-    job, operations = ceilings.tile_job("float32", 1e6)
-    assert operations == pytest.approx(1e6, rel=0.02)
-    c = inspect.getclosurevars(job).nonlocals["c"]
-    before = c.sum()
-    job()
-    assert c.sum() - before == operations / 2  # ones times ones: each multiply-add adds one
-
-
-def test_the_loop_feeds_the_output_back(torch, monkeypatch):
-    monkeypatch.setattr(studies, "STEPS", 7)
-    problem = Problem.of(studies.LOOP)
-    x, state = problem.x[0], None
-    for _ in range(7):
-        y, state = problem.model(x[None], state)
-        x = y[0, :, : studies.LOOP.inputs]
-    for side in studies.loops(problem, 1).values():
-        np.testing.assert_allclose(side.outputs()[0], y[0], atol=1e-5)
-
-
-def test_results_that_depend_on_the_threads_stop_the_study(torch, tiny, monkeypatch):
-    original = studies.sides.cpu
-
-    def cpu(problem, count):
-        changed = replace(problem, x=problem.x + np.float32(1e-6 * count))
-        return original(changed, count)
-
-    monkeypatch.setattr(studies.sides, "cpu", cpu)
-    with pytest.raises(RuntimeError, match="not bit-identical"):
-        list(studies.threads(2, 0.0))
 
 
 def test_memory_that_grows_is_seen():
@@ -166,7 +115,7 @@ def test_all_studies_are_run_in_a_process_each(monkeypatch):
 
     def run(given, check):
         ran.append(given[2])
-        return type("Done", (), {"returncode": 3 if given[2] == "loop" else 0})
+        return type("Done", (), {"returncode": 3 if given[2] == "memory" else 0})
 
     monkeypatch.setattr(studies.subprocess, "run", run)
     assert studies.main(["all"]) == 3 and ran == list(STUDIES)

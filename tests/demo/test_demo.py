@@ -184,7 +184,7 @@ def test_the_vowels_accuracy_is_that_of_the_files(tmp_path):
     for b, (length, speaker) in enumerate(zip(utterances.lengths, utterances.speakers, strict=True)):
         y, _ = lstm(utterances.frames[:length, b])  # alone and without padding, so `lengths` is tested too
         right += (params["weight"] @ y.mean(axis=0) + params["bias"]).argmax() == speaker
-    # Two utterances may lie so near to a boundary that rounding decides.
+    # Two utterances may be so near to a boundary that rounding decides.
     assert right / 370 == pytest.approx(result.scores["accuracy"], abs=2.5 / 370)
 
 

@@ -1,4 +1,4 @@
-"""The variants of the cell step on the CPU's kernels: against the reference, in both drivers, every way to call."""
+"""The variants of the cell step on the CPU's kernels: against the reference, in both drivers, by every call."""
 
 from __future__ import annotations
 

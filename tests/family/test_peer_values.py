@@ -1,6 +1,6 @@
 """Values of variants that other projects' tests carry as literals: ONNX Runtime's and TensorFlow.js's.
 
-Those of ONNX Runtime are in ``../shared/goldens`` (``tests/api/test_goldens.py`` says where that is). Those of
+Those of ONNX Runtime are in the folder that ``FASTLSTM_GOLDENS`` names (see ``tests/api/test_goldens.py``). Those of
 TensorFlow.js, whose gates are hard sigmoids, stand here; it obtained them from Keras.
 """
 

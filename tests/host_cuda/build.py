@@ -37,7 +37,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def folder() -> Path:
-    """Where compiled kernels lie until the tests end; processes that a test starts find them there too."""
+    """The folder of compiled kernels until the tests end; processes that a test starts find them there too."""
     path = os.environ.get("FASTLSTM_TEST_HOST_CUDA")
     if path is None:
         path = os.environ["FASTLSTM_TEST_HOST_CUDA"] = tempfile.mkdtemp(prefix="fastlstm-host-cuda-")

@@ -1,4 +1,4 @@
-"""ONNX files: damaged ones, data beside them, what PyTorch exports, and that no exchange of gates goes unseen."""
+"""ONNX files: damaged ones, external data, PyTorch's exports, and a test that notices exchanged gates."""
 
 from __future__ import annotations
 

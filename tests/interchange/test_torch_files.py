@@ -76,7 +76,7 @@ def test_dictionaries_inside_each_other_are_named_by_dots_and_tensors_of_others_
 
 
 def test_old_files_may_have_tensors_elsewhere_than_in_dictionaries():
-    """As the states of an optimiser, in a list: their storages lie between those of the weights."""
+    """As the states of an optimiser, in a list: their storages are between those of the weights."""
     given = weights()
     storages = {"a": np.ones(3, np.float64)} | given
     described = {"states": [tensor("a", storages["a"])]} | {name: tensor(name, array) for name, array in given.items()}

@@ -1,4 +1,4 @@
-"""Known slips, put into the equations of the CPU's cell step on purpose: a comparison with the reference notices each.
+"""Mutations of the equations of the CPU's cell step: a comparison with the reference notices each.
 
 A mutant is the source of ``cell_step.py`` or ``gate_activations.py`` with one snippet of one routine replaced. What
 depends on that routine is compiled for a variant, which the drivers call by its address; the drivers are those of the
@@ -151,7 +151,8 @@ OF_VARIANTS = {
     "the upper bound not told apart": (CLIPPED, "activation", "select(s < high, s, high * _INWARDS(high))", "s"),
     "the lower bound not told apart": (CLIPPED, "activation", "low, told_apart, inner_low)", "low - 1.0, s, s)"),
 }  # fmt: skip
-# By the drivers for large batches, ragged and both ways, with the gates kept and computed again; and for small ones.
+# By the drivers for large batches, ragged and in both directions, with the gates kept and recomputed, and for small
+# ones.
 LARGE, SMALL = Case(12, 7, 3, 11, 1, True, lengths="zeros"), Case(3, 2, 3, 11)
 NOTICED = 1e3  # a slip must stand out by this factor over the bound
 PEEPHOLE = {"peephole": True}
@@ -172,7 +173,7 @@ def errors(fields):
 
 
 def spread(case):
-    """Make the problem of a case; of a variant with inputs so large that activations saturate and clips bite."""
+    """Make the problem of a case; the inputs of a variant are large enough for saturation and clipping."""
     p = problem(case)
     return p if dict(case.fields) == PEEPHOLE else dataclasses.replace(p, x=3 * p.x)
 

@@ -1,4 +1,4 @@
-"""A kernel cache that is damaged, full or gone costs time, never an error or a wrong result."""
+"""A kernel cache that is damaged, full or missing costs time, but causes no error and no wrong result."""
 
 from __future__ import annotations
 

@@ -131,7 +131,8 @@ def test_compiling_leaves_the_garbage_collector_as_it_was(tmp_path, off):
     assert found["collecting"] is not off
 
 
-# Every kind of call: on two threads and one, in training and inference, few rows and many, ragged, and both ways.
+# Every kind of call: on two threads and one, training and inference, small and large batches, ragged, and both
+# directions.
 BITS = """
 import hashlib, json, sys
 import numpy as np

@@ -1,4 +1,4 @@
-"""The kernels read nothing beyond the end of an array, not even what they would then not use.
+"""The kernels read nothing beyond the end of an array, not even unused elements.
 
 Each array that a model is given ends here at a page that may not be read; so a process of its own does the work, which
 the system would end.

@@ -1,7 +1,7 @@
 """The CPU kernels with vectors narrower than this machine's, as they run on older processors: the same comparison.
 
 Each width and dtype is a process of its own, since the kernels are made for one width, and compiling them for one dtype
-takes some twenty seconds; after the first run they lie in the kernel cache. So only float64 with vectors of 16 bytes is
+takes some twenty seconds; after the first run they are in the kernel cache. So only float64 with vectors of 16 bytes is
 tested by default: two numbers to a vector, which no test on a newer processor sees. ``FASTLSTM_TEST_WIDTHS=16,32``
 tests these widths with both dtypes.
 """
@@ -48,7 +48,7 @@ def compare(name):
             continue
         lstm = LSTM(case.inputs, case.hidden, case.layers, case.bias, dtype=dtype)
         lstm.params.update(p.params)
-        # What has run once may take the way for small calls.
+        # A second call may be a prepared call of a small batch.
         for model, x in itertools.product((lstm, lstm.freeze()), (p.x, p.x[:1])):
             with cpu.active():
                 first, _ = model.step(x[0], p.state)

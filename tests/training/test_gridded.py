@@ -258,7 +258,7 @@ def test_two_processes_of_which_one_dies(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say how large a process was")
 def test_a_hundred_thousand_series_on_disk_take_the_memory_of_some_blocks(tmp_path):
     pytest.importorskip("zarr", reason="zarr is not installed")
-    script = Path(__file__).parents[2] / "benchmarks" / "gridded.py"
+    script = Path(__file__).with_name("gridded_program.py")
     command = [sys.executable, script, "--series", "100000", "--folder", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr

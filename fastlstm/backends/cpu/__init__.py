@@ -1,4 +1,4 @@
-"""NumPy arrays on Numba-compiled kernels."""
+"""The CPU backend: NumPy arrays on kernels compiled by Numba."""
 
 from fastlstm.backends.cpu.backend import BACKEND
 

@@ -56,7 +56,7 @@ class CpuBackend:
             size, threads = size_of(cell, layer), get_num_threads()
             chosen = schedules(size, rows, batch, threads, directions=cell.num_directions, packed=frozen)
             words = ", or ".join(map(str, chosen))
-            found.append(words + (": whichever proves faster" if len(chosen) > 1 else ""))
+            found.append(words + (" (autotuned)" if len(chosen) > 1 else ""))
         return found
 
 

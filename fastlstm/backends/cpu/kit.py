@@ -1,7 +1,7 @@
 """What ``lstm.compiled()`` returns: packed weights and sizes as a named tuple, which Numba takes as an argument.
 
 Numba compiles a caller for the types of its arguments, and finds what it has cached by them. So the name of a kit's
-class has a stamp of our sources in it: with another version, a caller is compiled anew.
+class contains a stamp of fastlstm's sources: a caller is compiled again for another version.
 """
 
 from __future__ import annotations

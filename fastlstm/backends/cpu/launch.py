@@ -1,4 +1,4 @@
-"""How a kernel is launched: with a schedule, workers, and scratch memory.
+"""Launching a kernel: its schedule, workers and scratch memory.
 
 Where several candidate schedules may be the fastest, they are autotuned (``autotune.py``).
 """

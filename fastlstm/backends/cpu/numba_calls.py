@@ -15,7 +15,7 @@ from numba import types as numba_types
 from fastlstm.backends.cpu.kit import KIT, TAPE
 from fastlstm.kernels.cpu.jit import cgutils
 
-# Numba is typed in part, so that its own extensions would not pass.
+# Numba's types are incomplete: its own extensions do not pass.
 types: Any = numba_types
 lower_builtin: Any = extending.lower_builtin
 type_callable: Any = extending.type_callable

@@ -1,4 +1,4 @@
-"""Cells with phases: sizes, parameters as the kernels take them, and the ways to launch these."""
+"""Cells with phases: sizes, parameters as the kernels take them, and candidate schedules."""
 
 from __future__ import annotations
 

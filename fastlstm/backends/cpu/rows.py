@@ -53,7 +53,7 @@ class Rows:
     def index(self, reverse: bool) -> Array:
         """Return order, lengths, offsets, places and, of a call with resets, these, in the order of computation.
 
-        With equal lengths, the rows lie in the order of time in both directions.
+        With equal lengths, the rows are in the order of time in both directions.
         """
         if self.is_kept:
             return _kept_index(self.steps, self.batch, reverse)
@@ -71,7 +71,7 @@ class Rows:
         return found
 
     def pack(self, x: Array, reverse: bool) -> Array:
-        """Return the rows of a sequence (T, B, I) in the order of computation: a view, if they lie in it."""
+        """Return the rows of a sequence (T, B, I) in the order of computation: a view, if they are in it."""
         flat = x.reshape(-1, x.shape[2])
         if not (self.ragged or reverse):
             return flat

@@ -72,7 +72,7 @@ class Inference:
             self.candidates = _candidates(kernel, size, layers, self.rows, batch)
 
     def __call__(self, *arguments: Array) -> None:
-        """Launch. Arrays that the kernel does not take as they are, it refuses, and gets in another layout."""
+        """Launch the kernel; arrays of a layout that it refuses are copied."""
         alone = self.candidates is None or get_num_threads() == 1
         try:
             if alone and not self.careful and self.kernel(*arguments, self.settings, NO_TEAM, 0):
@@ -93,7 +93,7 @@ class Inference:
 
 
 def _candidates(kernel: Any, size: Size, layers: int, rows: int, batch: int) -> Any:
-    """Return what returns the ways to run a short call for a number of threads; None if it is too small for a team."""
+    """Return a function from the thread limit to candidate schedules; None if the call is too small for a team."""
     few = are_few(rows, size.inputs, size.hidden, MR)
     if most_threads(rows, size.inputs, size.hidden, few) == 1:
         return None

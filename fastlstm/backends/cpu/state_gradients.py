@@ -1,4 +1,4 @@
-"""The gradients by the states after each time step, which the kernels do not keep: by the reference.
+"""The gradients by the states after each time step, computed by the reference: the kernels do not keep them.
 
 It runs each layer once more on what the tape has, and back-propagates. That takes the time and the memory of the
 reference, and is for looking at gradients, not for training.

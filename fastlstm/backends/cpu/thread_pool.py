@@ -89,7 +89,7 @@ class _Worker:
         self.allowed: set[int] = set()  # which was for a caller who may run on these
 
 
-# A kernel's team for one thread, number 0, that meets no one. All such calls have the same: nothing is written there.
+# A team of one thread, number 0. All such calls share it: nothing is written there.
 NO_TEAM = np.zeros((2, 8), np.int64)
 NO_TEAM[1, THREADS] = 1
 
@@ -196,7 +196,7 @@ def _place(workers: Sequence[_Worker]) -> None:
         worker.words[PATIENCE] = _PATIENCE if len(allowed) >= get_num_threads() else _LITTLE_PATIENCE
         others = allowed - {_core_of_this_thread()} or allowed
         if worker.cores != others:  # it takes longer to set than all else here
-            with contextlib.suppress(OSError):  # somebody changes at this moment what is allowed
+            with contextlib.suppress(OSError):  # the allowed cores are changed at this moment
                 os.sched_setaffinity(worker.words[THREAD_ID], others)
                 worker.cores = others
         worker.allowed = allowed
@@ -217,7 +217,7 @@ def run_team(kernel: Callable[..., Any], arguments: tuple[Any, ...], wanted: int
     Returns
     -------
     result : object
-        What the kernel returns here; one that says that it did nothing has called no one.
+        What the kernel returns here; a kernel that did nothing has called no worker.
     threads : int
         How many the kernel had.
     """
@@ -250,7 +250,7 @@ def _new_team(wanted: int, workers: Sequence[_Worker]) -> Array:
 
 
 def own_team(wanted: int) -> Array:
-    """Return a team for a caller who keeps it, and whose kernels it has one after the other; for one thread at least.
+    """Return a team, of one thread at least, for a caller that keeps it for several calls, one after the other.
 
     The kernels claim its workers in each call, as far as they are free then.
     """

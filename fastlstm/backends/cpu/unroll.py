@@ -33,7 +33,8 @@ __all__ = ["Kit", "Tape", "Unrolled", "can_unroll", "kit_of", "named_gradients",
 IN_THE_STEP = ("peephole", "activations", "clip", "cell_clip")
 
 _PACKED_FOR_BACK = "packed for a loop's way back"
-# Multiply-adds from which on threads share a step, and the weights' gradients. To meet takes a step some microseconds.
+# Multiply-adds from which on threads share a step, and the weights' gradients. A barrier takes some microseconds a
+# step.
 _WORTH_A_TEAM, _FINISH_WORTH_A_TEAM = 1 << 20, 1 << 22
 
 
@@ -203,7 +204,7 @@ class Unrolled:
         self._y_shape, self._x_shape = (batch, cell.hidden_size), (batch, cell.input_size)
 
     def _launch(self, kernel: Any, kind: object, given: Array, found: Array) -> None:
-        """Launch a kernel with the team, or alone where that proves faster, as on busy cores."""
+        """Launch a kernel with the team, or on one thread where that is faster, as on busy cores: autotuned."""
         if self._team is NO_TEAM:
             kernel(self._kit.record, self._tape.record, given, found, NO_TEAM, 0)
             return

@@ -1,7 +1,7 @@
 r"""The LSTM in plain NumPy, one time step written like the equations.
 
-This is the oracle: in float64 every other backend is compared with it, and its own gradients are proved
-by complex-step differentiation. It also runs where Numba's compiler is switched off.
+This is the oracle: in float64 every other backend is compared with it, and its own gradients are tested by complex-step
+differentiation. It also runs where Numba's compiler is switched off.
 
 Forward, for one sequence (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000),
 where :math:`a_t = W_{ih} x_t + W_{hh} h_{t-1} + b` holds the pre-activations of the four gates i, f, g, o:
@@ -51,7 +51,7 @@ still learn from :math:`h_{t-1}` as an input. By the paper :math:`dx` is 0 too; 
 that stacked layers learn.
 
 *Clips*: pre-activations, after bias and peepholes, are clipped to :math:`\pm` ``clip`` and :math:`c_t` to :math:`\pm`
-``cell_clip``; a gradient is zero where one bites. The peephole of :math:`o` sees the clipped :math:`c_t`.
+``cell_clip``; the gradient of a clipped value is zero. The peephole of :math:`o` sees the clipped :math:`c_t`.
 
 *Projection* (Sak, Senior and Beaufays 2014): :math:`h_t = W_{hr}\,(o_t \tanh c_t)`.
 

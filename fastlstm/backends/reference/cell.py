@@ -52,7 +52,7 @@ def clipped(a: Array, bound: float | None) -> Array:
 
 
 def passes(a: Array, bound: float | None) -> Array | bool:
-    """Say where a clip does not bite, so that the gradient passes."""
+    """Return where values are not clipped, so that the gradient passes."""
     return True if bound is None else abs(a.real) < bound
 
 

@@ -1,6 +1,6 @@
 """Inference over a data set larger than the memory it may use: series in a Zarr store, read and written block by block.
 
-    python benchmarks/gridded.py --series 100000 --folder /tmp/grid
+    python tests/training/gridded_program.py --series 100000 --folder /tmp/grid
 
 writes random series if the folder has none, predicts from all of them with Dask and xarray, writes the predictions to
 a second store, and prints how much the process grew meanwhile. It needs ``pip install "fastlstm[dask]" zarr``.

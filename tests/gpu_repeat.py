@@ -1,6 +1,6 @@
-"""Forward and backward on a GPU, again and again: every result must be the first one, bit for bit.
+"""Repeat forward and backward passes on a GPU: every result must be bit-identical to the first.
 
-    python benchmarks/gpu_repeat.py --times 1000 --out OUTDIR/C.json
+    python tests/gpu_repeat.py --times 1000 --out OUTDIR/C.json  # with benchmarks/ in PYTHONPATH, as .ci/gpu has it
 
 With ``--times 0 --no-pool`` it is the small set for ``compute-sanitizer``: each array is an allocation of its own then,
 so that an access outside it is seen. Results are also compared with the float64 reference.
