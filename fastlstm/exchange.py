@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from fastlstm import checks, parameters
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
-from fastlstm.recurrent import Recurrent, new_key, on_host
+from fastlstm.mask_keys import new_key
+from fastlstm.recurrent import Recurrent, on_host
 
 if TYPE_CHECKING:
     from fastlstm.interchange.source import PathOrFile

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastlstm import calls, checks, dispatch
+from fastlstm import calls, checks, dispatch, parameters
 from fastlstm.backends.base import Array, Dropout, Params, RefusedError, State, Steps
 from fastlstm.calls import STEP, Call
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
+from fastlstm.mask_keys import new_key
 
 __all__ = ["Gradients", "Tape", "lstm_backward", "lstm_forward"]
 
@@ -85,7 +86,7 @@ def lstm_forward(
     *,
     batch_first: bool = False,
     dropout: float = 0.0,
-    dropout_seed: int = 0,
+    dropout_seed: int | None = None,
     recompute: bool = False,
     resets: Array | None = None,
     cell: Cell | None = None,
@@ -108,8 +109,9 @@ def lstm_forward(
         Whether `x` and the output have the batch axis first.
     dropout : float
         Probability of dropping an output of every layer but the last.
-    dropout_seed : int
-        Determines the dropout masks.
+    dropout_seed : int, optional
+        Determines the dropout masks: give another one at each step of a training. By default each call draws others,
+        as the calls of an :class:`fastlstm.LSTM` do.
     recompute : bool
         Save memory: see :meth:`fastlstm.LSTM.forward`.
     resets : array of bool, (T, B), (B, T) with `batch_first`, or (T,), optional
@@ -150,7 +152,10 @@ def lstm_forward(
         cell = calls.cell_of(params, dropout)
     elif not isinstance(cell, Cell):
         raise ArgumentError(f"cell must be a Cell, got {type(cell).__qualname__}")
-    source = Dropout(cell.dropout, checks.dropout_seed(dropout_seed)) if cell.draws else None
+    source = None
+    if cell.draws:
+        seed = new_key(parameters.generator(None)) if dropout_seed is None else checks.dropout_seed(dropout_seed)
+        source = Dropout(cell.dropout, seed)
     y, state, tape = run(
         cell, params, x, state, lengths, resets,
         batch_first=batch_first, dropout=source, keep_tape=True, recompute=recompute,

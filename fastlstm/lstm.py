@@ -11,7 +11,8 @@ from fastlstm import checks, interchange, parameters
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
 from fastlstm.exchange import Exchange
-from fastlstm.recurrent import new_key, on_host
+from fastlstm.mask_keys import new_key
+from fastlstm.recurrent import on_host
 
 __all__ = ["LSTM"]
 
@@ -138,10 +139,7 @@ class LSTM(Exchange):
             coupled, block_size, truncated, activations, clip, cell_clip, layer_norm, recurrent_dropout, zoneout,
             reverse, merge,
         )  # fmt: skip
-        checks.flag("batch_first", batch_first)  # before the parameters are drawn
-        rng = parameters.generator(seed)
-        params = parameters.initialise(cell, rng, forget_bias)
-        self._assemble(cell, params, batch_first, new_key(rng))
+        self._initialise(cell, batch_first, seed, forget_bias)
 
     @classmethod
     def from_torch_state_dict(

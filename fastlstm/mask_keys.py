@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
-__all__ = ["MaskKeys"]
+import numpy as np
+
+__all__ = ["MaskKeys", "new_key"]
 
 
 class MaskKeys:
@@ -51,3 +53,8 @@ class MaskKeys:
         key = self.take()
         self.give_back(key)
         return key
+
+
+def new_key(rng: np.random.Generator) -> int:
+    """Draw where the dropout masks of a new model start."""
+    return int(rng.integers(2**63))

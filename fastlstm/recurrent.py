@@ -15,11 +15,11 @@ from fastlstm.cell import VARIANTS, Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
-from fastlstm.mask_keys import MaskKeys
+from fastlstm.mask_keys import MaskKeys, new_key
 from fastlstm.stored import Stored, on_host
 from fastlstm.unroll import Run
 
-__all__ = ["Recurrent", "new_key", "on_host"]
+__all__ = ["Recurrent", "on_host"]
 
 
 class Recurrent(Stored):
@@ -34,6 +34,11 @@ class Recurrent(Stored):
     batch_first : bool
         Whether input and output are (B, T, features) in place of (T, B, features).
     """
+
+    def _initialise(self, cell: Cell, batch_first: Any, seed: Any, forget_bias: float = 1.0) -> None:
+        checks.flag("batch_first", batch_first)  # before the parameters are drawn
+        rng = parameters.generator(seed)
+        self._assemble(cell, parameters.initialise(cell, rng, forget_bias), batch_first, new_key(rng))
 
     def _assemble(self, cell: Cell, params: dict[str, Array], batch_first: bool, dropout_key: int) -> Self:
         self.batch_first = checks.flag("batch_first", batch_first)
@@ -391,8 +396,3 @@ class Recurrent(Stored):
         arguments = ", ".join([str(cell.input_size), str(cell.hidden_size), *options, f"dtype={cell.dtype.name}"])
         frozen = ".freeze()" if isinstance(self.params, FrozenParams) else ""
         return f"{type(self).__name__}({arguments}){frozen}  # {self.num_parameters:,} parameters"
-
-
-def new_key(rng: np.random.Generator) -> int:
-    """Draw where the dropout masks of a new model start."""
-    return int(rng.integers(2**63))

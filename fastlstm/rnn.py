@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm import checks, parameters
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, shown
 from fastlstm.functional import Gradients, Tape
-from fastlstm.recurrent import Recurrent, new_key
+from fastlstm.recurrent import Recurrent
 
 __all__ = ["RNN"]
 
@@ -78,9 +77,7 @@ class RNN(Recurrent):
             input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, reverse=reverse, merge=merge,
             nonlinearity=nonlinearity,
         )  # fmt: skip
-        checks.flag("batch_first", batch_first)
-        rng = parameters.generator(seed)
-        self._assemble(cell, parameters.initialise(cell, rng), batch_first, new_key(rng))
+        self._initialise(cell, batch_first, seed)
 
     def __call__(
         self, x: Array, state: Array | None = None, lengths: Any = None, resets: Any = None

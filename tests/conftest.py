@@ -51,6 +51,7 @@ SLOW_FILES = {
     "api/test_storage_interrupts.py",
     "backends/test_interrupts.py",
     "backends/test_memory.py",
+    "backends/test_nested_calls.py",
     "backends/test_team.py",
     "backends/test_threads.py",
     "backends/test_waiting.py",

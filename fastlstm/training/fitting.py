@@ -128,16 +128,14 @@ def fit(
     """
     checked_comm(comm, "Allreduce", "Bcast", "bcast", "allgather", "Abort", "Get_rank", "Get_size", optional=True)
     with refuse_together(comm):
-        if not isinstance(model, Model):
-            raise ArgumentError(f"model must be a fastlstm.training.Model, got {shown(model)}")
         run = Run(
-            model=model,
+            model=_model(model),
             losses=_losses(model, loss),
             optimiser=_optimiser(model, optimiser),
             epochs=arguments.count("epochs", epochs, least=1, most=MOST_EPOCHS),
             batch_size=arguments.count("batch_size", batch_size, least=1),
             shuffle=checks.flag("shuffle", shuffle),
-            patience=None if patience is None else arguments.count("patience", patience, least=1),
+            patience=_patience(patience, validation),
             schedule=_schedule(schedule),
             clip_norm=None if clip_norm is None else arguments.number("clip_norm", clip_norm, above=0.0),
             recompute=checks.flag("recompute", recompute),
@@ -145,12 +143,8 @@ def fit(
             callback=_function("callback", callback),
             comm=comm,
         )
-        if patience is not None and validation is None:
-            raise ArgumentError("patience counts epochs without a smaller validation loss: give validation data, too")
         rng = parameters.generator(seed)
-        data = Samples(model, x, y, lengths, mask, loss_arrays)
-        data.check_values()
-        held_out = _other_data(model, validation)
+        data, held_out = _samples(model, x, y, lengths, mask, loss_arrays), _other_data(model, validation)
     with abort_on_error(comm):
         rng = run.same_generator(rng)
         if held_out is None and validation is not None:
@@ -158,6 +152,12 @@ def fit(
         if model.scale and model.scaler is None:
             model.scaler = data.measure()
         return run.train(data, held_out, rng)
+
+
+def _model(given: Any) -> Model:
+    if not isinstance(given, Model):
+        raise ArgumentError(f"model must be a fastlstm.training.Model, got {shown(given)}")
+    return given
 
 
 def _losses(model: Model, given: Any) -> dict[str, Loss]:
@@ -179,6 +179,14 @@ def _optimiser(model: Model, given: Any) -> Optimiser:
     if params.keys() != model.params.keys() or any(params[name] is not value for name, value in model.params.items()):
         raise ArgumentError("optimiser must be one of this model, such as Adam(model, lr=1e-3)")
     return given
+
+
+def _patience(given: Any, validation: Any) -> int | None:
+    if given is None:
+        return None
+    if validation is None:
+        raise ArgumentError("patience counts epochs without a smaller validation loss: give validation data, too")
+    return arguments.count("patience", given, least=1)
 
 
 def _schedule(given: Any) -> Callable[[int], float] | str:
@@ -207,6 +215,13 @@ def _function(name: str, given: Any) -> Any:
     return given
 
 
+def _samples(model: Model, *given: Any) -> Samples:
+    """Return the data, whose values are checked; `given` are x, y, lengths, mask and loss_arrays."""
+    found = Samples(model, *given)
+    found.check_values()
+    return found
+
+
 def _other_data(model: Model, given: Any) -> Samples | None:
     """Return the data for validation, or None if a share of the others is asked for, or none."""
     if given is None:
@@ -217,9 +232,7 @@ def _other_data(model: Model, given: Any) -> Samples | None:
     if isinstance(given, Mapping):
         if not {"x", "y"} <= given.keys() <= set(names):
             raise ArgumentError(f"validation must have x and y, and may have {', '.join(names[2:])}")
-        found = Samples(model, *(given.get(name) for name in names))
-        found.check_values()
-        return found
+        return _samples(model, *(given.get(name) for name in names))
     if not 0.0 < real(given) < 1.0:
         raise ArgumentError(f"validation must be a share in (0, 1), a pair (x, y) or a mapping, got {shown(given)}")
     return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,8 @@ class Run:
 
     def train(self, data: Samples, held_out: Samples | None, rng: np.random.Generator) -> History:
         """Train until the epochs are over, or a reason to stop comes."""
-        history = History()
-        best: dict[str, Array] = {}
-        rate, keys = self.optimiser.lr, self._start_together()
-        bar = self._bar()
-        try:
+        history, best = History(), dict[str, Array]()
+        with self._leaving_rate_and_keys() as rate, self._bar() as bar:
             for epoch in range(self.epochs):
                 begin = time.perf_counter()
                 self.optimiser.lr = rate * self._factor(epoch)
@@ -71,16 +69,9 @@ class Run:
                     self._validate(held_out, history, best)
                 history.seconds.append(time.perf_counter() - begin)
                 history.stopped = self._reason_to_stop(history)
-                if bar is not None:
-                    bar.set_postfix({name: f"{v[-1]:.4g}" for name, v in self._shown(history).items()}, refresh=False)
-                    bar.update()
+                _advance(bar, history)
                 if history.stopped:
                     break
-        finally:
-            self.optimiser.lr = rate
-            self._restore_keys(keys)
-            if bar is not None:
-                bar.close()
         history.stopped = history.stopped or "all epochs are over"
         for name, value in best.items():
             self.model.params[name][...] = value
@@ -191,30 +182,45 @@ class Run:
             return SCHEDULES[self.schedule](epoch / self.epochs)
         return arguments.number("schedule's result", self.schedule(epoch), least=0.0)
 
-    def _start_together(self) -> list[int]:
-        """Give all processes the same parameters and other dropout masks; return the keys of process 0's masks."""
-        keys = [lstm._dropout_key for lstm in self.model.lstms.values()]
-        if self.comm is not None:
-            broadcast(self.model.params, self.comm)
-            keys = self.comm.bcast(keys, 0)
-            for lstm, key in zip(self.model.lstms.values(), keys, strict=True):
-                lstm._dropout_key = (key + self.comm.Get_rank() * KEYS_APART) % 2**63
-        return keys
+    @contextlib.contextmanager
+    def _leaving_rate_and_keys(self) -> Iterator[float]:
+        """Yield the optimiser's rate, and set it back in the end; all processes then draw the same masks again."""
+        rate, keys_apart = self.optimiser.lr, self._start_together()
+        try:
+            yield rate
+        finally:
+            self.optimiser.lr = rate
+            self._move_keys(-keys_apart)
 
-    def _restore_keys(self, keys: list[int]) -> None:
-        """Bring all processes to the same masks again, those that come after process 0's last."""
-        if self.comm is not None:
-            for lstm in self.model.lstms.values():
-                lstm._dropout_key = (lstm._dropout_key - self.comm.Get_rank() * KEYS_APART) % 2**63
+    def _start_together(self) -> int:
+        """Give all processes the parameters of process 0, and keys of other masks; return how far these are apart."""
+        if self.comm is None:
+            return 0
+        broadcast(self.model.params, self.comm)
+        lstms = list(self.model.lstms.values())
+        for lstm, key in zip(lstms, self.comm.bcast([lstm._dropout_key for lstm in lstms], 0), strict=True):
+            lstm._dropout_key = key
+        keys_apart: int = self.comm.Get_rank() * KEYS_APART
+        self._move_keys(keys_apart)
+        return keys_apart
 
-    def _bar(self) -> Any:
+    def _move_keys(self, by: int) -> None:
+        for lstm in self.model.lstms.values() if by else ():
+            lstm._dropout_key = (lstm._dropout_key + by) % 2**63
+
+    def _bar(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the progress bar, in process 0 if it is asked for."""
         if not self.progress or (self.comm is not None and self.comm.Get_rank()):
-            return None
+            return contextlib.nullcontext()
         from tqdm import tqdm
 
-        return tqdm(total=self.epochs, desc="training", unit="epoch")
+        bar: contextlib.AbstractContextManager[Any] = tqdm(total=self.epochs, desc="training", unit="epoch")
+        return bar
 
-    @staticmethod
-    def _shown(history: History) -> dict[str, list[float]]:
-        found = {"loss": history.loss}
-        return found | {"validation": history.validation_loss} if history.validation_loss else found
+
+def _advance(bar: Any, history: History) -> None:
+    """Show an epoch's losses in the progress bar, if there is one."""
+    if bar is not None:
+        losses = {"loss": history.loss, "validation": history.validation_loss}
+        bar.set_postfix({name: f"{values[-1]:.4g}" for name, values in losses.items() if values}, refresh=False)
+        bar.update()

@@ -237,14 +237,8 @@ class Adam(Optimiser):
 
     Parameters
     ----------
-    params : model, or mapping of str to array
-        The parameters, float32 or float64; changed in place by :meth:`step`. A model such as :class:`fastlstm.LSTM`,
-        several models that :func:`join` joins, or a mapping. They are looked up at each step, so an array that is
-        replaced in a model is trained on; one that is replaced in a model after ``a.params | b.params`` was made is
-        not, nor is it seen that both had a parameter of the same name, which such a union drops in silence.
-        Of tied parameters (one array under two names) the gradients are added, and one step is made.
-    lr : float
-        The learning rate, at least zero; it may be set anew between steps, as the other options.
+    params, lr
+        As for :class:`SGD`.
     betas : tuple of float
         Decay rates of the two running means, each in [0, 1).
     eps : float

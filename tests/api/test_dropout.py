@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from fastlstm import LSTM
+from fastlstm.cell import Cell
+from fastlstm.functional import lstm_forward
+from fastlstm.parameters import initialise
 
 
 def fail(*_args, **_kwargs):
@@ -31,3 +34,15 @@ def test_a_failed_forward_pass_does_not_use_up_its_masks(backend, monkeypatch, k
     first, second = (backend.host(lstm.forward(x)[0]) for _ in range(2))
     np.testing.assert_array_equal(first, expected)
     assert not np.array_equal(first, second)
+
+
+def test_the_functions_draw_other_masks_at_each_call_unless_a_seed_is_given(backend):
+    params = {name: backend.array(value) for name, value in initialise(Cell(3, 16, 2), seed=0).items()}
+    x = backend.array(np.ones((4, 5, 3), np.float32))
+
+    def draw(**seed):
+        return backend.host(lstm_forward(params, x, dropout=0.5, **seed)[0])
+
+    drawn = [draw() for _ in range(3)] + [draw(dropout_seed=None), draw(dropout_seed=0), draw(dropout_seed=1)]
+    assert len({y.tobytes() for y in drawn}) == len(drawn)
+    np.testing.assert_array_equal(draw(dropout_seed=1), drawn[-1])

@@ -42,6 +42,40 @@ def test_after_an_interrupt_at_any_point_the_next_call_has_all_its_workers(event
     assert interrupted > 0.8 * points > 20
 
 
+HANDLERS_ERROR = """
+from fastlstm import BackendError
+kind, fresh = {"BackendError": BackendError, "TimeoutError": TimeoutError}[sys.argv[1]], sys.argv[2] == "fresh"
+
+def fail():
+    raised.append(number)
+    raise kind("of a signal handler")
+
+assert infer() == EXPECTED
+if fresh:
+    WATCHED &= {"thread_pool.py"}
+    without_workers()
+raised, found = [], []
+count = at_event(-1, None, infer, "line")
+for number in range(count):
+    if fresh:
+        without_workers()
+    try:
+        at_event(number, fail, infer, "line")
+    except kind:
+        found.append(number)
+assert found == raised, sorted(set(raised) - set(found))
+assert train() == TRAINED and has_team()
+print(len(found), count)
+"""
+
+
+@pytest.mark.parametrize("workers", ["started", "fresh"])
+@pytest.mark.parametrize("kind", ["BackendError", "TimeoutError"])
+def test_an_error_that_a_signal_handler_raises_at_any_point_reaches_the_caller(kind, workers):
+    found, points = map(int, run_script(HANDLERS_ERROR, kind, workers, timeout=600).split())
+    assert found > 0.8 * points > 20
+
+
 KEYS = """
 from fastlstm.mask_keys import MaskKeys
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +16,9 @@ import fastlstm
 from fastlstm import LSTM, use_backend
 from fastlstm.backends.cpu import thread_pool
 from fastlstm.backends.cpu.launch import AtOnce
-from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, new_records, run_at_once, run_team
-from fastlstm.kernels.cpu import atomics
-from fastlstm.kernels.cpu.atomics import fetch_add, float_mode, load_atomic, set_float_mode
+from fastlstm.kernels.cpu.atomics import fetch_add, load_atomic
 from fastlstm.kernels.cpu.jit import kernel
-from fastlstm.kernels.cpu.ragged import rows_of, share_rows
 from fastlstm.kernels.cpu.thread_team import (
     MAILBOX,
     MEMBER,
@@ -34,7 +29,6 @@ from fastlstm.kernels.cpu.thread_team import (
     dismiss,
     record,
     summon,
-    take,
 )
 from fastlstm.kernels.cpu.vector import address, offset
 from fastlstm.kernels.cpu.worker import SERVED, THREAD_ID, size_of_call, this_call
@@ -261,82 +255,6 @@ def test_a_kernel_ends_when_all_threads_have_ended_theirs():
         assert found.tolist() == [0, 1, 2]
 
 
-@kernel
-def take_all(found, done, patience, team, thread):
-    """Take the items of some rounds; in each, another thread waits with its first for all else to be done."""
-    if thread == 0:
-        call, arguments = this_call()
-        summon(team, call, arguments)
-    items, threads = found.shape[1], team[1, THREADS]
-    for turn in range(found.shape[0]):
-        so_far = offset(address(done), turn)
-        while True:
-            item = take(items, team, thread, turn)
-            if item < 0:
-                break
-            found[turn, item] += 1 + 10 * thread
-            fetch_add(so_far, 1)
-            spins = 0
-            while turn % threads == thread and load_atomic(so_far) < items and spins < patience:
-                spins += 1
-        barrier(team, thread)
-    if thread == 0:
-        dismiss(team)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_items_that_a_slow_thread_has_not_begun_are_taken_by_others(threads):
-    fastlstm.set_num_threads(threads)
-    takers = who_takes(threads, items=11, rounds=12, patience=100_000_000)
-    for turn, by in enumerate(takers):
-        assert np.count_nonzero(by == turn % threads) <= 1 or threads == 1
-
-
-def test_two_threads_do_not_both_take_the_last_item():
-    who_takes(threads=2, items=1, rounds=50_000, patience=0)
-
-
-def who_takes(threads, items, rounds, patience):
-    """Have threads take items; return who took each, (rounds, items)."""
-    found, done = np.zeros((rounds, items), np.int64), np.zeros(rounds, np.int64)
-    if threads == 1:
-        take_all(found, done, patience, NO_TEAM.copy(), 0)  # which `take` writes to: kernels do not call it alone
-    else:
-        assert run_team(take_all, (found, done, patience), available(threads - 1))[1] == threads
-    np.testing.assert_array_equal(found % 10, 1)  # each item once
-    np.testing.assert_array_equal(done, items)
-    return found // 10
-
-
-@kernel
-def rows_of_each(index, batch, steps, first_step, last_step, team, found):
-    """Note which rows of some steps each thread of a team would have."""
-    for thread in range(found.shape[0]):
-        first, last = share_rows(rows_of(index, batch, steps, 0), first_step, last_step, team, thread)
-        found[thread, 0], found[thread, 1] = first, last
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize(
-    "lengths", [[30] * 13, [9, 30, 1, 17, 0, 23, 30, 12, 5, 28, 3, 3, 29], [30, *[1] * 40], [0, 0]]
-)
-def test_rows_are_divided_so_that_the_threads_have_about_as_many_steps(lengths, threads):
-    rows = Rows(np.array(lengths), 30, len(lengths))
-    steps, index = rows.longest, rows.index(False)
-    in_order = np.sort(lengths)[::-1]
-    team, found = np.zeros((1 + threads, 8), np.int64), np.zeros((threads, 2), np.int64)
-    team[1:, THREADS] = threads
-    for first, last in [(0, steps), *((step, min(step + 7, steps)) for step in range(0, steps, 7))]:
-        rows_of_each(index, len(lengths), steps, first, last, team, found)
-        of_each_row = np.clip(in_order - first, 0, last - first)
-        before = np.cumsum([0, *of_each_row[of_each_row > 0]])  # the steps before each row
-        assert (found[0, 0], found[-1, 1]) == (0, before.size - 1), "each row is somebody's"
-        assert (found[1:, 0] == found[:-1, 1]).all() and (found[:, 1] >= found[:, 0]).all(), "and nobody else's"
-        for thread, row in enumerate(found[:, 0]):
-            off = np.abs(before - before[-1] * thread // threads)
-            assert off[row] == off.min(), "no other row to begin with would divide them better"
-
-
 def test_an_idle_worker_sleeps(model):
     lstm, x = model
     train(lstm, x)
@@ -423,68 +341,3 @@ def test_a_call_leaves_the_team_as_it_found_it(model):
         left[:, [MAILBOX, MEMBER, THREADS]] = left[0, WANTED] = 0
         assert not left.any()
     assert NO_TEAM.tolist() == [[0] * 8, [0] * THREADS + [1] + [0] * (7 - THREADS)]
-
-
-# --- the floating-point mode --------------------------------------------------------------------------------
-
-
-@kernel
-def mode_of_this_thread():
-    return float_mode()
-
-
-@kernel
-def set_mode_of_this_thread(mode):
-    set_float_mode(mode)
-
-
-FLUSH, TOWARDS_ZERO = 0x8040, 0x6000  # bits of MXCSR
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the bits are those of x86-64")
-@pytest.mark.parametrize("bits", [FLUSH, TOWARDS_ZERO], ids=["flush", "round towards zero"])
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_workers_take_the_floating_point_mode_of_their_caller(bits, bidirectional):
-    if missing := BackendUnderTest("cpu").missing:
-        pytest.skip(str(missing))
-    lstm = LSTM(16, 64, bidirectional=bidirectional, seed=0)
-    x = np.random.default_rng(0).normal(size=(40, 16, 16) if bidirectional else (40, 64, 16)).astype(np.float32)
-    for name, value in lstm.params.items():
-        if name.startswith("weight_ih") and bits == FLUSH:
-            value[...] = value * np.float32(2e-39)  # so that all of the results are denormal
-        if name.startswith("bias"):
-            value[...] = 0
-    usual, found = mode_of_this_thread(), {}
-    for mode in (usual, usual | bits, usual):
-        for threads in (1, 2, 3):
-            fastlstm.set_num_threads(threads)
-            set_mode_of_this_thread(mode)
-            try:
-                flushes = not np.float32(1e-39) * np.array([1], np.float32)
-                bytes_of_calls = {train(lstm, x) for _ in range(4)}
-            finally:
-                set_mode_of_this_thread(usual)
-            assert flushes == (mode == usual | FLUSH)
-            found.setdefault(mode, set()).update(bytes_of_calls)
-    assert [len(results) for results in found.values()] == [1, 1], "the bits do not depend on the number of threads"
-    assert found[usual] != found[usual | bits], "but on the mode"
-
-
-def test_the_floating_point_mode_is_known_to_llvm_on_arm64_too():
-    """Which the processor here need not be: LLVM compiles for it."""
-    binding = pytest.importorskip("llvmlite.binding")
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    try:
-        target = binding.Target.from_triple("aarch64-unknown-linux-gnu")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    names = "llvm.aarch64.get.fpcr", "llvm.aarch64.set.fpcr"
-    source = Path(atomics.__file__).read_text(encoding="utf-8")
-    assert all(name in source for name in names)
-    module = binding.parse_assembly(
-        f"declare i64 @{names[0]}() declare void @{names[1]}(i64)"
-        f" define void @same() {{ %mode = call i64 @{names[0]}() call void @{names[1]}(i64 %mode) ret void }}"
-    )
-    code = target.create_target_machine().emit_assembly(module).lower()
-    assert "mrs" in code and "msr" in code and code.count("fpcr") == 2

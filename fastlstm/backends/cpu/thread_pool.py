@@ -16,7 +16,6 @@ handler or a finaliser may make a call at any point of another call.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import os
 import sys
@@ -29,7 +28,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.threads import get_num_threads
-from fastlstm.errors import BackendError
+from fastlstm.kernels.cpu.private_numba import PLAIN, global_compiler_lock
 from fastlstm.kernels.cpu.thread_team import MAILBOX, RECORD_ROWS, THREADS, WANTED, run_records
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 from fastlstm.kernels.cpu.worker import (
@@ -159,19 +158,23 @@ def available(wanted: int) -> int:
     return found
 
 
+def _can_call(kernel: Any) -> bool:
+    """Say whether a kernel is compiled, or can be: not by a call that interrupts a compilation of this thread.
+
+    To call the kernel and to catch its error would also catch one that a signal handler raises meanwhile.
+    """
+    return PLAIN is not None or bool(kernel.overloads) or not global_compiler_lock.is_locked()
+
+
 def _start(worker: _Worker) -> bool:
     """Start a worker's thread, unless no thread could be had a moment ago; say whether it has answered.
 
     A thread that was started but not waited for, by a call that was broken off, may come as well: the later one ends.
     """
     global _next_start  # noqa: PLW0603
-    if time.monotonic() < _next_start:
+    if time.monotonic() < _next_start or not _can_call(serve):
         return False
-    try:
-        entry = serve(0, FIND)
-    except BackendError:  # it is not compiled, and cannot be now
-        return False
-    if _start_thread(entry, worker.address) != _NO_THREAD and serve(worker.address, AWAIT):
+    if _start_thread(serve(0, FIND), worker.address) != _NO_THREAD and serve(worker.address, AWAIT):
         return True
     _next_start = time.monotonic() + _SECONDS_BETWEEN_STARTS
     return False
@@ -196,9 +199,13 @@ def _place(workers: Sequence[_Worker]) -> None:
         worker.words[PATIENCE] = _PATIENCE if len(allowed) >= get_num_threads() else _LITTLE_PATIENCE
         others = allowed - {_core_of_this_thread()} or allowed
         if worker.cores != others:  # it takes longer to set than all else here
-            with contextlib.suppress(OSError):  # the allowed cores are changed at this moment
+            try:
                 os.sched_setaffinity(worker.words[THREAD_ID], others)
                 worker.cores = others
+            except OSError as error:
+                if error.errno is None:  # of a signal handler, such as a TimeoutError
+                    raise
+                # Else what is allowed changes at this moment.
         worker.allowed = allowed
 
 
@@ -270,10 +277,7 @@ _NO_RECORDS = new_records(0)
 
 def can_run_at_once(calls: int) -> bool:
     """Say whether there is a worker for recorded calls at this moment, and the kernel that runs them."""
-    try:
-        return available(calls - 1) > 0 and run_records(_NO_RECORDS, NO_TEAM, 0) is None
-    except BackendError:  # it is not compiled, and cannot be now
-        return False
+    return _can_call(run_records) and available(calls - 1) > 0 and run_records(_NO_RECORDS, NO_TEAM, 0) is None
 
 
 def run_at_once(records: Array) -> None:
