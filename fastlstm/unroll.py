@@ -66,7 +66,8 @@ class Run:
     def __init__(self, model: Any, params: Mapping[str, Array], unrolled: Unrolled, steps: int, batch: int) -> None:
         self.steps, self.batch, self.taken = steps, batch, 0
         self._model, self._params, self._unrolled = model, params, unrolled
-        self._back: RunBackward | None = None
+        # Not the way back itself: it refers to the run, and a cycle would keep the tape until the next garbage collection.
+        self._has_turned = False
         self._like = params["weight_hh_l0"]
         self._x_shape = (batch, model.cell.input_size)
 
@@ -90,7 +91,7 @@ class Run:
         ShapeError, DTypeError, ArrayTypeError
             If `x_t` does not fit.
         """
-        if self._back is not None:
+        if self._has_turned:
             raise ArgumentError("the run's way back has begun: start a new run from run.state")
         if self.taken >= self.steps:
             raise ArgumentError(f"the run has room for {self.steps} steps: start a new one from run.state")
@@ -118,13 +119,13 @@ class Run:
         ShapeError, DTypeError, ArrayTypeError
             If `dstate` does not fit.
         """
-        if self._back is not None:
+        if self._has_turned:
             raise ArgumentError("the run's way back has begun already")
         dh, dc = checks.state_gradient(self._model.cell, dstate, self.batch, self._like)
         self.check_parameters()
         self._unrolled.begin_back(dh, dc)
-        self._back = RunBackward(self, self._unrolled)
-        return self._back
+        self._has_turned = True
+        return RunBackward(self, self._unrolled)
 
     def check_parameters(self) -> None:
         """Refuse parameters that have changed since the run's start."""
