@@ -27,7 +27,7 @@ from fastlstm.backends.base import (
     Steps,
 )
 from fastlstm.backends.cuda.device import Device
-from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
+from fastlstm.backends.cuda.direction import DirectionsTape, directions_backward, directions_forward
 from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.persistent import choice_of
 from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
@@ -60,7 +60,7 @@ class LayerTape:
 
     x: Array  # (T, B, I), the input itself
     rows: Rows
-    directions: list[DirectionTape]
+    directions: list[DirectionsTape]  # of those that ran at once
     y: list[Array]  # one per direction, (T, B, H), if they are merged by a product
 
 
@@ -141,7 +141,7 @@ class CudaBackend(LayeredBackend):
         """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
         if not batch or is_phased(cell):
             return super().plan(cell, rows, batch, frozen)
-        return [describe(choice_of(self.device, cell.dtype, cell.hidden_size, rows, batch))] * cell.num_layers
+        return [describe(choice_of(self.device, cell, rows, batch), cell.num_directions)] * cell.num_layers
 
     def layer_forward(
         self,
@@ -163,15 +163,13 @@ class CudaBackend(LayeredBackend):
             h_n, c_n = self.xp.empty_like(h0), self.xp.empty_like(c0)
         else:  # a length of 0 returns the initial state
             h_n, c_n = h0.copy(), c0.copy()
-        tapes = [
-            direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], given.keep_tape)
-            for d, w in enumerate(weights)
-        ]
+        weights = [self._contiguous(w) for w in weights]
+        tapes = directions_forward(weights, x, h0, c0, rows, y, h_n, c_n, given.keep_tape)
         parts, result = [], y.reshape(steps, batch, directions * hidden)
         if given.cell.merge != "concat":
             parts = [y[:, :, d] for d in range(directions)]
             result = merged(given.cell, parts)
-        tape = LayerTape(x, rows, [found for found in tapes if found], parts) if given.keep_tape else None
+        tape = LayerTape(x, rows, tapes, parts) if given.keep_tape else None
         return LayerResult(result, h_n, c_n, tape)
 
     def layer_backward(
@@ -199,11 +197,8 @@ class CudaBackend(LayeredBackend):
             by_states = Steps(*(self.xp.zeros(shape, dh_n.dtype) for _ in range(2)))
         dx = self.xp.empty(tape.x.shape, dh_n.dtype)
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
-        for d, w in enumerate(weights):
-            direction_backward(
-                self._contiguous(w), tape.directions[d], tape.x, tape.rows, d, len(weights),
-                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d], by_states,
-            )  # fmt: skip
+        weights = [self._contiguous(w) for w in weights]
+        directions_backward(weights, tape.directions, tape.x, tape.rows, dy, dh_n, dc_n, dx, dh0, dc0, out, by_states)
         return LayerGradients(dx, dh0, dc0, out, by_states)
 
     def gradient_arrays(self, params: Params) -> FlatArrays:
