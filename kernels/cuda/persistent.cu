@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     const index_t *lengths,    // (B,), IN; null for equal lengths
     const index_t *offsets,    // (S + 1,): first row of each step, IN; null for equal lengths
     const unsigned char *resets,  // (T, B): 1 where the state is reset before that step, IN; with RESETS
-    real *dh_steps,            // (T, D, B, H): the gradient by each h_t, OUT at the directions; null if nobody wants it
+    real *dh_steps,            // (T, D, B, H): the gradient by each h_t, OUT at the directions; null if it is not asked for
     real *dc_steps,            // likewise by each c_t
     real *da,                  // (K, N, 4H): by the pre-activations, OUT
     real *dp,                  // (K, B, UNIT_WEIGHTS * H): by unit_weights, OUT; null if there are none

@@ -19,7 +19,7 @@ from pathlib import Path
 import cuda_row
 import numpy as np
 import pytest
-from harness import Case, problem
+from harness import Case, model_of, problem
 from host_cuda import FakeCupy, compiler
 from host_cuda.build import folder
 
@@ -34,8 +34,15 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ comp
 PLACES = Case(4, 21, 3, 100, 1, True, lengths="zeros", peephole=True)
 BOTH = Case(4, 5, 3, 40, 1, True, lengths="zeros", peephole=True, resets=True)
 EXCHANGE = Case(6, 4, 3, 256)
+TRUNCATED = Case(4, 3, 3, 40, lengths="zeros", fields=(("truncated", True),))
 WIDER = dataclasses.replace(BOTH, hidden=100)  # two blocks a group, which wait for each other
-MULTIPROCESSORS = {PLACES: 4, BOTH: 8, WIDER: 8, EXCHANGE: 8}  # a direction takes two waves; both take one; one group
+MULTIPROCESSORS = {
+    PLACES: 4,
+    BOTH: 8,
+    TRUNCATED: 8,
+    WIDER: 8,
+    EXCHANGE: 8,
+}  # a direction takes two waves; both take one; one group
 SEEDS = (0, 1000, 2000, 3000)
 
 # what slipped: (pattern, replacement), everywhere it stands
@@ -81,6 +88,11 @@ SLIPS_OF_RESETS = {
                                             "* d.batch + item.row;\n}\n\n// Its row"),
     "dh by step without dy": (r"dh_steps\[at\] = dh\[n\]", "dh_steps[at] = dh[n] - dy_t[n]"),
     "dc of the step before": (r"dc_steps\[at\] = dc_t\[n\]", "dc_steps[at] = dc[n]"),
+}  # fmt: skip
+SLIPS_OF_TRUNCATION = {
+    "dh of the step after": (r"dh\[n\] = TRUNCATES \? real\(0\) : share\[0\]", "dh[n] += 0"),
+    "sums that nobody has made": (r"TRUNCATES \? 1 : WARPS", "WARPS"),
+    "a product backward": (r"constexpr bool TRUNCATES = true", "constexpr bool TRUNCATES = false"),
 }  # fmt: skip
 SLIPS_OF_DIRECTIONS = {
     "weights of the first direction": (r"weight = weight_2, ", ""),
@@ -129,7 +141,7 @@ def results(case, architecture, seed, change=None):
         params = {name: xp.array(value) for name, value in p.params.items()}
         resets = None if p.resets is None else xp.array(p.resets)
         state = tuple(map(xp.array, p.state))
-        y, last, tape = lstm_forward(params, xp.array(p.x), state, p.lengths, resets=resets)
+        y, last, tape = lstm_forward(params, xp.array(p.x), state, p.lengths, **model_of(p), resets=resets)
         dstate = tuple(map(xp.array, p.dstate))
         grads = lstm_backward(params, tape, xp.array(p.dy), dstate, keep_state_gradients=case.resets)
         assert not dispatch.backend_named("cuda").device.refusals
@@ -189,6 +201,11 @@ def test_a_slip_in_what_stands_where_is_noticed(slip):
 @pytest.mark.parametrize("slip", SLIPS_OF_RESETS)
 def test_a_slip_in_resets_and_gradients_by_states_is_noticed(slip):
     assert noticed(BOTH, "80", SLIPS_OF_RESETS[slip])
+
+
+@pytest.mark.parametrize("slip", SLIPS_OF_TRUNCATION)
+def test_a_slip_in_a_truncated_gradient_is_noticed(slip):
+    assert noticed(TRUNCATED, "80", SLIPS_OF_TRUNCATION[slip])
 
 
 @pytest.mark.slow

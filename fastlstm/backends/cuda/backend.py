@@ -2,13 +2,15 @@
 
 All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
 (``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
-on another stream. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+on another stream. Both directions of a layer are one launch if the device holds the groups of both at once. A CUDA
+graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
 
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
-more while it runs. Cells whose time step has more phases, such as layer norm, run in array operations (``phased.py``).
-Parameters without the rows of some gates get rows for all (``folding.py``). When memory runs out, CuPy's
-``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are unchanged.
+more while it runs, for each direction that runs at once. Cells whose time step has more phases, such as layer norm, run
+in array operations (``phased.py``). Parameters without the rows of some gates get rows for all (``folding.py``). When
+memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are
+unchanged.
 """
 
 from __future__ import annotations
