@@ -277,7 +277,7 @@ def test_the_real_programs_run_to_their_end_on_the_stand_in(tmp_path):
     assert status == 0, output
     assert results == passed("A", "B", "C")
     logs = script.logs("ABC")
-    assert "2 passed" in logs["A-tests.log"]
+    assert re.search(r"^[1-9]\d* passed", logs["A-tests.log"], re.M)
     stages = {name: gpu_common.load(script.out / f"{name}.json") for name in "ABC"}
     assert all(stage.machine["GPU"] == "no GPU, but a stand-in" for stage in stages.values())
     repeated = [case.facts for name in "AC" for case in stages[name].cases if case.group == "repetitions"]

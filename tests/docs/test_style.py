@@ -12,11 +12,8 @@ FOLDERS = ["fastlstm", "kernels", "benchmarks", "tests"]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 60
 # Still longer than that: each entry is a file, or a file and a function in it, and is taken out when it no longer is.
 EXCEPTIONS = {
-    "benchmarks/studies.py",
     "kernels/cpu/phased_backward.py: phased_backward",
     "kernels/cpu/sequence_backward.py: sequence_backward",
-    "tests/bench/test_timing.py",
-    "tests/interchange/test_interchange.py",
     "tests/loops/test_compiled.py",
     "tests/loops/test_unroll.py",
 }
