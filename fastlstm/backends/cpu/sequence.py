@@ -78,14 +78,14 @@ class DirectionCall:
             p if type(p) is ndarray and p.flags.carray else as_plain(p),
         )
 
-    def given(self, arrays: Params) -> tuple[Array, Array, Array, Array]:
-        """Return the same as they are, for kernels that refuse what they do not take."""
-        ih, hh, bias, own = self.names
+    def given(self, arrays: Params) -> tuple[Any, Any, Any, Any]:
+        """Return the same as they are, None if one is missing, for kernels that refuse what they do not take."""
+        (ih, hh, bias, own), get, nothing = self.names, arrays.get, self._nothing
         return (
-            arrays[ih],  # type: ignore[index]
-            arrays[hh],  # type: ignore[index]
-            self._nothing.bias if bias is None else arrays[bias],
-            self._nothing.own if own is None else arrays[own],
+            get(ih),  # type: ignore[arg-type]
+            get(hh),  # type: ignore[arg-type]
+            nothing.bias if bias is None else get(bias),
+            nothing.own if own is None else get(own),
         )
 
     def named(self, grads: Sequence[Array]) -> dict[str, Array]:

@@ -71,7 +71,7 @@ def new_like(array: Array) -> Array:
     In C order, whatever the other's: a kernel refuses an array in another order, and would get a copy to write into.
     """
     if array.nbytes < Pool.LEAST:
-        return np.empty_like(array, order="C", subok=False)
+        return np.empty(array.shape, array.dtype)
     return new_array(array.shape, array.dtype)
 
 
