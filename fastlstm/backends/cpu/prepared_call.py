@@ -54,6 +54,7 @@ class PreparedCall:
         self.folding = Folding(cell) if is_folded(cell) else None
         self.checks_itself = self.is_one_launch and self.folding is None
         self._given, self._names = self.layers[0].directions[0].given, len(shapes(cell))
+        self._no_state = np.empty((0, *self.state_shape[1:]), self.dtype)
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
 
@@ -182,8 +183,11 @@ class PreparedCall:
         if keep_steps:
             return backward_with_steps(self.cell, params, tape, dy, dh_n, dc_n)
         shape, dtype = self.state_shape, self.dtype
-        dh_n = np.zeros(shape, dtype) if dh_n is None else as_plain(dh_n)
-        dc_n = np.zeros(shape, dtype) if dc_n is None else as_plain(dc_n)
+        # The kernel for small batches takes a state of no layers for zeros.
+        small = len(self.layers) == 1 == len(tape.layers) and self.layers[0].small_back and tape.layers[0].rows.is_plain
+        nothing = self._no_state if small else np.zeros(shape, dtype)
+        dh_n = nothing if dh_n is None else as_plain(dh_n)
+        dc_n = nothing if dc_n is None else as_plain(dc_n)
         if not tape.layers:
             dx = np.zeros((*tape.shape, self.cell.input_size), dtype)
             zeros = {name: np.zeros(value.shape, dtype) for name, value in params.items()}
