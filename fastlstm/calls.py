@@ -89,11 +89,12 @@ class Call:
         "batched",
         "c_shape",
         "cell",
-        "compares_shapes",
+        "checks_itself",
         "dtype",
         "forced",
         "frozen",
         "h_shape",
+        "is_direct",
         "kind",
         "layout",
         "on_host",
@@ -103,13 +104,15 @@ class Call:
         "y_shape",
     )  # fmt: skip
 
-    def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature, *, is_step: bool) -> None:
+    def __init__(self, cell: Cell, x: Array, layout: Layout, signature: Signature) -> None:
         self.forced, backend = forced(), dispatch.backend_for(x)
         states = cell.num_layers * cell.num_directions
         self.cell, self.layout, self.backend = cell, layout, backend.name
         self.batched = layout.batched
         self.prepared: Prepared = backend.prepare(cell, signature)
-        self.compares_shapes = not (is_step and self.prepared.checks_shapes and layout.batched)
+        self.is_direct = layout.is_direct
+        # Of a batch with lengths or resets, other kernels are run, which check nothing.
+        self.checks_itself = self.prepared.checks_itself and layout.batched
         self.kind, self.dtype, self.frozen = type(x), cell.dtype, signature.frozen
         self.on_host = dispatch.kind_of("x", x).library == "numpy"
         self.params = tuple(parameters.shapes(cell).items())
@@ -130,20 +133,24 @@ class Call:
         """Say whether the parameters are as this call needs them."""
         if self.frozen:
             return type(params) is FrozenParams and (params.cell is self.cell or params.cell == self.cell)
-        kind, dtype, get, compare = self.kind, self.dtype, params.get, self.compares_shapes
+        kind, dtype, get = self.kind, self.dtype, params.get
         if len(params) != len(self.params):
             return False
         for name, shape in self.params:
             array: Any = get(name)
-            if type(array) is not kind or (compare and array.shape != shape):
+            if type(array) is not kind or array.shape != shape:
                 return False
             if array.dtype is not dtype and array.dtype != dtype:
                 return False
         return self.on_host or len({array.device for array in params.values()}) == 1
 
-    def takes_all(self, params: Mapping[str, Any], x: Any, state: Any) -> bool:  # noqa: PLR0911  # the fastest way
-        """Say whether parameters, input and state are as this call needs them: what :meth:`takes` says of each."""
+    def takes_all(self, params: Any, x: Any, state: Any, is_plain: bool = True) -> bool:  # noqa: PLR0911  # the fastest
+        """Say whether parameters, input and state are as this call needs them: what :meth:`takes` says of each.
+
+        What the prepared call checks itself if there are neither lengths nor resets (`is_plain`) is left to it.
+        """
         kind, dtype = self.kind, self.dtype
+        compares = not (is_plain and self.checks_itself)
         if self.forced != forced() or type(x) is not kind or x.shape != self.x_shape:
             return False
         if x.dtype is not dtype and x.dtype != dtype:
@@ -154,11 +161,11 @@ class Call:
             h, c = state
             if not type(h) is type(c) is kind:
                 return False
-            if self.compares_shapes and not (h.shape == self.h_shape and c.shape == self.c_shape):
+            if compares and not (h.shape == self.h_shape and c.shape == self.c_shape):
                 return False
             if not (h.dtype is dtype is c.dtype or h.dtype == dtype == c.dtype):
                 return False
-        if not self.takes_params(params):
+        if (compares or type(params) is not dict) and not self.takes_params(params):
             return False
         return self.on_host or all(array.device == params["weight_hh_l0"].device for array in (x, *(state or ())))
 
@@ -215,7 +222,7 @@ def checked(
     call = cell.calls.get(key)
     if call is None or not call.takes_all(params, x, state):  # for another backend that was forced, say
         signature = Signature(layout.steps, layout.batch, bool(mode & _KEEP_TAPE), key[-1])
-        call = Call(cell, x, layout, signature, is_step=is_step)
+        call = Call(cell, x, layout, signature)
         if len(cell.calls) >= _MOST_CALLS:
             cell.calls.clear()
         cell.calls[key] = call

@@ -49,10 +49,16 @@ def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axe
         raise ArrayTypeError(f"{name} is on {value.device}, but the parameters are on {like.device}")
     if value.dtype != like.dtype:
         value = _same_dtype(name, value, like)
+    value = _without_subclass(value)
     if value.shape != shape and not _fits(value.shape, shape):
         expected = ", ".join("any" if s is None else str(s) for s in shape)
         raise ShapeError(f"{name} must have shape {axes} = ({expected}), got {tuple(value.shape)}")
     return value
+
+
+def _without_subclass(value: Array) -> Array:
+    """View an array of a subclass that has passed, such as numpy.memmap, as what prepared calls take."""
+    return value.view(np.ndarray) if isinstance(value, np.ndarray) and type(value) is not np.ndarray else value
 
 
 def _fits(sizes: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
@@ -96,6 +102,7 @@ def params(cell: Cell, given: Mapping[str, Any]) -> dict[str, Array]:
         )
     like = given["weight_ih_l0"]
     kind_of("weight_ih_l0", like)
+    like = _without_subclass(like)
     if like.dtype != cell.dtype:
         if like.dtype.newbyteorder("=") != cell.dtype:
             raise DTypeError(f"parameter weight_ih_l0 has dtype {like.dtype}, but the model is {cell.dtype}")

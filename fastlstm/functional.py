@@ -237,7 +237,7 @@ def run(
     """Run a forward pass: find the prepared call, check the rest, and return the result in the caller's layout."""
     mode = calls.mode(batch_first, keep_tape)
     call = calls.find(cell, params, x, mode)
-    if call is None or not call.takes_all(params, x, state):
+    if call is None or not call.takes_all(params, x, state, lengths is None and resets is None):
         call, params, x, state = calls.checked(cell, params, x, state, mode)
     layout = call.layout
     if lengths is not None:
@@ -248,13 +248,19 @@ def run(
         resets = checks.resets(resets, params["weight_hh_l0"], layout.sequence_shape(0)[:-1])
         resets = layout.to_backend(resets)
     h0, c0 = (None, None) if state is None else state
-    if layout.is_direct:
-        y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute, resets)
-        return y, (h_n, c_n), Tape(call, record) if keep_tape else None
-    h0, c0 = layout.state_to_backend(h0), layout.state_to_backend(c0)
-    x = layout.to_backend(x)
-    y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute, resets)
+    try:
+        if call.is_direct:
+            y, h_n, c_n, record = call.prepared.forward(params, x, h0, c0, lengths, dropout, recompute, resets)
+        else:
+            h0, c0, rows = layout.state_to_backend(h0), layout.state_to_backend(c0), layout.to_backend(x)
+            y, h_n, c_n, record = call.prepared.forward(params, rows, h0, c0, lengths, dropout, recompute, resets)
+    except RefusedError:  # by a call with a batch, without lengths or resets
+        call, params, x, state = calls.checked(cell, params, x, state, mode)  # raises, or brings them to what is taken
+        h0, c0 = state or (None, None)
+        y, h_n, c_n, record = call.prepared.forward(params, layout.to_backend(x), h0, c0, None, dropout, recompute)
     tape = Tape(call, record) if keep_tape else None
+    if call.is_direct:
+        return y, (h_n, c_n), tape
     return layout.to_caller(y), layout.state_to_caller(h_n, c_n), tape
 
 
@@ -282,8 +288,8 @@ def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | Non
         try:
             y, h_n, c_n = call.prepared.step(params, x_t, h0, c0)
         except RefusedError:
-            calls.checked(cell, params, x_t, state, STEP)  # says why
-            raise
+            call, params, x_t, state = calls.checked(cell, params, x_t, state, STEP)  # raises, or as in `run`
+            y, h_n, c_n = call.prepared.step(params, x_t, *(state or (None, None)))
         return y, (h_n, c_n)
     h0, c0 = call.layout.state_to_backend(h0), call.layout.state_to_backend(c0)
     y, h_n, c_n = call.prepared.step(params, x_t[None], h0, c0)

@@ -92,11 +92,12 @@ class Signature(NamedTuple):
 class Prepared(Protocol):
     """A prepared call: all decisions that depend on its signature alone have been made.
 
-    With `checks_shapes`, the kernel of a step checks the shapes of states and parameters, and raises
-    :class:`RefusedError` if one is wrong: comparing them in Python would take longer than the step.
+    With `checks_itself`, a call without lengths and resets checks the shapes of states, and the parameters unless they
+    are frozen, and raises :class:`RefusedError` if one is not as it has to be: its kernel compares shapes in less time
+    than Python.
     """
 
-    checks_shapes: bool
+    checks_itself: bool
 
     def forward(
         self,

@@ -243,7 +243,7 @@ class LayeredBackend(ABC):
 class _LayeredCall:
     """A prepared call of a backend that decides nothing ahead."""
 
-    checks_shapes = False
+    checks_itself = False
 
     def __init__(self, backend: LayeredBackend, cell: Cell, signature: Signature) -> None:
         self._backend, self._cell, self._signature = backend, cell, signature

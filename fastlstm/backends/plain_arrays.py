@@ -48,14 +48,14 @@ def is_native(array: Any, dtype: np.dtype[Any]) -> bool:
     return type(array) is ndarray and (array.dtype is dtype or array.dtype == dtype)
 
 
-def are_native(dtype: np.dtype[Any], a: Any, b: Any, c: Any) -> bool:
-    """Say whether three arguments satisfy :func:`is_native`.
+def are_native(dtype: np.dtype[Any], a: Any, b: Any, c: Any, d: Any) -> bool:
+    """Say whether four arguments satisfy :func:`is_native`.
 
-    They come in threes: the input and two states, or two weights and a bias. A loop over them takes twice as long; the
-    difference is 5 % of a short step.
+    They are two weights, a bias and a variant's own parameters. A loop over them takes twice as long; the difference is
+    5 % of a short step.
     """
-    return (type(a) is type(b) is type(c) is ndarray) and (
-        a.dtype is b.dtype is c.dtype is dtype or a.dtype == b.dtype == c.dtype == dtype
+    return (type(a) is type(b) is type(c) is type(d) is ndarray) and (
+        a.dtype is b.dtype is c.dtype is d.dtype is dtype or a.dtype == b.dtype == c.dtype == d.dtype == dtype
     )
 
 

@@ -39,6 +39,8 @@ class LayerCall:
     ----------
     is_small : bool
         Whether the kernels for small batches run it for inference, unless the batch is ragged or has resets.
+    small_back : bool
+        Likewise of the backward pass.
     state_rows : slice
         Its rows in the states of all layers.
     """
@@ -59,8 +61,9 @@ class LayerCall:
         # A frozen model always uses packed weights, so that inference and training are bit-identical; the small-batch
         # training kernel reads unpacked weights, and sums in another order.
         self._trains_small = small and self.keep_tape and not frozen
-        self._small_back = in_order and small_batch.is_small(self.size, steps, batch, backward=True)
-        self._settings = small_batch.layer_settings(self.size)
+        self.small_back = in_order and small_batch.is_small(self.size, steps, batch, backward=True)
+        self._training = small_batch.Training(self.size, steps * batch)
+        self._x_shape = steps * batch, self.size.inputs
         self._launch: Any = None  # of a small layer, prepared at the first call: it compiles
 
     def forward(
@@ -104,15 +107,17 @@ class LayerCall:
         self, arrays: Params, packed: Packed | None, x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array, rows: Rows
     ) -> tuple[Array, LayerTape | None]:
         """Run the layer over a small batch."""
-        size = self.size
-        y = np.empty((rows.count, size.hidden), size.dtype)
-        given = x.reshape(rows.count, size.inputs), h0, c0, y, h_n, c_n
-        y = y.reshape(rows.steps, rows.batch, size.hidden)
-        direction = self.directions[0]
+        size, direction = self.size, self.directions[0]
         if self._trains_small:
-            given = given[0], as_plain(h0), as_plain(c0), *given[3:]
-            tape = small_batch.small_forward(size, self._settings, direction.arguments(arrays), *given)
-            return y, LayerTape(x, rows, [tape])
+            h0 = h0 if type(h0) is np.ndarray and h0.flags.carray else as_plain(h0)
+            c0 = c0 if type(c0) is np.ndarray and c0.flags.carray else as_plain(c0)
+            y, tape = self._training.forward(
+                direction.arguments(arrays), x.reshape(self._x_shape), h0, c0, h_n, c_n
+            )  # fmt: skip
+            return y.reshape(rows.steps, rows.batch, size.hidden), LayerTape(x, rows, [tape])
+        y = np.empty((rows.count, size.hidden), size.dtype)
+        given = x.reshape(self._x_shape), h0, c0, y, h_n, c_n
+        y = y.reshape(rows.steps, rows.batch, size.hidden)
         if self._launch is None:
             kernel = small_forward_packed if packed else small_forward
             self._launch = small_batch.Inference(kernel, size, 1, rows.steps, rows.batch)
@@ -136,18 +141,19 @@ class LayerCall:
     ) -> tuple[Array, dict[str, Array]]:
         """Back-propagate through the layer: dx (T, B, I), and the gradients by its parameters."""
         size, rows, columns = self.size, tape.rows, len(self.directions) * self.size.hidden
-        dy = None if dy is None else _unmerged(self.merge, dy, tape.y)
-        dy = np.empty((0, columns), size.dtype) if dy is None else dy if dy.flags.carray else as_plain(dy)
-        dy = dy.reshape(-1, columns)
-        dx = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged)
-        if self._small_back and rows.is_plain:
-            grads = small_batch.small_backward(
-                size, self._settings, self.directions[0].arguments(arrays), tape.x.reshape(dx.shape),
-                tape.directions[0], dy, dh_n, dc_n, dx, dh0, dc0,
-            )  # fmt: skip
-            found = self.directions[0].named(grads)
+        if dy is None:
+            dy = np.empty((0, columns), size.dtype)
         else:
-            found = {}
+            dy = dy if self.merge == "concat" else _unmerged(self.merge, dy, tape.y)
+            dy = (dy if dy.flags.carray else as_plain(dy)).reshape(-1, columns)
+        if self.small_back and rows.is_plain:
+            direction = self.directions[0]
+            dx, grads = self._training.backward(
+                direction.arguments(arrays), tape.x.reshape(self._x_shape), tape.directions[0], dy, dh_n, dc_n, dh0, dc0
+            )
+            found = direction.named(grads)
+        else:
+            dx, found = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged), {}
             # One direction after the other: each adds to dx, and a second dx would exceed the promised memory.
             for d, direction in enumerate(self.directions):
                 grads = direction.backward(
@@ -170,9 +176,7 @@ def _merged(merge: str, y: Array) -> Array:
 
 
 def _unmerged(merge: str, dy: Array, y: Array | None) -> Array:
-    """Take the gradient by the merged output to that by the outputs of the directions, (T, B, 2H)."""
-    if merge == "concat":
-        return dy
+    """Take the gradient by the output of a merge but "concat" to that by the outputs of the directions, (T, B, 2H)."""
     if merge == "product":
         assert y is not None
         half = dy.shape[2]

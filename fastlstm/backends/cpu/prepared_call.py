@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Signature
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, RefusedError, Signature
 from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
@@ -18,10 +18,11 @@ from fastlstm.backends.cpu.state_gradients import backward_with_steps
 from fastlstm.backends.cpu.weights import PACKED, Packed, frozen_arrays, packed_model
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import StackTape, dropout_mask
-from fastlstm.backends.plain_arrays import as_plain
+from fastlstm.backends.plain_arrays import are_native, as_plain
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.small_batch import small_forward, small_forward_packed
+from fastlstm.parameters import shapes
 
 __all__ = ["PreparedCall"]
 
@@ -51,8 +52,9 @@ class PreparedCall:
             and (one_layer or (signature.frozen and signature.steps == 1))
         )
         self.folding = Folding(cell) if is_folded(cell) else None
-        self.checks_shapes = self.is_one_launch and self.folding is None
-        self._given = self.layers[0].directions[0].given
+        self.checks_itself = self.is_one_launch and self.folding is None
+        self._given, self._names = self.layers[0].directions[0].given, len(shapes(cell))
+        self._no_state = np.empty((0, *self.state_shape[1:]), self.dtype)
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
 
@@ -112,7 +114,10 @@ class PreparedCall:
             packed = params.kept.get(PACKED) or packed_model(self.cell, params)
             self._launch(*packed.at_once, x, h0, c0, y, h_n, c_n)
         else:
-            self._launch(*self._given(self._arrays(params)), x, h0, c0, y, h_n, c_n)
+            arrays = self._given(params if self.folding is None else self.folding.unfold(params))
+            if len(params) != self._names or not are_native(self.dtype, *arrays):
+                raise RefusedError
+            self._launch(*arrays, x, h0, c0, y, h_n, c_n)
         return y
 
     def _inference(self) -> Inference:
@@ -178,8 +183,11 @@ class PreparedCall:
         if keep_steps:
             return backward_with_steps(self.cell, params, tape, dy, dh_n, dc_n)
         shape, dtype = self.state_shape, self.dtype
-        dh_n = np.zeros(shape, dtype) if dh_n is None else as_plain(dh_n)
-        dc_n = np.zeros(shape, dtype) if dc_n is None else as_plain(dc_n)
+        # The kernel for small batches takes a state of no layers for zeros.
+        small = len(self.layers) == 1 == len(tape.layers) and self.layers[0].small_back and tape.layers[0].rows.is_plain
+        nothing = self._no_state if small else np.zeros(shape, dtype)
+        dh_n = nothing if dh_n is None else as_plain(dh_n)
+        dc_n = nothing if dc_n is None else as_plain(dc_n)
         if not tape.layers:
             dx = np.zeros((*tape.shape, self.cell.input_size), dtype)
             zeros = {name: np.zeros(value.shape, dtype) for name, value in params.items()}

@@ -78,19 +78,21 @@ class DirectionCall:
             p if type(p) is ndarray and p.flags.carray else as_plain(p),
         )
 
-    def given(self, arrays: Params) -> tuple[Array, Array, Array, Array]:
-        """Return the same as they are, for kernels that refuse what they do not take."""
-        ih, hh, bias, own = self.names
+    def given(self, arrays: Params) -> tuple[Any, Any, Any, Any]:
+        """Return the same as they are, None if one is missing, for kernels that refuse what they do not take."""
+        (ih, hh, bias, own), get, nothing = self.names, arrays.get, self._nothing
         return (
-            arrays[ih],  # type: ignore[index]
-            arrays[hh],  # type: ignore[index]
-            self._nothing.bias if bias is None else arrays[bias],
-            self._nothing.own if own is None else arrays[own],
+            get(ih),  # type: ignore[arg-type]
+            get(hh),  # type: ignore[arg-type]
+            nothing.bias if bias is None else get(bias),
+            nothing.own if own is None else get(own),
         )
 
     def named(self, grads: Sequence[Array]) -> dict[str, Array]:
         """Return gradients, in the order of :meth:`arguments`, under the parameters' names."""
-        return {name: array for name, array in zip(self.names, grads, strict=True) if name is not None}
+        found: dict[Any, Array] = dict(zip(self.names, grads, strict=True))
+        found.pop(None, None)  # what there is none of; to pass over it takes longer
+        return found
 
     def forward(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 from fastlstm.backends.base import Array
 from fastlstm.kernels.cpu.vector import CACHE_LINE
 
-__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "is_to_be_cleared", "new_array", "new_like", "one_block"]
+__all__ = ["POOL", "SCRATCH", "Pool", "Scratch", "Workspace", "is_to_be_cleared", "new_array", "one_block"]
 
 
 def one_block(dtype: Any, *shapes: tuple[int, ...], lasting: bool = False) -> list[Array]:
@@ -63,16 +63,6 @@ def is_to_be_cleared(padded: Array) -> bool:
     """
     found: bool = padded.nbytes <= Pool.MOST
     return found
-
-
-def new_like(array: Array) -> Array:
-    """Allocate an array for the caller, as :func:`new_array` does, of the shape and dtype of another.
-
-    In C order, whatever the other's: a kernel refuses an array in another order, and would get a copy to write into.
-    """
-    if array.nbytes < Pool.LEAST:
-        return np.empty_like(array, order="C", subok=False)
-    return new_array(array.shape, array.dtype)
 
 
 @functools.lru_cache(maxsize=256)
