@@ -66,7 +66,7 @@ class Run:
     def __init__(self, model: Any, params: Mapping[str, Array], unrolled: Unrolled, steps: int, batch: int) -> None:
         self.steps, self.batch, self.taken = steps, batch, 0
         self._model, self._params, self._unrolled = model, params, unrolled
-        # Not the way back itself: it refers to the run, and a cycle would keep the tape until the next garbage collection.
+        # Not the way back itself, which refers to the run: a cycle would keep the tape until a garbage collection.
         self._has_turned = False
         self._like = params["weight_hh_l0"]
         self._x_shape = (batch, model.cell.input_size)

@@ -32,21 +32,23 @@ __all__ = ["KIT", "TAPED", "at", "signatures", "steps_of_cells", "unrolled_step"
 
 # The numbers of a kit: I, H, L, rows of a variant's own parameters E, whether there is a bias, Hp/V; addresses of the
 # packed weights of all layers, their packed biases, and a variant's own parameters (L * E, H); of the weights that are
-# packed for the backward pass; and the addresses of the cell's routines.
-INPUTS, HIDDEN, LAYERS, OWN, BIASED, BLOCKS, WEIGHTS, BIAS, OWN_PARAMETERS, BACK_WEIGHTS, ADDRESSES = range(11)
+# packed for the backward pass; whether the gradient is truncated; and the addresses of the cell's routines.
+(INPUTS, HIDDEN, LAYERS, OWN, BIASED, BLOCKS, WEIGHTS, BIAS, OWN_PARAMETERS, BACK_WEIGHTS, TRUNCATED,
+ ADDRESSES) = range(12)  # fmt: skip
 KIT = ADDRESSES + CELL
 
 # The numbers of a tape: T, B; steps taken, and those not yet taken back (-1 before the first of these); and addresses:
 # x (T, B, I); h and c (L, T + 1, B, H), the states before each step and after the last; the cells' values
-# (L, T' * B, Hp/V, 5, V), where T' are the steps in whole chunks, and a chunk more; steps of a chunk; gradients by the
+# (L, T', Hp/V, B, 5, V), where T' are the steps in whole chunks, and a chunk more; steps of a chunk; gradients by the
 # states, (L, B, H) each; the gradient that is handed from a layer to the one below (B, H); masks of dropout, and what
-# they leave of h, (L - 1, T, B, H) each, 0 for none; and what `unrolled_finish` works with.
+# they leave of h, (L - 1, T, B, H) each, 0 for none; what `unrolled_finish` works with; and for compiled code, whether
+# the masks have to be drawn before the next run.
 #
 # On the way back, the gradients by the pre-activations of a chunk of steps, in strips, take the place of the cells'
 # values of the chunk after it, which are not needed any more: a tape has 7 numbers a unit and step, and not 11.
 (STEPS, BATCH, TAKEN, LEFT, X, H, C, CELLS, CHUNK, DH, DC, BETWEEN, MASKS, DROPPED, SUMS_IH, SUMS_HH, SUMS_BIAS,
- PANELS) = range(18)  # fmt: skip
-TAPED = PANELS + 1
+ PANELS, UNDRAWN) = range(19)  # fmt: skip
+TAPED = UNDRAWN + 1
 
 
 class _Step(NamedTuple):
@@ -60,7 +62,7 @@ class _Step(NamedTuple):
     c_next: Any
     stride: Any
     y: Any  # (B, H)
-    cells: Any  # (B, Hp/V, 5, V) for each layer
+    cells: Any  # (Hp/V, B, 5, V) for each layer
     cells_stride: Any
     kept: Any  # vectors a block of units leaves there, 0 for none
     masks: Any  # (B, H) for each layer but the last
@@ -193,13 +195,23 @@ def _layer(cell, packed, step, number, x, is_last, first, last):
         for block in range(first, last, together):
             blocks = minimum(together, last - block)
             of_x = offset(packed.of_x, block * inputs * tile_row)
+            after = offset(of_x, blocks * inputs * tile_row)
+            if step.kept and not far:
+                after = _tape_at(step, number, low, block)
             pre_activations(
                 count, blocks, offset(x, low * inputs), inputs, of_x, offset(h, low * hidden), hidden, hidden,
                 offset(packed.of_h, block * hidden * tile_row), offset(packed.bias, block * tile_row), 0, step.a,
-                tile_row, far, offset(of_x, blocks * inputs * tile_row),
+                tile_row, far or step.kept > 0, after,
             )  # fmt: skip
             for further in range(blocks):  # one, if there are several rows
                 _cells(cell, packed, step, number, low, count, block + further, further, is_last)
+
+
+@routine(inline=True)
+def _tape_at(step, number, low, block):
+    """Return a pointer to where a layer's step keeps the values of some rows and a block."""
+    place = (block * step.batch + low) * step.kept * lanes_of(step.a)
+    return offset(step.cells, number * step.cells_stride + place)
 
 
 @routine(inline=True)
@@ -212,15 +224,14 @@ def _cells(cell, packed, step, number, low, count, block, further, is_last):
     unit = block * width
     here, units = cell_at(cell, unit), minimum(width, hidden - unit)
     first = number * step.stride + low * hidden + unit
-    cells_row = packed.blocks * step.kept * width
-    tape = offset(step.cells, number * step.cells_stride + low * cells_row + block * step.kept * width)
+    tape = _tape_at(step, number, low, block)
     a = offset(step.a, further * GATES * width)
     held, c = update(here, a, units, load_first(offset(step.c, first), units), tape, step.kept)
     for n in range(1, count):
         state = first + n * hidden
         c_prev = load_first(offset(step.c, state), units)
         held_next, c_next = update(
-            here, offset(a, n * GATES * width), units, c_prev, offset(tape, n * cells_row), step.kept
+            here, offset(a, n * GATES * width), units, c_prev, offset(tape, n * step.kept * width), step.kept
         )
         _hand_on(step, state - hidden, (low + n - 1) * hidden + unit, units, output(here, held, c), c, is_last)
         held, c = held_next, c_next
