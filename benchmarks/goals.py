@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import bounds
+import closed_loop as loops
 import studies
 
 from fastlstm.bench import report
@@ -20,6 +21,7 @@ from fastlstm.bench.work import Work
 OURS = studies.OURS
 PEAK_INFER = "50,64,512,512 infer"  # most of its time is arithmetic
 STEP = Work(1, 1, 32, 64, kind="stream")
+LOOPED = ("torch", loops.CELL, "onnxruntime")
 OLD = "55c5fee"  # of versions.json
 Value = Callable[[Case], float | None]
 
@@ -85,6 +87,18 @@ def ratio(side: str, name: str = "", of: Callable[[float], float] = lambda ratio
     return value
 
 
+def against(theirs: Sequence[str], ours: Sequence[str], name: str = "") -> Value:
+    """Return the least time of some sides / that of others, all of which were measured, of cases of such a name."""
+
+    def value(case: Case) -> float | None:
+        if name not in case.name or not set(ours) <= set(case.values):
+            return None
+        found = [case.ratio(side, mine) for side in theirs for mine in ours]
+        return min((ratio.middle for ratio in found if ratio), default=None)
+
+    return value
+
+
 def seconds(name: str, scale: float = 1.0) -> Value:
     """Return our seconds, of the case of this name."""
     return lambda case: scale * case.spread(OURS).middle if case.name == name else None
@@ -141,6 +155,14 @@ GOALS = (
     Goal("first calls in a later process, seconds", 0.5, True, "start", seconds("warm: all three calls")),
     Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", growing),
     Goal("training with recompute, times the time", 1.35, True, "recompute", ratio(studies.RECOMPUTED)),
+    Goal("closed loop, training: PyTorch's time / ours", 4.0, False, "closed_loop", ratio("torch", "training")),
+    Goal("closed loop, training: PyTorch's time / ours in `@njit`", 8.0, False, "closed_loop",
+         against(["torch"], [loops.NJIT], "training")),
+    Goal("closed loop, training in `@njit` / the open loop in one call", 1.6, True, "closed_loop",
+         against([loops.NJIT], [loops.OPEN])),
+    Goal("a small step: from Python / in `@njit`", 8.0, False, "closed_loop", against([OURS], [loops.NJIT], "small")),
+    Goal("closed loop, inference: best peer's time / ours, from Python and in `@njit`, least", 1.0, False, "loop",
+         against(LOOPED, [OURS, loops.NJIT]), min),
     Goal("steps of other cells / the plain LSTM, most", 1.1, True, "family", most_of(studies.STEP_VARIANTS), max),
     Goal("any other cell / the plain LSTM, most", 1.3, True, "family", most_of(studies.PHASES), max, NORMED),
     Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family",

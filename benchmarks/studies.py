@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import bounds
+import closed_loop as loops
 import numpy as np
 
 import fastlstm
@@ -261,57 +262,40 @@ def _held(name: str, problem: Problem, count: int) -> Iterator[Side]:
         yield Side(side.call, first(side.outputs), first(side.seconds))
 
 
-STEPS, LOOP = 1000, Work(1, 32, 10, 100, kind="stream")
-
-
 def loop(threads: int, seconds: float) -> Iterator[Case]:
-    """A closed loop of 1,000 steps, one call each, float32: the next input is the first I units of h.
+    """A closed loop of 1,000 steps, float32: the next input is the first I units of h, plus noise.
 
-    Our model is frozen. PyTorch is called as nn.LSTM with T=1 and as nn.LSTMCell, ONNX Runtime as a graph of one step.
+    Our model is frozen, and called once a step from Python, or in `@njit`. PyTorch is called as nn.LSTM with T=1 and as
+    nn.LSTMCell, ONNX Runtime as a graph of one step.
     """
-    problem = Problem.of(LOOP)
+    work = loops.INFER
+    name = f"{loops.STEPS:,} steps, B={work.batch}, H={work.hidden}"
+    yield _loop_case(loops.inference, work, name, threads, seconds)
+
+
+def closed_loop(threads: int, seconds: float) -> Iterator[Case]:
+    """The same loop trained, float32: forward and backward through 1,000 steps; and steps of one small sequence.
+
+    We are called once a step from Python, or the loop is in `@njit`; PyTorch is nn.LSTM with T=1, once a step. The open
+    loop is one call for the same inputs, without the feedback.
+    """
+    work = loops.TRAIN
+    name = f"training, B={work.batch}, I={work.inputs}, H={work.hidden}"
+    yield _loop_case(loops.training, work, name, threads, seconds, {loops.OPEN: math.inf})
+    work = loops.SMALL
+    name = f"{loops.STEPS:,} small steps, B={work.batch}, I={work.inputs}, H={work.hidden}"
+    yield _loop_case(loops.inference, work, name, 1, seconds, names=[])
+
+
+def _loop_case(
+    build: Callable[..., dict[str, Side]], work: Work, name: str, threads: int, seconds: float,
+    tolerances: Any = None, names: list[str] | None = None,
+) -> Case:  # fmt: skip
+    problem = Problem.of(work)
     with sides.cpu(problem, threads):  # sets the threads
-        builders = {name: functools.partial(nullcontext, side) for name, side in loops(problem, threads).items()}
-        yield _case(f"{STEPS:,} steps, B={LOOP.batch}, H={LOOP.hidden}", builders, seconds, threads=threads)
-
-
-def loops(problem: Problem, threads: int) -> dict[str, Side]:
-    """Return the closed loop of each library that is installed."""
-
-    def looped(step: Callable[[Any, Any], tuple[Any, Any]], first: Any) -> Side:
-        def call() -> Any:
-            x, state = first, None
-            for _ in range(STEPS):
-                h, state = step(x, state)
-                x = h[..., : LOOP.inputs]
-            return h
-
-        return Side(call, lambda: (np.asarray(call()).reshape(LOOP.batch, LOOP.hidden),))
-
-    here, x = _here((OURS, "torch", "onnxruntime")), problem.x
-    found = {OURS: looped(problem.frozen_or_trained.step, x[0])}
-    if "torch" in here:
-        torch = import_module("torch")
-        torch.set_num_threads(threads)
-        cell, weights = torch.nn.LSTMCell(LOOP.inputs, LOOP.hidden), problem.model.to_torch_state_dict()
-        cell.load_state_dict({name.removesuffix("_l0"): torch.from_numpy(value) for name, value in weights.items()})
-        cell.requires_grad_(False)
-
-        def cell_step(x: Any, state: Any) -> Any:
-            state = cell(x, state)
-            return state[0], state
-
-        found["torch"] = looped(peers.torch_module(torch, problem).requires_grad_(False), torch.from_numpy(x))
-        found["torch LSTMCell"] = looped(cell_step, torch.from_numpy(x[0]))
-    if "onnxruntime" in here:
-        session, zero = peers.onnx_session(problem, threads), np.zeros((1, LOOP.batch, LOOP.hidden), x.dtype)
-
-        def graph_step(x: Any, state: Any) -> Any:
-            _, h, c = session(dict(zip(("X", "h", "c"), (x, *(state or (zero, zero))), strict=True)))
-            return h, (h, c)
-
-        found["onnxruntime"] = looped(graph_step, x)
-    return found
+        built = build(problem, threads, _here((OURS, "torch", "onnxruntime")) if names is None else names)
+        builders = {side: functools.partial(nullcontext, made) for side, made in built.items()}
+        return _case(name, builders, seconds, tolerances, threads=threads)
 
 
 def roofs(threads: int, seconds: float) -> Iterator[Case]:
@@ -417,7 +401,20 @@ def started(name: str, threads: int, cache: Path) -> tuple[list[float], int]:
 
 STUDIES: dict[str, Callable[[int, float], Iterator[Case]]] = {
     study.__name__: study
-    for study in (loop, ragged, hydrology, memory, recompute, freeze, family, roofs, start, threads, growth)
+    for study in (
+        loop,
+        closed_loop,
+        ragged,
+        hydrology,
+        memory,
+        recompute,
+        freeze,
+        family,
+        roofs,
+        start,
+        threads,
+        growth,
+    )
 }
 
 
