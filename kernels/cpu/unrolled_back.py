@@ -16,7 +16,7 @@ from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, lon
 from fastlstm.kernels.cpu.gemm_microkernel import KC, NR, ROW_BLOCKS
 from fastlstm.kernels.cpu.jit import by_address, kernel, routine
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
-from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.unrolled_step import (
     ADDRESSES,
     BACK_WEIGHTS,
@@ -67,6 +67,9 @@ from fastlstm.kernels.cpu.weight_packing import pack_backward
 from fastlstm.kernels.cpu.worker import this_call
 
 __all__ = ["pack_for_back", "signatures", "unrolled_back", "unrolled_finish"]
+
+
+_ROWS_EACH = 8  # of a thread at least, where threads share the rows of a product
 
 
 @kernel
@@ -183,21 +186,27 @@ def _cells_back(kit, tape, number, t, dy, da, mine):
 
 @routine
 def _product_back(kit, da, first_row, rows, weights, state, inputs, below, tile, soon, mine, team, thread):
-    """Compute da @ [W_hh, W_ih] for some rows; W is packed in panels of its columns, which the threads share.
+    """Compute da @ [W_hh, W_ih] for some rows; W is packed in panels of its columns.
 
+    The threads share the panels, or the rows if there are few panels, which cannot be shared evenly.
     The first columns go to `state`, (rows, H), the others to `below`, (rows, I). Meanwhile the cells' values that this
     thread needs next are prefetched from `soon` on: on the way back, no hardware prefetcher foresees the step before.
     """
     width, hidden, truncated = lanes_of(state), kit[HIDDEN], kit[TRUNCATED]
     columns = hidden + inputs
     panel_columns = NR * width
-    first, last = share((columns + panel_columns - 1) // panel_columns, team, thread)
+    panels, threads = (columns + panel_columns - 1) // panel_columns, threads_of(team, thread)
+    first, last = share(panels, team, thread)
+    row_first, row_last = 0, rows
+    if threads > 1 and panels < 4 * threads and rows >= _ROWS_EACH * threads:
+        first, last = 0, panels
+        row_first, row_last = share(rows, team, thread)
     # Elements to prefetch with each k.
     soon_k = (mine[1] - mine[0]) * rows * TAPE * width // maximum(1, (last - first) * da.depth)
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several.
     together = ROW_BLOCKS if rows == 1 else 1
-    for low in range(0, rows, MOST_ROWS):
-        count = minimum(MOST_ROWS, rows - low)
+    for low in range(row_first, row_last, MOST_ROWS):
+        count = minimum(MOST_ROWS, row_last - low)
         for number in range(first, last, together):
             some = minimum(together, last - number)
             column, end = number * panel_columns, minimum((number + some) * panel_columns, columns)
@@ -207,7 +216,7 @@ def _product_back(kit, da, first_row, rows, weights, state, inputs, below, tile,
             else:
                 vectors = (end - column + width - 1) // width
                 here = offset(soon, (number - first) * da.depth * soon_k)
-                size = KC * soon_k if low == 0 else 0
+                size = KC * soon_k if low == row_first else 0
                 long_product(count, vectors, da, first_row + low, packed, tile, panel_columns, here, soon_k, size)
             of_h, after_h = minimum(end, hidden), maximum(column, hidden)
             if not truncated:

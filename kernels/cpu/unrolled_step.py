@@ -24,7 +24,7 @@ from fastlstm.kernels.cpu.jit import by_address, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
-from fastlstm.kernels.cpu.vector import address, lanes_of, load_first, minimum, offset, store_first
+from fastlstm.kernels.cpu.vector import address, lanes_of, load_first, maximum, minimum, offset, store_first
 from fastlstm.kernels.cpu.weight_packing import packed_at
 from fastlstm.kernels.cpu.worker import this_call
 
@@ -49,6 +49,9 @@ KIT = ADDRESSES + CELL
 (STEPS, BATCH, TAKEN, LEFT, X, H, C, CELLS, CHUNK, DH, DC, BETWEEN, MASKS, DROPPED, SUMS_IH, SUMS_HH, SUMS_BIAS,
  PANELS, UNDRAWN) = range(19)  # fmt: skip
 TAPED = UNDRAWN + 1
+
+
+_ROWS_OF_A_HALF = 8  # below, the rows of half a block do not fill the microkernel
 
 
 class _Step(NamedTuple):
@@ -154,9 +157,9 @@ def _run(kit, step, team, thread):
     inputs, hidden, layers, blocks = kit[INPUTS], kit[HIDDEN], kit[LAYERS], kit[BLOCKS]
     weights, bias, own = at(kit[WEIGHTS], step.y), at(kit[BIAS], step.y), at(kit[OWN_PARAMETERS], step.y)
     tile_row, x = GATES * lanes_of(step.y), step.x
-    first, last = 0, blocks
+    first, last = 0, 2 * blocks  # halves of blocks
     if team is not None:  # Numba leaves out what belongs to a None
-        first, last = share(blocks, team, thread)
+        first, last = _share_of_units(blocks, step.batch, team, thread)
     for number in range(layers):
         packed = packed_at(weights, bias, inputs, hidden, blocks)
         cell = cell_of(kit, ADDRESSES, offset(own, number * kit[OWN] * hidden), hidden)
@@ -183,17 +186,38 @@ def multiply(size, a, b, target):
         store_first(offset(target, n), load_first(offset(a, n), left) * load_first(offset(b, n), left), left)
 
 
+@routine(inline=True)
+def _share_of_units(blocks, batch, team, thread):
+    """Return this thread's share of the blocks of units, counted in halves.
+
+    With enough rows, a block is divided where that makes the shares equal: of 7 blocks (H=100), two threads would have
+    4 and 3, and one would wait for an eighth of the step.
+    """
+    if batch >= 2 * _ROWS_OF_A_HALF:
+        return share(2 * blocks, team, thread)
+    first, last = share(blocks, team, thread)
+    return 2 * first, 2 * last
+
+
 @routine
 def _layer(cell, packed, step, number, x, is_last, first, last):
-    """Run some blocks of units of a layer, as many rows at a time as there is room for."""
+    """Run some blocks of units of a layer, counted in halves, as many rows at a time as there is room for.
+
+    Of a block, half of the rows is one half and the others are the second.
+    """
     inputs, hidden, tile_row = packed.inputs, packed.hidden, GATES * lanes_of(step.a)
     h = offset(step.h, number * step.stride)
-    far = are_far(step.a, (last - first) * (inputs + hidden) * tile_row)
+    far = are_far(step.a, (last - first) * (inputs + hidden) * tile_row // 2)
     together = ROW_BLOCKS if step.batch == 1 else 1
-    for low in range(0, step.batch, MOST_ROWS):
-        count = minimum(MOST_ROWS, step.batch - low)
-        for block in range(first, last, together):
-            blocks = minimum(together, last - block)
+    half = step.batch // 2
+    for begin in range(0, step.batch, MOST_ROWS):
+        end = minimum(begin + MOST_ROWS, step.batch)
+        for block in range(first // 2, (last + 1) // 2, together):
+            blocks = minimum(together, (last + 1) // 2 - block)
+            low = maximum(begin, half) if 2 * block < first else begin
+            count = (minimum(end, half) if 2 * block + 1 == last else end) - low
+            if count <= 0:
+                continue
             of_x = offset(packed.of_x, block * inputs * tile_row)
             after = offset(of_x, blocks * inputs * tile_row)
             if step.kept and not far:
