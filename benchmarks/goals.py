@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import closed_loop as loops
 import studies
 
 from fastlstm.bench import report
@@ -19,6 +20,7 @@ from fastlstm.bench.work import Work
 OURS = studies.OURS
 LARGE = "50,64,512,512 infer float32"  # most of its time is arithmetic
 STEP = Work(1, 1, 32, 64, kind="stream")
+LOOPED = ("torch", loops.CELL, "onnxruntime")
 OLD = "55c5fee"  # of versions.json
 Value = Callable[[Results, Case], float | None]
 
@@ -90,6 +92,18 @@ def ratio(*sides: str, of: str = "", inverse: bool = False) -> Value:
     return value
 
 
+def against(theirs: Sequence[str], ours: Sequence[str], name: str = "") -> Value:
+    """Return the least time of some sides / that of others, all of which were measured, of cases of such a name."""
+
+    def value(_: Results, case: Case) -> float | None:
+        if name not in case.name or not set(ours) <= set(case.values):
+            return None
+        found = [case.ratio(side, mine) for side in theirs for mine in ours]
+        return min((ratio.middle for ratio in found if ratio), default=None)
+
+    return value
+
+
 def seconds(name: str, scale: float = 1.0) -> Value:
     """Return our seconds, of the case of this name."""
     return lambda _, case: scale * case.spread(OURS).middle if case.name == name else None
@@ -127,6 +141,14 @@ GOALS = (
     Goal("first calls in a later process, seconds", 0.5, True, "start", seconds("warm: all three calls")),
     Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", lambda _, c: c.facts.get(studies.GROWING)),
     Goal("training with recompute, times the time", 1.35, True, "recompute", ratio(studies.RECOMPUTED)),
+    Goal("closed loop, training: PyTorch's time / ours", 4.0, False, "closed_loop", ratio("torch", of="training")),
+    Goal("closed loop, training: PyTorch's time / ours in `@njit`", 8.0, False, "closed_loop",
+         against(["torch"], [loops.NJIT], "training")),
+    Goal("closed loop, training in `@njit` / the open loop in one call", 1.6, True, "closed_loop",
+         against([loops.NJIT], [loops.OPEN])),
+    Goal("a small step: from Python / in `@njit`", 8.0, False, "closed_loop", against([OURS], [loops.NJIT], "small")),
+    Goal("closed loop, inference: best peer's time / ours, from Python and in `@njit`, least", 1.0, False,
+         "closed_loop", against(LOOPED, [OURS, loops.NJIT], "inference"), min),
     Goal("steps of other cells / the plain LSTM, most", 1.1, True, "family", ratio(*studies.STEP_VARIANTS)),
     Goal("any other cell / the plain LSTM, most", 1.3, True, "family", ratio(*studies.PHASES), max, NORMED),
     Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family",

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import closed_loop as loops
 import numpy as np
 import torch_module
 from first_calls import start
@@ -221,8 +222,31 @@ def torch_lstm(threads: int, seconds: float) -> Iterator[Case]:
         yield _case(f"B={batch}, I={inputs}, H={hidden}", builders, seconds, threads=threads)
 
 
+def closed_loop(threads: int, seconds: float) -> Iterator[Case]:
+    """A closed loop of 1,000 steps, float32: the next input is the first I units of h, plus noise.
+
+    Trained: forward and backward, against PyTorch's nn.LSTM with T=1, and one call for the same inputs without the
+    feedback (the open loop). Inference: our model is frozen; nn.LSTM with T=1, nn.LSTMCell, and a graph of one step in
+    ONNX Runtime. Small: one sequence. We are called once a step from Python, or the loop is in `@njit`.
+    """
+    peers_here = _here((OURS, "torch", "onnxruntime"))
+    for name, build, work, names in (
+        ("training", loops.training, loops.TRAIN, peers_here),
+        ("inference", loops.inference, loops.INFER, peers_here),
+        ("small steps", loops.inference, loops.SMALL, []),
+    ):
+        count = threads if names else 1
+        problem, unlike = Problem.of(work), {loops.OPEN: math.inf} if build is loops.training else None
+        with sides.cpu(problem, count):  # sets the threads
+            built = build(problem, count, names)
+            builders = {side: functools.partial(nullcontext, made) for side, made in built.items()}
+            title = f"{name}, B={work.batch}, I={work.inputs}, H={work.hidden}"
+            yield _case(title, builders, seconds, unlike, threads=count)
+
+
 STUDIES: dict[str, Callable[[int, float], Iterator[Case]]] = {
-    study.__name__: study for study in (ragged, memory, recompute, freeze, family, start, growth, torch_lstm)
+    study.__name__: study
+    for study in (ragged, memory, recompute, freeze, family, closed_loop, start, growth, torch_lstm)
 }
 
 

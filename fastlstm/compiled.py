@@ -16,7 +16,8 @@
             x[:] = ...  # the next input, which depends on y
 
 Training is the same as with ``lstm.unroll``, on a `tape` that ``kit.tape(steps, batch)`` makes once: :func:`step_taped`
-for t = 0, 1, ..., then :func:`step_back` from the last t to 0, and :func:`finish`. The functions allocate nothing and
+for t = 0, 1, ..., then :func:`step_back` from the last t to 0, and :func:`finish`. A model with dropout between its
+layers needs ``kit.draw(tape)`` before each run, which Python calls. The functions allocate nothing and
 need no lock of the interpreter; under ``prange``, each iteration has arrays, or a tape, of its own. They are called by
 their addresses, which the kit holds: a caller compiles in little more than its own time, and a caller that is cached
 on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type contains a stamp of fastlstm's
@@ -39,7 +40,7 @@ from fastlstm.backends.cpu.numba_calls import in_python, tell
 from fastlstm.errors import ArgumentError, DTypeError, ShapeError
 from fastlstm.kernels.cpu.atomics import pointer_at
 from fastlstm.kernels.cpu.jit import caller
-from fastlstm.kernels.cpu.unrolled_step import LEFT, TAKEN
+from fastlstm.kernels.cpu.unrolled_step import LEFT, MASKS, TAKEN, UNDRAWN
 
 # Numba's types are incomplete: its own extensions do not pass.
 types: Any = numba_types
@@ -139,7 +140,7 @@ def step_taped(kit: Any, tape: Any, t: int, x: Any, y: Any) -> None:
     Raises
     ------
     ArgumentError
-        If `t` is not the step that is next, or the tape is not of this kit.
+        If `t` is not the step that is next, the tape is not of this kit, or the masks of dropout are not drawn.
     ShapeError
         If a shape does not fit.
     """
@@ -160,7 +161,9 @@ def _step_taped(kit: Any, tape: Any, t: Any, x: Any, y: Any) -> None:
     if t >= steps:
         raise ArgumentError("the tape has no room for another step")
     if t == 0:
-        record[TAKEN], record[LEFT] = 0, -1
+        if record[UNDRAWN]:
+            raise ArgumentError("the masks of dropout have to be drawn before each run: kit.draw(tape)")
+        record[TAKEN], record[LEFT], record[UNDRAWN] = 0, -1, record[MASKS] != 0
         for n in range(size):
             tape[7][n] = tape[8][n] = 0
     _call(record[STEP_TAPED], (kit[0], record, x[0], y[0], tape[9], 0))
@@ -238,7 +241,7 @@ def _finish(kit: Any, tape: Any, gradients: Any) -> None:
         raise ShapeError("gradients must have a number for each parameter, such as kit.gradients()")
     if tape[0][LEFT] != 0:
         raise ArgumentError("not all steps have been taken back")
-    _call(tape[0][FINISH], (kit[0], tape[0], gradients[0]))
+    _call(tape[0][FINISH], (kit[0], tape[0], gradients[0], tape[9], 0))
 
 
 @njit(inline="always")

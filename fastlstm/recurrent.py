@@ -283,7 +283,7 @@ class Recurrent(Stored):
         dispatch.backend_named("cpu")
         frozen = self.freeze()
         assert isinstance(frozen.params, FrozenParams)
-        return import_module("fastlstm.compiled").make_kit(self.cell, frozen.params)
+        return import_module("fastlstm.compiled").make_kit(self.cell, frozen.params, self._mask_keys)
 
     def plan(self, x: Array, lengths: Any = None) -> str:
         """Say how a call with this input would be run: backend, threads, and how each layer is divided.

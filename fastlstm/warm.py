@@ -69,7 +69,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loop
         for dtype in dtypes:
             _run(dtype, train, step)
             if loops:
-                _run_loops(dtype, jit, thread_pool.NO_TEAM)
+                _run_loops(dtype)
         # With more than one thread: workers run `serve`; `run_records` runs both directions at once.
         jit.compile_for(import_module("fastlstm.kernels.cpu.worker").serve, (0, 0))
         records = thread_pool.new_records(2), thread_pool.NO_TEAM, 0
@@ -105,7 +105,7 @@ def _run(dtype: str, train: bool, step: bool) -> None:
             model.backward(tape, y)
 
 
-def _run_loops(dtype: str, jit: Any, no_team: Any) -> None:
+def _run_loops(dtype: str) -> None:
     """Take one step forward and back, with the kernels that Python calls, and have those that compiled code calls."""
     model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((1, 3), dtype)
     run = model.unroll(steps=1, batch=1)
@@ -113,6 +113,4 @@ def _run_loops(dtype: str, jit: Any, no_team: Any) -> None:
     back = run.backward()
     back.step(y)
     back.finish()
-    tape = model.compiled().tape(1, 1)
-    kernel = import_module("fastlstm.kernels.cpu.unrolled_back").unrolled_finish_together
-    jit.compile_for(kernel, (tape.record, tape.record, np.empty(1, dtype), no_team, 0))
+    model.compiled().tape(1, 1)

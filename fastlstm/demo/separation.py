@@ -38,6 +38,7 @@ NOISE, TAU = 1e-3, 1.0
 LEAST_DETERMINANT = 0.2  # of a mixing matrix
 RATE, CLIP = 1e-3, 1.0
 CONTEXTS, SETTLED = 20, 500  # mixing matrices of the test; steps of each after which W should have settled
+SHOWN = 240  # steps of the signals in the picture, 30 ms
 
 Array = np.ndarray[Any, Any]
 
@@ -281,31 +282,32 @@ def distance(trial: Trial, part: slice) -> float:
 
 
 def plot(path: Path, trials: list[Trial]) -> None:
-    """Draw sources, mixtures and outputs around the changes of context, and W beside the inverses of the matrices."""
+    """Draw the last milliseconds of sources, mixtures and outputs, and W beside the inverse of A for all trials."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)  # a canvas of its own leaves pyplot and its settings alone
-    rows = figure.subplots(4, 1, sharex=True)
+    axes = figure.subplot_mosaic([["sources", "inputs", "outputs"], ["weights"] * 3], height_ratios=(2, 3))
     steps = len(trials[0].sources)
     time = np.arange(steps * len(trials)) / SAMPLES_PER_SECOND * 1000.0
-    drawn = ("sources", "sources"), ("inputs", "mixtures"), ("outputs", "outputs")
-    for axes, (field, name) in zip(rows, drawn, strict=False):
-        signal = np.concatenate([getattr(trial, field) for trial in trials])
+    titles = {"sources": "sources", "inputs": "mixtures, the inputs", "outputs": "outputs"}
+    for field, title in titles.items():
+        signal = getattr(trials[-1], field)[-SHOWN:]
         for i, colour in enumerate(("tab:blue", "tab:orange")):
-            axes.plot(time, signal[:, i], color=colour, linewidth=0.7)
-        axes.set_ylabel(name)
-        axes.set_ylim(-1.6, 1.6)
-    weights = np.concatenate([trial.weights for trial in trials])
-    inverses = np.concatenate([np.tile(np.linalg.inv(trial.mixing), (steps, 1, 1)) for trial in trials])
+            axes[field].plot(time[-SHOWN:], signal[:, i], color=colour, label=f"signal {i + 1}")
+        axes[field].set(title=title, xlabel="time (ms)", ylim=(-1.5, 1.5))
+    axes["sources"].set_ylabel("amplitude / largest")
+    axes["sources"].legend(loc="lower left", fontsize="small", ncols=2)
+    panel = axes["weights"]
     for i, j in np.ndindex(SIGNALS, SIGNALS):
-        (line,) = rows[3].plot(time, weights[:, i, j], linewidth=0.8, label=f"W{i + 1}{j + 1}")
-        rows[3].plot(time, inverses[:, i, j], color=line.get_color(), linestyle="--", linewidth=1.2)
-    rows[3].set_ylabel("W, and inverse of A (dashed)")
-    rows[3].set_xlabel("time (ms)")
-    rows[3].legend(loc="upper right", ncols=4)
-    for axes in rows:
-        for number in range(1, len(trials)):
-            axes.axvline(time[number * steps], color="0.6", linewidth=0.8, zorder=0)
+        weights = np.concatenate([trial.weights[:, i, j] for trial in trials])
+        inverse = np.concatenate([np.full(steps, np.linalg.inv(trial.mixing)[i, j]) for trial in trials])
+        (line,) = panel.plot(time, weights, linewidth=0.8, alpha=0.6, label=f"$W_{{{i + 1}{j + 1}}}$")
+        panel.plot(time, inverse, color=line.get_color(), linestyle="--", linewidth=1.5)
+    for number in range(1, len(trials)):
+        panel.axvline(time[number * steps], color="0.6", linewidth=0.8, zorder=0)
+    panel.set(title="weights W (solid) and the inverse of the mixing matrix A (dashed); A changes at the grey lines",
+              xlabel="time (ms)", ylabel="weight", xlim=(0, time[-1]))  # fmt: skip
+    panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)

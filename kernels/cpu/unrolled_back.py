@@ -13,10 +13,10 @@ from numba import from_dtype, types
 
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE, backward, cell_at, cell_of, own_gradients
 from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row, strip
-from fastlstm.kernels.cpu.gemm_microkernel import NR, ROW_BLOCKS
+from fastlstm.kernels.cpu.gemm_microkernel import KC, NR, ROW_BLOCKS
 from fastlstm.kernels.cpu.jit import by_address, kernel, routine
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
-from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
+from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.unrolled_step import (
     ADDRESSES,
     BACK_WEIGHTS,
@@ -42,6 +42,7 @@ from fastlstm.kernels.cpu.unrolled_step import (
     SUMS_HH,
     SUMS_IH,
     TAKEN,
+    TRUNCATED,
     C,
     H,
     X,
@@ -49,26 +50,41 @@ from fastlstm.kernels.cpu.unrolled_step import (
     multiply,
     steps_of_cells,
 )
-from fastlstm.kernels.cpu.vector import address, fill, lanes_of, load, load_first, minimum, offset, store_first
+from fastlstm.kernels.cpu.vector import (
+    address,
+    fill,
+    lanes_of,
+    load,
+    load_first,
+    maximum,
+    minimum,
+    offset,
+    prefetch,
+    store_first,
+)
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS, Product, add_bias, finish_edge, weights_back
 from fastlstm.kernels.cpu.weight_packing import pack_backward
 from fastlstm.kernels.cpu.worker import this_call
 
-__all__ = ["pack_for_back", "signatures", "unrolled_back", "unrolled_finish", "unrolled_finish_together"]
+__all__ = ["pack_for_back", "signatures", "unrolled_back", "unrolled_finish"]
+
+
+_ROWS_EACH = 8  # of a thread at least, where threads share the rows of a product
 
 
 @kernel
 def pack_for_back(
-    weight_ih,  # (4H, I), IN
-    weight_hh,  # (4H, H), IN
-    packed,  # one-dimensional: (panels of I, 4 * Hp, 4 * V), then (panels of H, 4 * Hp, 4 * V), OUT
+    weights,  # (4H, H + I): W_hh and W_ih side by side, IN
+    packed,  # one-dimensional: (panels of H + I, 4 * Hp, 4 * V), OUT
 ):
-    """Pack the weights of a layer for products with gradients by pre-activations."""
-    inputs, hidden, start = weight_ih.shape[1], weight_hh.shape[1], address(packed)
+    """Pack the weights of a layer for products with gradients by pre-activations.
+
+    Side by side, the columns of a narrow input fill up the last vectors of W_hh: on their own, four columns would take
+    a fifth of the time of 100.
+    """
+    hidden, start = weights.shape[0] // GATES, address(packed)
     blocks = (hidden + lanes_of(start) - 1) // lanes_of(start)
-    pack_backward(address(weight_ih), hidden, inputs, start, blocks, 0, blocks)
-    of_h = offset(start, _packed_size(inputs, blocks, start))
-    pack_backward(address(weight_hh), hidden, hidden, of_h, blocks, 0, blocks)
+    pack_backward(address(weights), hidden, weights.shape[1], start, blocks, 0, blocks)
 
 
 @routine(inline=True)
@@ -96,18 +112,22 @@ def unrolled_back(
     t, tile = tape[LEFT] - 1, make_room(like)
     row = t % tape[CHUNK] * batch  # the first of the step in its chunk
     between, dy = at(tape[BETWEEN], like), address(dh)
-    first, second = _packed_size(inputs, blocks, like), _packed_size(hidden, blocks, like)
+    first, further = _packed_size(inputs + hidden, blocks, like), _packed_size(2 * hidden, blocks, like)
+    mine = share(blocks, team, thread)
     for turn in range(layers):
         number = layers - 1 - turn
         da = _gate_gradients(kit, tape, number, t // tape[CHUNK], like)
-        _cells_back(kit, tape, number, t, dy, da, share(blocks, team, thread))
+        _cells_back(kit, tape, number, t, dy, da, mine)
         barrier(team, thread)
         state = offset(at(tape[DH], like), number * batch * hidden)
         weights = at(kit[BACK_WEIGHTS], like)
-        if number:
-            weights = offset(weights, first + second + (number - 1) * 2 * second)
-            _product_back(da, row, batch, offset(weights, second), hidden, state, tile, team, thread)
-            _product_back(da, row, batch, weights, hidden, between, tile, team, thread)
+        if number == 0:
+            soon = _cells_of(kit, tape, layers - 1, maximum(0, t - 1), mine[0], like)
+            _product_back(kit, da, row, batch, weights, state, inputs, like, tile, soon, mine, team, thread)
+        else:
+            soon = _cells_of(kit, tape, number - 1, t, mine[0], like)
+            weights = offset(weights, first + (number - 1) * further)
+            _product_back(kit, da, row, batch, weights, state, hidden, between, tile, soon, mine, team, thread)
             barrier(team, thread)  # the next layer reads all of it
             if tape[MASKS]:
                 place = ((number - 1) * tape[STEPS] + t) * batch * hidden
@@ -115,9 +135,6 @@ def unrolled_back(
                     multiply(batch * hidden, between, offset(at(tape[MASKS], like), place), between)
                 barrier(team, thread)
             dy = between
-        else:
-            _product_back(da, row, batch, offset(weights, first), hidden, state, tile, team, thread)
-            _product_back(da, row, batch, weights, inputs, like, tile, team, thread)
     if thread == 0:
         dismiss(team)
         tape[LEFT] = t
@@ -131,59 +148,92 @@ def _gate_gradients(kit, tape, number, chunk, like):
     return GateGradients(offset(cells, (chunk + 1) * rows * TAPE * unit_row), rows, GATES * unit_row)
 
 
+@routine(inline=True)
+def _cells_of(kit, tape, number, t, block, like):
+    """Return a pointer to the cells' values of a layer, step and block of units: (B, 5, V)."""
+    step = number * steps_of_cells(tape) + t
+    return offset(at(tape[CELLS], like), (step * kit[BLOCKS] + block) * tape[BATCH] * TAPE * lanes_of(like))
+
+
 @routine
 def _cells_back(kit, tape, number, t, dy, da, mine):
     """Take the gradients of a step back through some cells of a layer: dc in place, the others to `da`."""
-    width, batch, hidden, blocks = lanes_of(dy), tape[BATCH], kit[HIDDEN], kit[BLOCKS]
+    width, batch, hidden = lanes_of(dy), tape[BATCH], kit[HIDDEN]
     own = at(kit[OWN_PARAMETERS], dy)
     cell = cell_of(kit, ADDRESSES, offset(own, number * kit[OWN] * hidden), hidden)
     states = number * batch * hidden
     dh_rows, dc_rows = offset(at(tape[DH], dy), states), offset(at(tape[DC], dy), states)
     c_rows = offset(at(tape[C], dy), (number * (tape[STEPS] + 1) + t) * batch * hidden)
-    cells = offset(at(tape[CELLS], dy), (number * steps_of_cells(tape) + t) * batch * blocks * TAPE * width)
     first_row = t % tape[CHUNK] * batch
     for block in range(mine[0], mine[1]):
         unit = block * width
         units, here = minimum(width, hidden - unit), cell_at(cell, unit)
         part, part_row = strip(da, unit * GATES)
+        cells = _cells_of(kit, tape, number, t, block, dy)
         for row in range(batch):
             state = row * hidden + unit
+            prefetch(offset(c_rows, state - batch * hidden))  # the next step back reads there
             dh = load_first(offset(dh_rows, state), units) + load_first(offset(dy, state), units)
             dc_prev = backward(
                 here, dh, load_first(offset(dc_rows, state), units),
-                offset(cells, (row * blocks + block) * TAPE * width), units, load_first(offset(c_rows, state), units),
+                offset(cells, row * TAPE * width), units, load_first(offset(c_rows, state), units),
                 offset(part, (first_row + row) * part_row),
             )  # fmt: skip
             store_first(offset(dc_rows, state), dc_prev, units)
+            if kit[TRUNCATED]:
+                store_first(offset(dh_rows, state), fill(dy, 0.0), units)
 
 
 @routine
-def _product_back(da, first_row, rows, weights, columns, out, tile, team, thread):
-    """Compute da @ W for some rows, W being packed in panels of its columns, which the threads share.
+def _product_back(kit, da, first_row, rows, weights, state, inputs, below, tile, soon, mine, team, thread):
+    """Compute da @ [W_hh, W_ih] for some rows; W is packed in panels of its columns.
 
-    `out` is (rows, columns).
+    The threads share the panels, or the rows if there are few panels, which cannot be shared evenly.
+    The first columns go to `state`, (rows, H), the others to `below`, (rows, I). Meanwhile the cells' values that this
+    thread needs next are prefetched from `soon` on: on the way back, no hardware prefetcher foresees the step before.
     """
-    width = lanes_of(out)
+    width, hidden, truncated = lanes_of(state), kit[HIDDEN], kit[TRUNCATED]
+    columns = hidden + inputs
     panel_columns = NR * width
-    panel_first, panel_last = share((columns + panel_columns - 1) // panel_columns, team, thread)
+    panels, threads = (columns + panel_columns - 1) // panel_columns, threads_of(team, thread)
+    first, last = share(panels, team, thread)
+    row_first, row_last = 0, rows
+    if threads > 1 and panels < 4 * threads and rows >= _ROWS_EACH * threads:
+        first, last = 0, panels
+        row_first, row_last = share(rows, team, thread)
+    # Elements to prefetch with each k.
+    soon_k = (mine[1] - mine[0]) * rows * TAPE * width // maximum(1, (last - first) * da.depth)
     # A single row has too few sums in one panel to fill the multipliers' pipelines; so it takes several.
     together = ROW_BLOCKS if rows == 1 else 1
-    for low in range(0, rows, MOST_ROWS):
-        count = minimum(MOST_ROWS, rows - low)
-        for number in range(panel_first, panel_last, together):
-            some = minimum(together, panel_last - number)
-            column = number * panel_columns
+    for low in range(row_first, row_last, MOST_ROWS):
+        count = minimum(MOST_ROWS, row_last - low)
+        for number in range(first, last, together):
+            some = minimum(together, last - number)
+            column, end = number * panel_columns, minimum((number + some) * panel_columns, columns)
             packed = offset(weights, column * da.depth)
-            vectors = minimum(some * NR, (columns - column + width - 1) // width)
             if rows == 1:
                 long_row(some, da, first_row, packed, tile)
             else:
-                long_product(count, vectors, da, first_row + low, packed, tile, panel_columns, packed, 0, 0)
-            for row in range(count):
-                for v in range(vectors):
-                    value = load(offset(tile, row * panel_columns + v * width))
-                    target = offset(out, (low + row) * columns + column + v * width)
-                    store_first(target, value, minimum(width, columns - column - v * width))
+                vectors = (end - column + width - 1) // width
+                here = offset(soon, (number - first) * da.depth * soon_k)
+                size = KC * soon_k if low == row_first else 0
+                long_product(count, vectors, da, first_row + low, packed, tile, panel_columns, here, soon_k, size)
+            of_h, after_h = minimum(end, hidden), maximum(column, hidden)
+            if not truncated:
+                _hand_out(tile, panel_columns, count, column, of_h, state, low, hidden)
+            place = offset(tile, after_h - column)
+            _hand_out(place, panel_columns, count, after_h - hidden, end - hidden, below, low, inputs)
+
+
+@routine(inline=True)
+def _hand_out(source, source_row, rows, first, last, target, low, columns):
+    """Copy a block to the columns `first` to `last` of a matrix of so many columns, from its row `low` on."""
+    width = lanes_of(target)
+    for row in range(rows):
+        here = offset(target, (low + row) * columns)
+        for column in range(first, last, width):
+            value = load_first(offset(source, row * source_row + column - first), last - column)
+            store_first(offset(here, column), value, minimum(width, last - column))
 
 
 @by_address
@@ -191,14 +241,13 @@ def unrolled_finish(
     kit,  # (KIT,), IN
     tape,  # (TAPED,), IN
     gradients,  # one-dimensional: those by weight_ih, weight_hh, bias and own parameters of each layer in turn, OUT
+    team,  # (1 + rows, 8), IN and OUT: see thread_team.py
+    thread,
 ):
-    """Compute the gradients by all parameters, from all steps that were taken."""
-    _finish(kit, tape, address(gradients), 0, kit[BLOCKS], 0)
+    """Compute the gradients by all parameters, from all steps that were taken.
 
-
-@kernel
-def unrolled_finish_together(kit, tape, gradients, team, thread):
-    """Do so with a team, of which each thread has some of the units; none reads what another writes."""
+    Each thread has some of the units; none reads what another writes.
+    """
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
@@ -317,5 +366,5 @@ def signatures(dtype: Any, by_pointers: bool) -> dict[Any, tuple[Any, ...]]:
     team = types.Array(types.int64, 2, "C")
     return {
         unrolled_back: (record, record, matrix, matrix, team, types.intp),
-        unrolled_finish: (record, record, vector),
+        unrolled_finish: (record, record, vector, team, types.intp),
     }

@@ -24,7 +24,7 @@ from fastlstm.kernels.cpu.jit import by_address, routine
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.room import MOST_ROWS, make_room
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon
-from fastlstm.kernels.cpu.vector import address, lanes_of, load_first, minimum, offset, store_first
+from fastlstm.kernels.cpu.vector import address, lanes_of, load_first, maximum, minimum, offset, store_first
 from fastlstm.kernels.cpu.weight_packing import packed_at
 from fastlstm.kernels.cpu.worker import this_call
 
@@ -32,21 +32,26 @@ __all__ = ["KIT", "TAPED", "at", "signatures", "steps_of_cells", "unrolled_step"
 
 # The numbers of a kit: I, H, L, rows of a variant's own parameters E, whether there is a bias, Hp/V; addresses of the
 # packed weights of all layers, their packed biases, and a variant's own parameters (L * E, H); of the weights that are
-# packed for the backward pass; and the addresses of the cell's routines.
-INPUTS, HIDDEN, LAYERS, OWN, BIASED, BLOCKS, WEIGHTS, BIAS, OWN_PARAMETERS, BACK_WEIGHTS, ADDRESSES = range(11)
+# packed for the backward pass; whether the gradient is truncated; and the addresses of the cell's routines.
+(INPUTS, HIDDEN, LAYERS, OWN, BIASED, BLOCKS, WEIGHTS, BIAS, OWN_PARAMETERS, BACK_WEIGHTS, TRUNCATED,
+ ADDRESSES) = range(12)  # fmt: skip
 KIT = ADDRESSES + CELL
 
 # The numbers of a tape: T, B; steps taken, and those not yet taken back (-1 before the first of these); and addresses:
 # x (T, B, I); h and c (L, T + 1, B, H), the states before each step and after the last; the cells' values
-# (L, T' * B, Hp/V, 5, V), where T' are the steps in whole chunks, and a chunk more; steps of a chunk; gradients by the
+# (L, T', Hp/V, B, 5, V), where T' are the steps in whole chunks, and a chunk more; steps of a chunk; gradients by the
 # states, (L, B, H) each; the gradient that is handed from a layer to the one below (B, H); masks of dropout, and what
-# they leave of h, (L - 1, T, B, H) each, 0 for none; and what `unrolled_finish` works with.
+# they leave of h, (L - 1, T, B, H) each, 0 for none; what `unrolled_finish` works with; and for compiled code, whether
+# the masks have to be drawn before the next run.
 #
 # On the way back, the gradients by the pre-activations of a chunk of steps, in strips, take the place of the cells'
 # values of the chunk after it, which are not needed any more: a tape has 7 numbers a unit and step, and not 11.
 (STEPS, BATCH, TAKEN, LEFT, X, H, C, CELLS, CHUNK, DH, DC, BETWEEN, MASKS, DROPPED, SUMS_IH, SUMS_HH, SUMS_BIAS,
- PANELS) = range(18)  # fmt: skip
-TAPED = PANELS + 1
+ PANELS, UNDRAWN) = range(19)  # fmt: skip
+TAPED = UNDRAWN + 1
+
+
+_ROWS_OF_A_HALF = 8  # below, the rows of half a block do not fill the microkernel
 
 
 class _Step(NamedTuple):
@@ -60,7 +65,7 @@ class _Step(NamedTuple):
     c_next: Any
     stride: Any
     y: Any  # (B, H)
-    cells: Any  # (B, Hp/V, 5, V) for each layer
+    cells: Any  # (Hp/V, B, 5, V) for each layer
     cells_stride: Any
     kept: Any  # vectors a block of units leaves there, 0 for none
     masks: Any  # (B, H) for each layer but the last
@@ -152,9 +157,9 @@ def _run(kit, step, team, thread):
     inputs, hidden, layers, blocks = kit[INPUTS], kit[HIDDEN], kit[LAYERS], kit[BLOCKS]
     weights, bias, own = at(kit[WEIGHTS], step.y), at(kit[BIAS], step.y), at(kit[OWN_PARAMETERS], step.y)
     tile_row, x = GATES * lanes_of(step.y), step.x
-    first, last = 0, blocks
+    first, last = 0, 2 * blocks  # halves of blocks
     if team is not None:  # Numba leaves out what belongs to a None
-        first, last = share(blocks, team, thread)
+        first, last = _share_of_units(blocks, step.batch, team, thread)
     for number in range(layers):
         packed = packed_at(weights, bias, inputs, hidden, blocks)
         cell = cell_of(kit, ADDRESSES, offset(own, number * kit[OWN] * hidden), hidden)
@@ -181,25 +186,56 @@ def multiply(size, a, b, target):
         store_first(offset(target, n), load_first(offset(a, n), left) * load_first(offset(b, n), left), left)
 
 
+@routine(inline=True)
+def _share_of_units(blocks, batch, team, thread):
+    """Return this thread's share of the blocks of units, counted in halves.
+
+    With enough rows, a block is divided where that makes the shares equal: of 7 blocks (H=100), two threads would have
+    4 and 3, and one would wait for an eighth of the step.
+    """
+    if batch >= 2 * _ROWS_OF_A_HALF:
+        return share(2 * blocks, team, thread)
+    first, last = share(blocks, team, thread)
+    return 2 * first, 2 * last
+
+
 @routine
 def _layer(cell, packed, step, number, x, is_last, first, last):
-    """Run some blocks of units of a layer, as many rows at a time as there is room for."""
+    """Run some blocks of units of a layer, counted in halves, as many rows at a time as there is room for.
+
+    Of a block, half of the rows is one half and the others are the second.
+    """
     inputs, hidden, tile_row = packed.inputs, packed.hidden, GATES * lanes_of(step.a)
     h = offset(step.h, number * step.stride)
-    far = are_far(step.a, (last - first) * (inputs + hidden) * tile_row)
+    far = are_far(step.a, (last - first) * (inputs + hidden) * tile_row // 2)
     together = ROW_BLOCKS if step.batch == 1 else 1
-    for low in range(0, step.batch, MOST_ROWS):
-        count = minimum(MOST_ROWS, step.batch - low)
-        for block in range(first, last, together):
-            blocks = minimum(together, last - block)
+    half = step.batch // 2
+    for begin in range(0, step.batch, MOST_ROWS):
+        end = minimum(begin + MOST_ROWS, step.batch)
+        for block in range(first // 2, (last + 1) // 2, together):
+            blocks = minimum(together, (last + 1) // 2 - block)
+            low = maximum(begin, half) if 2 * block < first else begin
+            count = (minimum(end, half) if 2 * block + 1 == last else end) - low
+            if count <= 0:
+                continue
             of_x = offset(packed.of_x, block * inputs * tile_row)
+            after = offset(of_x, blocks * inputs * tile_row)
+            if step.kept and not far:
+                after = _tape_at(step, number, low, block)
             pre_activations(
                 count, blocks, offset(x, low * inputs), inputs, of_x, offset(h, low * hidden), hidden, hidden,
                 offset(packed.of_h, block * hidden * tile_row), offset(packed.bias, block * tile_row), 0, step.a,
-                tile_row, far, offset(of_x, blocks * inputs * tile_row),
+                tile_row, far or step.kept > 0, after,
             )  # fmt: skip
             for further in range(blocks):  # one, if there are several rows
                 _cells(cell, packed, step, number, low, count, block + further, further, is_last)
+
+
+@routine(inline=True)
+def _tape_at(step, number, low, block):
+    """Return a pointer to where a layer's step keeps the values of some rows and a block."""
+    place = (block * step.batch + low) * step.kept * lanes_of(step.a)
+    return offset(step.cells, number * step.cells_stride + place)
 
 
 @routine(inline=True)
@@ -212,15 +248,14 @@ def _cells(cell, packed, step, number, low, count, block, further, is_last):
     unit = block * width
     here, units = cell_at(cell, unit), minimum(width, hidden - unit)
     first = number * step.stride + low * hidden + unit
-    cells_row = packed.blocks * step.kept * width
-    tape = offset(step.cells, number * step.cells_stride + low * cells_row + block * step.kept * width)
+    tape = _tape_at(step, number, low, block)
     a = offset(step.a, further * GATES * width)
     held, c = update(here, a, units, load_first(offset(step.c, first), units), tape, step.kept)
     for n in range(1, count):
         state = first + n * hidden
         c_prev = load_first(offset(step.c, state), units)
         held_next, c_next = update(
-            here, offset(a, n * GATES * width), units, c_prev, offset(tape, n * cells_row), step.kept
+            here, offset(a, n * GATES * width), units, c_prev, offset(tape, n * step.kept * width), step.kept
         )
         _hand_on(step, state - hidden, (low + n - 1) * hidden + unit, units, output(here, held, c), c, is_last)
         held, c = held_next, c_next

@@ -13,13 +13,14 @@ import pytest
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
 
+import closed_loop
 import first_calls
 import studies
 import versions
 from studies import OURS, STUDIES
 
 from fastlstm.bench import clock, grid, results
-from fastlstm.bench.work import Work
+from fastlstm.bench.work import Problem, Work
 
 
 @pytest.fixture
@@ -36,6 +37,10 @@ def tiny(monkeypatch):
 
     small.ragged = lambda *shape, **options: Work.ragged(4, 3, 2, 8, **options)
     monkeypatch.setattr(studies, "Work", small)
+    monkeypatch.setattr(closed_loop, "STEPS", 3)
+    for name in ("INFER", "SMALL", "TRAIN"):
+        work = getattr(closed_loop, name)
+        monkeypatch.setattr(closed_loop, name, small(work.steps, work.batch, 0, 0, kind=work.kind))
     monkeypatch.setattr(
         studies, "extra_bytes", lambda model, steps, *_, recompute=False, **__: 900 - 100 * recompute + steps
     )
@@ -54,11 +59,36 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, tiny, name):
             "recompute": studies.RECOMPUTED,
             "family": studies.TRUNCATED,
             "freeze": studies.LIVE,
+            "closed_loop": closed_loop.NJIT,
             "memory": OURS,
         }
         other = studies.PADDED if "padded" in case.name else others.get(name, "torch")
         assert other in case.values
     torch.set_num_threads(before)
+
+
+def test_the_loop_feeds_the_output_back(torch, tiny):
+    problem = Problem.of(closed_loop.INFER)
+    noise = np.random.default_rng(2).standard_normal((3, 2, 4), np.float32)
+    x, state = noise[0], None
+    for n in range(3):
+        y, state = problem.model(x[None], state)
+        x = y[0, :, :4] + noise[n + 1] if n < 2 else None
+    sides = closed_loop.inference(problem, 1, ["torch", "onnxruntime"])
+    assert {closed_loop.NJIT, closed_loop.CELL, "torch"} < set(sides)
+    for side in sides.values():
+        np.testing.assert_allclose(side.outputs()[0], y[0], atol=1e-5)
+
+
+def test_the_loop_that_is_trained_differs_from_the_open_one(torch, tiny):
+    found = {
+        name: side.outputs()[0]
+        for name, side in closed_loop.training(Problem.of(closed_loop.TRAIN), 1, ["torch"]).items()
+    }
+    largest = np.abs(found[OURS]).max()
+    for name in (closed_loop.NJIT, "torch"):
+        np.testing.assert_allclose(found[name], found[OURS], atol=1e-5 * largest)
+    assert np.abs(found[closed_loop.OPEN] - found[OURS]).max() > 1e-2 * largest
 
 
 def test_memory_that_grows_is_seen():

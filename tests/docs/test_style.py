@@ -14,8 +14,6 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 60
 EXCEPTIONS = {
     "kernels/cpu/phased_backward.py: phased_backward",
     "kernels/cpu/sequence_backward.py: sequence_backward",
-    "tests/loops/test_compiled.py",
-    "tests/loops/test_unroll.py",
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Dropout
 from fastlstm.backends.cpu import unroll
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, own_team
 from fastlstm.backends.cpu.weights import size_of
@@ -28,7 +28,7 @@ from fastlstm.kernels.cpu import kernel_cache
 from fastlstm.kernels.cpu import unrolled_back as back
 from fastlstm.kernels.cpu import unrolled_step as forth
 from fastlstm.kernels.cpu.jit import VECTOR_BYTES, address_of
-from fastlstm.parameters import shapes
+from fastlstm.mask_keys import MaskKeys
 from fastlstm.unroll import check_direction, positive
 
 __all__ = ["FINISH", "KIT", "STAMP", "STEP", "STEP_BACK", "STEP_TAPED", "TAPE", "make_kit"]
@@ -52,7 +52,7 @@ def _make_stamp() -> str:
 
 
 FIELDS_OF_KIT = "inputs", "hidden", "layers", "parameters", "record", "weights", "bias", "own", "for_back"
-FIELDS_OF_TAPE = "inputs", "steps", "batch", "record", "h", "c", "dh", "dc", "team"
+FIELDS_OF_TAPE = "inputs", "steps", "batch", "record", "h", "c", "dh", "dc", "team", "masks"
 
 
 class _Here:
@@ -70,6 +70,7 @@ class _Here:
 
 class _KitMethods(_Here):
     cell: Cell
+    keys: MaskKeys  # of the model
 
     def tape(self, steps: int, batch: int, *, threads: int = 1) -> Any:
         """Allocate the memory of a run for training, to be used for any number of runs.
@@ -77,25 +78,40 @@ class _KitMethods(_Here):
         Its fields are `h` and `c`, (L, T + 1, B, H), the states before each step and after the last, of which
         ``h[:, 0]`` and ``c[:, 0]`` are to be set before a run, and are zero at first; and `dh` and `dc`, (L, B, H), the
         gradients by the states, which are zero when the way back begins, unless they were set after the first step.
-        With `threads`, each step is shared by as many at most: worth it for a large model or batch, not under prange.
+        With `threads`, each call is shared by as many at most: worth it for a large model or batch, not under prange.
         """
         steps, batch, threads = positive("steps", steps), positive("batch", batch), positive("threads", threads)
-        if self.cell.dropout and self.cell.num_layers > 1:
-            raise ArgumentError("compiled code draws no dropout masks: train with lstm.unroll, or without dropout")
         sizes = tuple(size_of(self.cell, layer) for layer in range(self.cell.num_layers))
-        made = unroll.tape_of(self.cell, sizes, steps, batch, lasting=True)
+        team = _team(threads)
+        masks = unroll.new_masks(self.cell, steps, batch)
+        made = unroll.tape_of(self.cell, sizes, steps, batch, masks, threads=len(team) - 1, lasting=True)
         made.h[:, 0] = made.c[:, 0] = 0
         made.dh[...] = made.dc[...] = 0
+        made.record[forth.UNDRAWN] = masks is not None
         functions = forth.unrolled_step_taped, back.unrolled_back, back.unrolled_finish
         record = np.append(made.record, [_function_address(function, self.cell.dtype) for function in functions])
-        return TAPE(self.cell.input_size, steps, batch, record, made.h, made.c, made.dh, made.dc, _team(threads))
+        no_masks = np.empty((0, 0, 0, 0), self.cell.dtype)
+        arrays = made.h, made.c, made.dh, made.dc, team, no_masks if masks is None else masks
+        return TAPE(self.cell.input_size, steps, batch, record, *arrays)
+
+    def draw(self, tape: Any) -> None:
+        """Draw the masks of dropout between the layers for the next run on a tape: before each run, from Python.
+
+        They are those of the model's next ``forward`` or ``unroll``. A model without dropout needs none.
+        """
+        if tape.masks.size == 0:
+            return
+        if tape.masks.shape != (self.cell.num_layers - 1, tape.steps, tape.batch, self.cell.hidden_size):
+            raise ArgumentError("the tape is of another kit's sizes")
+        unroll.draw(tape.masks, Dropout(self.cell.dropout, self.keys.take()))
+        tape.record[forth.UNDRAWN] = 0
 
     def gradients(self) -> Array:
-        """Allocate an array for :func:`finish`: a number for each parameter."""
+        """Allocate an array for :func:`finish`: a number for each parameter, with rows for all gates."""
         return np.empty(self.parameters, self.cell.dtype)  # type: ignore[attr-defined]
 
     def named(self, gradients: Array) -> dict[str, Array]:
-        """View what :func:`finish` wrote under the names of the parameters."""
+        """Return what :func:`finish` wrote by name: views, unless gates share or lack rows."""
         return unroll.named_gradients(self.cell, gradients)
 
     def __repr__(self) -> str:
@@ -131,7 +147,7 @@ STAMP = _make_stamp()
 KIT, TAPE = _class_named(f"Kit_{STAMP}"), _class_named(f"Tape_{STAMP}")
 
 
-def make_kit(cell: Cell, params: FrozenParams) -> Any:
+def make_kit(cell: Cell, params: FrozenParams, keys: MaskKeys) -> Any:
     """Pack a model's weights for compiled code: see :meth:`fastlstm.LSTM.compiled`."""
     check_direction(cell)
     if not unroll.can_unroll(cell):
@@ -141,9 +157,9 @@ def make_kit(cell: Cell, params: FrozenParams) -> Any:
         )
     made = unroll.kit_of(cell, params)
     record = np.append(made.record, _function_address(forth.unrolled_step, cell.dtype))
-    parameters = sum(int(np.prod(shape)) for shape in shapes(cell).values())
-    kit = KIT(cell.input_size, cell.hidden_size, cell.num_layers, parameters, record, *made.kept)
-    kit.cell = cell
+    sizes = cell.input_size, cell.hidden_size, cell.num_layers, unroll.size_of_gradients(cell)
+    kit = KIT(*sizes, record, *made.kept)
+    kit.cell, kit.keys = cell, keys
     return kit
 
 

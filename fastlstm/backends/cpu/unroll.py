@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from fastlstm.backends.base import Array, Dropout, Params
 from fastlstm.backends.cpu.autotune import TRIALS
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, available, own_team, run_team
-from fastlstm.backends.cpu.weights import Size, packed_model, size_of
+from fastlstm.backends.cpu.weights import Size, frozen_arrays, packed_model, size_of
 from fastlstm.backends.cpu.workspace import one_block
+from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import dropout_mask
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.threads import get_num_threads
@@ -26,11 +28,13 @@ from fastlstm.kernels.cpu.jit import compile_once
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS
 from fastlstm.parameters import direction_names, shapes
 
-__all__ = ["Kit", "Tape", "Unrolled", "can_unroll", "kit_of", "named_gradients", "tape_of"]
+__all__ = [
+    "Kit", "Tape", "Unrolled", "can_unroll", "draw", "kit_of", "named_gradients", "new_masks", "size_of_gradients",
+    "tape_of",
+]  # fmt: skip
 
-# Variants that the kernels of closed loops have: those that are in the cell step alone, and read the parameters as the
-# plain LSTM has them.
-IN_THE_STEP = ("peephole", "activations", "clip", "cell_clip")
+# Variants that the kernels of closed loops have: those that are in the cell step alone, or in the rows of parameters.
+IN_THE_STEP = ("peephole", "activations", "clip", "cell_clip", "forget_gate", "coupled", "block_size", "truncated")
 
 _PACKED_FOR_BACK = "packed for a loop's way back"
 # Multiply-adds from which on threads share a step, and the weights' gradients. A barrier takes some microseconds a
@@ -83,7 +87,7 @@ def kit_of(cell: Cell, params: FrozenParams) -> Kit:
         step.INPUTS: cell.input_size, step.HIDDEN: cell.hidden_size, step.LAYERS: cell.num_layers,
         step.OWN: sizes[0].own, step.BIASED: cell.bias, step.BLOCKS: sizes[0].blocks,
         step.WEIGHTS: address_of(weights), step.BIAS: address_of(bias), step.OWN_PARAMETERS: address_of(own),
-        step.BACK_WEIGHTS: address_of(for_back),
+        step.BACK_WEIGHTS: address_of(for_back), step.TRUNCATED: cell.truncated,
     }  # fmt: skip
     for place, number in numbers.items():
         record[place] = number
@@ -92,11 +96,13 @@ def kit_of(cell: Cell, params: FrozenParams) -> Kit:
 
 
 def _pack_for_back(cell: Cell, params: FrozenParams, sizes: tuple[Size, ...]) -> Array:
-    counts = [_panels(size, size.inputs) + _panels(size, size.hidden) for size in sizes]
+    counts = [_panels(size, size.inputs + size.hidden) for size in sizes]
     (memory,) = one_block(cell.dtype, (sum(counts),), lasting=True)
+    arrays = frozen_arrays(cell, params)
     for layer, part in enumerate(np.split(memory, np.cumsum(counts)[:-1])):
         names = direction_names(cell, layer, 0)
-        back.pack_for_back(params.arrays[names["weight_ih"]], params.arrays[names["weight_hh"]], part)
+        weights = [arrays[names[role]] for role in ("weight_hh", "weight_ih")]
+        back.pack_for_back(np.concatenate(weights, axis=1), part)
     return memory
 
 
@@ -130,7 +136,7 @@ def tape_of(
     size, layers = sizes[0], cell.num_layers
     # The gradients by the weights take so many rows at a time.
     chunk = max(1, min(steps, PANEL_ROWS // batch))
-    cells = (layers, (-(-steps // chunk) + 1) * chunk * batch, size.blocks, TAPE, size.width)
+    cells = (layers, (-(-steps // chunk) + 1) * chunk, size.blocks, batch, TAPE, size.width)
     states, state = (layers, steps + 1, batch, size.hidden), (layers, batch, size.hidden)
     largest = max(size.inputs for size in sizes)
     arrays = one_block(
@@ -150,24 +156,41 @@ def tape_of(
     return Tape(record, h, c, dh, dc, (*arrays, *(() if masks is None else (masks,))))
 
 
+@functools.lru_cache(maxsize=64)
+def gradient_shapes(cell: Cell) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the gradients that a kernel writes: those by parameters with rows for all gates."""
+    return shapes(replace(cell, forget_gate=True, coupled=False, block_size=1) if is_folded(cell) else cell)
+
+
+def size_of_gradients(cell: Cell) -> int:
+    """Return how many numbers they are."""
+    return sum(int(np.prod(shape)) for shape in gradient_shapes(cell).values())
+
+
 def named_gradients(cell: Cell, flat: Array) -> dict[str, Array]:
-    """View the gradients that a kernel wrote one after the other under the names of the parameters."""
+    """Give the gradients that a kernel wrote one after the other the names of the parameters.
+
+    They are views, unless the cell's parameters have not all the rows.
+    """
     found, start = {}, 0
-    for name, shape in shapes(cell).items():
+    for name, shape in gradient_shapes(cell).items():
         end = start + int(np.prod(shape))
         found[name] = flat[start:end].reshape(shape)
         start = end
-    return found
+    return Folding(cell).fold(found) if is_folded(cell) else found
 
 
-def _draw(cell: Cell, steps: int, batch: int, dropout: Dropout | None) -> Array | None:
-    """Draw the masks between the layers: those of a call for the whole sequence."""
-    if dropout is None or not dropout.probability or cell.num_layers == 1:
+def new_masks(cell: Cell, steps: int, batch: int) -> Array | None:
+    """Allocate the masks between the layers, (L - 1, T, B, H); None if there are none."""
+    if not cell.dropout or cell.num_layers == 1:
         return None
-    masks = np.empty((cell.num_layers - 1, steps, batch, cell.hidden_size), cell.dtype)
+    return np.empty((cell.num_layers - 1, steps, batch, cell.hidden_size), cell.dtype)
+
+
+def draw(masks: Array, dropout: Dropout) -> None:
+    """Draw masks: those of a call for the whole sequence."""
     for number, mask in enumerate(masks):
         mask[:] = dropout_mask(np, dropout, number + 1, mask)
-    return masks
 
 
 def prepare(functions: dict[Any, tuple[Any, ...]]) -> None:
@@ -197,7 +220,9 @@ class Unrolled:
         work = batch * sum(size.inputs + size.hidden for size in self._kit.sizes) * GATES * cell.hidden_size
         self._team = own_team(self._threads - 1) if self._threads > 1 and work >= _WORTH_A_TEAM else NO_TEAM
         self._kinds = _kinds(self._kit.sizes, batch, self._threads)
-        masks = _draw(cell, steps, batch, dropout)
+        masks = new_masks(cell, steps, batch)
+        if masks is not None and dropout is not None:
+            draw(masks, dropout)
         self._tape = tape_of(cell, self._kit.sizes, steps, batch, masks, self._threads)
         for states, given in ((self._tape.h, h0), (self._tape.c, c0)):
             states[:, 0] = 0 if given is None else given
@@ -246,11 +271,8 @@ class Unrolled:
     def finish(self) -> dict[str, Array]:
         """Return the gradients by the parameters (see ``base.Unrolled.finish``)."""
         cell, record = self._cell, self._tape.record
-        flat = np.empty(sum(int(np.prod(shape)) for shape in shapes(cell).values()), cell.dtype)
+        flat = np.empty(size_of_gradients(cell), cell.dtype)
         threads = min(self._threads, self._kit.sizes[0].blocks, get_num_threads())
-        if threads > 1 and int(record[step.TAKEN]) * self._batch * flat.size >= _FINISH_WORTH_A_TEAM:
-            free = available(threads - 1)
-            run_team(back.unrolled_finish_together, (self._kit.record, record, flat), free)
-        else:
-            back.unrolled_finish(self._kit.record, record, flat)
+        is_worth_it = threads > 1 and int(record[step.TAKEN]) * self._batch * flat.size >= _FINISH_WORTH_A_TEAM
+        run_team(back.unrolled_finish, (self._kit.record, record, flat), available(threads - 1) if is_worth_it else 0)
         return named_gradients(cell, flat)
