@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, TAPE, cell_of
 from fastlstm.kernels.cpu.gate_gradients import GateGradients, long_product, long_row
 from fastlstm.kernels.cpu.gemm_microkernel import KC, MC, NR, ROW_BLOCKS, are_far
+from fastlstm.kernels.cpu.held import hold
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.phased_cells import LSTM
 from fastlstm.kernels.cpu.phased_cells_back import (
@@ -34,7 +35,7 @@ from fastlstm.kernels.cpu.phased_gradients import (
     finish_weights,
 )  # fmt: skip
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.state_masks import NUMBERS, masks_of, recurrent_mask
+from fastlstm.kernels.cpu.state_masks import NUMBERS, Masks, recurrent_mask
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.vector import (
     address,
@@ -58,47 +59,41 @@ __all__ = ["SETTINGS", "phased_backward"]
 
 # The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of dy to read; whether
 # to add to dx in place of setting it, and to set it past the lengths to zero; for how many steps gate gradients are
-# kept at a time, and how many rows these have at most; whether pre-activations were normalised; the kind of cell; U of
-# the projection, 0 for none; F; whether no gradient goes to the h before a step. Then come the places in `scratch` of
-# what the kernel works with, the numbers of ``state_masks.py``, and the addresses of a variant's routines.
-(BATCH, STEPS, TOTAL, COLUMN, ACCUMULATE, CLEAR, CHUNK, CHUNK_ROWS, NORMED, KIND, OUT_UNITS, FEATURES, TRUNCATED, DA,
- DA_X, DA_H, D_SHOWN, D_OUT, DH_ROWS, DH_OLD, DC_ROWS, DOUT_ROWS, FACTORS, OF_X, OF_H, OF_OUT, SUMS_IH, SUMS_HH,
- SUMS_OUT, SUMS_BIAS, SUMS_GAINS, SUMS_C, GAINS, D_ROW, PANEL, MASKS) = range(36)  # fmt: skip
+# kept at a time, and how many rows these have at most; whether pre-activations were normalised; the kind of cell; I; U
+# of the projection, 0 for none, and in vectors; F; U; U in vectors; V; the row sizes of dy, h, outputs of the cell, and
+# normalised rows; whether no gradient goes to the h before a step, there are resets, and gradients of each step's
+# states are asked for. Then come the places in `scratch` of what the kernel works with, the numbers of
+# ``state_masks.py``, and the addresses of a variant's routines.
+(BATCH, STEPS, TOTAL, COLUMN, ACCUMULATE, CLEAR, CHUNK, CHUNK_ROWS, NORMED, KIND, INPUTS, OUT_UNITS, OUT_BLOCKS,
+ FEATURES, UNITS, BLOCKS, WIDTH, DY_ROW, H_ROW, OUT_ROW, DOUT_ROW, NORM_ROW, TRUNCATED, HAS_RESETS, HAS_DY, HAS_STEPS,
+ DA, DA_X, DA_H, D_SHOWN, D_OUT, DH_ROWS, DH_OLD, DC_ROWS, DOUT_ROWS, FACTORS, OF_X, OF_H, OF_OUT, SUMS_IH, SUMS_HH,
+ SUMS_OUT, SUMS_BIAS, SUMS_GAINS, SUMS_C, GAINS, D_ROW, PANEL, MASKS) = range(49)  # fmt: skip
 ADDRESSES = MASKS + NUMBERS
 SETTINGS = ADDRESSES + CELL
 
 
-class _Layer(NamedTuple):
-    """What the parts of the driver work on: sizes, and pointers to rows."""
+class _Numbers(NamedTuple):
+    """The numbers of a call: a record to be held, see ``held.py``."""
 
+    numbers: Any
+
+
+class _Layer(NamedTuple):
+    """What the parts of the driver work on, to be held: pointers to rows."""
+
+    numbers: Any  # of the call
     cell: Any  # of the first block
-    masks: Any  # Masks
-    kind: Any
-    features: Any  # F
-    units: Any  # U
-    blocks: Any  # Up/V
-    width: Any  # V
-    out_units: Any  # U of the projection, 0 for none
-    out_blocks: Any
-    normed: Any
-    truncated: Any
+    masks: Any  # Masks, held
     tape: Any  # (N, Up/V, 5, V)
-    h_row: Any
     c_rows: Any  # (N, Up)
     outs: Any  # (N, out_row)
-    out_row: Any
     norms: Any  # (N, norm_row)
-    norm_row: Any
-    gains: Any  # (2, Up/V, 4, V)
     norm_c: Any  # (2, H) gain and bias
     resets: Any  # (T * B,)
-    has_resets: Any
     dy: Any  # (T * B, dy_row), from the first column to read on
-    dy_row: Any
-    has_dy: Any
     dh_steps: Any  # (T * B, F)
     dc_steps: Any  # (T * B, H)
-    has_steps: Any
+    gains: Any  # (2, Up/V, 4, V)
     da: Any  # GateGradients by the pre-activations
     da_x: Any  # by the products with x; without layer norm the same
     da_h: Any
@@ -107,9 +102,9 @@ class _Layer(NamedTuple):
     dh_rows: Any  # (B, h_row)
     dh_old: Any  # (B, h_row) what goes past a step by zoneout
     dc_rows: Any  # (B, Up)
-    dout_rows: Any  # (B, Up) by the output of the cell; without a projection they are `dh_rows`
-    dout_row: Any
+    dout_rows: Any  # (B, dout_row) by the output of the cell; without a projection they are `dh_rows`
     factors: Any  # (B, h_row) of recurrent dropout
+    of_x: Any  # (panels of I, 4 * Up, 4 * V)
     of_h: Any  # (panels of F, 4 * Up, 4 * V)
     of_out: Any  # (panels of H, 4 * Up of the projection, 4 * V)
     d_row: Any  # this thread's, (Up,)
@@ -157,70 +152,77 @@ def phased_backward(
     if thread == 0:
         call, arguments = this_call()
         summon(team, call, arguments)
-    inputs, work = dx.shape[1], address(scratch)
     rows = rows_of(index, settings[BATCH], settings[STEPS], 0)
-    layer = _layer(
-        weight_ih, own, norm_c, rates, tape, h_rows, c_rows, outs, norms, resets, dy, dh_steps, dc_steps, scratch,
-        settings, thread,
-    )  # fmt: skip
-    first, last = share(layer.blocks, team, thread)
-    of_x = offset(work, settings[OF_X])
-    pack_backward(address(weight_ih), layer.units, inputs, of_x, layer.blocks, first, last)
-    pack_backward(address(weight_hh), layer.units, layer.features, layer.of_h, layer.blocks, first, last)
-    out_first, out_last = share(layer.out_blocks, team, thread)
-    if layer.out_units:
-        pack_backward(
-            address(weight_hr), layer.out_units, layer.units, layer.of_out, layer.out_blocks, out_first, out_last
-        )
-    if settings[CLEAR]:
-        clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, threads_of(team, thread))
-    sums = _Sums(
-        offset(work, settings[SUMS_BIAS]), offset(work, settings[SUMS_GAINS]), offset(work, settings[SUMS_C]),
-        address(down), down.size,
-    )  # fmt: skip
+    numbers = hold(_Numbers(address(settings)))
+    cell = hold(cell_of(numbers.numbers, ADDRESSES, own, numbers.units))
+    masks = hold(Masks(offset(numbers.numbers, MASKS), address(rates)))
+    layer = hold(_layer(
+        numbers, cell, masks, address(scratch), thread, address(tape), address(c_rows), address(outs), address(norms),
+        address(norm_c), address(resets), address(dy), address(dh_steps), address(dc_steps),
+    ))  # fmt: skip
+    sums = hold(_sums(
+        numbers, address(scratch), address(x), address(h_rows), layer.outs, address(dweight_ih), address(dweight_hh),
+        address(dweight_hr), address(down), down.size,
+    ))  # fmt: skip
+    _pack(layer, address(weight_ih), address(weight_hh), address(weight_hr), team, thread)
+    if layer.clear:
+        clear_padding(address(dx), layer.inputs, layer.inputs, rows, layer.total, thread, threads_of(team, thread))
     _begin(layer, rows, address(dh_n), address(dc_n), address(gains), sums, team, thread)
-    ih = Product(address(x), inputs, inputs, offset(work, settings[SUMS_IH]), address(dweight_ih), layer.units)
-    hh = Product(
-        address(h_rows), layer.h_row, layer.features, offset(work, settings[SUMS_HH]), address(dweight_hh), layer.units
-    )
-    hr = Product(
-        layer.outs, layer.out_row, layer.units, offset(work, settings[SUMS_OUT]), address(dweight_hr), layer.out_units
-    )
     barrier(team, thread)
-
-    chunk_last = rows.steps
-    while chunk_last > 0:
-        chunk_first = maximum(0, chunk_last - settings[CHUNK])
-        row_first, row_last = share_rows(rows, chunk_first, chunk_last, team, thread)
-        for step in range(chunk_last - 1, chunk_first - 1, -1):
-            _step_back(layer, rows, row_first, row_last, step, rows.offsets[chunk_first])
-        barrier(team, thread)
-        add_weights(layer, layer.da_x, rows, ih, chunk_first, chunk_last, first, last)
-        add_weights(layer, layer.da_h, rows, hh, chunk_first, chunk_last, first, last)
-        if layer.out_units:
-            add_weights(layer, layer.d_out, rows, hr, chunk_first, chunk_last, out_first, out_last)
-        add_others(layer, rows, sums, chunk_first, chunk_last, first, last)
-        low = rows.offsets[chunk_first]
-        start, end = share(rows.offsets[chunk_last] - low, team, thread)
-        inputs_back(
-            layer.da_x, start, end, offset(rows.places, low), of_x, inputs, settings[ACCUMULATE], address(dx),
-            layer.panel,
-        )  # fmt: skip
-        barrier(team, thread)
-        chunk_last = chunk_first
-    finish_weights(ih, layer.da.depth, rows, first, last, team, thread)
-    finish_weights(hh, layer.da.depth, rows, first, last, team, thread)
-    if layer.out_units:
-        finish_weights(hr, layer.d_out.depth, rows, out_first, out_last, team, thread)
-    _finish(layer, sums, dbias, address(dgains), address(dnorm_c), first, last)
+    _run_chunks(layer, rows, sums, address(dx), team, thread)
+    _finish(layer, sums, rows, address(dbias), dbias.size, address(dgains), address(dnorm_c), team, thread)
     finish_states(layer, rows, address(dh0), address(dc0), team, thread)
     if thread == 0:
         dismiss(team)
 
 
-class _Sums(NamedTuple):
-    """Sums over rows, of gradients by parameters that are no matrices of a product."""
+@routine
+def _pack(layer, weight_ih, weight_hh, weight_hr, team, thread):
+    """Pack this thread's share of the weights."""
+    stay_outlined()
+    units, blocks = layer.units, layer.blocks
+    first, last = share(blocks, team, thread)
+    pack_backward(weight_ih, units, layer.inputs, layer.of_x, blocks, first, last)
+    pack_backward(weight_hh, units, layer.features, layer.of_h, blocks, first, last)
+    if layer.out_units:
+        first, last = share(layer.out_blocks, team, thread)
+        pack_backward(weight_hr, layer.out_units, units, layer.of_out, layer.out_blocks, first, last)
 
+
+@routine
+def _run_chunks(layer, rows, sums, dx, team, thread):
+    """Back-propagate chunk by chunk."""
+    stay_outlined()
+    first, last = share(layer.blocks, team, thread)
+    out_first, out_last = share(layer.out_blocks, team, thread)
+    chunk_last = rows.steps
+    while chunk_last > 0:
+        chunk_first = maximum(0, chunk_last - layer.chunk)
+        low = rows.offsets[chunk_first]
+        row_first, row_last = share_rows(rows, chunk_first, chunk_last, team, thread)
+        for step in range(chunk_last - 1, chunk_first - 1, -1):
+            _step_back(layer, rows, row_first, row_last, step, low)
+        barrier(team, thread)
+        add_weights(layer, layer.da_x, rows, sums.ih, chunk_first, chunk_last, first, last)
+        add_weights(layer, layer.da_h, rows, sums.hh, chunk_first, chunk_last, first, last)
+        if layer.out_units:
+            add_weights(layer, layer.d_out, rows, sums.hr, chunk_first, chunk_last, out_first, out_last)
+        add_others(layer, rows, sums, chunk_first, chunk_last, first, last)
+        start, end = share(rows.offsets[chunk_last] - low, team, thread)
+        inputs_back(
+            layer.da_x, start, end, offset(rows.places, low), layer.of_x, layer.inputs, layer.accumulate, dx,
+            layer.panel,
+        )  # fmt: skip
+        barrier(team, thread)
+        chunk_last = chunk_first
+
+
+class _Sums(NamedTuple):
+    """Gradients by parameters, summed over rows: a record to be held."""
+
+    ih: Any  # Product
+    hh: Any
+    hr: Any  # of the projection
     bias: Any  # (Up/V, 4, V)
     gains: Any  # (2, Up/V, 4, V)
     c: Any  # (2, Up) gain and bias of c
@@ -229,34 +231,36 @@ class _Sums(NamedTuple):
 
 
 @routine(inline=True)
-def _layer(
-    weight_ih, own, norm_c, rates, tape, h_rows, c_rows, outs, norms, resets, dy, dh_steps, dc_steps, scratch, settings,
-    thread,
-):  # fmt: skip
+def _sums(numbers, work, x, h_rows, outs, dweight_ih, dweight_hh, dweight_hr, down, own_size):
+    """Gather where gradients by parameters are summed."""
+    units = numbers.units
+    return _Sums(
+        Product(x, numbers.inputs, numbers.inputs, offset(work, numbers.sums_ih), dweight_ih, units),
+        Product(h_rows, numbers.h_row, numbers.features, offset(work, numbers.sums_hh), dweight_hh, units),
+        Product(outs, numbers.out_row, units, offset(work, numbers.sums_out), dweight_hr, numbers.out_units),
+        offset(work, numbers.sums_bias), offset(work, numbers.sums_gains), offset(work, numbers.sums_c), down, own_size,
+    )  # fmt: skip
+
+
+@routine(inline=True)
+def _layer(numbers, cell, masks, work, thread, tape, c_rows, outs, norms, norm_c, resets, dy, dh_steps, dc_steps):
     """Gather what the parts of the driver work on."""
-    work, blocks, width, units = address(scratch), tape.shape[1], tape.shape[3], weight_ih.shape[0] // GATES
-    out_units, depth, chunk_rows = settings[OUT_UNITS], blocks * GATES * width, settings[CHUNK_ROWS]
-    out_blocks = (out_units + width - 1) // width
-    da = GateGradients(offset(work, settings[DA]), chunk_rows, depth)
-    da_x, da_h = da, da
-    dh_rows, dout_rows, dout_row = offset(work, settings[DH_ROWS]), offset(work, settings[DOUT_ROWS]), blocks * width
-    if settings[NORMED]:
-        da_x = GateGradients(offset(work, settings[DA_X]), chunk_rows, depth)
-        da_h = GateGradients(offset(work, settings[DA_H]), chunk_rows, depth)
-    if not out_units:
-        dout_rows, dout_row = dh_rows, h_rows.shape[1]
+    tile_row = GATES * numbers.width
+    depth, out_depth, chunk_rows = numbers.blocks * tile_row, numbers.out_blocks * tile_row, numbers.chunk_rows
+    da = GateGradients(offset(work, numbers.da), chunk_rows, depth)
+    da_x, da_h, dh_rows = da, da, offset(work, numbers.dh_rows)
+    if numbers.normed:
+        da_x = GateGradients(offset(work, numbers.da_x), chunk_rows, depth)
+        da_h = GateGradients(offset(work, numbers.da_h), chunk_rows, depth)
+    dout_rows = offset(work, numbers.dout_rows) if numbers.out_units else dh_rows
     return _Layer(
-        cell_of(settings, ADDRESSES, own, units), masks_of(settings, MASKS, rates), settings[KIND], settings[FEATURES],
-        units, blocks, width, out_units, out_blocks, settings[NORMED], settings[TRUNCATED], address(tape),
-        h_rows.shape[1], address(c_rows), address(outs), outs.shape[1], address(norms), norms.shape[1],
-        offset(work, settings[GAINS]), address(norm_c), address(resets), resets.size > 0,
-        offset(address(dy), settings[COLUMN]), dy.shape[1], dy.size > 0, address(dh_steps), address(dc_steps),
-        dh_steps.size > 0, da, da_x, da_h, offset(work, settings[D_SHOWN]),
-        GateGradients(offset(work, settings[D_OUT]), chunk_rows, out_blocks * GATES * width), dh_rows,
-        offset(work, settings[DH_OLD]), offset(work, settings[DC_ROWS]), dout_rows, dout_row,
-        offset(work, settings[FACTORS]), offset(work, settings[OF_H]), offset(work, settings[OF_OUT]),
-        offset(work, settings[D_ROW] + thread * blocks * width),
-        offset(work, settings[PANEL] + thread * PANEL_ROWS * NR * width),
+        numbers.numbers, cell, masks, tape, c_rows, outs, norms, norm_c, resets, offset(dy, numbers.column), dh_steps,
+        dc_steps, offset(work, numbers.gains), da, da_x, da_h, offset(work, numbers.d_shown),
+        GateGradients(offset(work, numbers.d_out), chunk_rows, out_depth), dh_rows, offset(work, numbers.dh_old),
+        offset(work, numbers.dc_rows), dout_rows, offset(work, numbers.factors), offset(work, numbers.of_x),
+        offset(work, numbers.of_h), offset(work, numbers.of_out),
+        offset(work, numbers.d_row + thread * numbers.blocks * numbers.width),
+        offset(work, numbers.panel + thread * PANEL_ROWS * NR * numbers.width),
     )  # fmt: skip
 
 
@@ -375,13 +379,19 @@ def _product_back(da, place, row_first, row_last, weights, blocks, out, out_row,
 
 
 @routine
-def _finish(layer, sums, dbias, dgains, dnorm_c, first, last):
-    """Write this thread's share of the gradients by bias and gains."""
+def _finish(layer, sums, rows, dbias, biases, dgains, dnorm_c, team, thread):
+    """Write this thread's share of the gradients by parameters; there are so many `biases`, or none."""
     stay_outlined()
-    if dbias.size:
-        finish_gates(layer, sums.bias, address(dbias), first, last)
+    first, last = share(layer.blocks, team, thread)
+    depth = layer.da.depth
+    finish_weights(sums.ih, depth, rows, first, last, team, thread)
+    finish_weights(sums.hh, depth, rows, first, last, team, thread)
+    if biases:
+        finish_gates(layer, sums.bias, dbias, first, last)
     if layer.normed:
-        size = layer.blocks * GATES * layer.width
         finish_gates(layer, sums.gains, dgains, first, last)
-        finish_gates(layer, offset(sums.gains, size), offset(dgains, GATES * layer.units), first, last)
+        finish_gates(layer, offset(sums.gains, depth), offset(dgains, GATES * layer.units), first, last)
         finish_units(layer, sums.c, dnorm_c, first, last)
+    if layer.out_units:
+        first, last = share(layer.out_blocks, team, thread)
+        finish_weights(sums.hr, layer.d_out.depth, rows, first, last, team, thread)

@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 
 from fastlstm.kernels.cpu.cell_step import CELL, GATES, cell_of
 from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far, zero_row
+from fastlstm.kernels.cpu.held import hold
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import FAR
 from fastlstm.kernels.cpu.phased_cells import LSTM, block_of_cells, hand_on, keep_h, normed_rows, rows_at, spread
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
-from fastlstm.kernels.cpu.state_masks import NUMBERS, masks_of, recurrent_mask
+from fastlstm.kernels.cpu.state_masks import NUMBERS, Masks, recurrent_mask
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.vector import (
     address,
@@ -54,10 +55,13 @@ __all__ = ["SETTINGS", "phased_forward"]
 # The numbers in a call's `settings`, one int64 array: B; the longest length; T; the first column of y to write;
 # whether to set y past the lengths to zero, to write the tape, to pack the weights; for how many steps input products
 # are computed together, 0 for none; whether pre-activations are kept for whole rows, and are normalised; the kind of
-# cell; U of the projection, 0 for none; F. Then come the places in `packed` and in `scratch` of what the kernel works
-# with, the numbers of ``state_masks.py``, and the addresses of a variant's routines.
-(BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, AHEAD, WHOLE, NORMED, KIND, OUT_UNITS, FEATURES, OF_X, OF_H, BIAS,
- GAINS, OF_OUT, H_ROWS, C_ROWS, H_STATE, FACTORS, A, A_H, OUTS, H_NEW, NORMS, MASKS) = range(28)  # fmt: skip
+# cell; I; U of the projection, 0 for none; F; U; U in vectors; V; the row sizes of y, h, pre-activations, outputs of
+# the cell, and normalised rows; vectors that a block of units leaves on the tape, 0 for none; whether there are resets,
+# and outputs of the cell are kept. Then come the places in `packed` and in `scratch` of what the kernel works with, the
+# numbers of ``state_masks.py``, and the addresses of a variant's routines.
+(BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, AHEAD, WHOLE, NORMED, KIND, INPUTS, OUT_UNITS, FEATURES, UNITS,
+ BLOCKS, WIDTH, Y_ROW, H_ROW, A_ROW, OUT_ROW, NORM_ROW, KEPT, HAS_RESETS, KEEPS_OUTS, OF_X, OF_H, BIAS, GAINS, OF_OUT,
+ H_ROWS, C_ROWS, H_STATE, FACTORS, A, A_H, OUTS, H_NEW, NORMS, MASKS) = range(40)  # fmt: skip
 ADDRESSES = MASKS + NUMBERS
 SETTINGS = ADDRESSES + CELL
 
@@ -66,52 +70,40 @@ SETTINGS = ADDRESSES + CELL
 _NORMED_ROWS = 24
 
 
-class _Layer(NamedTuple):
-    """What the parts of the driver work on: sizes, and pointers to rows; those of scratch are this thread's."""
+class _Numbers(NamedTuple):
+    """The numbers of a call: a record to be held, see ``held.py``."""
 
+    numbers: Any
+
+
+class _Layer(NamedTuple):
+    """What the parts of the driver work on, to be held: pointers to rows; those of scratch are this thread's."""
+
+    numbers: Any  # of the call
     cell: Any  # of the first block
-    masks: Any  # Masks
-    kind: Any
-    inputs: Any  # I
-    features: Any  # F
-    units: Any  # U
-    blocks: Any  # Up/V
-    width: Any  # V
-    training: Any
+    masks: Any  # Masks, held
     of_x: Any  # (Up/V, I, 4, V)
     of_h: Any  # (Up/V, F, 4, V)
     bias: Any  # (Up/V, 4, V)
     gains: Any  # (2, Up/V, 4, V)
     norm_c: Any  # (2, H) gain and bias
-    out_units: Any  # U of the projection, 0 for none
     of_out: Any  # (Up/V of the projection, H, 4, V)
     x: Any  # (N, I) packed
     y: Any  # (T * B, y_row), from the first column to write on
-    y_row: Any
     h_n: Any  # (B, F)
     c_n: Any  # (B, H)
     resets: Any  # (T * B,)
-    has_resets: Any
     h_rows: Any  # (N, h_row) h before each row's step, as it is multiplied, for training, else (B, h_row)
-    h_row: Any
     c_rows: Any  # (N, Up) likewise
     h_state: Any  # (B, h_row) h before recurrent dropout, for zoneout
     factors: Any  # (B, h_row) of recurrent dropout
-    a: Any  # pre-activations: of the rows of `ahead` steps, or of MC rows and one block
-    a_row: Any
-    whole: Any  # whether `a` has all blocks
+    a: Any  # pre-activations: of the rows of `ahead` steps, or of MC rows and one block, or all blocks if `whole`
     a_h: Any  # (MC, 4 * Up) recurrent products, with layer norm; or the products of the projection
-    normed: Any
     outs: Any  # (N, out_row) the output of the cell if it is kept, else (MC, out_row)
-    out_row: Any
-    keeps_outs: Any
     h_new: Any  # (MC, h_row) the new h, with a projection; else it is in `outs`
     tape: Any  # (N, Up/V, 5, V)
-    kept: Any  # vectors a block of units leaves on the tape, 0 for none
     norms: Any  # (N, norm_row) normalised rows if they are kept, else one row
-    norm_row: Any
     keeps_norms: Any  # FAR if they exceed the caches
-    ahead: Any
 
 
 @kernel
@@ -148,16 +140,20 @@ def phased_forward(
         call, arguments = this_call()
         summon(team, call, arguments)
     rows = rows_of(index, settings[BATCH], settings[STEPS], 0)
-    layer = _layer(
-        weight_ih, own, norm_c, rates, x, resets, y, h_n, c_n, tape, h_rows, c_rows, outs, norms, packed, scratch,
-        settings, thread,
-    )  # fmt: skip
-    if settings[PACK]:
+    numbers = hold(_Numbers(address(settings)))
+    cell = hold(cell_of(numbers.numbers, ADDRESSES, own, numbers.units))
+    masks = hold(Masks(offset(numbers.numbers, MASKS), address(rates)))
+    layer = hold(_layer(
+        numbers, cell, masks, address(packed), address(scratch), thread, address(norm_c), address(x), address(y),
+        address(h_n), address(c_n), address(resets), address(tape), address(h_rows), address(c_rows), address(outs),
+        address(norms), norms.size,
+    ))  # fmt: skip
+    if layer.pack:
         _pack(layer, address(weight_ih), address(weight_hh), address(bias), bias.size > 0, address(weight_hr),
               address(gains), team, thread)  # fmt: skip
     _begin(layer, rows, address(h0), address(c0), team, thread)
-    if settings[CLEAR]:
-        clear_padding(layer.y, layer.y_row, layer.features, rows, settings[TOTAL], thread, threads_of(team, thread))
+    if layer.clear:
+        clear_padding(layer.y, layer.y_row, layer.features, rows, layer.total, thread, threads_of(team, thread))
     barrier(team, thread)
     first, last = share_rows(rows, 0, rows.steps, team, thread)
     for step in range(rows.steps):
@@ -168,35 +164,27 @@ def phased_forward(
 
 @routine(inline=True)
 def _layer(
-    weight_ih, own, norm_c, rates, x, resets, y, h_n, c_n, tape, h_rows, c_rows, outs, norms, packed, scratch, settings,
-    thread,
+    numbers, cell, masks, weights, work, thread, norm_c, x, y, h_n, c_n, resets, tape, h_rows, c_rows, outs, norms,
+    size_of_norms,
 ):  # fmt: skip
-    """Gather what the parts of the driver work on."""
-    work, weights, training = address(scratch), address(packed), settings[TRAINING]
-    blocks, width, units = tape.shape[1], tape.shape[3], weight_ih.shape[0] // GATES
-    h_row, out_row, norm_row, all_gates = h_rows.shape[1], outs.shape[1], norms.shape[1], blocks * GATES * width
-    a_row = all_gates if settings[WHOLE] else GATES * width
-    a = offset(work, settings[A] + (0 if settings[AHEAD] else thread * MC * a_row))
-    h_place, c_place = offset(work, settings[H_ROWS]), offset(work, settings[C_ROWS])
-    outs_place = offset(work, settings[OUTS] + thread * MC * out_row)
-    norms_place, keeps_norms = offset(work, settings[NORMS] + thread * norm_row), 0
-    if training:
-        h_place, c_place = address(h_rows), address(c_rows)
-    if outs.shape[0]:
-        outs_place = address(outs)
-    if norms.shape[0]:
-        norms_place = address(norms)
-        keeps_norms = FAR if are_far(norms_place, norms.size) else 1
+    """Gather what the parts of the driver work on, given what of it a call keeps, which inference does not."""
+    a = offset(work, numbers.a + (0 if numbers.ahead else thread * MC * numbers.a_row))
+    keeps_norms = 0
+    if not numbers.training:
+        h_rows, c_rows = offset(work, numbers.h_rows), offset(work, numbers.c_rows)
+    if not numbers.keeps_outs:
+        outs = offset(work, numbers.outs + thread * MC * numbers.out_row)
+    if size_of_norms:
+        keeps_norms = FAR if are_far(norms, size_of_norms) else 1
+    else:
+        norms = offset(work, numbers.norms + thread * numbers.norm_row)
+    a_h_row = numbers.blocks * GATES * numbers.width
     return _Layer(
-        cell_of(settings, ADDRESSES, own, units), masks_of(settings, MASKS, rates), settings[KIND], weight_ih.shape[1],
-        settings[FEATURES], units, blocks, width, training, offset(weights, settings[OF_X]),
-        offset(weights, settings[OF_H]), offset(weights, settings[BIAS]), offset(weights, settings[GAINS]),
-        address(norm_c), settings[OUT_UNITS], offset(weights, settings[OF_OUT]), address(x),
-        offset(address(y), settings[COLUMN]), y.shape[1], address(h_n), address(c_n), address(resets), resets.size > 0,
-        h_place, h_row, c_place, offset(work, settings[H_STATE]), offset(work, settings[FACTORS]), a, a_row,
-        settings[WHOLE], offset(work, settings[A_H] + thread * MC * all_gates), settings[NORMED], outs_place, out_row,
-        outs.shape[0] > 0, offset(work, settings[H_NEW] + thread * MC * h_row), address(tape), tape.shape[2],
-        norms_place, norm_row, keeps_norms, settings[AHEAD],
+        numbers.numbers, cell, masks, offset(weights, numbers.of_x), offset(weights, numbers.of_h),
+        offset(weights, numbers.bias), offset(weights, numbers.gains), norm_c, offset(weights, numbers.of_out), x,
+        offset(y, numbers.column), h_n, c_n, resets, h_rows, c_rows, offset(work, numbers.h_state),
+        offset(work, numbers.factors), a, offset(work, numbers.a_h + thread * MC * a_h_row), outs,
+        offset(work, numbers.h_new + thread * MC * numbers.h_row), tape, norms, keeps_norms,
     )  # fmt: skip
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import numba
 
 __all__ = [
-    "IMPLEMENTATIONS", "PLAIN", "CPUContext", "CPUDispatcher", "CPUHardware", "CPUTarget", "CodeLibrary",
-    "CompileResult", "CompilerBase", "DefaultPassBuilder", "JITCodeLibrary", "Lower", "NativeLowering", "NullCache",
-    "OverloadAttribute", "OverloadFunction", "RegistryLoader", "TypingContext", "cgutils", "dispatcher_registry",
-    "dumps", "global_compiler_lock", "make_function", "normalize_signature", "register_pass", "target_registry",
+    "IMPLEMENTATIONS", "PLAIN", "AttributeTemplate", "CPUContext", "CPUDispatcher", "CPUHardware", "CPUTarget",
+    "CodeLibrary", "CompileResult", "CompilerBase", "DefaultPassBuilder", "JITCodeLibrary", "Lower",
+    "NativeLowering", "NullCache", "OverloadAttribute", "OverloadFunction", "RegistryLoader", "TypingContext",
+    "cgutils", "dispatcher_registry", "dumps", "global_compiler_lock", "make_function", "normalize_signature",
+    "register_pass", "target_registry",
 ]  # fmt: skip
 
 _problems: list[str] = []
@@ -120,8 +121,9 @@ IMPLEMENTATIONS = (
 )  # fmt: skip
 _problems.extend(f"{module} is missing" for module in IMPLEMENTATIONS if find_spec(module) is None)
 
-# Documented for extensions, so nothing stands in for it: without it there are no vectors.
-from numba.core import cgutils  # noqa: E402  # after the checks, which import what it needs
+# Documented for extensions, so nothing stands in for them: without them there are no vectors and no records.
+from numba.core import cgutils  # noqa: E402  # after the checks, which import what they need
+from numba.core.typing.templates import AttributeTemplate  # noqa: E402
 
 
 def _check_pipeline() -> None:

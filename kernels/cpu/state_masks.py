@@ -14,11 +14,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastlstm.kernels.cpu.jit import routine
-from fastlstm.kernels.cpu.vector import Mask, address, fill, lanes, offset, splat
+from fastlstm.kernels.cpu.vector import Mask, fill, lanes, offset, splat, splat_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
 
 __all__ = [
-    "DRAWN", "EXPECTED", "NONE", "NUMBERS", "RATES", "SHARES", "Masks", "masks_of", "recurrent_mask", "through",
+    "DRAWN", "EXPECTED", "NONE", "NUMBERS", "RATES", "SHARES", "Masks", "recurrent_mask", "through",
     "zoned",
 ]  # fmt: skip
 
@@ -34,28 +34,10 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 
 
 class Masks(NamedTuple):
-    """How the masks of one direction of a layer are drawn."""
+    """How the masks of one direction of a layer are drawn: a record to be held, see ``held.py``."""
 
-    zone_c: Any  # NONE, EXPECTED or DRAWN
-    zone_h: Any
-    recurrent: Any  # NONE or DRAWN
-    start_c: Any
-    start_h: Any
-    start_r: Any
-    threshold_c: Any
-    threshold_h: Any
-    threshold_r: Any
+    numbers: Any  # pointer: the numbers above, of a call
     rates: Any  # pointer: the probabilities of zoneout of c and of h; what recurrent dropout multiplies by; and SHARES
-
-
-@routine(inline=True)
-def masks_of(settings, first, rates):
-    """Read the record off a call's settings, from number `first` on; `rates` (RATES,) has the dtype of the states."""
-    return Masks(
-        settings[first + ZONE_C], settings[first + ZONE_H], settings[first + RECURRENT], settings[first + START_C],
-        settings[first + START_H], settings[first + START_R], settings[first + THRESHOLD_C],
-        settings[first + THRESHOLD_H], settings[first + THRESHOLD_R], address(rates),
-    )  # fmt: skip
 
 
 @intrinsic
@@ -72,9 +54,7 @@ def _chosen(typingctx, like, start, position, threshold):
         )
 
         def everywhere(value):
-            first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            lane_map = ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count)
-            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lane_map)
+            return splat_first(builder, value, vector)
 
         def constant(value):
             return ir.Constant(vector, [value] * count)

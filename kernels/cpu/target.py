@@ -70,6 +70,23 @@ class _Context(CPUContext):
         for module in IMPLEMENTATIONS:
             import_module(module)
 
+    def insert_user_function(self, func: Any, fndesc: Any, libs: Any = ()) -> None:
+        """Note how a routine is called: without looking for an exception, of which kernels raise none.
+
+        A look takes twenty instructions and two blocks for each call, which are half of some routines.
+        """
+
+        def call(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            callee = context.declare_function(builder.module, fndesc)
+            with builder.goto_entry_block():
+                place = builder.alloca(callee.args[0].type.pointee)
+            values = context.call_conv._get_arg_packer(fndesc.argtypes).as_arguments(builder, args)
+            builder.call(callee, [place, builder.function.args[1], *values])  # both functions note exceptions there
+            return context.get_returned_value(builder, sig.return_type, builder.load(place))
+
+        call.signature, call.libs = fndesc.argtypes, tuple(libs)  # type: ignore[attr-defined]
+        self.insert_func_defn([(call, func, call.signature)])  # type: ignore[attr-defined]
+
     def post_lowering(self, mod: Any, library: Any) -> None:
         """Link nothing to a module: reference counts alone would need Numba's runtime."""
 

@@ -152,10 +152,15 @@ def load_vector(builder, pointer, dtype):
 def splat_scalar(builder, scalar, dtype):
     """Emit a broadcast of an LLVM scalar to all lanes."""
     vector = llvm_vector(dtype)
-    zero = ir.Constant(ir.IntType(32), 0)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, zero)
-    lane_map = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lane_map)
+    return splat_first(builder, scalar, vector)
+
+
+def splat_first(builder, scalar, vector):
+    """Emit a broadcast to a vector type; zeros in place of undefined lanes are one word of LLVM's text, not 16."""
+    integer = ir.IntType(32)
+    nothing = ir.Constant(vector, None)
+    first = builder.insert_element(nothing, scalar, ir.Constant(integer, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(integer, vector.count), None))
 
 
 @intrinsic
@@ -229,9 +234,7 @@ def first_lanes(builder, n, dtype):
     """Emit the mask of the first `n` lanes, `n` being an LLVM int32."""
     count, integer = lanes(dtype), ir.IntType(32)
     vector = ir.VectorType(integer, count)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), n, ir.Constant(integer, 0))
-    n_everywhere = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0] * count))
-    return builder.icmp_signed("<", ir.Constant(vector, list(range(count))), n_everywhere)
+    return builder.icmp_signed("<", ir.Constant(vector, list(range(count))), splat_first(builder, n, vector))
 
 
 def _masked(builder, operation, dtype, arguments, result):

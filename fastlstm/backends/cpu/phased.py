@@ -257,7 +257,8 @@ def _forward(
     tape = DirectionTape(*one_block(size.dtype, *shapes))
     numbers = {
         forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.COLUMN: direction * size.features,
-        forth.CLEAR: int(rows.ragged and is_to_be_cleared(y)), forth.PACK: 1,
+        forth.CLEAR: int(rows.ragged and is_to_be_cleared(y)), forth.PACK: 1, forth.Y_ROW: y.shape[1],
+        forth.HAS_RESETS: int(resets.size > 0),
     } | _mask_numbers(forth.MASKS, given, direction)  # fmt: skip
     kept = weights.kept
     found = None if kept is None else kept.get(_PACKED)
@@ -305,7 +306,9 @@ def _backward(
     numbers = {
         back.STEPS: rows.longest, back.TOTAL: rows.steps, back.COLUMN: direction * size.features,
         back.CLEAR: int(rows.ragged and not direction and is_to_be_cleared(dx)), back.ACCUMULATE: direction,
-        back.CHUNK: chunk_of_size(size, rows.longest, rows.batch),
+        back.CHUNK: chunk_of_size(size, rows.longest, rows.batch), back.DY_ROW: dy.shape[1],
+        back.HAS_DY: int(dy.size > 0), back.HAS_STEPS: int(by_steps[0].size > 0),
+        back.HAS_RESETS: int(tape.resets.size > 0),
     } | _mask_numbers(back.MASKS, given, direction)  # fmt: skip
     p = parameters
     arguments = (

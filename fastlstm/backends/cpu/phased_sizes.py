@@ -19,7 +19,7 @@ from fastlstm.cell import Cell
 from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_cells
 from fastlstm.kernels.cpu import phased_forward as forth
-from fastlstm.kernels.cpu.cell_step import GATES, cell_addresses
+from fastlstm.kernels.cpu.cell_step import GATES, TAPE, cell_addresses
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS
@@ -199,9 +199,9 @@ def forward_candidates(
     )  # fmt: skip
     numbers = {
         forth.BATCH: batch, forth.STEPS: steps, forth.TOTAL: steps, forth.TRAINING: training, forth.AHEAD: ahead,
-        forth.WHOLE: whole, forth.NORMED: size.normed, forth.KIND: size.kind, forth.OUT_UNITS: size.out_units,
-        forth.FEATURES: size.features,
-    }  # fmt: skip
+        forth.WHOLE: whole, forth.A_ROW: a_row, forth.KEPT: TAPE if training and size.is_lstm else 0,
+        forth.KEEPS_OUTS: training and size.keeps_outs,
+    } | _numbers_of(forth, size)  # fmt: skip
     places = (forth.H_ROWS, forth.C_ROWS, forth.H_STATE, forth.FACTORS, forth.A, forth.A_H, forth.OUTS, forth.H_NEW,
               forth.NORMS)  # fmt: skip
     of_packed = forth.OF_X, forth.OF_H, forth.BIAS, forth.GAINS, forth.OF_OUT
@@ -209,6 +209,16 @@ def forward_candidates(
     numbers |= dict(zip(of_packed, packed_workspace(size).starts, strict=True))
     settings = settings_of(forth.SETTINGS, numbers, size.addresses)
     return Candidates((Candidate(schedule_of(threads, ahead), (workspace,), settings),), None)
+
+
+def _numbers_of(kernel: Any, size: Size) -> dict[int, int]:
+    """Return the numbers that both kernels take of a size."""
+    return {
+        kernel.NORMED: size.normed, kernel.KIND: size.kind, kernel.INPUTS: size.inputs, kernel.UNITS: size.units,
+        kernel.OUT_UNITS: size.out_units, kernel.FEATURES: size.features, kernel.BLOCKS: size.blocks,
+        kernel.WIDTH: size.width, kernel.H_ROW: size.h_row, kernel.OUT_ROW: size.out_row,
+        kernel.NORM_ROW: size.norm_row,
+    }  # fmt: skip
 
 
 def chunk_of_size(size: Size, steps: int, batch: int) -> int:
@@ -246,8 +256,8 @@ def backward_candidates(
     }  # fmt: skip
     workspace = Workspace(size.dtype, *shapes.values())
     numbers = {
-        back.BATCH: batch, back.STEPS: steps, back.TOTAL: steps, back.CHUNK_ROWS: chunk_rows, back.NORMED: size.normed,
-        back.KIND: size.kind, back.OUT_UNITS: size.out_units, back.FEATURES: size.features, back.TRUNCATED: truncated,
-    } | dict(zip(shapes, workspace.starts, strict=True))  # fmt: skip
+        back.BATCH: batch, back.STEPS: steps, back.TOTAL: steps, back.CHUNK_ROWS: chunk_rows, back.TRUNCATED: truncated,
+        back.OUT_BLOCKS: size.out_blocks, back.DOUT_ROW: stride if size.out_units else size.h_row,
+    } | _numbers_of(back, size) | dict(zip(shapes, workspace.starts, strict=True))  # fmt: skip
     settings = settings_of(back.SETTINGS, numbers, size.addresses)
     return Candidates((Candidate(schedule_of(threads, 0), (workspace,), settings),), None)
