@@ -25,10 +25,12 @@ __all__ = ["FIELDS", "choice_of", "persistent_backward", "persistent_forward"]
 FIELDS = ("row", "steps", "batch", "hidden", "directions", "direction", "reverse")
 
 
-def choice_of(device: Device, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int) -> Choice:
+def choice_of(
+    device: Device, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int, precision: str = "float32"
+) -> Choice:
     """Decide how a direction runs on the current device (see ``plans.choose``); what was refused is not tried again."""
     limits = device.limits()
-    choice = choose(limits, dtype, hidden, steps_of_all, batch)
+    choice = choose(limits, dtype, hidden, steps_of_all, batch, precision)
     refusal = device.refusals.get((limits, choice.plan)) if choice.plan and device.refusals else None
     return choice if refusal is None else Choice(None, f"a persistent kernel was refused ({refusal})")
 
@@ -83,7 +85,7 @@ def _run(
     """Launch a kernel once for each wave, if the plan of this batch has one."""
     device, packing, hidden = rows.device, rows.packing, weights.weight_hh.shape[1]
     batch, dtype = packing.order.size, weights.weight_hh.dtype
-    plan = choice_of(device, dtype, hidden, packing.rows, batch).plan
+    plan = choice_of(device, dtype, hidden, packing.rows, batch, rows.cell.precision).plan
     backward = name == "persistent_backward"
     if plan is None or rows.resets is not None or (backward and rows.cell.truncated):  # no product backward
         return False

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastlstm.errors import BackendError
 
-__all__ = ["SIZES", "Choice", "Limits", "Plan", "choose", "describe"]
+__all__ = ["OLDEST", "SIZES", "Choice", "Limits", "Plan", "choose", "describe", "describe_products"]
 
 # "persistent" or "step" force a path, for tests; read once, at import. What cannot run as a persistent kernel takes the
 # step path even so.
@@ -29,7 +29,8 @@ _MOST_ITEMS = 2  # (sequence, unit) pairs of a thread: more would not leave it r
 # best: at H = 1024 and B = 64 a step of either takes some 20 µs.
 CUBLAS_FROM = ((768, 32), (384, 256))
 FEWEST_STEPS = 3  # on average: below, loading the weights into registers does not pay
-OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory
+OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory, and no TF32 and bfloat16
+_FORMATS = {"tf32": "TF32", "bf16": "bfloat16"}
 CLUSTERS_FROM, MOST_OF_A_CLUSTER = 90, 8  # compute capability, and blocks that every such GPU can hold
 
 
@@ -74,9 +75,23 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(limits: Limits, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int) -> Choice:
+def choose(
+    limits: Limits, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int, precision: str = "float32"
+) -> Choice:
     """Decide how a direction runs; `steps_of_all` is the number of steps of all sequences."""
-    return _choose(limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED)
+    if limits.architecture < OLDEST:
+        precision = "float32"  # such a GPU has no units that multiply rounded factors
+    return _choose(limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED, precision)
+
+
+def describe_products(limits: Limits, precision: str) -> str:
+    """Say in words what products round, to follow the description of a choice."""
+    if precision == "float32":
+        return ""
+    if limits.architecture < OLDEST:
+        needed = f"{OLDEST // 10}.{OLDEST % 10}"
+        return f"; products in float32: {_FORMATS[precision]} needs compute capability {needed}"
+    return f"; products in {_FORMATS[precision]}"
 
 
 def describe(choice: Choice) -> str:
@@ -92,7 +107,9 @@ def describe(choice: Choice) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _choose(limits: Limits, dtype: str, hidden: int, short: bool, batch: int, force: str | None) -> Choice:
+def _choose(
+    limits: Limits, dtype: str, hidden: int, short: bool, batch: int, force: str | None, precision: str = "float32"
+) -> Choice:
     if force not in (None, "persistent", "step"):
         raise BackendError(f"FASTLSTM_CUDA_RECURRENCE must be persistent or step, got {force!r}")
     size = next((size for size in SIZES if size >= hidden), None)
@@ -101,6 +118,8 @@ def _choose(limits: Limits, dtype: str, hidden: int, short: bool, batch: int, fo
         reason = "FASTLSTM_CUDA_RECURRENCE asks for it"
     elif dtype != "float32":
         reason = f"persistent kernels are for float32, not {dtype}"
+    elif precision != "float32":
+        reason = "persistent kernels have float32 products"
     elif size is None:
         reason = f"persistent kernels are for at most {SIZES[-1]} hidden units"
     elif force is None and limits.architecture < OLDEST:
