@@ -22,12 +22,17 @@ FORCED = os.environ.get("FASTLSTM_CUDA_RECURRENCE") or None
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # of SIZE in persistent.cu
 _WARPS, _HELD, _GATES = 8, 8, 4  # as there
+_BYTES = {"tf32": 4, "bf16": 2}  # of an element of the vectors
 _MOST_ITEMS = 2  # (sequence, unit) pairs of a thread: more would not leave it registers for 128 weights
 
 # The table: with at least so many hidden units and so many sequences, float32 products by cuBLAS, one a step, are
 # estimated to be faster. Each row of the batch costs a group its share of the product, and one step has cuBLAS at its
 # best: at H = 1024 and B = 64 a step of either takes some 20 µs.
-CUBLAS_FROM = ((768, 32), (384, 256))
+CUBLAS_FROM = {
+    "float32": ((768, 32), (384, 256)),
+    "tf32": ((768, 128), (384, 512)),  # tensor cores take the share of the product, and leave that of fetching h
+    "bf16": ((768, 256), (384, 1024)),  # of half the size
+}
 FEWEST_STEPS = 3  # on average: below, loading the weights into registers does not pay
 OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory, and no TF32 and bfloat16
 _FORMATS = {"tf32": "TF32", "bf16": "bfloat16"}
@@ -50,6 +55,7 @@ class Plan(NamedTuple):
     blocks: int  # of a group
     groups: int  # side by side, at most
     cluster: bool  # whether a group is a thread-block cluster
+    precision: str = "float32"  # of the products
 
     @property
     def split(self) -> int:
@@ -58,14 +64,15 @@ class Plan(NamedTuple):
 
     def shared(self, backward: bool) -> int:
         """Bytes of shared memory of a block."""
-        return _shared(self.size, self.rows, self.cluster, backward)
+        return _shared(self.size, self.rows, self.cluster, backward, self.precision)
 
     @property
     def macros(self) -> tuple[str, ...]:
         """The compiler's options that make the kernel of this plan."""
         names = {"SIZE": self.size, "ROWS": self.rows, "BLOCKS": self.blocks,
                  "SHARED_FORWARD": self.shared(False), "SHARED_BACKWARD": self.shared(True)}  # fmt: skip
-        return (*(f"{name}={value}" for name, value in names.items()), *(["CLUSTER"] if self.cluster else []))
+        flags = {"CLUSTER": self.cluster, f"PRODUCTS_{self.precision.upper()}": self.precision != "float32"}
+        return (*(f"{name}={value}" for name, value in names.items()), *(name for name, on in flags.items() if on))
 
 
 class Choice(NamedTuple):
@@ -118,15 +125,13 @@ def _choose(
         reason = "FASTLSTM_CUDA_RECURRENCE asks for it"
     elif dtype != "float32":
         reason = f"persistent kernels are for float32, not {dtype}"
-    elif precision != "float32":
-        reason = "persistent kernels have float32 products"
     elif size is None:
         reason = f"persistent kernels are for at most {SIZES[-1]} hidden units"
     elif force is None and limits.architecture < OLDEST:
         reason = f"persistent kernels need compute capability {OLDEST // 10}.{OLDEST % 10}"
     elif force is None and short:
         reason = f"fewer than {FEWEST_STEPS} steps a sequence"
-    elif force is None and any(hidden >= units and batch >= rows for units, rows in CUBLAS_FROM):
+    elif force is None and any(hidden >= units and batch >= rows for units, rows in CUBLAS_FROM[precision]):
         reason = "cuBLAS is estimated to be faster for so large a batch"
     if reason or size is None:
         return Choice(None, reason)
@@ -136,26 +141,30 @@ def _choose(
         return Choice(None, f"a group takes {blocks} multiprocessors, the GPU has {limits.multiprocessors}")
     cluster = limits.architecture >= CLUSTERS_FROM and 1 < blocks <= MOST_OF_A_CLUSTER
     rows = 2
-    while rows * groups < batch and _fits(size, rows * 2, cluster, limits.shared):
+    while rows * groups < batch and _fits(size, rows * 2, cluster, limits.shared, precision):
         rows *= 2
-    if not _fits(size, rows, cluster, limits.shared):
-        return Choice(None, f"a block takes {_shared(size, rows, cluster, True)} bytes of shared memory")
-    return Choice(Plan(size, rows, blocks, groups, cluster), "")
+    if not _fits(size, rows, cluster, limits.shared, precision):
+        return Choice(None, f"a block takes {_shared(size, rows, cluster, True, precision)} bytes of shared memory")
+    return Choice(Plan(size, rows, blocks, groups, cluster, precision), "")
 
 
 def _split(size: int) -> int:
     return next(split for most, split in ((128, 1), (256, 2), (512, 4), (1024, 8)) if size <= most)
 
 
-def _fits(size: int, rows: int, cluster: bool, limit: int) -> bool:
+def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str) -> bool:
     units = 32 // _split(size) * _HELD // _GATES
     items = -(-rows * units // (32 * _WARPS))
-    return items <= _MOST_ITEMS and max(_shared(size, rows, cluster, backward) for backward in (False, True)) <= limit
+    shared = max(_shared(size, rows, cluster, backward, precision) for backward in (False, True))
+    return items <= _MOST_ITEMS and shared <= limit
 
 
-def _shared(size: int, rows: int, cluster: bool, backward: bool) -> int:
+def _shared(size: int, rows: int, cluster: bool, backward: bool, precision: str) -> int:
     lanes, inner = (4 * _split(size), 4 * size) if backward else (_split(size), size)
-    out = 32 // lanes * _HELD
+    stride = 32 // lanes * _HELD
     tile = 2 if rows == 2 or inner > 1024 else 4
-    stage = 2 * rows * inner if cluster else 2 * tile * inner
-    return 4 * (stage + _WARPS * rows * out)
+    staged, element = 2 * tile * inner, 4
+    if precision != "float32":  # rows of sums are padded, and nothing is staged
+        stride, staged, element = stride + 4, 0, _BYTES[precision]
+    stage = 2 * rows * inner * element // 4 if cluster else staged
+    return 4 * (stage + _WARPS * rows * stride)
