@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --out OUTDIR/B.json --seconds 150
 
 Cases are measured as by ``fastlstm bench``: results are compared first, sides take turns. PyTorch is also timed with
-TF32, float16 and bfloat16, its results within what these formats explain. Cells are ordered by value; those that the
-time does not reach are listed.
+TF32, float16 and bfloat16, its results within what these formats explain. Where a persistent kernel is planned
+(``fastlstm/backends/cuda/plans.py``), the path of a product and a kernel each step is timed too. Cells are ordered by
+value; those that the time does not reach are listed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gpu_common
+import numpy as np
 
+from fastlstm import cell as models
+from fastlstm import dispatch
 from fastlstm.bench import peers, run
 from fastlstm.bench.results import Case
 from fastlstm.bench.work import Work
 
-SIDES = (peers.CUDA, "torch cuda", *peers.NARROWER)
+OURS, THEIRS = (peers.CUDA, peers.BY_STEPS), ("torch cuda", *peers.NARROWER)
 SECONDS_OF_A_CELL = 3.0  # of timing, inference and training together
 UNREACHED = "the time ran out"
 
@@ -71,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
     cupy = import_module("cupy")
     peers.TORCH_GPU = options.torch_device
-    names = [name for name in SIDES[: 1 if options.no_torch else None] if peers.missing(name) is None]
+    names = [name for name in (*OURS, *(() if options.no_torch else THEIRS)) if peers.missing(name) is None]
     machine = gpu_common.machine(cupy)
-    if len(names) > 1:
+    if "torch cuda" in names:
         torch = import_module("torch")
         machine |= {"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda)}
         machine |= {"cuDNN": str(torch.backends.cudnn.version())}
@@ -84,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
             break
         found = []
         for work in cell.works():
-            case, interrupted = run.measure_case(work, names, 1, SECONDS_OF_A_CELL / len(cell.works()))
+            sides = [name for name in names if name != peers.BY_STEPS or is_persistent(work)]
+            case, interrupted = run.measure_case(work, sides, 1, SECONDS_OF_A_CELL / len(cell.works()))
             gpu_common.update(options.out, [case])
             if interrupted:
                 return 1
@@ -113,6 +118,16 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def is_persistent(work: Work) -> bool:
+    """Whether a persistent kernel is planned for some layer."""
+    if work.kind == "stream":
+        return False
+    sizes, dtype = (work.inputs, work.hidden, work.layers), np.dtype(work.dtype)
+    cell = models.Cell(*sizes, bidirectional=work.bidirectional, dtype=dtype)
+    plan = dispatch.backend_named("cuda").plan(cell, work.rows, work.batch, False)
+    return any("one launch a sequence" in words for words in plan)
+
+
 def chosen(options: argparse.Namespace) -> list[Cell]:
     """Return the cells to measure, in order."""
     cells = [Cell(*given) for given in options.cells] if options.cells else list(CELLS)
@@ -135,7 +150,7 @@ def summary(found: list[Case]) -> str:
 
 def complaints(case: Case) -> list[str]:
     """Print and return what should not be: our side failed, or float32 without TF32 is not what we compute."""
-    ours = [reason for side, reason in case.refused.items() if side in (peers.CUDA, run.EVERYBODY)]
+    ours = [reason for side, reason in case.refused.items() if side in (*OURS, run.EVERYBODY)]
     theirs = [reason for reason in [case.refused.get("torch cuda", "")] if "computes" in reason]
     for line in (*ours, *theirs):
         print(f"{case.name}: {line}", file=sys.stderr)

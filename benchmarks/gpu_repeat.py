@@ -24,7 +24,7 @@ from fastlstm.bench.results import Case
 # a sum; persistent kernels of one block a group, of a cluster, and of groups that exchange through memory
 CASES = ((12, 16, 8, 64, 2, True, True, False), (20, 16, 8, 33, 1, False, False, False),
          (30, 5, 3, 8, 1, True, True, True), (1, 1, 1, 1, 1, False, False, False),
-         (9, 5, 3, 248, 1, True, True, True), (6, 9, 3, 512, 1, False, True, False),
+         (9, 5, 3, 248, 1, True, True, True), (6, 9, 3, 512, 1, True, True, False),
          (6, 3, 3, 1000, 1, False, False, True))  # fmt: skip
 BOUNDS = {"float32": 1e-4, "float64": 1e-12}  # sums over at most 320 rows, through at most 30 steps
 AT_ONCE = 10  # repetitions that nothing waits between

@@ -25,8 +25,9 @@ def as_array(value: Any) -> Array:
     Parameters
     ----------
     value : object
-        An array with ``__dlpack__`` (a tensor of PyTorch, an array of JAX) or ``__array__`` (pandas, xarray). An array
-        of NumPy or CuPy is returned as it is.
+        An array with ``__dlpack__`` (a tensor of PyTorch, an array of JAX), ``__cuda_array_interface__`` (a device
+        array of Numba, always shared) or ``__array__`` (pandas, xarray). An array of NumPy or CuPy is returned as it
+        is.
 
     Returns
     -------
@@ -59,6 +60,8 @@ def as_array(value: Any) -> Array:
         return value
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         return _of_dlpack(value, name)
+    if hasattr(value, "__cuda_array_interface__"):  # before __array__, which would copy it to the host
+        return _of_gpu(value, name)
     if not hasattr(kind, "__array__"):
         raise ArrayTypeError(f"{name} has neither __dlpack__ nor __array__: convert it with numpy.asarray")
     try:
@@ -83,10 +86,16 @@ def _of_dlpack(value: Any, name: str) -> Array:
         raise ArrayTypeError(f"the memory of this {name} cannot be shared: {error}") from error
     if device not in _ON_CUDA:
         raise ArrayTypeError(f"this {name} is neither in the processor's memory nor on an NVIDIA GPU: move it first")
+    return _of_gpu(value, name)
+
+
+def _of_gpu(value: Any, name: str) -> Array:
     try:
         cupy = import_module("cupy")
     except ImportError as error:
         raise BackendError(
             f'this {name} is on a GPU, which takes CuPy: pip install "fastlstm[cuda12]" (or cuda13); or move it first'
         ) from error
-    return cupy.from_dlpack(value)
+    from fastlstm.backends.cuda.foreign import from_device_memory  # here: it imports the backend
+
+    return from_device_memory(cupy, value, name="value")

@@ -23,7 +23,7 @@ from fastlstm.bench.sides import CHECKED_STEPS, Side
 from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["CONTENDERS", "OURS", "Contender", "able", "chosen", "missing"]
+__all__ = ["BY_STEPS", "CONTENDERS", "NARROWER", "OURS", "Contender", "able", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
@@ -315,10 +315,14 @@ NARROWER = {
 }
 """PyTorch in narrower formats, for ``benchmarks/gpu.py``: what leaving float32 would bring."""
 
+BY_STEPS = "fastlstm cuda by steps"
+# For ``benchmarks/gpu.py`` alone. The two paths sum in other orders, as PyTorch does.
+_OF_GPU_TABLE = {BY_STEPS: Contender(sides.cuda_by_steps, "cuda", obstacle=_no_cuda, tolerance=5e-4), **NARROWER}
+
 
 def contender(name: str) -> Contender:
-    """Return an entry of :data:`CONTENDERS` or :data:`NARROWER`."""
-    return CONTENDERS[name] if name in CONTENDERS else NARROWER[name]
+    """Return an entry of :data:`CONTENDERS`, :data:`NARROWER`, or that of :data:`BY_STEPS`."""
+    return CONTENDERS[name] if name in CONTENDERS else _OF_GPU_TABLE[name]
 
 
 def missing(name: str) -> str | None:

@@ -26,7 +26,10 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = ["CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_with_copies", "event_seconds", "host_seconds", "not_frozen"]
+__all__ = [
+    "CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_by_steps", "cuda_with_copies", "event_seconds", "host_seconds",
+    "not_frozen",
+]  # fmt: skip
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -159,6 +162,32 @@ def cuda(problem: Problem, threads: int) -> Iterator[Side]:
         return event_seconds(cupy.cuda, call, count, host)
 
     yield Side(call, lambda: _on_host(problem, results()), seconds, host)
+
+
+@contextlib.contextmanager
+def cuda_by_steps(problem: Problem, threads: int) -> Iterator[Side]:
+    """Our library on the GPU with a product and a kernel for each time step, whatever the plan is."""
+    plans: Any = import_module("fastlstm.backends.cuda.plans")
+
+    @contextlib.contextmanager
+    def held() -> Iterator[None]:  # within each sample: the sides take turns
+        before, plans.FORCED = plans.FORCED, "step"
+        try:
+            yield
+        finally:
+            plans.FORCED = before
+
+    with cuda(problem, threads) as side:
+
+        def seconds(call: Callable[[], Any], count: int) -> float:
+            with held():
+                return side.seconds(call, count)
+
+        def outputs() -> tuple[Array, ...]:
+            with held():
+                return side.outputs()
+
+        yield Side(side.call, outputs, seconds, side.host)
 
 
 @contextlib.contextmanager

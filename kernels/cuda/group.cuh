@@ -21,10 +21,16 @@
 //   CLUSTER   defined: the blocks of a group are a thread-block cluster, and exchange the vector by distributed shared
 //             memory (from sm_90 on, at most 8 blocks). Otherwise by global memory and a flag for each block; all blocks
 //             must then be resident, so the launch is cooperative.
+//   TRUNCATED  defined: the gradient does not go from one step to the one before through h, so backward has no product
 //   BLOCKS SHARED_FORWARD SHARED_BACKWARD  what the host takes for granted
 //
 // Sums are in a fixed order that depends on SIZE only: a sequence's result depends neither on the batch nor on the run.
 
+#ifdef TRUNCATED
+constexpr bool TRUNCATES = true;
+#else
+constexpr bool TRUNCATES = false;
+#endif
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int HELD = 8;                                                      // rows of W whose elements a thread holds
 constexpr int SPLIT = SIZE <= 128 ? 1 : SIZE <= 256 ? 2 : SIZE <= 512 ? 4 : 8;  // lanes that share a row, forward
@@ -66,13 +72,18 @@ using Backward = Pass<4 * SPLIT>;
 static_assert(Forward::SHARED == SHARED_FORWARD && Backward::SHARED == SHARED_BACKWARD, "the host counts other bytes");
 static_assert(Forward::INNER == SIZE && Backward::INNER == 4 * SIZE, "inner dimensions");
 
-// One direction, passed by value: the host's copy is FIELDS in fastlstm/backends/cuda/persistent.py.
+// What a launch computes, passed by value: the host's copy is FIELDS in fastlstm/backends/cuda/persistent.py.
+//
+// One direction, or both at once: the groups of the second direction then follow those of the first, and each array of
+// a direction, in the shape comments (K, ...), has K = 2 of them.
 struct Direction {
     index_t row;        // the first of this launch's rows
+    index_t groups;     // of each direction
+    index_t rows;       // N, of all steps
     index_t steps;      // T, each length if `lengths` is null
     index_t batch, hidden, directions;
-    index_t direction;  // number of the direction
-    index_t reverse;    // 1 if it runs backwards in time
+    index_t direction;  // number of the launch's first direction, or of the block's (`direction_of`)
+    index_t reverse;    // 1 if that direction runs backwards in time, as a second one does
 };
 
 // The blocks that work together, and what they exchange through.
@@ -81,6 +92,7 @@ struct Group {
     word_t *flags;   // (BLOCKS,): the number of the last step that a block has published; null in a cluster
     int rank;        // of this block
     index_t row;     // its first sequence
+    index_t half;    // 1 if it works on the second direction of the launch
 };
 
 #ifdef CLUSTER
@@ -90,8 +102,15 @@ struct Group {
 #endif
 
 template <class P> __device__ inline Group group_of(float *vectors, word_t *flags, const Direction &d) {
-    const index_t number = BLOCK / BLOCKS;
-    return {vectors + number * 2 * ROWS * P::INNER, flags + number * BLOCKS, int(BLOCK % BLOCKS), d.row + number * ROWS};
+    const index_t number = BLOCK / BLOCKS, half = number / d.groups;
+    return {vectors + number * 2 * ROWS * P::INNER, flags + number * BLOCKS, int(BLOCK % BLOCKS),
+            d.row + (number - half * d.groups) * ROWS, half};
+}
+
+// The block's own direction.
+__device__ inline Direction direction_of(const Group &group, Direction d) {
+    d.direction += group.half, d.reverse |= group.half;
+    return d;
 }
 
 // The number of steps of a group: its first sequence is its longest.
@@ -99,9 +118,9 @@ __device__ inline index_t steps_of(const Group &group, const index_t *lengths, c
     return lengths ? lengths[group.row] : d.steps;
 }
 
-// The first of a step's rows, out of N.
-__device__ inline index_t first_row(index_t step, const index_t *offsets, const Direction &d) {
-    return offsets ? offsets[step] : time_of(step, d.steps, d.reverse) * d.batch;
+// The first of a step's rows, out of K N.
+__device__ inline index_t first_row(index_t step, const Group &group, const index_t *offsets, const Direction &d) {
+    return group.half * d.rows + (offsets ? offsets[step] : time_of(step, d.steps, d.reverse) * d.batch);
 }
 
 // What a thread of the cell phase owns: item n is the thread's unit of one sequence.
@@ -121,8 +140,36 @@ __device__ inline Item item_of(
     return {row, lengths ? lengths[row] : d.steps, int(sequence_of(row, order))};
 }
 
+// Rows of what a step of an item leaves: in (T, B, D, H), and in (T, D, B, H).
 __device__ inline index_t output_of(const Item &item, index_t step, const Direction &d) {
     return (time_of(step, item.length, d.reverse) * d.batch + item.sequence) * d.directions + d.direction;
+}
+
+__device__ inline index_t state_of(const Item &item, index_t step, const Direction &d) {
+    return (time_of(step, item.length, d.reverse) * d.directions + d.direction) * d.batch + item.sequence;
+}
+
+// Its row in the states of all sequences, (K, B, H).
+__device__ inline index_t row_of_state(const Item &item, const Group &group, const Direction &d) {
+    return group.half * d.batch + item.sequence;
+}
+
+// Rows of the tape of c, (K, B + N, H): the initial states, and c of row `row`, out of K N.
+__device__ inline index_t initial_c(const Item &item, const Group &group, const Direction &d) {
+    return group.half * (d.batch + d.rows) + item.row;
+}
+
+__device__ inline index_t tape_of_c(index_t row, const Group &group, const Direction &d) {
+    return (group.half + 1) * d.batch + row;
+}
+
+// Whether the item's state is zero before its step number `step`, by `resets` (T, B).
+__device__ inline bool reset_before(const unsigned char *resets, const Item &item, index_t step, const Direction &d) {
+#ifdef RESETS
+    return step < item.length && resets[time_of(step, item.length, d.reverse) * d.batch + item.sequence];
+#else
+    return false;
+#endif
 }
 
 // Where element k (of INNER) of the group's sequence `place` stands in a buffer: warp by warp, sequence by sequence.

@@ -1,32 +1,39 @@
-// One launch for all time steps of one direction, forward and backward, in float32. group.cuh says how, and
+// One launch for all time steps of one direction or of both, forward and backward, in float32. group.cuh says how, and
 // mma_products.cuh for products that round their factors.
 //
-// The cell's equations are those of cell_step.cuh, with its macros: a variant of the cell is a change there. A mask by
-// sequence or unit would be one more array of ITEMS registers here, read with the gates.
+// The cell's equations are those of cell_step.cuh, with its macros: a variant of the cell is a change there. Where a
+// state is reset before a step, c_prev is zero, and the step before hands on zeros in place of h; backward, so are the
+// gradients by them.
 
 // ---- forward ----
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) persistent_forward(
-    real *a,                   // (N, 4H): the inputs' share of the pre-activations IN; with a tape, gates OUT
-    const real *weight,        // (4H, H), IN
+    real *a,                   // (K, N, 4H): the inputs' share of the pre-activations IN; with a tape, gates OUT
+    const real *weight,        // (4H, H) of the first direction, IN
+    const real *weight_2,      // (4H, H) of the second, IN; null if there is none
     const real *bias,          // (4H,), IN; null for none
+    const real *bias_2,
     const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
+    const real *unit_weights_2,
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
     const index_t *offsets,    // (S + 1,): first row of each step, IN; null for equal lengths
-    const real *h0,            // (B, H), IN
-    const real *c0,            // (B, H), IN
-    real *c_tape,              // (B + N, H), OUT: the initial states, sorted, then c of each row; null without a tape
-    real *h_rows,              // (N, H), OUT: the h before each row's step; null without a tape
-    real *y,                   // (T, B, D, H), OUT at `direction`
-    real *h_n,                 // (B, H), OUT
-    real *c_n,                 // (B, H), OUT
-    float *vectors,            // (groups, 2, ROWS, SIZE), scratch
-    word_t *flags,             // (groups, BLOCKS), zeros IN; null with CLUSTER
-    const Direction d) {
+    const unsigned char *resets,  // (T, B): 1 where the state is reset before that step, IN; with RESETS
+    const real *h0,            // (K, B, H), IN
+    const real *c0,            // (K, B, H), IN
+    real *c_tape,              // (K, B + N, H), OUT: initial states, sorted, then c of each row; null without a tape
+    real *h_rows,              // (K, N, H), OUT: the h before each row's step; null without a tape
+    real *y,                   // (T, B, D, H), OUT at the directions
+    real *h_n,                 // (K, B, H), OUT
+    real *c_n,                 // (K, B, H), OUT
+    float *vectors,            // (K * groups, 2, ROWS, SIZE), scratch; null with CLUSTER
+    word_t *flags,             // (K * groups, BLOCKS), zeros IN; null with CLUSTER
+    const Direction launch) {
     DYNAMIC_SHARED(shared);
     using P = Forward;
-    Group group = group_of<P>(vectors, flags, d);
+    Group group = group_of<P>(vectors, flags, launch);
+    const Direction d = direction_of(group, launch);
+    if (group.half) weight = weight_2, bias = bias_2, unit_weights = unit_weights_2;
     float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, STRIDE)
 #ifdef CLUSTER
     group.vectors = shared;
@@ -65,30 +72,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     }
     Item items[ITEMS];
     real h[ITEMS], c[ITEMS];
+    bool reset[ITEMS];  // before the step that comes
     const index_t steps = steps_of(group, lengths, d);
-    index_t first = steps ? first_row(0, offsets, d) : 0;
+    index_t first = steps ? first_row(0, group, offsets, d) : 0;
     begin_group();
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
         const Item item = items[n] = item_of(n, unit, group, order, lengths, d);
         h[n] = c[n] = 0;
+        reset[n] = reset_before(resets, item, 0, d);
+        real handed = 0;
         if (item.sequence >= 0) {
-            h[n] = h0[item.sequence * d.hidden + unit], c[n] = c0[item.sequence * d.hidden + unit];
-            if (c_tape) c_tape[item.row * d.hidden + unit] = c[n];
-            if (h_rows && item.length) h_rows[(first + item.row) * d.hidden + unit] = h[n];
+            const index_t at = row_of_state(item, group, d) * d.hidden + unit;
+            h[n] = h0[at], c[n] = c0[at];
+            handed = reset[n] ? real(0) : h[n];
+            if (c_tape) c_tape[initial_c(item, group, d) * d.hidden + unit] = c[n];
+            if (h_rows && item.length) h_rows[(first + item.row) * d.hidden + unit] = handed;
         }
-        if (place_of(n) < ROWS) publish<P>(group, 0, place_of(n), group.rank * UNITS + own, h[n]);
+        if (place_of(n) < ROWS) publish<P>(group, 0, place_of(n), group.rank * UNITS + own, handed);
     }
     published(group, 0);
     for (index_t step = 0; step < steps; ++step) {
         OfGates gates[ITEMS];  // asked for before the wait
+        bool reset_next[ITEMS];
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {
+            reset_next[n] = reset_before(resets, items[n], step + 1, d);
             const real *from = a + (first + items[n].row) * GATES * d.hidden + unit;
             if (step < items[n].length)
                 for (int gate = 0; gate < GATES; ++gate) gates[n][gate] = from[gate * d.hidden];
         }
-        const index_t next = step + 1 < steps ? first_row(step + 1, offsets, d) : 0;
+        const index_t next = step + 1 < steps ? first_row(step + 1, group, offsets, d) : 0;
         wait_for_group();
         product<P>(w, group, stage, sums, step);
         __syncthreads();
@@ -103,9 +117,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
                     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
                 }
                 gates[n][0] += sum.x, gates[n][1] += sum.y, gates[n][2] += sum.z, gates[n][3] += sum.w;
+                if (reset[n]) c[n] = 0;
                 cell_forward(gates[n], b, p, c[n], c[n], h[n]);
             }
-            if (place_of(n) < ROWS) publish<P>(group, step + 1, place_of(n), group.rank * UNITS + own, h[n]);
+            reset[n] = reset_next[n];
+            const real handed = reset[n] ? real(0) : h[n];
+            if (place_of(n) < ROWS) publish<P>(group, step + 1, place_of(n), group.rank * UNITS + own, handed);
         }
         published(group, step + 1);
 #pragma unroll
@@ -116,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
             if (!c_tape) continue;
             const index_t row = first + item.row;
             for (int gate = 0; gate < GATES; ++gate) a[(row * GATES + gate) * d.hidden + unit] = gates[n][gate];
-            c_tape[(d.batch + row) * d.hidden + unit] = c[n];
-            if (step + 1 < item.length) h_rows[(next + item.row) * d.hidden + unit] = h[n];
+            c_tape[tape_of_c(row, group, d) * d.hidden + unit] = c[n];
+            if (step + 1 < item.length) h_rows[(next + item.row) * d.hidden + unit] = reset[n] ? real(0) : h[n];
         }
         first = next;
     }
@@ -125,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
         if (items[n].sequence < 0) continue;
-        const index_t at = items[n].sequence * d.hidden + unit;
+        const index_t at = row_of_state(items[n], group, d) * d.hidden + unit;
         h_n[at] = h[n], c_n[at] = c[n];
     }
 }
@@ -134,25 +151,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) persistent_backward(
     const real *dy,            // (T, B, D, H) at `direction`, IN; null for zeros
-    const real *dh_n,          // (B, H), IN
-    const real *dc_n,          // (B, H), IN
-    const real *gates,         // (N, 4H), IN
-    const real *c_tape,        // (B + N, H), IN
-    const real *weight,        // (4H, H), IN
+    const real *dh_n,          // (K, B, H), IN
+    const real *dc_n,          // (K, B, H), IN
+    const real *gates,         // (K, N, 4H), IN
+    const real *c_tape,        // (K, B + N, H), IN
+    const real *weight,        // (4H, H) of the first direction, IN
+    const real *weight_2,      // (4H, H) of the second, IN; null if there is none
     const real *unit_weights,  // (UNIT_WEIGHTS, H), IN; null if the cell has none
+    const real *unit_weights_2,
     const index_t *order,      // (B,), IN; null for equal lengths (see common.cuh)
     const index_t *lengths,    // (B,), IN; null for equal lengths
     const index_t *offsets,    // (S + 1,): first row of each step, IN; null for equal lengths
-    real *da,                  // (N, 4H): by the pre-activations, OUT
-    real *dp,                  // (B, UNIT_WEIGHTS * H): by unit_weights, OUT; null if there are none
-    real *dh0,                 // (B, H), OUT
-    real *dc0,                 // (B, H), OUT
-    float *vectors,            // (groups, 2, ROWS, 4 SIZE), scratch
-    word_t *flags,             // (groups, BLOCKS), zeros IN; null with CLUSTER
-    const Direction d) {
+    const unsigned char *resets,  // (T, B): 1 where the state is reset before that step, IN; with RESETS
+    real *dh_steps,            // (T, D, B, H): the gradient by each h_t, OUT at the directions; null if it is not asked for
+    real *dc_steps,            // likewise by each c_t
+    real *da,                  // (K, N, 4H): by the pre-activations, OUT
+    real *dp,                  // (K, B, UNIT_WEIGHTS * H): by unit_weights, OUT; null if there are none
+    real *dh0,                 // (K, B, H), OUT
+    real *dc0,                 // (K, B, H), OUT
+    float *vectors,            // (K * groups, 2, ROWS, 4 SIZE), scratch; null with CLUSTER
+    word_t *flags,             // (K * groups, BLOCKS), zeros IN; null with CLUSTER
+    const Direction launch) {
     DYNAMIC_SHARED(shared);
     using P = Backward;
-    Group group = group_of<P>(vectors, flags, d);
+    Group group = group_of<P>(vectors, flags, launch);
+    const Direction d = direction_of(group, launch);
+    if (group.half) weight = weight_2, unit_weights = unit_weights_2;
     float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, STRIDE)
 #ifdef CLUSTER
     group.vectors = shared;
@@ -189,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         for (int n = 0; n < UNIT_WEIGHTS; ++n) p[n] = unit_weights[n * d.hidden + unit];
     Item items[ITEMS];
     real dh[ITEMS], dc[ITEMS], c[ITEMS];
+    bool reset[ITEMS] = {};  // before the step after
     OfUnitWeights sums_of_dp[ITEMS] = {};
     begin_group();
 #pragma unroll
@@ -196,68 +221,84 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         const Item item = items[n] = item_of(n, unit, group, order, lengths, d);
         dh[n] = dc[n] = c[n] = 0;
         if (item.sequence < 0) continue;
-        dh[n] = dh_n[item.sequence * d.hidden + unit], dc[n] = dc_n[item.sequence * d.hidden + unit];
+        const index_t at = row_of_state(item, group, d) * d.hidden + unit;
+        dh[n] = dh_n[at], dc[n] = dc_n[at];
     }
     const index_t steps = steps_of(group, lengths, d);
-    index_t first = steps ? first_row(steps - 1, offsets, d) : 0;
+    index_t first = steps ? first_row(steps - 1, group, offsets, d) : 0;
     // `turn` counts up, the step down; turn number t publishes da of step steps - 1 - t. The last turn only receives.
     for (index_t turn = 0; turn <= steps; ++turn) {
-        const index_t step = steps - 1 - turn, before = step > 0 ? first_row(step - 1, offsets, d) : 0;
+        const index_t step = steps - 1 - turn, before = step > 0 ? first_row(step - 1, group, offsets, d) : 0;
         OfGates of_gates[ITEMS];  // asked for before the wait
         real c_prev[ITEMS], dy_t[ITEMS];
+        bool reset_now[ITEMS];
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {
             const Item &item = items[n];
+            reset_now[n] = step >= 0 && reset_before(resets, item, step, d);
             if (step < 0 || step >= item.length) continue;
             const index_t row = first + item.row;
             for (int gate = 0; gate < GATES; ++gate) of_gates[n][gate] = gates[(row * GATES + gate) * d.hidden + unit];
-            if (step + 1 == item.length) c[n] = c_tape[(d.batch + row) * d.hidden + unit];
-            c_prev[n] = c_tape[(step ? d.batch + before + item.row : item.row) * d.hidden + unit];
+            if (step + 1 == item.length) c[n] = c_tape[tape_of_c(row, group, d) * d.hidden + unit];
+            const index_t row_before = step ? tape_of_c(before + item.row, group, d) : initial_c(item, group, d);
+            c_prev[n] = c_tape[row_before * d.hidden + unit];
             dy_t[n] = dy ? dy[output_of(item, step, d) * d.hidden + unit] : real(0);
         }
-        if (turn) {
+        if (turn && !TRUNCATES) {
             wait_for_group();
             product<P>(w, group, stage, sums, turn - 1);
         }
-        __syncthreads();
+        if (!TRUNCATES) __syncthreads();
         OfGates da_t[ITEMS];
+        real dc_t[ITEMS];
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {
             const Item &item = items[n];
             for (int gate = 0; gate < GATES; ++gate) da_t[n][gate] = 0;
             if (turn && step + 1 < item.length) {  // the step after was this sequence's
                 const float *share = sums + place_of(n) * P::STRIDE + own;
-                dh[n] = share[0];
+                dh[n] = TRUNCATES ? real(0) : share[0];
 #pragma unroll
-                for (int k = 1; k < WARPS; ++k) dh[n] += share[k * ROWS * P::STRIDE];
+                for (int k = 1; k < (TRUNCATES ? 1 : WARPS); ++k) dh[n] += share[k * ROWS * P::STRIDE];
+                if (reset[n]) dh[n] = 0;
             }
+            reset[n] = reset_now[n];
             if (step < 0) continue;
             if (step < item.length) {
-                cell_backward(of_gates[n], p, c_prev[n], c[n], dh[n] + dy_t[n], dc[n], da_t[n], sums_of_dp[n]);
+                dh[n] += dy_t[n];
+                dc_t[n] = dc[n];
+                const real c_seen = reset[n] ? real(0) : c_prev[n];
+                cell_backward(of_gates[n], p, c_seen, c[n], dh[n], dc[n], da_t[n], sums_of_dp[n]);
+                if (reset[n]) dc[n] = 0;
                 c[n] = c_prev[n];
             }
-            if (place_of(n) >= ROWS) continue;
+            if (place_of(n) >= ROWS || TRUNCATES) continue;
             for (int gate = 0; gate < GATES; ++gate) {
                 publish<P>(group, turn, place_of(n), gate * SIZE + group.rank * UNITS + own, da_t[n][gate]);
             }
         }
         if (step < 0) break;
-        published(group, turn);
+        if (!TRUNCATES) published(group, turn);
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {  // nobody waits for this
-            if (step >= items[n].length) continue;
-            real *to = da + (first + items[n].row) * GATES * d.hidden + unit;
+            const Item &item = items[n];
+            if (step >= item.length) continue;
+            real *to = da + (first + item.row) * GATES * d.hidden + unit;
             for (int gate = 0; gate < GATES; ++gate) to[gate * d.hidden] = da_t[n][gate];
+            if (!dh_steps) continue;
+            const index_t at = state_of(item, step, d) * d.hidden + unit;
+            dh_steps[at] = dh[n], dc_steps[at] = dc_t[n];
         }
         first = before;
     }
 #pragma unroll
     for (int n = 0; n < ITEMS; ++n) {
         if (items[n].sequence < 0) continue;
-        const index_t at = items[n].sequence * d.hidden + unit;
+        const index_t at = row_of_state(items[n], group, d) * d.hidden + unit;
         dh0[at] = dh[n], dc0[at] = dc[n];
         for (int k = 0; k < UNIT_WEIGHTS; ++k) {
-            dp[(items[n].row * UNIT_WEIGHTS + k) * d.hidden + unit] = sums_of_dp[n][k];
+            const index_t row = (group.half * d.batch + items[n].row) * UNIT_WEIGHTS + k;
+            dp[row * d.hidden + unit] = sums_of_dp[n][k];
         }
     }
 }

@@ -89,6 +89,7 @@ def test_arrays_on_a_gpu_take_cupy(monkeypatch):
 
 def test_arrays_on_a_gpu_become_cupy_arrays(monkeypatch):
     class CuPy:
+        ndarray = type("ndarray", (), {})
         from_dlpack = staticmethod(lambda value: ("cupy", value))
 
     monkeypatch.setitem(sys.modules, "cupy", CuPy)

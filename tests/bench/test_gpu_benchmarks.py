@@ -20,6 +20,7 @@ import gpu_common
 import gpu_launch
 import gpu_repeat
 
+from fastlstm.backends.cuda import plans
 from fastlstm.bench import clock, peers, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -92,6 +93,30 @@ def test_torch_does_the_same_work_in_every_kind_of_cell(xp, out, monkeypatch, ca
     assert gpu.main(given(out, CELLS[:1], "--torch-device", "cpu")) == 1
     assert "computes something else" in capsys.readouterr().err
     torch.set_num_threads(threads)
+
+
+def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_too(out, monkeypatch, capsys):
+    cells = [[2, 8, "sequence", 1, True, 4], [2, 8, "one step"], [2, 8, "sequence", 1, False, 2]]
+    with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=132)) as xp:
+        assert gpu.main(given(out, cells, "--no-torch", "--seconds", "1000")) == 0
+        launched = [name for name in xp.pool.launched if name.startswith(("persistent", "step"))]
+    assert set(launched) == {"persistent_forward", "persistent_backward", "step_forward", "step_backward"}
+    assert plans.FORCED is None
+    sides = {case.name: set(case.values) for case in gpu_common.load(out).cases}
+    assert sides == {
+        "4,2,8,8, both directions infer float32": {peers.CUDA, peers.BY_STEPS},
+        "4,2,8,8, both directions train float32": {peers.CUDA, peers.BY_STEPS},
+        "1,2,8,8 stream float32": {peers.CUDA},
+        "2,2,8,8 infer float32": {peers.CUDA},  # too few steps for a persistent kernel
+        "2,2,8,8 train float32": {peers.CUDA},
+    }
+    assert gpu_common.main(["page", str(out)]) == 0
+    assert peers.BY_STEPS in capsys.readouterr().out
+    # Its results are compared with those of the plan, and a difference is a failure.
+    wrong = peers.contender(peers.BY_STEPS)._replace(tolerance=1e-12)
+    monkeypatch.setitem(peers._OF_GPU_TABLE, peers.BY_STEPS, wrong)
+    with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=132)):
+        assert gpu.main(given(out, cells[:1], "--no-torch")) == 1
 
 
 def test_a_cell_that_fails_does_not_stop_the_next(xp, out, monkeypatch, capsys):

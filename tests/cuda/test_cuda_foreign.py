@@ -57,6 +57,66 @@ def test_an_array_of_another_library_is_shared(xp, kind):
     assert from_device_memory(xp, found) is found
 
 
+@pytest.mark.parametrize("kind", [WithDLPack, WithInterface])
+def test_as_array_shares_and_no_other_call_does(xp, kind):
+    """A call that took such an array might copy it, or read it before the other library has written it."""
+    memory = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    given, lstm = kind(memory), LSTM(4, 3, seed=0).to(xp)
+    found = fastlstm.as_array(given)
+    assert type(found) is xp.ndarray and found.data.ptr == memory.ctypes.data
+    expected = lstm(xp.array(memory))[0].get()
+    xp.pool.copies.clear(), xp.pool.waits.clear()
+    y, _ = lstm(found)
+    assert not xp.pool.copies and not xp.pool.waits
+    np.testing.assert_array_equal(y.get(), expected)
+    _, _, tape = lstm.forward(found)
+    state = tuple(xp.zeros((1, 3, 3), np.float32) for _ in range(2))
+    foreign_state = (kind(np.zeros((1, 3, 3), np.float32)), state[1])
+    xp.pool.launched.clear(), xp.pool.own.clear()
+    for call in (
+        lambda: lstm(given),
+        lambda: lstm.forward(given),
+        lambda: lstm(found, foreign_state),
+        lambda: lstm.step(kind(memory[0])),
+        lambda: lstm.backward(tape, kind(np.ones((2, 3, 3), np.float32))),
+        lambda: lstm_forward(lstm.params | {"bias_l0": kind(np.ones(12, np.float32))}, found),
+    ):
+        with pytest.raises(fastlstm.ArrayTypeError):
+            call()
+    assert not xp.pool.launched and not xp.pool.own and not xp.pool.copies
+
+
+def test_as_array_takes_memory_on_a_gpu_before_a_copy_on_the_host(xp):
+    class WithBoth(WithInterface):
+        def __array__(self, dtype=None, copy=None):
+            raise AssertionError("a copy")
+
+    memory = np.ones((2, 3), np.float32)
+    assert fastlstm.as_array(WithBoth(memory)).data.ptr == memory.ctypes.data
+
+
+def test_as_array_says_why_memory_on_a_gpu_cannot_be_shared(xp):
+    memory = np.ones((2, 1, 4), np.float32)
+    for error, message in (
+        (RuntimeError("requires grad"), r"detach\(\) it first"),
+        (BufferError("strides"), "strides"),
+    ):
+        with pytest.raises(fastlstm.ArrayTypeError, match=message):
+            fastlstm.as_array(WithDLPack(memory, error=error))
+    lstm = LSTM(4, 3, seed=0).to(xp)
+    with pytest.raises(
+        fastlstm.ArrayTypeError, match="x is on <CUDA Device 1>"
+    ):  # no copy from one GPU to another, either
+        lstm(fastlstm.as_array(WithDLPack(memory, (2, 1))))
+
+
+def test_an_interface_that_has_to_be_copied_is_refused(xp, monkeypatch):
+    original = type(xp).asarray
+    monkeypatch.setattr(type(xp), "asarray", lambda self, value: original(self, value).copy())
+    with pytest.raises(fastlstm.ArrayTypeError, match="without a copy"):
+        fastlstm.as_array(WithInterface(np.ones((2, 3), np.float32)))
+
+
 def test_what_cannot_be_shared_is_an_error_that_says_so(xp):
     memory = np.ones((3, 4), np.float32)
     for value, message in (

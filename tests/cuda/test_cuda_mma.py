@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) one_product(
     const float *weight, const float *vectors, float *out, float *scratch, word_t *flags) {
     DYNAMIC_SHARED(shared);
     using P = PASS;
-    const Group group = {scratch, flags, 0, 0};
+    const Group group = {scratch, flags, 0, 0, 0};
     float *sums = shared + P::STAGE;
     const float *part = weight + threadIdx.x / 32 * P::SLICE;
     Held<P> w;
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) one_product(
 
 def plan_of(precision, size, rows, cluster=False):
     split = plans._split(size)
-    return Plan(size, rows, size * split // 64, 1, cluster, precision)
+    return Plan(size, rows, size * split // 64, 1, cluster, precision=precision)
 
 
 def products(precision, size, rows, backward, change=lambda code: code):

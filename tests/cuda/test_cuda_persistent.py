@@ -1,28 +1,20 @@
-"""The persistent kernels, run on the CPU: right for all shapes, and bit-identical for any schedule, batch and exchange.
-
-Stand-ins of two architectures run them: from compute capability 9.0 on, groups of 2 to 8 blocks are clusters, before
-that all groups exchange through flags. The path is forced, so that a case that falls back to the step path is an error.
-"""
+"""The persistent kernels, run on the CPU: right for all shapes; bit-identical for any schedule, batch and exchange."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
-import cuda_row
 import numpy as np
 import pytest
-from harness import REFERENCE, BackendUnderTest, Case, problem, solve
-from host_cuda import FakeCupy, compiler
+from harness import Case, problem
+from host_cuda import compiler
+from persistent_run import EXCHANGES, FLOAT32, assert_agrees, expected, forced, kernels, run
 from tolerances import assert_close, assert_identical
 
 from fastlstm.backends.cuda import plans
 from fastlstm.functional import lstm_backward, lstm_forward
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
-
-CUDA = BackendUnderTest("cuda")
-EXCHANGES = {"flags": "80", "cluster": "90"}
 
 # One block a group, two, six and eight; sequences that fill no group; lengths of 0 and T.
 SMALL = (
@@ -44,80 +36,26 @@ LARGE = (
 )
 
 
-@contextlib.contextmanager
-def forced(path, **how):
-    """Put a stand-in in place of CuPy, and force a path."""
-    before = plans.FORCED
-    plans.FORCED = path
-    try:
-        library = FakeCupy(**{"multiprocessors": 132} | how)
-        with cuda_row.installed(library):
-            yield library
-    finally:
-        plans.FORCED = before
-
-
-def run(case, path="persistent", change=None, **how):
-    """Solve a case in float32 on a path; all results, and the library with its log."""
-    p = problem(case).astype(np.float32)
-    if change is not None:
-        change(p)
-    with forced(path, **how) as xp:
-        params = {name: xp.array(value) for name, value in p.params.items()}
-        state = p.state and tuple(map(xp.array, p.state))
-        y, (h_n, c_n), tape = lstm_forward(params, xp.array(p.x), state, p.lengths)
-        inference = dict(zip(("y", "h_n", "c_n"), flat(lstm_inference(params, xp, p, state)), strict=True))
-        grads = lstm_backward(params, tape, xp.array(p.dy), tuple(map(xp.array, p.dstate)))
-    found = {"y": y, "h_n": h_n, "c_n": c_n, "dx": grads.x, "dh0": grads.state[0], "dc0": grads.state[1]}
-    found |= {f"d{name}": value for name, value in grads.params.items()}
-    found = {name: value.get() for name, value in found.items()}
-    assert_identical({name: value.get() for name, value in inference.items()}, {k: found[k] for k in inference})
-    return found, xp
-
-
-def lstm_inference(params, xp, p, state):
-    from fastlstm import functional
-    from fastlstm.calls import cell_of
-
-    return functional.run(
-        cell_of(params, 0.0), params, xp.array(p.x), state, p.lengths, batch_first=False, dropout=None, keep_tape=False
-    )
-
-
-def flat(result):
-    y, (h_n, c_n), _ = result
-    return y, h_n, c_n
-
-
-def kernels(xp):
-    """The recurrences among the launches."""
-    return [name for name in xp.pool.launched if name.startswith(("persistent", "step"))]
-
-
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_results_are_those_of_the_reference(case, exchange):
-    found, xp = run(case, architecture=EXCHANGES[exchange])
-    assert_close("agreement", found, solve(problem(case), REFERENCE), backend="cuda", dtype=np.dtype(np.float32))
-    directions = case.layers * (1 + case.bidirectional)
-    assert kernels(xp) == ["persistent_forward"] * 2 * directions + ["persistent_backward"] * directions
-    assert not {"gather_rows", "scatter_rows"} & set(xp.pool.launched)
+    _, launched = assert_agrees(case, architecture=EXCHANGES[exchange])
+    # One launch for each layer, of both directions if there are two: for inference, forward and backward.
+    assert launched == ["persistent_forward"] * 2 * case.layers + ["persistent_backward"] * case.layers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_sizes_are_those_of_the_reference(case):
-    found, xp = run(case, architecture="80")
-    assert_close("agreement", found, solve(problem(case), REFERENCE), backend="cuda", dtype=np.dtype(np.float32))
-    assert set(kernels(xp)) == {"persistent_forward", "persistent_backward"}
+    assert_agrees(case, architecture="80")
 
 
 @pytest.mark.parametrize("case", [Case(5, 5, 3, 100, lengths="zeros"), Case(4, 3, 3, 200)], ids=str)
 def test_any_schedule_and_either_exchange_give_the_same_bits(case):
-    expected, _ = run(case, architecture="80")
+    truth, _ = run(case, architecture="80")
     for seed in (1000, 2000, 3000, 4000):
         for architecture in EXCHANGES.values():
-            assert_identical(run(case, architecture=architecture, seed=seed)[0], expected)
+            assert_identical(run(case, architecture=architecture, seed=seed)[0], truth)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -143,7 +81,7 @@ def test_a_sequence_does_not_depend_on_the_batch(exchange):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_nan_stays_in_its_row(exchange):
     case, row = Case(4, 7, 3, 100, 1, True, lengths="positive"), 2
-    expected, _ = run(case, architecture=EXCHANGES[exchange])
+    truth, _ = run(case, architecture=EXCHANGES[exchange])
 
     def spoil(p):
         p.x[:, row] = np.nan
@@ -152,7 +90,7 @@ def test_nan_stays_in_its_row(exchange):
     found, _ = run(case, change=spoil, architecture=EXCHANGES[exchange])
     others = [k for k in range(7) if k != row]
     for name in ("y", "h_n", "c_n", "dx", "dh0", "dc0"):
-        np.testing.assert_array_equal(found[name][:, others], expected[name][:, others], err_msg=name)
+        np.testing.assert_array_equal(found[name][:, others], truth[name][:, others], err_msg=name)
         assert np.isnan(found[name][:, row]).any(), name
 
 
@@ -160,9 +98,9 @@ def test_nan_stays_in_its_row(exchange):
 @pytest.mark.parametrize("lengths", [None, "zeros"])
 def test_a_batch_of_several_waves(hidden, multiprocessors, lengths):
     case = Case(3, 37, 3, hidden, peephole=True, lengths=lengths)
-    expected, once = run(case, architecture="80")
+    truth, once = run(case, architecture="80")
     found, xp = run(case, architecture="80", multiprocessors=multiprocessors)
-    assert_identical(found, expected)
+    assert_identical(found, truth)
     assert kernels(once) == ["persistent_forward"] * 2 + ["persistent_backward"]
     assert kernels(xp).count("persistent_backward") > 1
 
@@ -186,9 +124,9 @@ def solve_on_paths(case, forward, backward):
 @pytest.mark.parametrize("lengths", [None, "zeros"])
 def test_both_paths_leave_and_read_the_same_tape(lengths):
     case = Case(4, 5, 3, 70, 1, True, lengths=lengths, peephole=True)
-    expected = solve_on_paths(case, "step", "step")
+    truth = solve_on_paths(case, "step", "step")
     for paths in (("persistent", "step"), ("step", "persistent"), ("persistent", "persistent")):
-        assert_close("agreement", solve_on_paths(case, *paths), expected, backend="cuda", dtype=np.dtype(np.float32))
+        assert_close("agreement", solve_on_paths(case, *paths), truth, backend="cuda", dtype=FLOAT32)
 
 
 @pytest.mark.parametrize("given", ["dy", "dstate"])
@@ -219,7 +157,7 @@ def test_nothing_waits_and_memory_that_runs_out_is_an_error_and_no_fallback():
             return [y.get() for y in (y, lstm_backward(params, tape, dy).x)]
 
         live, start = xp.pool.live, xp.pool.allocations
-        expected = call()
+        whole = call()
         assert xp.pool.waits == ["get"] * 2 and len(xp.pool.copies) == len(params) + 4 + case.layers
         for number in range(0, xp.pool.allocations - start, 3):
             xp.pool.fail_at = xp.pool.allocations + number
@@ -227,7 +165,7 @@ def test_nothing_waits_and_memory_that_runs_out_is_an_error_and_no_fallback():
                 call()
             xp.pool.fail_at = None
             assert xp.pool.live == live
-        for one, other in zip(call(), expected, strict=True):
+        for one, other in zip(call(), whole, strict=True):
             np.testing.assert_array_equal(one, other)
         assert not any(name.startswith("step") for name in xp.pool.launched)
 
@@ -261,4 +199,4 @@ def test_the_step_path_is_untouched_where_it_is_asked_for():
     case = dataclasses.replace(SMALL[3], hidden=20)
     found, xp = run(case, path="step", architecture="90")
     assert not any(name.startswith("persistent") for name in xp.pool.launched)
-    assert_close("agreement", found, solve(problem(case), REFERENCE), backend="cuda", dtype=np.dtype(np.float32))
+    assert_close("agreement", found, expected(case), backend="cuda", dtype=FLOAT32)

@@ -56,17 +56,41 @@ def test_every_plan_fits_its_device(architecture, precision):
     limits = DEVICES[architecture]
     for hidden in range(1, 1025):
         for batch in (1, 2, 3, 16, 64, 255, 10_000):
-            plan = choose(limits, FLOAT, hidden, 100 * batch, batch, precision).plan
+            plan = choose(limits, FLOAT, hidden, 100 * batch, batch, precision=precision).plan
             if plan is None:
                 continue
             assert plan.precision == precision
             assert plan.size == min(size for size in SIZES if size >= hidden)
-            assert plan.blocks * plan.groups <= limits.multiprocessors and plan.groups >= 1
+            assert plan.blocks * plan.groups <= limits.multiprocessors and plan.groups >= 1 and plan.directions == 1
             assert max(plan.shared(False), plan.shared(True)) <= limits.shared
             assert plan.rows == 2 or plan.rows % 4 == 0
             assert plan.cluster == (architecture >= 90 and 2 <= plan.blocks <= 8)
             # No larger part of the batch than one wave needs.
             assert plan.rows == 2 or plan.rows // 2 * plan.groups < batch
+
+
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_two_directions_run_at_once_where_the_device_holds_the_groups_of_both(architecture):
+    limits, seen = DEVICES[architecture], set()
+    for hidden in (1, 64, 128, 192, 256, 384, 512, 768, 1024):
+        for batch in (0, 1, 2, 3, 16, 64, 130, 255, 10_000):
+            one, both = (choose(limits, FLOAT, hidden, 100 * batch, batch, directions).plan for directions in (1, 2))
+            assert (one is None) == (both is None)
+            if both is None:
+                continue
+            seen.add(both.directions)
+            if both.directions == 1:
+                assert both == one
+                most = max(rows for rows in (2**k for k in range(1, 12)) if rows == 2 or plans._fits(
+                    both.size, rows, both.cluster, limits.shared))  # fmt: skip
+                assert most * (limits.multiprocessors // both.blocks // 2) < batch or one.groups == 1
+                continue
+            assert (both.size, both.blocks, both.cluster) == (one.size, one.blocks, one.cluster)
+            assert 2 * both.blocks * both.groups <= limits.multiprocessors and both.groups >= 1
+            assert both.rows * both.groups >= batch  # one wave
+            assert max(both.shared(False), both.shared(True)) <= limits.shared
+            assert describe(choose(limits, FLOAT, hidden, 100 * batch, batch, 2), 2).endswith("both directions at once")
+    assert seen == {1, 2}
 
 
 def test_a_path_can_be_forced_and_a_wrong_name_is_an_error(monkeypatch):
@@ -84,11 +108,14 @@ def test_a_path_can_be_forced_and_a_wrong_name_is_an_error(monkeypatch):
 def test_rounded_products_are_worth_a_persistent_kernel_for_larger_batches():
     right = {16: {"float32", "tf32", "bf16"}, 64: {"tf32", "bf16"}, 200: {"bf16"}, 300: set()}
     for batch, expected in right.items():
-        plan_of = {name: choose(DEVICES[90], FLOAT, 1024, 100 * batch, batch, name).plan for name in plans.CUBLAS_FROM}
+        plan_of = {
+            name: choose(DEVICES[90], FLOAT, 1024, 100 * batch, batch, precision=name).plan
+            for name in plans.CUBLAS_FROM
+        }
         assert {name for name, plan in plan_of.items() if plan} == expected
     # A bfloat16 takes half of the shared memory of a cluster's exchange.
     tf32, bf16 = (
-        choose(DEVICES[90], FLOAT, 256, 10_000, 100, name).plan._replace(rows=16) for name in ("tf32", "bf16")
+        choose(DEVICES[90], FLOAT, 256, 10_000, 100, precision=name).plan._replace(rows=16) for name in ("tf32", "bf16")
     )
     assert tf32.shared(True) - bf16.shared(True) == 2 * 16 * 1024 * 2
 
@@ -106,6 +133,10 @@ def test_a_model_says_how_it_would_run():
                 for layer in (0, 1)
             ]
         )
+        two_ways = LSTM(3, 256, bidirectional=True, seed=0).to(xp)
+        assert two_ways.plan(x).endswith("2 sequences a group, both directions at once")
+        many = xp.array(np.ones((4, 200, 3), np.float32))
+        assert two_ways.plan(many).endswith("16 sequences a group, one direction after the other")
         x = xp.array(np.ones((40, 8, 3)))
         assert "each step: persistent kernels are for float32" in LSTM(3, 256, dtype=np.float64).to(xp).plan(x)
         with cuda_row.installed(FakeCupy()):
@@ -148,18 +179,41 @@ def test_a_refusal_takes_the_step_path_once_and_for_all(monkeypatch, name):
         with cuda_row.installed(FakeCupy(architecture="80", change=change, multiprocessors=132)) as xp:
             params = {k: xp.array(value) for k, value in p.params.items()}
             state = tuple(map(xp.array, p.state))
-            results = [lstm_forward(params, xp.array(p.x), state, p.lengths) for _ in range(2)]
+            # Both directions at once are refused at the first call, each alone at the second.
+            results = [lstm_forward(params, xp.array(p.x), state, p.lengths) for _ in range(3)]
             found[refused] = {
                 f"{k}{n}": v.get() for n, (y, s, _) in enumerate(results) for k, v in zip("yhc", (y, *s), strict=True)
             }
             device = dispatch.backend_named("cuda").device
             assert not any(launched.startswith("persistent") for launched in xp.pool.launched[-4:])
-            choice = persistent.choice_of(device, FLOAT, 20, p.lengths.sum(), 3)
-            assert len(device.refusals) == refused
+            choice = persistent.choice_of(device, p.cell, p.lengths.sum(), 3)
+            assert len(device.refusals) == 2 * refused
             if refused:
                 assert "a persistent kernel was refused (" in choice.reason and said in choice.reason
-                assert xp.pool.launched.count("persistent_forward") <= 1
+                assert xp.pool.launched.count("persistent_forward") <= 2
     assert_identical(found[True], found[False])
+
+
+@needs_compiler
+def test_a_variant_that_is_refused_refuses_no_other_variant(monkeypatch):
+    """Here, resets do not compile."""
+    monkeypatch.setattr(plans, "FORCED", "persistent")
+    p = problem(Case(4, 3, 3, 20, resets=True)).astype(np.float32)
+    broken = "#ifdef RESETS\n    oh no\n#endif\n"
+
+    def change(code):
+        return broken + code if code == loader.persistent_source() else code
+
+    with cuda_row.installed(FakeCupy(architecture="80", change=change, multiprocessors=132)) as xp:
+        params = {k: xp.array(value) for k, value in p.params.items()}
+        for resets, expected in ((xp.array(p.resets), {"step_forward"}), (None, {"persistent_forward"})):
+            xp.pool.launched.clear()
+            lstm_forward(params, xp.array(p.x), resets=resets)
+            assert {name for name in xp.pool.launched if name.endswith("_forward")} == expected
+        device = dispatch.backend_named("cuda").device
+        assert len(device.refusals) == 1
+        assert persistent.choice_of(device, p.cell, 12, 3).plan is not None
+        assert "refused" in persistent.choice_of(device, p.cell, 12, 3, resets=True).reason
 
 
 @needs_compiler
@@ -185,16 +239,19 @@ def test_a_refusal_in_a_later_wave_is_an_error(monkeypatch):
 # ---- the compiler ----
 
 
+VARIANTS = [*nvrtc.VARIANTS, ("TRUNCATED",), ("PEEPHOLE", "TRUNCATED", "RESETS")]
+
+
 def builds(*, all_rows, precision="float32"):
     """Plan, architecture and variant of the kernels to compile: for many sequences, or for few, too."""
     found = []
     for architecture, limits in DEVICES.items():
         for size in SIZES:
             for batch in (1, 2, 16, 64, 10_000) if all_rows else (10_000,):
-                plan = plans._choose(limits, "float32", size, False, batch, "persistent", precision).plan
+                plan = plans._choose(limits, "float32", size, False, batch, "persistent", precision=precision).plan
                 if plan is None:
                     continue
-                variants = nvrtc.VARIANTS if architecture == 90 else ((),)
+                variants = VARIANTS if architecture == 90 else ((), ("RESETS",))
                 exchanges = (plan.cluster, False) if architecture == 90 and plan.cluster else (plan.cluster,)
                 found += [(plan._replace(cluster=c), architecture, v) for c in exchanges for v in variants]
     return list(dict.fromkeys(found))
@@ -240,7 +297,7 @@ def test_persistent_kernels_keep_their_weights_in_registers(build):
 
 @needs_nvrtc
 @pytest.mark.parametrize("cluster", [False, True], ids=["flags", "cluster"])
-@pytest.mark.parametrize("variant", nvrtc.VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_what_other_blocks_write_is_read_from_l2_and_nothing_is_left_to_chance(cluster, variant):
     plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100).plan._replace(cluster=cluster)
     options = (*options_of(plan, variant), "-arch=compute_90")
@@ -259,7 +316,7 @@ def test_what_other_blocks_write_is_read_from_l2_and_nothing_is_left_to_chance(c
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("wrong", ["SIZE=200", "BLOCKS=9", "SHARED_FORWARD=1", "SHARED_BACKWARD=1", "ROWS=6"])
 def test_what_the_host_counts_wrongly_does_not_compile(wrong, precision):
-    plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100, precision).plan
+    plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100, precision=precision).plan
     name = wrong.partition("=")[0]
     options = tuple(f"-D{wrong}" if o.startswith(f"-D{name}=") else o for o in options_of(plan, ()))
     assert options != options_of(plan, ())

@@ -2,13 +2,15 @@
 
 All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
 (``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
-on another stream. A CUDA graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+on another stream. Both directions of a layer are one launch if the device holds the groups of both at once. A CUDA
+graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
 
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
-more while it runs. Cells whose time step has more phases, such as layer norm, run in array operations (``phased.py``).
-Parameters without the rows of some gates get rows for all (``folding.py``). When memory runs out, CuPy's
-``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are unchanged.
+more while it runs, for each direction that runs at once. Cells whose time step has more phases, such as layer norm, run
+in array operations (``phased.py``). Parameters without the rows of some gates get rows for all (``folding.py``). When
+memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are
+unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fastlstm.backends.base import (
     Steps,
 )
 from fastlstm.backends.cuda.device import Device
-from fastlstm.backends.cuda.direction import DirectionTape, direction_backward, direction_forward
+from fastlstm.backends.cuda.direction import DirectionsTape, directions_backward, directions_forward
 from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.persistent import choice_of
 from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
@@ -60,7 +62,7 @@ class LayerTape:
 
     x: Array  # (T, B, I), the input itself
     rows: Rows
-    directions: list[DirectionTape]
+    directions: list[DirectionsTape]  # of those that ran at once
     y: list[Array]  # one per direction, (T, B, H), if they are merged by a product
 
 
@@ -142,8 +144,8 @@ class CudaBackend(LayeredBackend):
         products = describe_products(self.device.limits(), cell.precision)
         if not batch or is_phased(cell):
             return [words + products for words in super().plan(cell, rows, batch, frozen)]
-        choice = choice_of(self.device, cell.dtype, cell.hidden_size, rows, batch, cell.precision)
-        return [describe(choice) + products] * cell.num_layers
+        choice = choice_of(self.device, cell, rows, batch)
+        return [describe(choice, cell.num_directions) + products] * cell.num_layers
 
     def layer_forward(
         self,
@@ -165,15 +167,13 @@ class CudaBackend(LayeredBackend):
             h_n, c_n = self.xp.empty_like(h0), self.xp.empty_like(c0)
         else:  # a length of 0 returns the initial state
             h_n, c_n = h0.copy(), c0.copy()
-        tapes = [
-            direction_forward(self._contiguous(w), x, h0[d], c0[d], rows, d, y, h_n[d], c_n[d], given.keep_tape)
-            for d, w in enumerate(weights)
-        ]
+        weights = [self._contiguous(w) for w in weights]
+        tapes = directions_forward(weights, x, h0, c0, rows, y, h_n, c_n, given.keep_tape)
         parts, result = [], y.reshape(steps, batch, directions * hidden)
         if given.cell.merge != "concat":
             parts = [y[:, :, d] for d in range(directions)]
             result = merged(given.cell, parts)
-        tape = LayerTape(x, rows, [found for found in tapes if found], parts) if given.keep_tape else None
+        tape = LayerTape(x, rows, tapes, parts) if given.keep_tape else None
         return LayerResult(result, h_n, c_n, tape)
 
     def layer_backward(
@@ -201,11 +201,8 @@ class CudaBackend(LayeredBackend):
             by_states = Steps(*(self.xp.zeros(shape, dh_n.dtype) for _ in range(2)))
         dx = self.xp.empty(tape.x.shape, dh_n.dtype)
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
-        for d, w in enumerate(weights):
-            direction_backward(
-                self._contiguous(w), tape.directions[d], tape.x, tape.rows, d, len(weights),
-                dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d], out[d], by_states,
-            )  # fmt: skip
+        weights = [self._contiguous(w) for w in weights]
+        directions_backward(weights, tape.directions, tape.x, tape.rows, dy, dh_n, dc_n, dx, dh0, dc0, out, by_states)
         return LayerGradients(dx, dh0, dc0, out, by_states)
 
     def gradient_arrays(self, params: Params) -> FlatArrays:

@@ -46,7 +46,7 @@ class Device(Protocol):
     """A GPU: memory, kernels and products. All work goes to the caller's current stream, and nothing waits for it."""
 
     xp: Any  # the module whose arrays live there
-    refusals: dict[tuple[Limits, Plan], str]  # why a plan cannot run, once that was seen
+    refusals: dict[tuple[Limits, Plan, tuple[str, ...]], str]  # why a plan cannot run a variant, once that was seen
 
     def of(self, array: Array) -> AbstractContextManager[Any]:
         """Make the device that holds `array` the current one inside a ``with`` block."""
@@ -141,7 +141,7 @@ class CupyDevice:
         self._numbers = {name: np.array([0, 1], name) for name in self._gemm}
         self._factors = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
         self.kernel = cache(self._kernel)
-        self.refusals: dict[tuple[Limits, Plan], str] = {}
+        self.refusals: dict[tuple[Limits, Plan, tuple[str, ...]], str] = {}
         self._limits: dict[int, Limits] = {}  # by the device's number
         # The last cooperative launch on each device. Reentrant: a signal handler may make a call.
         self._cooperative: dict[int, Any] = {}

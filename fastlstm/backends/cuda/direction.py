@@ -1,56 +1,71 @@
-"""One direction of one layer: the recurrence, and products over all steps around it.
+"""The directions of one layer: the recurrence, and products over all steps around it.
 
 Forward: one product of all inputs with W_ih, then the recurrence. Backward: the recurrence, then the gradients of the
 weights and of the input, each one product over all steps. The recurrence is one launch (``persistent.py``) where the
-plan says so. Otherwise it is, forward, for each step one product of h_{t-1} with W_hh, added to the inputs' share, and
-one kernel; backward one kernel and one product. Both leave and read the same tape. Calls with resets take the steps,
-and so does a backward pass whose gradient is truncated, without products, or that keeps the gradients by the states.
+plan says so, of both directions at once if they fit. Otherwise it is, forward, for each step one product of h_{t-1}
+with W_hh, added to the inputs' share, and one kernel; backward one kernel and one product, or none if the gradient is
+truncated. Both leave and read the same tape.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlstm.backends.base import Array, Steps
 from fastlstm.backends.cuda.launch import column_sum, geometry, step_kernel, step_records
-from fastlstm.backends.cuda.persistent import persistent_backward, persistent_forward
+from fastlstm.backends.cuda.persistent import parts, persistent_backward, persistent_forward
+from fastlstm.backends.cuda.plans import Plan
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import Weights
 
-__all__ = ["DirectionTape", "direction_backward", "direction_forward"]
+__all__ = ["DirectionsTape", "directions_backward", "directions_forward"]
 
 
 @dataclass(frozen=True)
-class DirectionTape:
-    """What one direction leaves on the tape, by packed rows (see ``Packing.step_rows``)."""
+class DirectionsTape:
+    """What K directions that run at once leave on the tape, by packed rows (see ``Packing.step_rows``)."""
 
-    gates: Array  # (N, 4H): i, f, g, o
-    c: Array  # (B + N, H): the initial states, sorted, then c of each row
-    h_rows: Array  # (N, H): the h before each row's step
+    gates: Array  # (K, N, 4H): i, f, g, o
+    c: Array  # (K, B + N, H): the initial states, sorted, then c of each row
+    h_rows: Array  # (K, N, H): the h before each row's step
+
+    def of(self, chosen: slice | int) -> DirectionsTape:
+        """Return that of some of the directions or, without the first axis, of one."""
+        return DirectionsTape(self.gates[chosen], self.c[chosen], self.h_rows[chosen])
 
 
-def direction_forward(
-    weights: Weights,  # C-contiguous
+def directions_forward(
+    weights: Sequence[Weights],  # of each direction, C-contiguous
     x: Array,  # (T, B, I), IN
-    h0: Array,  # (B, H), IN
-    c0: Array,  # (B, H), IN
+    h0: Array,  # (D, B, H), IN
+    c0: Array,  # (D, B, H), IN
     rows: Rows,
-    direction: int,
-    y: Array,  # (T, B, D, H), OUT at `direction`
-    h_n: Array,  # (B, H), OUT for every length but 0
-    c_n: Array,  # (B, H), likewise
+    y: Array,  # (T, B, D, H), OUT
+    h_n: Array,  # (D, B, H), OUT for every length but 0
+    c_n: Array,  # (D, B, H), likewise
     keep_tape: bool,
-) -> DirectionTape | None:
-    """Run the recurrence of one direction: as one launch where the plan says so, else step after step."""
-    empty, packing, (batch, hidden) = rows.device.xp.empty, rows.packing, h0.shape
-    gates, tape = _project(weights, x, rows, direction), None
-    if keep_tape:
-        c, h_rows = (empty((number, hidden), x.dtype) for number in (batch + packing.rows, packing.rows))
-        tape = DirectionTape(gates, c, h_rows)
-    c_tape, h_tape = (None, None) if tape is None else (tape.c, tape.h_rows)
-    if not persistent_forward(weights, gates, h0, c0, rows, direction, y, h_n, c_n, c_tape, h_tape):
-        _forward_by_steps(weights, gates, h0, c0, rows, direction, y, h_n, c_n, tape)
-    return tape
+) -> list[DirectionsTape]:
+    """Run the recurrence of all directions: as one launch or two where the plan says so, else step after step."""
+    empty, packing, (_, batch, hidden), tapes = rows.device.xp.empty, rows.packing, h0.shape, []
+    for part, plan in parts(rows, len(weights)):
+        count, first = part.stop - part.start, part.start
+        gates, tape = empty((count, packing.rows, weights[0].weight_ih.shape[0]), x.dtype), None
+        for k in range(count):
+            _project(weights[first + k], x, rows, first + k, gates[k])
+        if keep_tape:
+            tape = DirectionsTape(
+                gates, *(empty((count, number, hidden), x.dtype) for number in (batch + packing.rows, packing.rows))
+            )
+            tapes.append(tape)
+        of_part = h0[part], c0[part], rows, first, y, h_n[part], c_n[part]
+        kept = (None, None) if tape is None else (tape.c, tape.h_rows)
+        if plan is not None and persistent_forward(plan, weights[part], gates, *of_part, *kept):
+            continue
+        for k, d in enumerate(range(first, part.stop)):
+            of_one = h0[d], c0[d], rows, d, y, h_n[d], c_n[d]
+            _forward_by_steps(weights[d], gates[k], *of_one, None if tape is None else tape.of(k))
+    return tapes
 
 
 def _forward_by_steps(
@@ -63,7 +78,7 @@ def _forward_by_steps(
     y: Array,
     h_n: Array,
     c_n: Array,
-    tape: DirectionTape | None,  # OUT
+    tape: DirectionsTape | None,  # of this direction alone, OUT
 ) -> None:
     """Run the recurrence as a product and a kernel for each step."""
     device, packing, (batch, hidden) = rows.device, rows.packing, h0.shape
@@ -99,37 +114,66 @@ def _forward_by_steps(
         )  # fmt: skip
 
 
-def direction_backward(
-    weights: Weights,  # C-contiguous
-    tape: DirectionTape,
+def directions_backward(
+    weights: Sequence[Weights],  # of each direction, C-contiguous
+    tapes: Sequence[DirectionsTape],  # of all directions, in order
     x: Array,  # (T, B, I), IN
     rows: Rows,
-    direction: int,
-    directions: int,
     dy: Array | None,  # (T, B, D*H), IN
-    dh_n: Array,  # (B, H), IN
-    dc_n: Array,  # (B, H), IN
-    dx: Array,  # (T, B, I), OUT, or added to after the first direction
-    dh0: Array,  # (B, H), OUT
-    dc0: Array,  # (B, H), OUT
-    out: Weights,  # the gradients by the weights, OUT
-    steps: Steps | None = None,  # (T, D, B, H) each: the gradients by the states, OUT at `direction` but for padding
+    dh_n: Array,  # (D, B, H), IN
+    dc_n: Array,  # (D, B, H), IN
+    dx: Array,  # (T, B, I), OUT
+    dh0: Array,  # (D, B, H), OUT
+    dc0: Array,  # (D, B, H), OUT
+    out: Sequence[Weights],  # the gradients by the weights of each direction, OUT
+    steps: Steps | None = None,  # (T, D, B, H) each: the gradients by the states, OUT but for padding
 ) -> None:
-    """Back-propagate through one direction."""
-    xp, peephole = rows.device.xp, weights.weight_peephole
+    """Back-propagate through all directions; what has run at once forward can do so backward."""
+    first = 0
+    for taped in tapes:
+        last = first + taped.gates.shape[0]
+        for part, plan in parts(rows, last - first):
+            tape, chosen = taped.of(part), slice(first + part.start, first + part.stop)
+            states = dy, dh_n[chosen], dc_n[chosen]
+            da, dp = _part_backward(
+                plan, weights[chosen], tape, rows, chosen.start, len(weights), *states, dh0[chosen], dc0[chosen], steps
+            )
+            for k, d in enumerate(range(chosen.start, chosen.stop)):
+                _input_gradient(weights[d], da[k], rows, d, dx)
+                _weight_gradients(tape.of(k), x, rows, d, da[k], None if dp is None else dp[k], out[d])
+        first = last
+
+
+def _part_backward(
+    plan: Plan | None,
+    weights: Sequence[Weights],
+    tape: DirectionsTape,
+    rows: Rows,
+    first: int,
+    directions: int,
+    dy: Array | None,
+    dh_n: Array,
+    dc_n: Array,
+    dh0: Array,
+    dc0: Array,
+    steps: Steps | None,
+) -> tuple[Array, Array | None]:
+    """Return the gradients of K directions by the pre-activations, (K, N, 4H), and peepholes, (K, B, 3H) or None."""
+    xp, peephole, (count, batch, _) = rows.device.xp, weights[0].weight_peephole, dh_n.shape
     da = xp.empty(tape.gates.shape, dh_n.dtype)
-    dp = None if peephole is None else xp.zeros((dh_n.shape[0], peephole.size), dh_n.dtype)
-    if steps is not None or not persistent_backward(
-        weights, tape.gates, tape.c, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0
-    ):
-        _backward_by_steps(weights, tape, rows, direction, directions, dy, dh_n, dc_n, da, dp, dh0, dc0, steps)
-    _input_gradient(weights, da, rows, direction, dx)
-    _weight_gradients(tape, x, rows, direction, da, dp, out)
+    dp = None if peephole is None else xp.zeros((count, batch, peephole.size), dh_n.dtype)
+    states = dy, dh_n, dc_n, da, dp, dh0, dc0, steps
+    if plan is None or not persistent_backward(plan, weights, tape.gates, tape.c, rows, first, directions, *states):
+        for k in range(count):
+            dp_k = None if dp is None else dp[k]
+            of_one = dy, dh_n[k], dc_n[k], da[k], dp_k, dh0[k], dc0[k], steps
+            _backward_by_steps(weights[k], tape.of(k), rows, first + k, directions, *of_one)
+    return da, dp
 
 
 def _backward_by_steps(
     weights: Weights,
-    tape: DirectionTape,
+    tape: DirectionsTape,  # of this direction alone
     rows: Rows,
     direction: int,
     directions: int,
@@ -174,12 +218,10 @@ def _backward_by_steps(
         dh0[...] = rows.without_reset(dh0, direction)
 
 
-def _project(weights: Weights, x: Array, rows: Rows, direction: int) -> Array:
-    """Return the inputs' share of all pre-activations, (N, 4H)."""
-    a = rows.device.xp.empty((rows.packing.rows, weights.weight_ih.shape[0]), x.dtype)
+def _project(weights: Weights, x: Array, rows: Rows, direction: int, a: Array) -> None:
+    """Write the inputs' share of all pre-activations to `a` (N, 4H)."""
     if rows.packing.rows:
         rows.product(rows.pack(x, rows.reverse(direction)), weights.weight_ih, a, transpose_b=True)()
-    return a
 
 
 def _input_gradient(weights: Weights, da: Array, rows: Rows, direction: int, dx: Array) -> None:
@@ -195,7 +237,7 @@ def _input_gradient(weights: Weights, da: Array, rows: Rows, direction: int, dx:
 
 
 def _weight_gradients(
-    tape: DirectionTape, x: Array, rows: Rows, direction: int, da: Array, dp: Array | None, out: Weights
+    tape: DirectionsTape, x: Array, rows: Rows, direction: int, da: Array, dp: Array | None, out: Weights
 ) -> None:
     """Write the sums over all rows of da x^T, da h^T and da, and those over the batch of `dp`."""
     device = rows.device

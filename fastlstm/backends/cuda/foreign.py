@@ -67,4 +67,5 @@ def _shared(take: Any, value: Any, refusal: str) -> Array:
     try:
         return take(value)
     except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ArrayTypeError(f"{refusal}: {error}") from error
+        more = "; detach() it first" if "grad" in str(error) else ""
+        raise ArrayTypeError(f"{refusal}: {error}{more}") from error

@@ -1,4 +1,4 @@
-"""The recurrence of one direction in one launch: the host's side of kernels/cuda/persistent.cu.
+"""The recurrence of one direction, or of both, in one launch: the host's side of kernels/cuda/persistent.cu.
 
 A call runs in waves if the batch has more groups of sequences than the device holds at once. Each returns False if the
 step path has to run instead, with nothing done so far.
@@ -6,96 +6,125 @@ step path has to run instead, with nothing done so far.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Steps
 from fastlstm.backends.cuda.device import Device, RefusedLaunchError
 from fastlstm.backends.cuda.launch import variant_of
 from fastlstm.backends.cuda.plans import Choice, Plan, choose
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import Weights
+from fastlstm.cell import Cell
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cuda import loader
 
-__all__ = ["FIELDS", "choice_of", "persistent_backward", "persistent_forward"]
+__all__ = ["FIELDS", "choice_of", "parts", "persistent_backward", "persistent_forward"]
 
 # The fields of struct Direction in kernels/cuda/persistent.cu, each of 64 bits.
-FIELDS = ("row", "steps", "batch", "hidden", "directions", "direction", "reverse")
+FIELDS = ("row", "groups", "rows", "steps", "batch", "hidden", "directions", "direction", "reverse")
 
 
-def choice_of(
-    device: Device, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int, precision: str = "float32"
-) -> Choice:
-    """Decide how a direction runs on the current device (see ``plans.choose``); what was refused is not tried again."""
-    limits = device.limits()
-    choice = choose(limits, dtype, hidden, steps_of_all, batch, precision)
-    refusal = device.refusals.get((limits, choice.plan)) if choice.plan and device.refusals else None
-    return choice if refusal is None else Choice(None, f"a persistent kernel was refused ({refusal})")
+def choice_of(device: Device, cell: Cell, steps_of_all: int, batch: int, *, resets: bool = False) -> Choice:
+    """Decide how a layer runs on the current device (see ``plans.choose``); what was refused is not tried again."""
+    limits, variant, refusal = device.limits(), _variant(cell, resets), ""
+    for directions in dict.fromkeys((cell.num_directions, 1)):  # at once, if that was not refused
+        choice = choose(limits, cell.dtype, cell.hidden_size, steps_of_all, batch, directions, cell.precision)
+        refused = device.refusals.get((limits, choice.plan, variant)) if choice.plan else None
+        if refused is None:
+            return choice
+        refusal = refused
+    return Choice(None, f"a persistent kernel was refused ({refusal})")
+
+
+def _variant(cell: Cell, resets: bool) -> tuple[str, ...]:
+    """Return the macros of the cell as the persistent kernels take them."""
+    more = {"TRUNCATED": cell.truncated, "RESETS": resets}
+    return (*variant_of(cell), *(macro for macro, given in more.items() if given))
+
+
+def parts(rows: Rows, directions: int) -> Iterator[tuple[slice, Plan | None]]:
+    """Divide directions into those that run at once, each with its plan, or None for the step path.
+
+    The choice is made anew for each, so that what is refused meanwhile is not tried again.
+    """
+    packing, first = rows.packing, 0
+    while first < directions:
+        batch = packing.order.size
+        plan = choice_of(rows.device, rows.cell, packing.rows, batch, resets=rows.resets is not None).plan
+        last = min(first + (plan.directions if plan else 1), directions)
+        yield slice(first, last), plan
+        first = last
 
 
 def persistent_forward(
-    weights: Weights,  # C-contiguous
-    gates: Array,  # (N, 4H), the inputs' share IN, gates OUT if there is a tape
-    h0: Array,  # (B, H), IN
-    c0: Array,  # (B, H), IN
+    plan: Plan,
+    weights: Sequence[Weights],  # of each of the K directions that run at once, C-contiguous
+    gates: Array,  # (K, N, 4H), the inputs' share IN, gates OUT if there is a tape
+    h0: Array,  # (K, B, H), IN
+    c0: Array,  # (K, B, H), IN
     rows: Rows,
-    direction: int,
-    y: Array,  # (T, B, D, H), OUT at `direction`
-    h_n: Array,  # (B, H), OUT
-    c_n: Array,  # (B, H), OUT
-    c_tape: Array | None,  # (B + N, H), OUT
-    h_rows: Array | None,  # (N, H), OUT
+    first: int,  # number of the first of the directions
+    y: Array,  # (T, B, D, H), OUT at these directions
+    h_n: Array,  # (K, B, H), OUT
+    c_n: Array,  # (K, B, H), OUT
+    c_tape: Array | None,  # (K, B + N, H), OUT
+    h_rows: Array | None,  # (K, N, H), OUT
 ) -> bool:
     """Run the recurrence forward."""
     arrays = (
-        gates, weights.weight_hh, weights.bias, weights.weight_peephole, rows.order, rows.lengths, rows.offsets,
-        h0, c0, c_tape, h_rows, y, h_n, c_n,
+        gates, *_of_each(weights, "weight_hh"), *_of_each(weights, "bias"), *_of_each(weights, "weight_peephole"),
+        rows.order, rows.lengths, rows.offsets, rows.resets, h0, c0, c_tape, h_rows, y, h_n, c_n,
     )  # fmt: skip
-    return _run("persistent_forward", weights, rows, arrays, y.shape[2], direction)
+    return _run("persistent_forward", plan, len(weights), rows, arrays, y.shape[2], first)
 
 
 def persistent_backward(
-    weights: Weights,  # C-contiguous
-    gates: Array,  # (N, 4H), IN
-    c_tape: Array,  # (B + N, H), IN
+    plan: Plan,
+    weights: Sequence[Weights],  # of each of the K directions that run at once, C-contiguous
+    gates: Array,  # (K, N, 4H), IN
+    c_tape: Array,  # (K, B + N, H), IN
     rows: Rows,
-    direction: int,
-    directions: int,
+    first: int,  # number of the first of the directions
+    directions: int,  # D
     dy: Array | None,  # (T, B, D*H), IN
-    dh_n: Array,  # (B, H), IN
-    dc_n: Array,  # (B, H), IN
-    da: Array,  # (N, 4H), OUT
-    dp: Array | None,  # (B, UNIT_WEIGHTS * H), OUT
-    dh0: Array,  # (B, H), OUT
-    dc0: Array,  # (B, H), OUT
+    dh_n: Array,  # (K, B, H), IN
+    dc_n: Array,  # (K, B, H), IN
+    da: Array,  # (K, N, 4H), OUT
+    dp: Array | None,  # (K, B, UNIT_WEIGHTS * H), OUT
+    dh0: Array,  # (K, B, H), OUT
+    dc0: Array,  # (K, B, H), OUT
+    steps: Steps | None,  # (T, D, B, H) each: the gradients by the states, OUT at these directions but for padding
 ) -> bool:
     """Run the recurrence backward."""
     arrays = (
-        dy, dh_n, dc_n, gates, c_tape, weights.weight_hh, weights.weight_peephole,
-        rows.order, rows.lengths, rows.offsets, da, dp, dh0, dc0,
+        dy, dh_n, dc_n, gates, c_tape, *_of_each(weights, "weight_hh"), *_of_each(weights, "weight_peephole"),
+        rows.order, rows.lengths, rows.offsets, rows.resets, *(steps or (None, None)), da, dp, dh0, dc0,
     )  # fmt: skip
-    return _run("persistent_backward", weights, rows, arrays, directions, direction)
+    return _run("persistent_backward", plan, len(weights), rows, arrays, directions, first)
+
+
+def _of_each(weights: Sequence[Weights], role: str) -> tuple[Array | None, Array | None]:
+    """Return a parameter of the first direction and of the second, None if there is none."""
+    found = [getattr(of_direction, role) for of_direction in weights]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _run(
-    name: str, weights: Weights, rows: Rows, arrays: tuple[Array | None, ...], directions: int, direction: int
+    name: str, plan: Plan, at_once: int, rows: Rows, arrays: tuple[Array | None, ...], directions: int, first: int
 ) -> bool:
-    """Launch a kernel once for each wave, if the plan of this batch has one."""
-    device, packing, hidden = rows.device, rows.packing, weights.weight_hh.shape[1]
-    batch, dtype = packing.order.size, weights.weight_hh.dtype
-    plan = choice_of(device, dtype, hidden, packing.rows, batch, rows.cell.precision).plan
-    backward = name == "persistent_backward"
-    if plan is None or rows.resets is not None or (backward and rows.cell.truncated):  # no product backward
-        return False
+    """Launch a kernel once for each wave."""
+    device, packing, cell, backward = rows.device, rows.packing, rows.cell, name == "persistent_backward"
+    batch, variant = packing.order.size, _variant(cell, rows.resets is not None)
     starts = range(0, batch, plan.rows * plan.groups)
-    blocks = [plan.blocks * min(plan.groups, -(-(batch - start) // plan.rows)) for start in starts]
+    groups = [min(plan.groups, -(-(batch - start) // plan.rows)) for start in starts]
+    blocks = [plan.blocks * number * at_once for number in groups]
     vectors, flags = _scratch(device, plan, backward, blocks)
-    numbers = [(start, packing.steps, batch, hidden, directions, direction, int(rows.reverse(direction)))
-               for start in starts]  # fmt: skip
+    numbers = [(start, number, packing.rows, packing.steps, batch, cell.hidden_size, directions, first,
+                int(rows.reverse(first))) for start, number in zip(starts, groups, strict=True)]  # fmt: skip
     records = np.array(numbers, np.int64).reshape(-1, len(FIELDS)).view(f"V{8 * len(FIELDS)}")
-    options = (*loader.options(dtype, 1, variant_of(rows.cell)), *(f"-D{macro}" for macro in plan.macros))
+    options = (*loader.options(cell.dtype, 1, variant), *(f"-D{macro}" for macro in plan.macros))
     for wave, record in enumerate(device.by_value(records)):
         flag = None if flags is None else flags[wave]
         try:
@@ -106,7 +135,7 @@ def _run(
         except RefusedLaunchError as error:
             if wave:  # the rows before are done, and their inputs may be overwritten
                 raise BackendError(f"a persistent kernel was refused after another one had run: {error}") from error
-            device.refusals[device.limits(), plan] = str(error)
+            device.refusals[device.limits(), plan, variant] = str(error)
             return False
     return True
 

@@ -48,13 +48,14 @@ class Limits(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one direction of one layer runs as a persistent kernel."""
+    """How a direction of one layer, or both, run as a persistent kernel."""
 
     size: int  # H rounded up to one of SIZES
     rows: int  # sequences of a group
     blocks: int  # of a group
-    groups: int  # side by side, at most
+    groups: int  # of each direction, side by side, at most
     cluster: bool  # whether a group is a thread-block cluster
+    directions: int = 1  # in one launch
     precision: str = "float32"  # of the products
 
     @property
@@ -83,12 +84,23 @@ class Choice(NamedTuple):
 
 
 def choose(
-    limits: Limits, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int, precision: str = "float32"
+    limits: Limits,
+    dtype: np.dtype[Any],
+    hidden: int,
+    steps_of_all: int,
+    batch: int,
+    directions: int = 1,
+    precision: str = "float32",
 ) -> Choice:
-    """Decide how a direction runs; `steps_of_all` is the number of steps of all sequences."""
+    """Decide how the directions of a layer run; `steps_of_all` is the number of steps of all sequences.
+
+    Two directions run at once if the device holds the groups of both at once, for the whole batch.
+    """
     if limits.architecture < OLDEST:
         precision = "float32"  # such a GPU has no units that multiply rounded factors
-    return _choose(limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED, precision)
+    return _choose(
+        limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED, directions, precision
+    )
 
 
 def describe_products(limits: Limits, precision: str) -> str:
@@ -101,21 +113,30 @@ def describe_products(limits: Limits, precision: str) -> str:
     return f"; products in {_FORMATS[precision]}"
 
 
-def describe(choice: Choice) -> str:
-    """Say in words how a direction runs and why."""
+def describe(choice: Choice, directions: int = 1) -> str:
+    """Say in words how the directions of a layer run and why."""
     if choice.plan is None:
         return f"a product and a kernel each step: {choice.reason}"
     plan = choice.plan
     group = f"groups of {plan.blocks} blocks" if plan.blocks > 1 else "groups of one block"
-    how = "a cluster each" if plan.cluster else f"{plan.groups} at once at most"
+    how = "a cluster each" if plan.cluster else f"{plan.groups * plan.directions} at once at most"
+    both = ", both directions at once" if plan.directions > 1 else ", one direction after the other"
     return (
         f"one launch a sequence: {group}, {how}, weights in registers (H = {plan.size}), {plan.rows} sequences a group"
+        + (both if directions > 1 else "")
     )
 
 
 @lru_cache(maxsize=1024)
 def _choose(
-    limits: Limits, dtype: str, hidden: int, short: bool, batch: int, force: str | None, precision: str = "float32"
+    limits: Limits,
+    dtype: str,
+    hidden: int,
+    short: bool,
+    batch: int,
+    force: str | None,
+    directions: int = 1,
+    precision: str = "float32",
 ) -> Choice:
     if force not in (None, "persistent", "step"):
         raise BackendError(f"FASTLSTM_CUDA_RECURRENCE must be persistent or step, got {force!r}")
@@ -140,19 +161,28 @@ def _choose(
     if not groups:
         return Choice(None, f"a group takes {blocks} multiprocessors, the GPU has {limits.multiprocessors}")
     cluster = limits.architecture >= CLUSTERS_FROM and 1 < blocks <= MOST_OF_A_CLUSTER
-    rows = 2
-    while rows * groups < batch and _fits(size, rows * 2, cluster, limits.shared, precision):
-        rows *= 2
+    share = groups // directions
+    rows = _rows(size, batch, share, cluster, limits.shared, precision)
+    if directions > 1 and (not share or rows * share < batch):  # one after the other, each with all groups
+        return _choose(limits, dtype, hidden, short, batch, force, 1, precision)
     if not _fits(size, rows, cluster, limits.shared, precision):
         return Choice(None, f"a block takes {_shared(size, rows, cluster, True, precision)} bytes of shared memory")
-    return Choice(Plan(size, rows, blocks, groups, cluster, precision), "")
+    return Choice(Plan(size, rows, blocks, share, cluster, directions, precision), "")
+
+
+def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int, precision: str) -> int:
+    """Sequences of a group: as few as let the groups take the batch at once, or as many as fit."""
+    rows = 2
+    while rows * groups < batch and _fits(size, rows * 2, cluster, limit, precision):
+        rows *= 2
+    return rows
 
 
 def _split(size: int) -> int:
     return next(split for most, split in ((128, 1), (256, 2), (512, 4), (1024, 8)) if size <= most)
 
 
-def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str) -> bool:
+def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str = "float32") -> bool:
     units = 32 // _split(size) * _HELD // _GATES
     items = -(-rows * units // (32 * _WARPS))
     shared = max(_shared(size, rows, cluster, backward, precision) for backward in (False, True))
