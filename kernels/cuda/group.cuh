@@ -123,11 +123,11 @@ __device__ inline index_t first_row(index_t step, const Group &group, const inde
     return group.half * d.rows + (offsets ? offsets[step] : time_of(step, d.steps, d.reverse) * d.batch);
 }
 
-// What a thread of the cell phase owns: item n is the thread's unit of one sequence.
+// What a thread of the cell phase owns: item n is the thread's unit of one sequence. 32 bits each save registers.
 struct Item {
-    index_t row;     // of the sorted batch
-    index_t length;  // 0 where there is no such sequence or unit: it then publishes zeros and stores nothing
-    int sequence;    // of the batch; -1 where there is none
+    int row;       // of the sorted batch
+    int length;    // 0 where there is no such sequence or unit: it then publishes zeros and stores nothing
+    int sequence;  // of the batch; -1 where there is none
 };
 
 __device__ inline int place_of(int n) { return (threadIdx.x + n * THREADS) / UNITS; }
@@ -136,8 +136,8 @@ __device__ inline Item item_of(
     int n, index_t unit, const Group &group, const index_t *order, const index_t *lengths, const Direction &d) {
     const int place = place_of(n);
     const index_t row = group.row + place;
-    if (place >= ROWS || row >= d.batch || unit >= d.hidden) return {row, 0, -1};
-    return {row, lengths ? lengths[row] : d.steps, int(sequence_of(row, order))};
+    if (place >= ROWS || row >= d.batch || unit >= d.hidden) return {int(row), 0, -1};
+    return {int(row), int(lengths ? lengths[row] : d.steps), int(sequence_of(row, order))};
 }
 
 // Rows of what a step of an item leaves: in (T, B, D, H), and in (T, D, B, H).

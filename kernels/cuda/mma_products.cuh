@@ -26,8 +26,8 @@ template <class P> struct Tiles {
 #ifdef CLUSTER
     static constexpr int MOST = 1;  // shared memory is near
 #else
-    // More would not fit into registers; of SIZE 768 with peepholes, whose sums take some, the compiler keeps fewer free.
-    static constexpr int MOST = PIECES == 1 ? 8 : SIZE == 768 && UNIT_WEIGHTS ? 2 / STEPS : 4 / STEPS;
+    // More would not fit into registers; peepholes and their sums take some.
+    static constexpr int MOST = PIECES == 1 ? 8 : UNIT_WEIGHTS ? 2 / STEPS : 4 / STEPS;
 #endif
     static constexpr int AHEAD = largest_part(CHUNKS, COUNT > 4 ? CHUNKS : MOST);  // chunks that are being fetched
     static constexpr int AT_ONCE = COUNT < 4 ? COUNT : 4;        // tiles of rows whose sums are in registers

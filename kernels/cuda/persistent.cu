@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         for (int n = 0; n < UNIT_WEIGHTS; ++n) p[n] = unit_weights[n * d.hidden + unit];
     Item items[ITEMS];
     real dh[ITEMS], dc[ITEMS], c[ITEMS];
-    bool reset[ITEMS] = {};  // before the step after
+    unsigned reset = 0;  // bit n: item n, before the step after
     OfUnitWeights sums_of_dp[ITEMS] = {};
     begin_group();
 #pragma unroll
@@ -231,12 +231,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         const index_t step = steps - 1 - turn, before = step > 0 ? first_row(step - 1, group, offsets, d) : 0;
         OfGates of_gates[ITEMS];  // asked for before the wait
         real c_prev[ITEMS], dy_t[ITEMS];
-        bool reset_now[ITEMS];
+        unsigned reset_now = 0;
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {
             const Item &item = items[n];
-            reset_now[n] = step >= 0 && reset_before(resets, item, step, d);
             if (step < 0 || step >= item.length) continue;
+            if (reset_before(resets, item, step, d)) reset_now |= 1u << n;
             const index_t row = first + item.row;
             for (int gate = 0; gate < GATES; ++gate) of_gates[n][gate] = gates[(row * GATES + gate) * d.hidden + unit];
             if (step + 1 == item.length) c[n] = c_tape[tape_of_c(row, group, d) * d.hidden + unit];
@@ -260,16 +260,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
                 dh[n] = TRUNCATES ? real(0) : share[0];
 #pragma unroll
                 for (int k = 1; k < (TRUNCATES ? 1 : WARPS); ++k) dh[n] += share[k * ROWS * P::STRIDE];
-                if (reset[n]) dh[n] = 0;
+                if (reset >> n & 1) dh[n] = 0;
             }
-            reset[n] = reset_now[n];
             if (step < 0) continue;
             if (step < item.length) {
                 dh[n] += dy_t[n];
                 dc_t[n] = dc[n];
-                const real c_seen = reset[n] ? real(0) : c_prev[n];
+                const bool forgotten = reset_now >> n & 1;
+                const real c_seen = forgotten ? real(0) : c_prev[n];
                 cell_backward(of_gates[n], p, c_seen, c[n], dh[n], dc[n], da_t[n], sums_of_dp[n]);
-                if (reset[n]) dc[n] = 0;
+                if (forgotten) dc[n] = 0;
                 c[n] = c_prev[n];
             }
             if (place_of(n) >= ROWS || TRUNCATES) continue;
@@ -278,6 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
             }
         }
         if (step < 0) break;
+        reset = reset_now;
         if (!TRUNCATES) published(group, turn);
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {  // nobody waits for this

@@ -240,6 +240,7 @@ def test_a_refusal_in_a_later_wave_is_an_error(monkeypatch):
 
 
 VARIANTS = [*nvrtc.VARIANTS, ("TRUNCATED",), ("PEEPHOLE", "TRUNCATED", "RESETS")]
+MOST_OF_ALL = nvrtc.VARIANTS[3]  # peepholes, clips and resets
 
 
 def builds(*, all_rows, precision="float32"):
@@ -251,7 +252,7 @@ def builds(*, all_rows, precision="float32"):
                 plan = plans._choose(limits, "float32", size, False, batch, "persistent", precision=precision).plan
                 if plan is None:
                     continue
-                variants = VARIANTS if architecture == 90 else ((), ("RESETS",))
+                variants = VARIANTS if architecture == 90 else ((), ("RESETS",), MOST_OF_ALL)
                 exchanges = (plan.cluster, False) if architecture == 90 and plan.cluster else (plan.cluster,)
                 found += [(plan._replace(cluster=c), architecture, v) for c in exchanges for v in variants]
     return list(dict.fromkeys(found))
@@ -271,10 +272,16 @@ def options_of(plan, variant):
 
 
 FEW, ALL = builds(all_rows=False), builds(all_rows=True)
-ALL += builds(all_rows=False, precision="tf32") + builds(all_rows=False, precision="bf16")
-# In the formats that round, some sizes on one architecture; with peepholes, which take the most registers.
-FEW += [build for build in ALL if build[0].precision != "float32" and build[1] == 90
-        and build[2] == ("PEEPHOLE",) and build[0].size in (128, 512, 768, 1024)]  # fmt: skip
+# In the formats that round: the plain cell everywhere, and those with the most work at once on one architecture. Of
+# these, the tightest sizes are tried each time.
+ROUNDED = [
+    build
+    for precision in ("tf32", "bf16")
+    for build in builds(all_rows=False, precision=precision)
+    if not build[2] or (build[1] == 90 and build[2] in (("RESETS",), ("PEEPHOLE",), nvrtc.VARIANTS[3]))
+]
+ALL += ROUNDED
+FEW += [build for build in ROUNDED if build[2] == nvrtc.VARIANTS[3] and build[0].size in (128, 1024)]
 
 
 @needs_nvrtc
