@@ -6,14 +6,14 @@ import functools
 import math
 import operator
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from fastlstm.errors import ArgumentError, DTypeError, refused, shown
 
-__all__ = ["Cell", "integer", "real"]
+__all__ = ["PRECISIONS", "Cell", "integer", "real"]
 
 MAX_LAYERS = 2**20  # more are a mistake, and their names alone would fill the memory
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -38,6 +38,7 @@ VARIANTS: dict[str, Any] = {
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "hard_sigmoid", "softsign", "identity", "1997")
 MERGES = ("concat", "sum", "mean", "product")
 NONLINEARITIES = ("tanh", "relu")
+PRECISIONS = ("float32", "tf32", "bf16")
 # Variants that a plain RNN may have too: all others concern gates or the cell state.
 _OF_RNN = ("reverse", "merge", "nonlinearity")
 
@@ -97,6 +98,9 @@ class Cell:
         How the outputs of two directions are put together, one of :data:`MERGES`.
     nonlinearity : str or None
         "tanh" or "relu": a plain RNN in place of an LSTM. Its state is h alone; c has no features.
+    precision : str
+        What float32 products may round their factors to, one of :data:`PRECISIONS`. It says how a model is run and
+        not which one it is: cells that differ in it alone are equal, and files do not have it.
 
     Raises
     ------
@@ -129,6 +133,7 @@ class Cell:
     reverse: bool = False
     merge: str = "concat"
     nonlinearity: str | None = None
+    precision: str = field(default="float32", compare=False)
 
     def __post_init__(self) -> None:
         checks: dict[Any, tuple[str, ...]] = {
@@ -154,6 +159,7 @@ class Cell:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
         object.__setattr__(self, "dtype", _float_dtype(self.dtype))
         _one_of("merge", self.merge, MERGES)
+        _one_of("precision", self.precision, PRECISIONS)
         if self.nonlinearity is not None:
             _one_of("nonlinearity", self.nonlinearity, NONLINEARITIES)
         _check_combination(self)
@@ -222,15 +228,18 @@ class Cell:
         return self.input_size if layer == 0 else self.output_size
 
     def with_dtype(self, dtype: Any) -> Cell:
-        """Return the same cell in another dtype."""
-        return replace(self, dtype=np.dtype(dtype))
+        """Return the same cell in another dtype; in float64 its products round nothing."""
+        precision = self.precision if np.dtype(dtype) == FLOAT_DTYPES[0] else "float32"
+        return replace(self, dtype=np.dtype(dtype), precision=precision)
 
     def describe(self) -> dict[str, Any]:
         """Describe the cell by plain Python values, for files and messages; ``Cell(**cell.describe())`` is equal.
 
-        A variant that is switched off is left out, so that a plain model's file is one that older versions read.
+        A variant that is switched off is left out, so that a plain model's file is one that older versions read; and
+        so is the precision, which is no part of the model.
         """
         described = asdict(self) | {"dtype": self.dtype.name}
+        del described["precision"]
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in described.items()
@@ -336,6 +345,8 @@ def _check_combination(cell: Cell) -> None:
         )
     if cell.reverse and cell.bidirectional:
         raise ArgumentError("reverse=True runs the only direction backwards: a bidirectional model has both directions")
+    if cell.precision != "float32" and cell.dtype != FLOAT_DTYPES[0]:
+        raise ArgumentError(f"precision={cell.precision!r} is for float32: a {cell.dtype.name} model rounds no factors")
     if cell.merge != "concat" and not cell.bidirectional:
         raise ArgumentError(f"merge={cell.merge!r} is for two directions: bidirectional is False")
 

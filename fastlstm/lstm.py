@@ -81,6 +81,9 @@ class LSTM(Exchange):
         How the outputs of two directions are put together: ``concat``, ``sum``, ``mean`` or ``product``.
     dtype : dtype
         float32 or float64: the dtype of parameters, inputs and outputs.
+    precision : str
+        What the matrix products of a float32 model on a GPU may round their factors to: ``float32``, nothing;
+        ``tf32``, 11 significant bits; ``bf16``, 8. See :attr:`precision`.
     seed : None, int, SeedSequence, BitGenerator or Generator
         Determines the initial parameters and the dropout masks, as for :func:`numpy.random.default_rng`.
 
@@ -132,12 +135,13 @@ class LSTM(Exchange):
         reverse: bool = False,
         merge: str = "concat",
         dtype: Any = np.float32,
+        precision: str = "float32",
         seed: Any = None,
     ) -> None:
         cell = Cell(
             input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, peephole, proj_size, forget_gate,
             coupled, block_size, truncated, activations, clip, cell_clip, layer_norm, recurrent_dropout, zoneout,
-            reverse, merge,
+            reverse, merge, precision=precision,
         )  # fmt: skip
         self._initialise(cell, batch_first, seed, forget_bias)
 

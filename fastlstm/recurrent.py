@@ -16,13 +16,14 @@ from fastlstm.errors import ArgumentError, ArrayTypeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.functional import Gradients, Tape
 from fastlstm.mask_keys import MaskKeys, new_key
+from fastlstm.precision import EXACT, HasPrecision
 from fastlstm.stored import Stored, on_host
 from fastlstm.unroll import Run
 
 __all__ = ["Recurrent", "on_host"]
 
 
-class Recurrent(Stored):
+class Recurrent(Stored, HasPrecision):
     """The parameters of a model, and the calls on them.
 
     Attributes
@@ -389,7 +390,7 @@ class Recurrent(Stored):
                 ("batch_first", self.batch_first, False),
                 ("dropout", cell.dropout, 0.0),
                 ("bidirectional", cell.bidirectional, False),
-                *((name, getattr(cell, name), default) for name, default in VARIANTS.items()),
+                *((name, getattr(cell, name), default) for name, default in (VARIANTS | EXACT).items()),
             )
             if value != default
         ]

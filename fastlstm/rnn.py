@@ -33,7 +33,7 @@ class RNN(Recurrent):
         Number of stacked layers L.
     nonlinearity : str
         "tanh" or "relu".
-    bias, batch_first, dropout, bidirectional, reverse, merge, dtype, seed
+    bias, batch_first, dropout, bidirectional, reverse, merge, dtype, precision, seed
         As for :class:`fastlstm.LSTM`.
 
     Attributes
@@ -69,13 +69,14 @@ class RNN(Recurrent):
         reverse: bool = False,
         merge: str = "concat",
         dtype: Any = np.float32,
+        precision: str = "float32",
         seed: Any = None,
     ) -> None:
         if nonlinearity is None:
             raise ArgumentError("nonlinearity must be one of tanh, relu, got None")
         cell = Cell(
             input_size, hidden_size, num_layers, bias, dropout, bidirectional, dtype, reverse=reverse, merge=merge,
-            nonlinearity=nonlinearity,
+            nonlinearity=nonlinearity, precision=precision,
         )  # fmt: skip
         self._initialise(cell, batch_first, seed)
 

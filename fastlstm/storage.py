@@ -283,7 +283,7 @@ def cell_from(fields: Any) -> Cell:
     # NumPy would take many things for a dtype, some of them large.
     if not isinstance(fields, dict) or fields.get("dtype") not in list(CODES):
         raise ModelFileError("its description of the model is broken")
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Cell)})
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Cell) if field.compare})
     if unknown:
         raise ModelFileError(f"this version does not know {', '.join(map(shown, unknown))} of a model's description")
     try:

@@ -72,6 +72,17 @@ BOUNDS = {
         5e-6,
         "against the float64 reference: rounds of sums over K <= 100 units, T*B <= 250 rows, carried through T steps",
     ),
+    "tf32": Bound(
+        None,
+        4e-3,
+        "factors of 11 significant bits, each off by 2^-12 on average and 2^-11 at most: 1e-3 a product at most, of"
+        " random sign within a sum; carried through T <= 6 steps",
+    ),
+    "bf16": Bound(
+        None,
+        3e-2,
+        "factors of 8 significant bits: eight times TF32's error",
+    ),
     "saturated": Bound(
         1e-10,
         None,

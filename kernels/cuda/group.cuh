@@ -17,6 +17,7 @@
 // Macros come from the compiler's options (fastlstm/backends/cuda/plans.py), besides those of the other kernels:
 //   SIZE      H rounded up to 64 128 192 256 384 512 768 or 1024; weights beyond H are zero
 //   ROWS      sequences of a group: an even number, 2 or a multiple of 4
+//   PRODUCTS_TF32 or PRODUCTS_BF16  defined: products round their factors (mma_products.cuh)
 //   CLUSTER   defined: the blocks of a group are a thread-block cluster, and exchange the vector by distributed shared
 //             memory (from sm_90 on, at most 8 blocks). Otherwise by global memory and a flag for each block; all blocks
 //             must then be resident, so the launch is cooperative.
@@ -49,12 +50,21 @@ template <int LANES_> struct Pass {
     static constexpr int TILE = ROWS == 2 || INNER > 1024 ? 2 : 4;  // sequences fetched at once
     static constexpr int VECTORS = TILE * SLICE / 4;                // of 16 bytes
     static constexpr int LOADS = (VECTORS + 31) / 32;               // of a lane
-#ifdef CLUSTER
-    static constexpr int STAGE = 2 * ROWS * INNER;  // floats: the vector of two steps
+#ifdef MMA  // see mma_products.cuh
+    static constexpr int STRIDE = OUT + 4;  // of a sequence's sums: lanes that store them take different banks
+    static constexpr int STAGED = 0;
+    static constexpr int ELEMENT = sizeof(element_t);
 #else
-    static constexpr int STAGE = WARPS * 2 * TILE * SLICE;  // two tiles a warp
+    static constexpr int STRIDE = OUT;
+    static constexpr int STAGED = WARPS * 2 * TILE * SLICE;  // two tiles a warp
+    static constexpr int ELEMENT = sizeof(float);
 #endif
-    static constexpr int SHARED = (STAGE + WARPS * ROWS * OUT) * int(sizeof(float));  // bytes
+#ifdef CLUSTER
+    static constexpr int STAGE = 2 * ROWS * INNER * ELEMENT / int(sizeof(float));  // floats: the vector of two steps
+#else
+    static constexpr int STAGE = STAGED;
+#endif
+    static constexpr int SHARED = (STAGE + WARPS * ROWS * STRIDE) * int(sizeof(float));  // bytes
     static_assert(ROWS % TILE == 0, "ROWS");
 };
 using Forward = Pass<SPLIT>;
@@ -181,6 +191,7 @@ template <class P> __device__ inline void wait_for_slice(const Group &group, int
     __syncwarp();
 }
 
+#ifndef MMA
 template <class P> __device__ inline void fetch(float4 (&to)[P::LOADS], const float *from, int lane) {
 #pragma unroll
     for (int n = 0; n < P::LOADS; ++n) {
@@ -195,7 +206,9 @@ template <class P> __device__ inline void settle(const float4 (&from)[P::LOADS],
     }
 }
 #endif
+#endif
 
+#ifndef MMA
 // Sum over the lanes that share the thread's rows. While a lane holds several rows, each exchange halves their number;
 // when one is left, plain sums. The lane's first row ends in sums[0], and so on.
 template <int LANES> __device__ inline void sum_over_lanes(float (&sums)[HELD], int lane) {
@@ -217,7 +230,7 @@ template <int LANES> __device__ inline void sum_over_lanes(float (&sums)[HELD], 
     }
 }
 
-// Two sequences times the thread's weights; the warp's sums go to `partial` (ROWS, OUT).
+// Two sequences times the thread's weights; the warp's sums go to `partial` (ROWS, STRIDE).
 template <class P>
 __device__ inline void multiply(const float (&w)[HELD][DEPTH], const float *vector, float *partial, int lane) {
     constexpr int LANES = P::LANES, COUNT = 2;
@@ -246,19 +259,19 @@ __device__ inline void multiply(const float (&w)[HELD][DEPTH], const float *vect
         sum_over_lanes<LANES>(sums[b], lane);
         if (LANES > HELD && share % (LANES / HELD) != 0) continue;
 #pragma unroll
-        for (int j = 0; j < LEFT; ++j) partial[b * P::OUT + rows + row + j] = sums[b][j];
+        for (int j = 0; j < LEFT; ++j) partial[b * P::STRIDE + rows + row + j] = sums[b][j];
     }
 }
 
-// The product of the group's vectors of step `step` with the weights: each warp's share to `partial` (WARPS, ROWS, OUT).
+// The product of the group's vectors of step `step` with the weights: each warp's share to `partial` (WARPS, ROWS, STRIDE).
 template <class P>
 __device__ inline void product(
     const float (&w)[HELD][DEPTH], const Group &group, float *stage, float *partial, index_t step) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *mine = partial + warp * ROWS * P::OUT;
+    float *mine = partial + warp * ROWS * P::STRIDE;
     const float *from = group.vectors + (step % 2) * ROWS * P::INNER + warp * ROWS * P::SLICE;
 #ifdef CLUSTER
-    for (int b = 0; b < ROWS; b += 2) multiply<P>(w, from + b * P::SLICE, mine + b * P::OUT, lane);
+    for (int b = 0; b < ROWS; b += 2) multiply<P>(w, from + b * P::SLICE, mine + b * P::STRIDE, lane);
 #else
     float *tiles = stage + warp * 2 * P::TILE * P::SLICE;
     float4 next[P::LOADS];
@@ -270,14 +283,17 @@ __device__ inline void product(
         __syncwarp();
         if (b + P::TILE < ROWS) fetch<P>(next, from + (b + P::TILE) * P::SLICE, lane);  // under the product
         for (int part = 0; part < P::TILE; part += 2) {
-            multiply<P>(w, tile + part * P::SLICE, mine + (b + part) * P::OUT, lane);
+            multiply<P>(w, tile + part * P::SLICE, mine + (b + part) * P::STRIDE, lane);
         }
     }
 #endif
 }
 
+#endif
+
 // ---- the exchange ----
 
+#ifndef MMA
 // Make one number of step `step` known to the group; `published` follows once for all of a step.
 template <class P> __device__ inline void publish(const Group &group, index_t step, int place, int k, float value) {
     float *at = group.vectors + (step % 2) * ROWS * P::INNER + position<P>(place, k);
@@ -288,6 +304,7 @@ template <class P> __device__ inline void publish(const Group &group, index_t st
     store_shared_by_blocks(at, value);
 #endif
 }
+#endif
 
 __device__ inline void published(const Group &group, index_t step) {
 #ifdef CLUSTER

@@ -15,7 +15,13 @@ __all__ = [
 
 HEADERS = ("common.cuh", "activations.cuh", "cell_step.cuh")
 FILES = ("step.cu", "single_step.cu", "ragged.cu", "column_sum.cu")
-PERSISTENT = ("exchange.cuh", "group.cuh", "persistent.cu")  # compiled apart: they need more options
+PERSISTENT = (
+    "exchange.cuh",
+    "mma.cuh",
+    "group.cuh",
+    "mma_products.cuh",
+    "persistent.cu",
+)  # compiled apart: they need more options
 # The macros of cell_step.cuh; those from GATE_ACTIVATION on have a value.
 VARIANTS = (
     "PEEPHOLE", "NO_FORGET_GATE", "COUPLED", "GATE_ACTIVATION", "CANDIDATE_ACTIVATION", "OUTPUT_ACTIVATION", "CLIP",

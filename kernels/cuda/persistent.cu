@@ -1,4 +1,5 @@
-// One launch for all time steps of one direction or of both, forward and backward, in float32. group.cuh says how.
+// One launch for all time steps of one direction or of both, forward and backward, in float32. group.cuh says how, and
+// mma_products.cuh for products that round their factors.
 //
 // The cell's equations are those of cell_step.cuh, with its macros: a variant of the cell is a change there. Where a
 // state is reset before a step, c_prev is zero, and the step before hands on zeros in place of h; backward, so are the
@@ -33,13 +34,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     Group group = group_of<P>(vectors, flags, launch);
     const Direction d = direction_of(group, launch);
     if (group.half) weight = weight_2, bias = bias_2, unit_weights = unit_weights_2;
-    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, OUT)
+    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, STRIDE)
 #ifdef CLUSTER
     group.vectors = shared;
 #endif
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = threadIdx.x % UNITS;
+    const int own = threadIdx.x % UNITS;
     const index_t unit = group.rank * UNITS + own;
 
+#ifdef MMA
+    Held<P> w;
+    const int hidden = int(d.hidden), from = threadIdx.x / 32 * P::SLICE, of = group.rank * UNITS;
+    const real *part = weight + index_t(of) * hidden + from;
+    hold<P>(w, [=](int row, int column) {  // row: the gates of a unit, unit by unit
+        const bool there = row / GATES < hidden - of && column < hidden - from;
+        return there ? part[(row % GATES * hidden + row / GATES) * hidden + column] : real(0);
+    });
+#else
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float w[HELD][DEPTH];  // row j is gate j % 4 of the thread's unit j / 4
 #pragma unroll
     for (int j = 0; j < HELD; ++j) {
@@ -51,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
             w[j][k] = of_unit < d.hidden && column < d.hidden ? row[column] : real(0);
         }
     }
+#endif
     OfGates b = {};
     OfUnitWeights p = {};
     if (unit < d.hidden) {
@@ -97,11 +109,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
 #pragma unroll
         for (int n = 0; n < ITEMS; ++n) {
             if (step < items[n].length) {
-                const float *share = sums + place_of(n) * P::OUT + own * GATES;
+                const float *share = sums + place_of(n) * P::STRIDE + own * GATES;
                 float4 sum = *reinterpret_cast<const float4 *>(share);
 #pragma unroll
                 for (int k = 1; k < WARPS; ++k) {
-                    const float4 more = *reinterpret_cast<const float4 *>(share + k * ROWS * P::OUT);
+                    const float4 more = *reinterpret_cast<const float4 *>(share + k * ROWS * P::STRIDE);
                     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
                 }
                 gates[n][0] += sum.x, gates[n][1] += sum.y, gates[n][2] += sum.z, gates[n][3] += sum.w;
@@ -165,13 +177,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     Group group = group_of<P>(vectors, flags, launch);
     const Direction d = direction_of(group, launch);
     if (group.half) weight = weight_2, unit_weights = unit_weights_2;
-    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, OUT)
+    float *stage = shared, *sums = shared + P::STAGE;  // sums: (WARPS, ROWS, STRIDE)
 #ifdef CLUSTER
     group.vectors = shared;
 #endif
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = threadIdx.x % UNITS;
+    const int own = threadIdx.x % UNITS;
     const index_t unit = group.rank * UNITS + own;
 
+#ifdef MMA
+    Held<P> w;
+    static_assert(SIZE % P::SLICE == 0, "a warp's columns are of one gate");
+    const int hidden = int(d.hidden), to = group.rank * UNITS;
+    const int from = threadIdx.x / 32 * P::SLICE % SIZE, gate = threadIdx.x / 32 * P::SLICE / SIZE;
+    const real *part = weight + index_t(gate * hidden + from) * hidden + to;
+    hold<P>(w, [=](int row, int column) {  // of W_hh transposed: the columns are gates' rows
+        return column < hidden - from && row < hidden - to ? part[column * hidden + row] : real(0);
+    });
+#else
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float w[HELD][DEPTH];  // of W_hh transposed: row j is one of the thread's 8 units, the columns are gates' rows
 #pragma unroll
     for (int k = 0; k < DEPTH; ++k) {
@@ -184,6 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
             w[j][k] = from < d.hidden && to < d.hidden ? row[to] : real(0);
         }
     }
+#endif
     OfUnitWeights p = {};
     if (unit < d.hidden)
         for (int n = 0; n < UNIT_WEIGHTS; ++n) p[n] = unit_weights[n * d.hidden + unit];
@@ -232,10 +256,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
             const Item &item = items[n];
             for (int gate = 0; gate < GATES; ++gate) da_t[n][gate] = 0;
             if (turn && step + 1 < item.length) {  // the step after was this sequence's
-                const float *share = sums + place_of(n) * P::OUT + own;
+                const float *share = sums + place_of(n) * P::STRIDE + own;
                 dh[n] = TRUNCATES ? real(0) : share[0];
 #pragma unroll
-                for (int k = 1; k < (TRUNCATES ? 1 : WARPS); ++k) dh[n] += share[k * ROWS * P::OUT];
+                for (int k = 1; k < (TRUNCATES ? 1 : WARPS); ++k) dh[n] += share[k * ROWS * P::STRIDE];
                 if (reset >> n & 1) dh[n] = 0;
             }
             if (step < 0) continue;

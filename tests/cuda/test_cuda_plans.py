@@ -50,14 +50,16 @@ def test_what_does_not_fit_takes_the_step_path_and_says_why(limits, dtype, hidde
     assert describe(choice) == f"a product and a kernel each step: {choice.reason}"
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 @pytest.mark.parametrize("architecture", DEVICES)
-def test_every_plan_fits_its_device(architecture):
+def test_every_plan_fits_its_device(architecture, precision):
     limits = DEVICES[architecture]
     for hidden in range(1, 1025):
         for batch in (1, 2, 3, 16, 64, 255, 10_000):
-            plan = choose(limits, FLOAT, hidden, 100 * batch, batch).plan
+            plan = choose(limits, FLOAT, hidden, 100 * batch, batch, precision=precision).plan
             if plan is None:
                 continue
+            assert plan.precision == precision
             assert plan.size == min(size for size in SIZES if size >= hidden)
             assert plan.blocks * plan.groups <= limits.multiprocessors and plan.groups >= 1 and plan.directions == 1
             assert max(plan.shared(False), plan.shared(True)) <= limits.shared
@@ -101,6 +103,21 @@ def test_a_path_can_be_forced_and_a_wrong_name_is_an_error(monkeypatch):
     monkeypatch.setattr(plans, "FORCED", "fast")
     with pytest.raises(fastlstm.BackendError, match="must be persistent or step, got 'fast'"):
         choose(DEVICES[90], FLOAT, 128, 100, 1)
+
+
+def test_rounded_products_are_worth_a_persistent_kernel_for_larger_batches():
+    right = {16: {"float32", "tf32", "bf16"}, 64: {"tf32", "bf16"}, 200: {"bf16"}, 300: set()}
+    for batch, expected in right.items():
+        plan_of = {
+            name: choose(DEVICES[90], FLOAT, 1024, 100 * batch, batch, precision=name).plan
+            for name in plans.CUBLAS_FROM
+        }
+        assert {name for name, plan in plan_of.items() if plan} == expected
+    # A bfloat16 takes half of the shared memory of a cluster's exchange.
+    tf32, bf16 = (
+        choose(DEVICES[90], FLOAT, 256, 10_000, 100, precision=name).plan._replace(rows=16) for name in ("tf32", "bf16")
+    )
+    assert tf32.shared(True) - bf16.shared(True) == 2 * 16 * 1024 * 2
 
 
 @needs_compiler
@@ -226,13 +243,13 @@ VARIANTS = [*nvrtc.VARIANTS, ("TRUNCATED",), ("PEEPHOLE", "TRUNCATED", "RESETS")
 MOST_OF_ALL = nvrtc.VARIANTS[3]  # peepholes, clips and resets
 
 
-def builds(*, all_rows):
+def builds(*, all_rows, precision="float32"):
     """Plan, architecture and variant of the kernels to compile: for many sequences, or for few, too."""
     found = []
     for architecture, limits in DEVICES.items():
         for size in SIZES:
             for batch in (1, 2, 16, 64, 10_000) if all_rows else (10_000,):
-                plan = plans._choose(limits, "float32", size, False, batch, "persistent").plan
+                plan = plans._choose(limits, "float32", size, False, batch, "persistent", precision=precision).plan
                 if plan is None:
                     continue
                 variants = VARIANTS if architecture == 90 else ((), ("RESETS",), MOST_OF_ALL)
@@ -243,7 +260,10 @@ def builds(*, all_rows):
 
 def name_of(build):
     plan, architecture, variant = build
-    return "-".join([f"sm_{architecture}", f"{plan.size}x{plan.rows}", *["cluster"] * plan.cluster, *variant])
+    precision = [plan.precision] if plan.precision != "float32" else []
+    return "-".join(
+        [f"sm_{architecture}", f"{plan.size}x{plan.rows}", *["cluster"] * plan.cluster, *precision, *variant]
+    )
 
 
 def options_of(plan, variant):
@@ -252,6 +272,16 @@ def options_of(plan, variant):
 
 
 FEW, ALL = builds(all_rows=False), builds(all_rows=True)
+# In the formats that round: the plain cell everywhere, and those with the most work at once on one architecture. Of
+# these, the tightest sizes are tried each time.
+ROUNDED = [
+    build
+    for precision in ("tf32", "bf16")
+    for build in builds(all_rows=False, precision=precision)
+    if not build[2] or (build[1] == 90 and build[2] in (("RESETS",), ("PEEPHOLE",), nvrtc.VARIANTS[3]))
+]
+ALL += ROUNDED
+FEW += [build for build in ROUNDED if build[2] == nvrtc.VARIANTS[3] and build[0].size in (128, 1024)]
 
 
 @needs_nvrtc
@@ -290,9 +320,10 @@ def test_what_other_blocks_write_is_read_from_l2_and_nothing_is_left_to_chance(c
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("wrong", ["SIZE=200", "BLOCKS=9", "SHARED_FORWARD=1", "SHARED_BACKWARD=1", "ROWS=6"])
-def test_what_the_host_counts_wrongly_does_not_compile(wrong):
-    plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100).plan
+def test_what_the_host_counts_wrongly_does_not_compile(wrong, precision):
+    plan = choose(DEVICES[90], FLOAT, 256, 10_000, 100, precision=precision).plan
     name = wrong.partition("=")[0]
     options = tuple(f"-D{wrong}" if o.startswith(f"-D{name}=") else o for o in options_of(plan, ()))
     assert options != options_of(plan, ())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HEADER = Path(__file__).with_name("cuda_host.h")
-EXCHANGE = HEADER.with_name("exchange_host.h")
+INCLUDED = [HEADER.with_name(name) for name in ("exchange_host.h", "mma_host.h")]
 KERNEL = re.compile(
     r'^extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(?:CLUSTER_OF\(\w+\) )?(\w+)\(', re.MULTILINE
 )
@@ -50,7 +50,9 @@ def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     """Compile a source once."""
     names = KERNEL.findall(source)
     text = f'#include "{HEADER}"\n{source}\n' + "".join(f"HOST_CUDA_EXPORT({name})\n" for name in names)
-    key = hashlib.sha256(repr((text, HEADER.read_text(), EXCHANGE.read_text(), options)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        repr((text, *(path.read_text() for path in (HEADER, *INCLUDED)), options)).encode()
+    ).hexdigest()[:16]
     compiled = folder() / f"{key}.so"
     if not compiled.exists():
         with tempfile.TemporaryDirectory(dir=folder()) as work:

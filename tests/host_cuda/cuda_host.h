@@ -55,6 +55,8 @@ struct Fiber {
     unsigned mask = 0;      // of the warp barrier it waits at
     uint32_t phase = 0;     // barriers of the cluster that it has arrived at
     unsigned char slot[8];  // what it offers to the others of its warp
+    uint32_t fragments[2][6];  // and to a product of the warp (mma_host.h)
+    unsigned products = 0;
     std::unique_ptr<char[]> stack{new char[STACK]};
 };
 
@@ -331,6 +333,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int flip) {
 }
 
 #include "exchange_host.h"
+#include "mma_host.h"
 
 #define HOST_CUDA_EXPORT(kernel)                                                                                  \
     extern "C" const char *launch_##kernel(const unsigned *shape, void **args, uint64_t seed, int how,            \

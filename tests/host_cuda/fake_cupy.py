@@ -197,7 +197,7 @@ class FakeCupy(types.ModuleType):
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self._count(devices),
             getDeviceProperties=lambda number: properties, driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0,
-            getDevice=Device.now, deviceGetAttribute=lambda attribute, number: attribute,
+            getDevice=Device.now, CUDA_R_32F=0, deviceGetAttribute=lambda attribute, number: attribute,
             cudaDevAttrMultiProcessorCount=multiprocessors, cudaDevAttrMaxSharedMemoryPerBlockOptin=MOST_SHARED,
         )  # fmt: skip
         self.cuda = types.SimpleNamespace(

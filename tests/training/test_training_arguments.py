@@ -238,6 +238,7 @@ CALLS = {
         "forget_gate": True, "coupled": False, "block_size": 1, "truncated": False,
         "activations": ("sigmoid", "tanh", "tanh"), "clip": 2.0, "cell_clip": 2.0, "layer_norm": False,
         "recurrent_dropout": 0.0, "zoneout": (0.0, 0.0), "forget_bias": 1.0, "reverse": False, "merge": "concat",
+        "precision": "tf32",
     }),
 }  # fmt: skip
 # Whose method or attribute it is, made anew for each call.

@@ -33,7 +33,7 @@ from fastlstm.backends.cuda.direction import DirectionsTape, directions_backward
 from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.persistent import choice_of
 from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
-from fastlstm.backends.cuda.plans import describe
+from fastlstm.backends.cuda.plans import describe, describe_products
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import (
@@ -141,9 +141,11 @@ class CudaBackend(LayeredBackend):
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
+        products = describe_products(self.device.limits(), cell.precision)
         if not batch or is_phased(cell):
-            return super().plan(cell, rows, batch, frozen)
-        return [describe(choice_of(self.device, cell, rows, batch), cell.num_directions)] * cell.num_layers
+            return [words + products for words in super().plan(cell, rows, batch, frozen)]
+        choice = choice_of(self.device, cell, rows, batch)
+        return [describe(choice, cell.num_directions) + products] * cell.num_layers
 
     def layer_forward(
         self,

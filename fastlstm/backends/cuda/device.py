@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from fastlstm.backends.base import Array
-from fastlstm.backends.cuda.plans import Limits, Plan
+from fastlstm.backends.cuda.plans import OLDEST, Limits, Plan
 from fastlstm.errors import BackendError
 from fastlstm.kernels.cuda import loader
 
@@ -102,10 +102,12 @@ class Device(Protocol):
         transpose_a: bool = False,
         transpose_b: bool = False,
         accumulate: bool = False,
+        precision: str = "float32",
     ) -> Product:
         """Prepare the product of two C-contiguous matrices, neither of them empty, that `out` is to hold or to gain.
 
-        It is computed in the dtype's full precision, whatever the caller has set for products of their own.
+        It is computed in the dtype's full precision, whatever the caller has set for products of their own, unless
+        `precision` (see ``HasPrecision.precision``) permits to round float32 factors, and the device gains by it.
 
         It is for the thread and device that prepare it. Rows are chosen by number at the call: slices of
         arrays would cost more than the product's launch.
@@ -120,7 +122,7 @@ class CupyDevice:
     With the pointer mode DEVICE, cuBLAS would read our factors 0 and 1 from the GPU's memory; with the math mode TF32,
     products would keep 10 of 23 bits. So each product runs with the modes HOST and DEFAULT, and leaves the handle as it
     was. A call reads both modes, and sets and restores them only if they differ: two reads of a field are cheap beside
-    the product's launch.
+    the product's launch. Products that may round say so in the call itself (``cublasGemmEx``'s compute type).
     """
 
     def __init__(self) -> None:
@@ -133,6 +135,9 @@ class CupyDevice:
         self._set_modes = cublas.setPointerMode, cublas.setMathMode
         self._wanted = cublas.CUBLAS_POINTER_MODE_HOST, cublas.CUBLAS_DEFAULT_MATH
         # 0 and 1 of each dtype, which cuBLAS reads on the host, and where they lie.
+        self._float = int(self.xp.cuda.runtime.CUDA_R_32F)
+        self._compute = {"tf32": cublas.CUBLAS_COMPUTE_32F_FAST_TF32, "bf16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF}
+        self._gemm_ex, self._algorithm = cublas.gemmEx, cublas.CUBLAS_GEMM_DEFAULT
         self._numbers = {name: np.array([0, 1], name) for name in self._gemm}
         self._factors = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
         self.kernel = cache(self._kernel)
@@ -251,8 +256,9 @@ class CupyDevice:
         transpose_a: bool = False,
         transpose_b: bool = False,
         accumulate: bool = False,
+        precision: str = "float32",
     ) -> Product:
-        """See :class:`Device`. One cuBLAS call each, in full precision of the dtype.
+        """See :class:`Device`. One cuBLAS call each.
 
         cuBLAS counts by columns, where a matrix stored by rows is its own transpose: the product is asked
         for as out^T = b^T a^T.
@@ -268,6 +274,8 @@ class CupyDevice:
         a_start, b_start, out_start = a.data.ptr, b.data.ptr, out.data.ptr
         a_stride, out_stride = a_columns * size, columns * size
         (pointer_mode, math_mode), wanted = self._modes, self._wanted
+        gemm_ex, kind, algorithm = self._gemm_ex, self._float, self._algorithm
+        rounded = self._compute.get(precision) if name == "float32" and self._rounds() else None
 
         # The arrays are held as long as their addresses may be used: one of them may be the caller's only for a moment.
         def multiply(rows: int | None = None, a_row: int = 0, out_row: int = 0, _held: Any = (a, b, out)) -> None:
@@ -275,16 +283,27 @@ class CupyDevice:
             try:
                 if found != wanted:
                     self._change_modes(handle, wanted)
-                gemm(
-                    handle, b_operation, a_operation, columns, all_rows if rows is None else rows, inner,
-                    one, b_start, b_columns, a_start + a_row * a_stride, a_columns, beta,
-                    out_start + out_row * out_stride, columns,
-                )  # fmt: skip
+                if rounded is None:
+                    gemm(
+                        handle, b_operation, a_operation, columns, all_rows if rows is None else rows, inner,
+                        one, b_start, b_columns, a_start + a_row * a_stride, a_columns, beta,
+                        out_start + out_row * out_stride, columns,
+                    )  # fmt: skip
+                else:
+                    gemm_ex(
+                        handle, b_operation, a_operation, columns, all_rows if rows is None else rows, inner,
+                        one, b_start, kind, b_columns, a_start + a_row * a_stride, kind, a_columns, beta,
+                        out_start + out_row * out_stride, kind, columns, rounded, algorithm,
+                    )  # fmt: skip
             finally:
                 if found != wanted:
                     self._change_modes(handle, found)
 
         return multiply
+
+    def _rounds(self) -> bool:
+        """Whether the current device has units that multiply rounded factors."""
+        return self.limits().architecture >= OLDEST
 
     def _change_modes(self, handle: int, modes: tuple[int, int]) -> None:
         for change, mode in zip(self._set_modes, modes, strict=True):

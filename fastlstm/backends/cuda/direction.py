@@ -98,12 +98,12 @@ def _forward_by_steps(
     kernel, units = step_kernel(
         device, "step_forward", rows.variant, hidden, gates.dtype, (weights.bias, weights.weight_peephole, c_before)
     )
-    recurrent = device.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
+    recurrent = rows.product(h_before, weights.weight_hh, gates, transpose_b=True, accumulate=True)
     records = step_records(packing, starts, hidden, y.shape[2], direction, keep_tape=keep_tape, reverse=reverse)
     for step, ((first, active), record) in enumerate(zip(starts, device.by_value(records), strict=True)):
         if step and c_before is not c:
             c_before = c
-            recurrent = device.product(h_rows, weights.weight_hh, gates, transpose_b=True, accumulate=True)
+            recurrent = rows.product(h_rows, weights.weight_hh, gates, transpose_b=True, accumulate=True)
         recurrent(active, first if keep_tape else 0, first)
         kernel(
             *geometry(active, units),
@@ -195,7 +195,7 @@ def _backward_by_steps(
     kernel, units = step_kernel(
         device, "step_backward", rows.variant, hidden, da.dtype, (dy, dh_next, dc_next, peephole)
     )
-    to_h = device.product(da, weights.weight_hh, dh)
+    to_h = rows.product(da, weights.weight_hh, dh)
     reverse, zeros = rows.reverse(direction), 0  # rows of dh that a truncated gradient has made zero
     starts, (dh_steps, dc_steps) = packing.step_rows(reverse), (None, None) if steps is None else steps
     records = step_records(packing, starts, hidden, directions, direction, keep_tape=True, reverse=reverse)
@@ -221,18 +221,18 @@ def _backward_by_steps(
 def _project(weights: Weights, x: Array, rows: Rows, direction: int, a: Array) -> None:
     """Write the inputs' share of all pre-activations to `a` (N, 4H)."""
     if rows.packing.rows:
-        rows.device.product(rows.pack(x, rows.reverse(direction)), weights.weight_ih, a, transpose_b=True)()
+        rows.product(rows.pack(x, rows.reverse(direction)), weights.weight_ih, a, transpose_b=True)()
 
 
 def _input_gradient(weights: Weights, da: Array, rows: Rows, direction: int, dx: Array) -> None:
     """Write the gradient by the input to `dx` (T, B, I); the second direction adds its share."""
     device, inputs = rows.device, dx.shape[2]
     if not rows.packing.ragged:
-        device.product(da, weights.weight_ih, dx.reshape(-1, inputs), accumulate=direction > 0)()
+        rows.product(da, weights.weight_ih, dx.reshape(-1, inputs), accumulate=direction > 0)()
         return
     packed = device.xp.empty((rows.packing.rows, inputs), dx.dtype)
     if rows.packing.rows:
-        device.product(da, weights.weight_ih, packed)()
+        rows.product(da, weights.weight_ih, packed)()
     rows.unpack(packed, dx, rows.reverse(direction), accumulate=direction > 0)
 
 
@@ -242,8 +242,8 @@ def _weight_gradients(
     """Write the sums over all rows of da x^T, da h^T and da, and those over the batch of `dp`."""
     device = rows.device
     if da.shape[0]:
-        device.product(da, rows.pack(x, rows.reverse(direction)), out.weight_ih, transpose_a=True)()
-        device.product(da, tape.h_rows, out.weight_hh, transpose_a=True)()
+        rows.product(da, rows.pack(x, rows.reverse(direction)), out.weight_ih, transpose_a=True)()
+        rows.product(da, tape.h_rows, out.weight_hh, transpose_a=True)()
     else:
         out.weight_ih[...] = out.weight_hh[...] = 0
     if out.bias is not None:

@@ -102,7 +102,8 @@ class _Run:
         rows, columns = flat.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]
         out, contiguous = self.xp.empty((rows, columns), a.dtype), self.xp.ascontiguousarray
         self.device.product(
-            contiguous(flat), contiguous(b), out, transpose_a=transpose_a, transpose_b=transpose_b
+            contiguous(flat), contiguous(b), out,
+            transpose_a=transpose_a, transpose_b=transpose_b, precision=self.cell.precision,
         )()  # fmt: skip
         return out if transpose_a else out.reshape(*a.shape[:-1], columns)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastlstm.errors import BackendError
 
-__all__ = ["SIZES", "Choice", "Limits", "Plan", "choose", "describe"]
+__all__ = ["OLDEST", "SIZES", "Choice", "Limits", "Plan", "choose", "describe", "describe_products"]
 
 # "persistent" or "step" force a path, for tests; read once, at import. What cannot run as a persistent kernel takes the
 # step path even so.
@@ -22,14 +22,20 @@ FORCED = os.environ.get("FASTLSTM_CUDA_RECURRENCE") or None
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # of SIZE in persistent.cu
 _WARPS, _HELD, _GATES = 8, 8, 4  # as there
+_BYTES = {"tf32": 4, "bf16": 2}  # of an element of the vectors
 _MOST_ITEMS = 2  # (sequence, unit) pairs of a thread: more would not leave it registers for 128 weights
 
 # The table: with at least so many hidden units and so many sequences, float32 products by cuBLAS, one a step, are
 # estimated to be faster. Each row of the batch costs a group its share of the product, and one step has cuBLAS at its
 # best: at H = 1024 and B = 64 a step of either takes some 20 µs.
-CUBLAS_FROM = ((768, 32), (384, 256))
+CUBLAS_FROM = {
+    "float32": ((768, 32), (384, 256)),
+    "tf32": ((768, 128), (384, 512)),  # tensor cores take the share of the product, and leave that of fetching h
+    "bf16": ((768, 256), (384, 1024)),  # of half the size
+}
 FEWEST_STEPS = 3  # on average: below, loading the weights into registers does not pay
-OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory
+OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory, and no TF32 and bfloat16
+_FORMATS = {"tf32": "TF32", "bf16": "bfloat16"}
 CLUSTERS_FROM, MOST_OF_A_CLUSTER = 90, 8  # compute capability, and blocks that every such GPU can hold
 
 
@@ -50,6 +56,7 @@ class Plan(NamedTuple):
     groups: int  # of each direction, side by side, at most
     cluster: bool  # whether a group is a thread-block cluster
     directions: int = 1  # in one launch
+    precision: str = "float32"  # of the products
 
     @property
     def split(self) -> int:
@@ -58,14 +65,15 @@ class Plan(NamedTuple):
 
     def shared(self, backward: bool) -> int:
         """Bytes of shared memory of a block."""
-        return _shared(self.size, self.rows, self.cluster, backward)
+        return _shared(self.size, self.rows, self.cluster, backward, self.precision)
 
     @property
     def macros(self) -> tuple[str, ...]:
         """The compiler's options that make the kernel of this plan."""
         names = {"SIZE": self.size, "ROWS": self.rows, "BLOCKS": self.blocks,
                  "SHARED_FORWARD": self.shared(False), "SHARED_BACKWARD": self.shared(True)}  # fmt: skip
-        return (*(f"{name}={value}" for name, value in names.items()), *(["CLUSTER"] if self.cluster else []))
+        flags = {"CLUSTER": self.cluster, f"PRODUCTS_{self.precision.upper()}": self.precision != "float32"}
+        return (*(f"{name}={value}" for name, value in names.items()), *(name for name, on in flags.items() if on))
 
 
 class Choice(NamedTuple):
@@ -76,13 +84,33 @@ class Choice(NamedTuple):
 
 
 def choose(
-    limits: Limits, dtype: np.dtype[Any], hidden: int, steps_of_all: int, batch: int, directions: int = 1
+    limits: Limits,
+    dtype: np.dtype[Any],
+    hidden: int,
+    steps_of_all: int,
+    batch: int,
+    directions: int = 1,
+    precision: str = "float32",
 ) -> Choice:
     """Decide how the directions of a layer run; `steps_of_all` is the number of steps of all sequences.
 
     Two directions run at once if the device holds the groups of both at once, for the whole batch.
     """
-    return _choose(limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED, directions)
+    if limits.architecture < OLDEST:
+        precision = "float32"  # such a GPU has no units that multiply rounded factors
+    return _choose(
+        limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED, directions, precision
+    )
+
+
+def describe_products(limits: Limits, precision: str) -> str:
+    """Say in words what products round, to follow the description of a choice."""
+    if precision == "float32":
+        return ""
+    if limits.architecture < OLDEST:
+        needed = f"{OLDEST // 10}.{OLDEST % 10}"
+        return f"; products in float32: {_FORMATS[precision]} needs compute capability {needed}"
+    return f"; products in {_FORMATS[precision]}"
 
 
 def describe(choice: Choice, directions: int = 1) -> str:
@@ -101,7 +129,14 @@ def describe(choice: Choice, directions: int = 1) -> str:
 
 @lru_cache(maxsize=1024)
 def _choose(
-    limits: Limits, dtype: str, hidden: int, short: bool, batch: int, force: str | None, directions: int = 1
+    limits: Limits,
+    dtype: str,
+    hidden: int,
+    short: bool,
+    batch: int,
+    force: str | None,
+    directions: int = 1,
+    precision: str = "float32",
 ) -> Choice:
     if force not in (None, "persistent", "step"):
         raise BackendError(f"FASTLSTM_CUDA_RECURRENCE must be persistent or step, got {force!r}")
@@ -117,7 +152,7 @@ def _choose(
         reason = f"persistent kernels need compute capability {OLDEST // 10}.{OLDEST % 10}"
     elif force is None and short:
         reason = f"fewer than {FEWEST_STEPS} steps a sequence"
-    elif force is None and any(hidden >= units and batch >= rows for units, rows in CUBLAS_FROM):
+    elif force is None and any(hidden >= units and batch >= rows for units, rows in CUBLAS_FROM[precision]):
         reason = "cuBLAS is estimated to be faster for so large a batch"
     if reason or size is None:
         return Choice(None, reason)
@@ -126,18 +161,19 @@ def _choose(
     if not groups:
         return Choice(None, f"a group takes {blocks} multiprocessors, the GPU has {limits.multiprocessors}")
     cluster = limits.architecture >= CLUSTERS_FROM and 1 < blocks <= MOST_OF_A_CLUSTER
-    rows, share = _rows(size, batch, groups // directions, cluster, limits.shared), groups // directions
+    share = groups // directions
+    rows = _rows(size, batch, share, cluster, limits.shared, precision)
     if directions > 1 and (not share or rows * share < batch):  # one after the other, each with all groups
-        return _choose(limits, dtype, hidden, short, batch, force)
-    if not _fits(size, rows, cluster, limits.shared):
-        return Choice(None, f"a block takes {_shared(size, rows, cluster, True)} bytes of shared memory")
-    return Choice(Plan(size, rows, blocks, share, cluster, directions), "")
+        return _choose(limits, dtype, hidden, short, batch, force, 1, precision)
+    if not _fits(size, rows, cluster, limits.shared, precision):
+        return Choice(None, f"a block takes {_shared(size, rows, cluster, True, precision)} bytes of shared memory")
+    return Choice(Plan(size, rows, blocks, share, cluster, directions, precision), "")
 
 
-def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int) -> int:
+def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int, precision: str) -> int:
     """Sequences of a group: as few as let the groups take the batch at once, or as many as fit."""
     rows = 2
-    while rows * groups < batch and _fits(size, rows * 2, cluster, limit):
+    while rows * groups < batch and _fits(size, rows * 2, cluster, limit, precision):
         rows *= 2
     return rows
 
@@ -146,15 +182,19 @@ def _split(size: int) -> int:
     return next(split for most, split in ((128, 1), (256, 2), (512, 4), (1024, 8)) if size <= most)
 
 
-def _fits(size: int, rows: int, cluster: bool, limit: int) -> bool:
+def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str = "float32") -> bool:
     units = 32 // _split(size) * _HELD // _GATES
     items = -(-rows * units // (32 * _WARPS))
-    return items <= _MOST_ITEMS and max(_shared(size, rows, cluster, backward) for backward in (False, True)) <= limit
+    shared = max(_shared(size, rows, cluster, backward, precision) for backward in (False, True))
+    return items <= _MOST_ITEMS and shared <= limit
 
 
-def _shared(size: int, rows: int, cluster: bool, backward: bool) -> int:
+def _shared(size: int, rows: int, cluster: bool, backward: bool, precision: str) -> int:
     lanes, inner = (4 * _split(size), 4 * size) if backward else (_split(size), size)
-    out = 32 // lanes * _HELD
+    stride = 32 // lanes * _HELD
     tile = 2 if rows == 2 or inner > 1024 else 4
-    stage = 2 * rows * inner if cluster else 2 * tile * inner
-    return 4 * (stage + _WARPS * rows * out)
+    staged, element = 2 * tile * inner, 4
+    if precision != "float32":  # rows of sums are padded, and nothing is staged
+        stride, staged, element = stride + 4, 0, _BYTES[precision]
+    stage = 2 * rows * inner * element // 4 if cluster else staged
+    return 4 * (stage + _WARPS * rows * stride)

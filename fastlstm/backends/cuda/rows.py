@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastlstm.backends.base import Array
-from fastlstm.backends.cuda.device import Device
+from fastlstm.backends.cuda.device import Device, Product
 from fastlstm.backends.cuda.launch import geometry, variant_of
 from fastlstm.backends.ragged import Packing
 from fastlstm.cell import Cell
@@ -45,6 +45,10 @@ class Rows:
     def reverse(self, direction: int) -> bool:
         """Say whether a direction runs backwards in time."""
         return direction == 1 or self.cell.reverse
+
+    def product(self, a: Array, b: Array, out: Array, **options: bool) -> Product:
+        """Prepare a product (see ``Device.product``) in the precision of the cell."""
+        return self.device.product(a, b, out, **options, precision=self.cell.precision)
 
     def without_reset(self, state: Array, direction: int) -> Array:
         """Return the h before a direction's first step (B, H), or its gradient, zero where it is reset there."""
