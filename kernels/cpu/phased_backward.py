@@ -165,8 +165,6 @@ def phased_backward(
         address(dweight_hr), address(down), down.size,
     ))  # fmt: skip
     _pack(layer, address(weight_ih), address(weight_hh), address(weight_hr), team, thread)
-    if layer.clear:
-        clear_padding(address(dx), layer.inputs, layer.inputs, rows, layer.total, thread, threads_of(team, thread))
     _begin(layer, rows, address(dh_n), address(dc_n), address(gains), sums, team, thread)
     barrier(team, thread)
     _run_chunks(layer, rows, sums, address(dx), team, thread)
@@ -193,6 +191,8 @@ def _pack(layer, weight_ih, weight_hh, weight_hr, team, thread):
 def _run_chunks(layer, rows, sums, dx, team, thread):
     """Back-propagate chunk by chunk."""
     stay_outlined()
+    if layer.clear:
+        clear_padding(dx, layer.inputs, layer.inputs, rows, layer.total, thread, threads_of(team, thread))
     first, last = share(layer.blocks, team, thread)
     out_first, out_last = share(layer.out_blocks, team, thread)
     chunk_last = rows.steps

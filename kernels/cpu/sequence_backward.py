@@ -125,14 +125,12 @@ def sequence_backward(
         pack_backward(weights.hh, hidden, hidden, layer.of_h, blocks, first, last)
     if settings[CLEAR]:
         clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, threads_of(team, thread))
-    sums_bias, of_own = offset(work, settings[SUMS_BIAS]), address(down)
-    _begin(layer, rows, dh_n, dc_n, sums_bias, of_own, down.size, team, thread)
+    sums_bias, own_sums = offset(work, settings[SUMS_BIAS]), (address(down), down.size)
+    _begin(layer, rows, dh_n, dc_n, sums_bias, own_sums, team, thread)
     sums_ih, sums_hh = offset(work, settings[SUMS_IH]), offset(work, settings[SUMS_HH])
     ih = Product(address(x), inputs, inputs, sums_ih, address(dweight_ih), hidden)
     hh = Product(address(h_rows), h_rows.shape[1], hidden, sums_hh, address(dweight_hh), hidden)
     barrier(team, thread)
-
-    own_sums = of_own, down.size
     _run_chunks(
         layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, address(dx), settings, first, last, team, thread
     )
@@ -203,11 +201,12 @@ def _with_gates(layer, gates):
 
 
 @routine
-def _begin(layer, rows, dh_n, dc_n, sums_bias, of_own, own_size, team, thread):
+def _begin(layer, rows, dh_n, dc_n, sums_bias, own_sums, team, thread):
     """Zero this thread's share of sums over rows, and put the final states' gradients in place."""
     stay_outlined()
     hidden, width = layer.hidden, layer.width
     _clear(sums_bias, layer.da.depth, team, thread)
+    of_own, own_size = own_sums
     _clear(of_own, own_size, team, thread)
     first, last = share(rows.batch, team, thread)
     for row in range(first, last):
