@@ -55,6 +55,7 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 COMPILED = """
+import sys
 import numpy as np
 import fastlstm
 from numba import njit
@@ -69,8 +70,9 @@ def loop(kit, tape, x, dy, y, dx, gradients):
     compiled.finish(kit, tape, gradients)
 
 fastlstm.set_num_threads(2)
-lstm, rng = LSTM(20, 150, 2, seed=0), np.random.default_rng(0)
-x, dy = (rng.normal(size=(9, 16, size)).astype(np.float32) for size in (20, 150))
+hidden = int(sys.argv[1])
+lstm, rng = LSTM(20, hidden, 2, seed=0), np.random.default_rng(0)
+x, dy = (rng.normal(size=(9, 16, size)).astype(np.float32) for size in (20, hidden))
 kit, found = lstm.compiled(), []
 from fastlstm.backends.cpu.thread_pool import _workers
 from fastlstm.kernels.cpu.worker import SERVED
@@ -91,5 +93,6 @@ def test_threads_that_share_steps_give_the_same_bits(layers, batch, hidden):
     run_script(SCRIPT, layers, batch, hidden, prelude="")
 
 
-def test_threads_share_the_steps_of_compiled_code():
-    run_script(COMPILED, prelude="")
+@pytest.mark.parametrize("hidden", [150, 70, 6])  # of the last, one thread has all units in `finish`
+def test_threads_share_the_steps_of_compiled_code(hidden):
+    run_script(COMPILED, hidden, prelude="")
