@@ -76,7 +76,9 @@ class Cell:
     coupled : bool
         Whether f = 1 - i in place of a forget gate of its own.
     block_size : int
-        Number S of consecutive units that share the gates i, f and o; divides H.
+        Number S of consecutive units that share the gates i, f and o; divides H. Not with peepholes: a shared gate
+        would see the cell states of the whole block, each by a weight of its own, and the cell step of every backend
+        has one unit at a time.
     truncated : bool
         Whether the gradient by the h of the step before is set to zero, as in 1997.
     activations : tuple of str
@@ -337,7 +339,8 @@ def _check_combination(cell: Cell) -> None:
         )
     if cell.block_size > 1 and cell.peephole:
         raise ArgumentError(
-            "peephole=True gives each unit's gates its own cell state, but units of a block share gates"
+            "peephole=True with block_size > 1 is not supported: a gate that the units of a block share would see the"
+            " cell states of all of them, and here a gate sees one; choose one of them"
         )
     if cell.proj_size >= cell.hidden_size:
         raise ArgumentError(

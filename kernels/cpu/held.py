@@ -10,6 +10,7 @@ too: what the module of the record has a constant for, in capitals, which says i
 
 from __future__ import annotations
 
+import hashlib
 import sys
 
 from llvmlite import ir
@@ -22,17 +23,15 @@ from fastlstm.kernels.cpu.private_numba import AttributeTemplate
 __all__ = ["hold"]
 
 
-_NUMBERS = {}  # of the records' types
-
-
 class Held(types.Type):
     """Numba's type of a pointer to a named tuple."""
 
     def __init__(self, record):
         self.record = record
-        # The types of all fields would be most of the text of a kernel: a type's name is a part of that of a function.
-        number = _NUMBERS.setdefault(record, len(_NUMBERS))
-        super().__init__(name=f"Held({record.instance_class.__name__} {number})")
+        # A type's name is a part of that of a function, of which there may be but one in a process, whichever process
+        # has compiled it; the types of all fields would be most of the text of a kernel.
+        digest = hashlib.sha256(f"{record.instance_class.__module__} {record}".encode()).hexdigest()[:16]
+        super().__init__(name=f"Held({record.instance_class.__name__} {digest})")
 
 
 @register_model(Held)
