@@ -16,7 +16,7 @@ from fastlstm.dispatch import forced
 from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["STEP", "Call", "Layout", "cell_of", "checked", "find", "mode"]
+__all__ = ["STEP", "Call", "Layout", "cell_of", "checked", "mode"]
 
 # What a call is for: a step, or a sum of flags.
 STEP, _BATCH_FIRST, _KEEP_TAPE = -8, 1, 2
@@ -82,7 +82,7 @@ class Layout(NamedTuple):
 
 
 class Call:
-    """A prepared call: made by :func:`checked`, looked up by :func:`find`."""
+    """A prepared call: made by :func:`checked`, and looked up in ``cell.calls``."""
 
     __slots__ = (
         "backend",
@@ -128,6 +128,21 @@ class Call:
             and array.shape == shape
             and (array.dtype is self.dtype or array.dtype == self.dtype)
         )
+
+    def takes_gradients(self, params: Mapping[str, Any], dy: Any, dstate: Any) -> bool:
+        """Say whether the parameters and the arguments of a backward pass are as this call needs them."""
+        if not self.takes_params(params) or (dy is None and dstate is None):
+            return False
+        if dy is not None and not self.takes(dy, self.y_shape):
+            return False
+        if dstate is None:
+            return True
+        if type(dstate) is not tuple or len(dstate) != 2:
+            return False
+        dh_n, dc_n = dstate
+        if not (dh_n is None or self.takes(dh_n, self.h_shape)) or not (dc_n is None or self.takes(dc_n, self.c_shape)):
+            return False
+        return self.on_host or all(d is None or d.device == params["weight_hh_l0"].device for d in dstate)
 
     def takes_params(self, params: Mapping[str, Any]) -> bool:
         """Say whether the parameters are as this call needs them."""
@@ -176,15 +191,6 @@ _cells: dict[Any, Cell] = {}
 def mode(batch_first: Any, keep_tape: bool) -> int:
     """Return the purpose of a call on whole sequences."""
     return (_BATCH_FIRST if batch_first else 0) + (_KEEP_TAPE if keep_tape else 0)
-
-
-def find(cell: Cell, params: Any, x: Any, mode: int) -> Call | None:
-    """Return the prepared call for arguments that have not been checked; None if there is none yet."""
-    try:
-        found: Call | None = cell.calls.get((x.shape, mode, type(params) is FrozenParams))
-    except (AttributeError, TypeError):  # x is no array, or has an odd shape: the checks say so
-        return None
-    return found
 
 
 def checked(

@@ -203,14 +203,16 @@ def lstm_backward(
     layout, dh_n, dc_n = call.layout, None, None
     if keep_state_gradients is not False:
         keep_state_gradients = checks.flag("keep_state_gradients", keep_state_gradients)
-    if not (dstate is None and call.takes_params(params) and call.takes(dy, call.y_shape)):
+    if not call.takes_gradients(params, dy, dstate):
         params = checks.params(call.cell, params)
         like = params["weight_hh_l0"]
         if dy is None and dstate is None:
             raise ArgumentError("backward needs dy or dstate: without either, every gradient is zero")
         if dy is not None:
             dy = checks.array("dy", dy, like, call.y_shape, layout.axes)
-        dh_n, dc_n = map(layout.state_to_backend, checks.state_gradient(call.cell, dstate, layout.state_batch, like))
+        dstate = checks.state_gradient(call.cell, dstate, layout.state_batch, like)
+    if dstate is not None:
+        dh_n, dc_n = map(layout.state_to_backend, dstate)
     dy = None if dy is None else layout.to_backend(dy)
     if not keep_state_gradients:
         result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n)
@@ -236,7 +238,10 @@ def run(
 ) -> tuple[Array, State, Tape | None]:
     """Run a forward pass: find the prepared call, check the rest, and return the result in the caller's layout."""
     mode = calls.mode(batch_first, keep_tape)
-    call = calls.find(cell, params, x, mode)
+    try:
+        call = cell.calls.get((x.shape, mode, type(params) is FrozenParams))
+    except (AttributeError, TypeError):  # x is no array, or has an odd shape: the checks say so
+        call = None
     if call is None or not call.takes_all(params, x, state, lengths is None and resets is None):
         call, params, x, state = calls.checked(cell, params, x, state, mode)
     layout = call.layout
@@ -278,8 +283,8 @@ def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, bat
 def step(cell: Cell, params: Mapping[str, Array], x_t: Array, state: State | None) -> tuple[Array, State]:
     """Advance by one time step; see ``LSTM.step``."""
     try:
-        call = cell.calls.get((x_t.shape, STEP, type(params) is FrozenParams))  # as `find`, but faster
-    except (AttributeError, TypeError):
+        call = cell.calls.get((x_t.shape, STEP, type(params) is FrozenParams))
+    except (AttributeError, TypeError):  # as in `run`
         call = None
     if call is None or not call.takes_all(params, x_t, state):
         call, params, x_t, state = calls.checked(cell, params, x_t, state, STEP)

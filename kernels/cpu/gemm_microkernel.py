@@ -311,6 +311,10 @@ def _stream(soon, size, row, count, rows, k, near):
     If there is nothing to prefetch, it is `near`: prefetches of unmapped addresses take time. A single block of rows
     does not prefetch either: it loads as many lines as it would prefetch, and the hardware prefetcher follows those
     loads.
+
+    The loop then prefetches the same line again and again. A second loop without that has 21 in place of 22.75
+    instructions for 12 multiply-adds (3 x 4 blocks, AVX2), but takes 0.987 to 1.006 of the time on one thread of a
+    Zen 5: the multiply-adds take six cycles, in each of which it could begin more than these four instructions.
     """
     if size == 0 or rows <= MR:
         return near, 0

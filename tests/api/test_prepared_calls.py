@@ -19,6 +19,16 @@ def train_saving_memory(lstm, given):
     return train(lstm, given, recompute=True)
 
 
+def train_to_the_states(lstm, given):
+    """Gradients by the final states alone, by both and the output, and by one of them."""
+    lstm.params = given.params
+    _, state, tape = lstm.forward(given.x, given.state, given.lengths)
+    found = {}
+    for dy, dstate in ((None, state), (given.dy, state), (None, (None, state[1])), (given.dy, (state[0], None))):
+        found |= {f"{name} {len(found)}": value for name, value in gradients(lstm.backward(tape, dy, dstate)).items()}
+    return found
+
+
 def as_functions(lstm, given):
     options = {"batch_first": lstm.batch_first, "dropout": lstm.cell.dropout}
     y, (h_n, c_n), tape = lstm_forward(given.params, given.x, given.state, given.lengths, **options)
@@ -29,6 +39,7 @@ WAYS = {
     "inference": infer,
     "training": train,
     "recompute": train_saving_memory,
+    "gradients by states": train_to_the_states,
     "step": step,
     "functions": as_functions,
 }

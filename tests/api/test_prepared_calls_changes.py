@@ -12,7 +12,7 @@ from prepared_calls import CPU, Model, error_of, frozen_if, gradients, host, inf
 from tolerances import assert_identical
 
 import fastlstm
-from fastlstm import LSTM
+from fastlstm import LSTM, calls
 from fastlstm.backends.plain_arrays import as_plain
 
 
@@ -259,3 +259,18 @@ def test_frozen_parameters_with_and_without_peepholes_are_told_apart(dtype):
             for _ in range(2):
                 assert error_of(lambda lstm=lstm, foreign=foreign: infer(lstm, foreign))[0] is fastlstm.ArgumentError
                 assert_identical(infer(lstm, own), expected)
+
+
+@needs_cpu
+@pytest.mark.parametrize("run", [infer, train, step], ids=lambda run: run.__name__)
+def test_memory_mapped_arrays_do_not_prepare_a_call_each_time(dtype, run, monkeypatch):
+    model = Model(3, 2, 5, 19)
+    given, lstm = model.given(dtype, CPU), model.new(dtype)
+    mapped = given
+    for name, value in named(given).items():
+        mapped = replaced(mapped, name, lay_out("mapped", value))
+    with CPU.active():
+        expected = run(lstm, given)
+        monkeypatch.setattr(calls.Call, "__init__", None)  # no other call can be prepared
+        assert_identical(run(lstm, mapped), expected)
+        assert_identical(run(lstm, given), expected)

@@ -15,6 +15,7 @@ from fastlstm.backends.cpu.layer import LayerCall
 from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
 from fastlstm.backends.cpu.state_gradients import backward_with_steps
+from fastlstm.backends.cpu.thread_pool import NO_TEAM
 from fastlstm.backends.cpu.weights import PACKED, Packed, frozen_arrays, packed_model
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import StackTape, dropout_mask
@@ -54,9 +55,13 @@ class PreparedCall:
         self.folding = Folding(cell) if is_folded(cell) else None
         self.checks_itself = self.is_one_launch and self.folding is None
         self._given, self._names = self.layers[0].directions[0].given, len(shapes(cell))
+        self._zeros = (
+            np.zeros(self.state_shape, self.dtype) if self.is_one_launch else None
+        )  # a few rows, never changed
         self._no_state = np.empty((0, *self.state_shape[1:]), self.dtype)
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
+        self._sequence_shape = signature.steps, signature.batch, cell.hidden_size
 
     def forward(
         self,
@@ -73,18 +78,18 @@ class PreparedCall:
         shape, dtype = self.state_shape, self.dtype
         x = x if x.flags.carray else as_plain(x)
         if h0 is None or c0 is None:
-            h0 = c0 = np.zeros(shape, dtype)
+            h0 = c0 = np.zeros(shape, dtype) if self._zeros is None else self._zeros
         if self.is_empty:
             return self._empty(x, h0, c0)
         h_n, c_n = np.empty(shape, dtype), np.empty(shape, dtype)
+        if self.is_one_launch and lengths is None and resets is None:
+            y = self._at_once(params, x.reshape(self._x_shape), h0, c0, h_n, c_n)
+            return ForwardResult(y.reshape(self._sequence_shape), h_n, c_n, None)
         rows = self.rows
         if lengths is not None or resets is not None or not rows.is_kept:
             rows = Rows(lengths, rows.steps, rows.batch, resets)
         if resets is not None:
             h0, c0 = (self._without_reset(rows, np.array(state)) for state in (h0, c0))
-        if self.is_one_launch and rows.is_plain:
-            y = self._at_once(params, x.reshape(self._x_shape), h0, c0, h_n, c_n)
-            return ForwardResult(y.reshape(rows.steps, rows.batch, y.shape[1]), h_n, c_n, None)
         y, tape = self._forward_layers(params, x, h0, c0, h_n, c_n, rows, dropout, recompute)
         return ForwardResult(y, h_n, c_n, tape)
 
@@ -92,7 +97,7 @@ class PreparedCall:
         """Advance one time step (see ``base.Prepared.step``)."""
         shape, dtype = self.state_shape, self.dtype
         if h0 is None or c0 is None:
-            h0 = c0 = np.zeros(shape, dtype)
+            h0 = c0 = np.zeros(shape, dtype) if self._zeros is None else self._zeros
         h_n, c_n = np.empty(shape, dtype), np.empty(shape, dtype)
         if self.is_one_launch:
             return self._at_once(params, x, h0, c0, h_n, c_n), h_n, c_n
@@ -109,15 +114,20 @@ class PreparedCall:
         """Run all layers by one launch, from x (T * B, I) to the output (T * B, H)."""
         if self._launch is None:
             self._launch = self._inference()
-        y = np.empty(self._y_shape, self.dtype)
+        launch, y = self._launch, np.empty(self._y_shape, self.dtype)
+        arrays: Any
         if self.frozen:
-            packed = params.kept.get(PACKED) or packed_model(self.cell, params)
-            self._launch(*packed.at_once, x, h0, c0, y, h_n, c_n)
+            arrays = (params.kept.get(PACKED) or packed_model(self.cell, params)).at_once
         else:
             arrays = self._given(params if self.folding is None else self.folding.unfold(params))
             if len(params) != self._names or not are_native(self.dtype, *arrays):
                 raise RefusedError
-            self._launch(*arrays, x, h0, c0, y, h_n, c_n)
+        try:
+            if launch.direct and launch.kernel(*arrays, x, h0, c0, y, h_n, c_n, launch.settings, NO_TEAM, 0):
+                return y
+        except TypeError:  # Numba's, of an array of another layout
+            launch.careful, launch.direct = True, False
+        launch(*arrays, x, h0, c0, y, h_n, c_n)
         return y
 
     def _inference(self) -> Inference:
