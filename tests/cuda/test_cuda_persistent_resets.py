@@ -38,8 +38,9 @@ def resets_at_the_edges(p):
     object.__setattr__(p, "resets", resets)
 
 
-@pytest.mark.parametrize("change", [None, resets_at_the_edges], ids=["at random", "at the edges"])
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    ("exchange", "change"), [("flags", None), ("cluster", resets_at_the_edges)], ids=["at random", "at the edges"]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_resets_and_gradients_by_the_states_are_those_of_the_reference(case, exchange, change):
     _, launched = assert_agrees(case, change, keep_steps=True, architecture=EXCHANGES[exchange])
