@@ -23,7 +23,7 @@ from fastlstm.bench.sides import CHECKED_STEPS, Side
 from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["BY_STEPS", "CONTENDERS", "NARROWER", "OURS", "Contender", "able", "chosen", "missing"]
+__all__ = ["BY_STEPS", "CONTENDERS", "NARROWER", "OURS", "OUR_NARROWER", "Contender", "able", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
 ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
@@ -310,9 +310,20 @@ CONTENDERS = {
 NARROWER = {"torch cuda TF32": CONTENDERS["torch cuda"]._replace(build=torch_cuda(tf32=True), tolerance=2e-2)}
 """PyTorch in the narrower format that it takes on GPUs by default, for ``benchmarks/gpu.py``."""
 
+_OURS = Contender(sides.cuda_in("tf32"), "cuda", obstacle=_no_cuda, tolerance=NARROWER["torch cuda TF32"].tolerance)
+OUR_NARROWER = {
+    "fastlstm cuda TF32": _OURS,
+    "fastlstm cuda bfloat16": _OURS._replace(build=sides.cuda_in("bf16"), tolerance=2e-1),
+}
+"""Our side in the same formats, but for the cell state and all results, which are float32."""
+
 BY_STEPS = "fastlstm cuda by steps"
 # For ``benchmarks/gpu.py`` alone. The two paths sum in other orders, as PyTorch does.
-_OF_GPU_TABLE = {BY_STEPS: Contender(sides.cuda_by_steps, "cuda", obstacle=_no_cuda, tolerance=5e-4), **NARROWER}
+_OF_GPU_TABLE = {
+    BY_STEPS: Contender(sides.cuda_by_steps, "cuda", obstacle=_no_cuda, tolerance=5e-4),
+    **NARROWER,
+    **OUR_NARROWER,
+}
 
 
 def contender(name: str) -> Contender:

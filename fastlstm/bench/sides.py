@@ -27,7 +27,8 @@ from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
 __all__ = [
-    "CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_by_steps", "cuda_with_copies", "event_seconds", "host_seconds",
+    "CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_by_steps", "cuda_in", "cuda_with_copies", "event_seconds",
+    "host_seconds",
 ]  # fmt: skip
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
@@ -137,17 +138,23 @@ def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[flo
 
 
 @contextlib.contextmanager
-def cuda(problem: Problem, threads: int) -> Iterator[Side]:
+def cuda(problem: Problem, threads: int, precision: str = "float32") -> Iterator[Side]:
     """Our library on CuPy arrays that are on the GPU already, timed by CUDA events; no array is copied."""
     cupy = import_module("cupy")
     cupy.get_default_memory_pool().free_all_blocks()  # left by the work before; PyTorch has another pool
     model, host = problem.model.to(cupy), list[float]()
+    model.precision = precision
     call, results = _ours(problem, model, cupy.asarray(problem.x), cupy.asarray(problem.dy))
 
     def seconds(call: Callable[[], Any], count: int) -> float:
         return event_seconds(cupy.cuda, call, count, host)
 
     yield Side(call, lambda: _on_host(problem, results()), seconds, host)
+
+
+def cuda_in(precision: str) -> Callable[[Problem, int], contextlib.AbstractContextManager[Side]]:
+    """Return the builder of our library on the GPU with products that round their factors."""
+    return lambda problem, threads: cuda(problem, threads, precision)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,14 @@ __device__ inline void mma(float (&sums)[4], const word_t (&a)[4], word_t b0, wo
 }
 #endif
 
+// A weight, or zero. In PTX, because the compiler would compute the addresses of many ahead, and run out of registers.
+__device__ inline float load_if(const float *from, bool there) {
+    float value = 0;
+    asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %2, 0;\n@there ld.global.f32 %0, [%1];\n}"
+                 : "+f"(value) : "l"(from), "r"(unsigned(there)) : "memory");
+    return value;
+}
+
 // What other blocks write: see exchange.cuh.
 __device__ inline void load_shared_by_blocks(word_t (&to)[2], const void *from) {
     asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");

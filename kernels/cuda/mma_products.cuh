@@ -26,8 +26,9 @@ template <class P> struct Tiles {
 #ifdef CLUSTER
     static constexpr int MOST = 1;  // shared memory is near
 #else
-    // More would not fit into registers; peepholes and their sums take some.
-    static constexpr int MOST = PIECES == 1 ? 8 : UNIT_WEIGHTS ? 2 / STEPS : 4 / STEPS;
+    // More would not fit into the registers that the weights, a thread's items and their peepholes leave.
+    static constexpr int ROOM = STEPS == 1 || (ITEMS == 1 && !UNIT_WEIGHTS) ? 8 : 4;
+    static constexpr int MOST = PIECES == 1 ? ROOM : ROOM / (2 * STEPS);
 #endif
     static constexpr int AHEAD = largest_part(CHUNKS, COUNT > 4 ? CHUNKS : MOST);  // chunks that are being fetched
     static constexpr int AT_ONCE = COUNT < 4 ? COUNT : 4;        // tiles of rows whose sums are in registers

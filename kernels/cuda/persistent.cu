@@ -191,7 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     const int from = threadIdx.x / 32 * P::SLICE % SIZE, gate = threadIdx.x / 32 * P::SLICE / SIZE;
     const real *part = weight + index_t(gate * hidden + from) * hidden + to;
     hold<P>(w, [=](int row, int column) {  // of W_hh transposed: the columns are gates' rows
-        return column < hidden - from && row < hidden - to ? part[column * hidden + row] : real(0);
+        const bool there = column < hidden - from && row < hidden - to;
+        return load_if(part + (column * hidden + row), there);
     });
 #else
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

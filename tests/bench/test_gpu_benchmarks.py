@@ -81,7 +81,9 @@ def test_torch_does_the_same_work_in_every_kind_of_cell(xp, out, monkeypatch, ca
     torch.set_num_threads(1)
     assert gpu.main(given(out, CELLS, "--torch-device", "cpu")) == 0
     for case in gpu_common.load(out).cases:
+        ours = set() if case.work.kind == "stream" else set(peers.OUR_NARROWER)
         assert {"fastlstm cuda", "torch cuda", "torch cuda TF32"} <= set(case.values), case.refused
+        assert set(peers.OUR_NARROWER) & set(case.values) == ours
     # A difference that float32 does not explain is a failure.
     monkeypatch.setitem(peers.CONTENDERS, "torch cuda", peers.CONTENDERS["torch cuda"]._replace(tolerance=1e-12))
     assert gpu.main(given(out, CELLS[:1], "--torch-device", "cpu")) == 1

@@ -60,7 +60,8 @@ def test_every_plan_fits_its_device(architecture, precision):
             if plan is None:
                 continue
             assert plan.precision == precision
-            assert plan.size == min(size for size in SIZES if size >= hidden)
+            sizes = [size for size in SIZES if size != 768 or precision != "tf32"]
+            assert plan.size == min(size for size in sizes if size >= hidden)
             assert plan.blocks * plan.groups <= limits.multiprocessors and plan.groups >= 1 and plan.directions == 1
             assert max(plan.shared(False), plan.shared(True)) <= limits.shared
             assert plan.rows == 2 or plan.rows % 4 == 0

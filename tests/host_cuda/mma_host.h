@@ -70,6 +70,8 @@ inline void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
     }
 }
 
+inline float load_if(const float *from, bool there) { return there ? *from : 0.0f; }
+
 inline void store_shared_by_blocks(ELEMENT *to, ELEMENT value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
 
 template <size_t N> void load_shared_by_blocks(uint32_t (&to)[N], const void *from) {

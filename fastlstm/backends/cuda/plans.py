@@ -24,6 +24,7 @@ SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # of SIZE in persistent.cu
 _WARPS, _HELD, _GATES = 8, 8, 4  # as there
 _BYTES = {"tf32": 4, "bf16": 2}  # of an element of the vectors
 _MOST_ITEMS = 2  # (sequence, unit) pairs of a thread: more would not leave it registers for 128 weights
+_TIGHT = 512  # hidden units: beyond, TF32 would spill at two pairs a thread, but for compute capability 9.0
 
 # The table: with at least so many hidden units and so many sequences, float32 products by cuBLAS, one a step, are
 # estimated to be faster. Each row of the batch costs a group its share of the product, and one step has cuBLAS at its
@@ -140,7 +141,8 @@ def _choose(
 ) -> Choice:
     if force not in (None, "persistent", "step"):
         raise BackendError(f"FASTLSTM_CUDA_RECURRENCE must be persistent or step, got {force!r}")
-    size = next((size for size in SIZES if size >= hidden), None)
+    spilling = {"tf32": (768,)}.get(precision, ())  # sizes whose kernels the compiler has spill: the next one does not
+    size = next((size for size in SIZES if size >= hidden and size not in spilling), None)
     reason = ""
     if force == "step":
         reason = "FASTLSTM_CUDA_RECURRENCE asks for it"
@@ -162,18 +164,20 @@ def _choose(
         return Choice(None, f"a group takes {blocks} multiprocessors, the GPU has {limits.multiprocessors}")
     cluster = limits.architecture >= CLUSTERS_FROM and 1 < blocks <= MOST_OF_A_CLUSTER
     share = groups // directions
-    rows = _rows(size, batch, share, cluster, limits.shared, precision)
+    tight = precision == "tf32" and size > _TIGHT and limits.architecture != 90
+    most = 1 if tight else _MOST_ITEMS
+    rows = _rows(size, batch, share, cluster, limits.shared, precision, most)
     if directions > 1 and (not share or rows * share < batch):  # one after the other, each with all groups
         return _choose(limits, dtype, hidden, short, batch, force, 1, precision)
-    if not _fits(size, rows, cluster, limits.shared, precision):
+    if not _fits(size, rows, cluster, limits.shared, precision, most):
         return Choice(None, f"a block takes {_shared(size, rows, cluster, True, precision)} bytes of shared memory")
     return Choice(Plan(size, rows, blocks, share, cluster, directions, precision), "")
 
 
-def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int, precision: str) -> int:
+def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int, precision: str, most: int) -> int:
     """Sequences of a group: as few as let the groups take the batch at once, or as many as fit."""
     rows = 2
-    while rows * groups < batch and _fits(size, rows * 2, cluster, limit, precision):
+    while rows * groups < batch and _fits(size, rows * 2, cluster, limit, precision, most):
         rows *= 2
     return rows
 
@@ -182,11 +186,11 @@ def _split(size: int) -> int:
     return next(split for most, split in ((128, 1), (256, 2), (512, 4), (1024, 8)) if size <= most)
 
 
-def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str = "float32") -> bool:
+def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str = "float32", most: int = _MOST_ITEMS) -> bool:
     units = 32 // _split(size) * _HELD // _GATES
     items = -(-rows * units // (32 * _WARPS))
     shared = max(_shared(size, rows, cluster, backward, precision) for backward in (False, True))
-    return items <= _MOST_ITEMS and shared <= limit
+    return items <= most and shared <= limit
 
 
 def _shared(size: int, rows: int, cluster: bool, backward: bool, precision: str) -> int:
