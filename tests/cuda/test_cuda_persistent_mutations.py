@@ -59,12 +59,12 @@ SLIPS_OF_PLACES = {
     "bias of the first unit": (r"bias\[gate \* d\.hidden \+ unit\]", "bias[gate * d.hidden]"),
     "unit weights of another gate": (r"= unit_weights\[n \* d\.hidden", "= unit_weights[(n + 1) % 3 * d.hidden"),
     "two warps' shares left out": (r"k < WARPS; \+\+k\) \{", "k < WARPS - 2; ++k) {"),
-    "one warp's share left out, backward": (r"k < WARPS; \+\+k\) dh", "k < WARPS - 1; ++k) dh"),
+    "one warp's share left out, backward": (r"\? 1 : WARPS\); \+\+k\) dh", "? 1 : WARPS - 1); ++k) dh"),
     "dh through the padding": (r"turn && step \+ 1 < item\.length", "turn"),
     "c of the step before": (r"if \(step \+ 1 == item\.length\) c\[n\]", "if (false) c[n]"),
     "h of this step on the tape": (r"h_rows\[\(next \+ item\.row\)", "h_rows[(first + item.row)"),
     "the initial h not on the tape": (r"if \(h_rows && item\.length\)", "if (false)"),
-    "rows of dp overlap": (r"items\[n\]\.row \* UNIT_WEIGHTS \+ k", "items[n].row + k"),
+    "rows of dp overlap": (r"\(group\.half \* d\.batch \+ items\[n\]\.row\) \* UNIT_WEIGHTS", "items[n].row"),
     "dy not added": (r"dh\[n\] \+= dy_t\[n\]", "dh[n] += 0"),
 }  # fmt: skip
 SLIPS_OF_RESETS = {
