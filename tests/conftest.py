@@ -71,6 +71,7 @@ EXHAUSTIVE_FILES = {
     "cuda/test_cuda_mutations.py",
     "cuda/test_cuda_persistent_mutations.py",
     "cuda/test_cuda_phased_mutations.py",
+    "kernels/test_phased_mutations.py",
 }
 
 _skipped: collections.Counter[str] = collections.Counter()

@@ -80,8 +80,10 @@ _LowerResult = _private("numba.core.compiler", "_LowerResult", "fndesc", "cfunc"
 register_pass = _private("numba.core.compiler_machinery", "register_pass")
 CPUContext = _private(
     "numba.core.cpu", "CPUContext", "codegen(self)", "insert_user_function(self, func, fndesc, libs)",
-    "load_additional_registries(self)", "post_lowering(self, mod, library)",
+    "load_additional_registries(self)", "post_lowering(self, mod, library)", "insert_func_defn(self, defns)",
+    "declare_function(self, module, fndesc)", "get_returned_value(self, builder, ty, val)", "call_conv",
 )  # fmt: skip
+CPUCallConv = _private("numba.core.callconv", "CPUCallConv", "_get_arg_packer(self, argtypes)")
 CPUTargetOptions = _private(
     "numba.core.cpu", "CPUTargetOptions", "_nrt", "nogil", "error_model", "forceinline", "no_cpython_wrapper",
     "no_cfunc_wrapper",
@@ -90,7 +92,7 @@ Lower = _private(
     "numba.core.lowering", "Lower", "lower_block(self, block)", "storevar(self, value, name, argidx)",
     "alloca_lltype(self, name, lltype, datamodel)", "delvar(self, name)", "lower_binop(self, resty, expr, op)",
     "_alloca_var(self, name, fetype)", "pre_block(self, block)", "post_block(self, block)", "lower_inst(self, inst)",
-    "loadvar(self, name)", "typeof(self, varname)",
+    "lower_expr(self, resty, expr)", "loadvar(self, name)", "typeof(self, varname)",
 )  # fmt: skip
 CPUDispatcher = _private(
     "numba.core.registry", "CPUDispatcher", "_can_compile", "get_call_template(self, args, kws)",
