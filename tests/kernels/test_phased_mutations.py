@@ -1,0 +1,195 @@
+"""Known slips, put into the CPU's kernels of cells with phases: a comparison with the reference notices each.
+
+A mutant is the source of one module with one snippet replaced, and all that depends on it, compiled anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from harness import DROPOUT_SEED, REFERENCE, BackendUnderTest, Case, model_of, problem, results
+from tolerances import BOUNDS, normalised_error
+
+from fastlstm.backends.base import Signature
+from fastlstm.functional import lstm_backward, lstm_forward
+
+# In the order in which they import from each other.
+MODULES = ("layer_norm", "state_masks", "phased_cells", "phased_cells_back", "phased_gradients", "phased_forward",
+           "phased_backward")  # fmt: skip
+NORMS, MASKS, CELLS, BACK, GRADIENTS, FORTH, DRIVER = MODULES
+
+
+def cases(**fields):
+    """Few rows and many, which the kernels compute in other ways; ragged, and with resets."""
+    sizes, fields = ((6, 3, 2, 12), (4, 30, 2, 20)), tuple(fields.items())
+    return [
+        Case(*size, 2, "reverse" not in dict(fields), lengths="zeros", resets=True, fields=fields, seed=n)
+        for n, size in enumerate(sizes)
+    ]
+
+
+NORM, PROJECTION = {"layer_norm": True, "peephole": True}, {"proj_size": 3, "peephole": True}
+COUPLED, RANDOM = {"layer_norm": True, "coupled": True}, {"recurrent_dropout": 0.3, "zoneout": (0.2, 0.4)}
+TANH, RELU = {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}
+TRUNCATED = {"proj_size": 3, "truncated": True}
+
+# The module, what stands there, what a slip makes of it, and the cell that shows it.
+SLIPS = {
+    "h after a reset": (CELLS, "fill(layer.y, 0.0) if gone else h)", "h)", TANH),
+    "no recurrent dropout": (CELLS, "h = h * load(offset(layer.factors, row * layer.h_row + k))", "pass", RANDOM),
+    "zoneout of an h that is not kept": (CELLS, "store(offset(layer.h_state, row * layer.h_row + k), h)", "pass",
+                                         RANDOM),
+    "mask of h by that of c": (CELLS, "zoned(masks.zone_h, masks.start_h", "zoned(masks.zone_h, masks.start_c", RANDOM),
+    "c shown without its bias": (CELLS, "fma(load(offset(n_c, k)), gain, bias)", "load(offset(n_c, k)) * gain", NORM),
+    "relu left out": (CELLS, "select(value < 0.0, 0.0, value)", "value", RELU),
+    "tanh left out": (CELLS, "value = tanh(value)", "pass", TANH),
+    "output by the next row's gate": (CELLS, "layer.out_row), output(cell, held, c))\n        held",
+                                      "layer.out_row), output(cell, held_next, c))\n        held", PROJECTION),
+    "h before the first step not reset": (FORTH, "fill(layer.h_n, 0.0) if gone else h)", "h)", TANH),
+    "c before the first step not reset": (FORTH, "fill(layer.h_n, 0.0) if gone else c)", "c)", PROJECTION),
+    "state of an empty sequence elsewhere": (FORTH, "layer.h_n, sequence * features", "layer.h_n, row * features",
+                                             TANH),
+    "input products twice": (FORTH, "    if layer.ahead:\n        inputs = 0", "    if False:\n        inputs = 0",
+                             PROJECTION),
+    "input products of the first step": (FORTH, "(low - rows.offsets[step - step % layer.ahead] + start)", "start",
+                                         TANH),
+    "bias not packed": (FORTH, "units if biased else 0, block", "0, block", PROJECTION),
+    "gains of x packed twice": (FORTH, "_pack_gates(offset(gains, GATES * units)", "_pack_gates(gains", NORM),
+    "dy by packed rows": (BACK, "load_first(offset(layer.dy, place", "load_first(offset(layer.dy, (here + row)", TANH),
+    "noted gradient by h of another row": (BACK, "layer.dh_steps, place", "layer.dh_steps, 0", TANH),
+    "noted gradient by c of another row": (BACK, "layer.dc_steps, place", "layer.dc_steps, 0", PROJECTION),
+    "slope of tanh": (BACK, "(1.0 - h * h)", "(1.0 - h)", TANH),
+    "slope of relu": (BACK, "select(-h < 0.0, dh, 0.0)", "dh", RELU),
+    "gradient by o left out": (BACK, "store(offset(dout, k), d_o)", "pass", NORM),
+    "gradient by the old c dropped": (BACK, "store(state, dc + old)", "store(state, dc)", RANDOM),
+    "gradient by the normalised c dropped": (BACK, "dc + more, tape", "dc, tape", NORM),
+    "no recurrent dropout back": (BACK, "dh = dh * load(offset(layer.factors, row * layer.h_row + k))", "pass", RANDOM),
+    "gradient by the old h dropped": (BACK, "dh = dh + load(offset(layer.dh_old, row * layer.h_row + k))", "pass",
+                                      RANDOM),
+    "gradient by h through a reset": (BACK, "store(at, fill(at, 0.0) if gone else dh)", "store(at, dh)", TANH),
+    "gradient by c through a reset": (
+        BACK, "store(offset(layer.dc_rows, row * layer.blocks * width + k), fill(layer.dc_rows, 0.0))", "pass",
+        PROJECTION,
+    ),
+    "c back by the scale of h's products": (BACK, "load(offset(scales, 2 * width))", "load(offset(scales, width))",
+                                            NORM),
+    "gains of h by the norms of x": (GRADIENTS, "fma(d, load(offset(norms, size)), h)", "fma(d, load(norms), h)", NORM),
+    "bias of c without its gradient": (GRADIENTS, "gain), bias + d", "gain), bias", NORM),
+    "bias by the gradient of x's products": (GRADIENTS, "add_bias(layer.da,", "add_bias(layer.da_x,", NORM),
+    "gradient by another h0": (GRADIENTS, "offset(dh0, sequence", "offset(dh0, row", TANH),
+    "dh by x's products": (DRIVER, "layer.da_h, here - low", "layer.da_x, here - low", NORM),
+    "recurrent weights by x's products": (DRIVER, "layer.da_h, rows, sums.hh", "layer.da_x, rows, sums.hh", NORM),
+    "dx by the pre-activations": (DRIVER, "layer.da_x, start, end", "layer.da, start, end", NORM),
+    "no truncation": (DRIVER, "if layer.truncated:", "if False:", TRUNCATED),
+    "projection's gradient not gathered": (DRIVER, "gather(layer, here - low, row_first, active)", "pass", PROJECTION),
+    "gradient by the last h dropped": (DRIVER, "if k < features:", "if False:", TANH),
+}  # fmt: skip
+NOTICED = 1e3  # a slip must stand out by this factor over the bound
+
+
+def errors(fields):
+    """Return the largest error of the calls of a cell, in float64 against the reference; and its bound."""
+    cpu, found = BackendUnderTest("cpu"), []
+    for case in cases(**fields):
+        p, of_backends = problem(case), []
+        for backend in (cpu, REFERENCE):
+            with backend.active():
+                prepared = backend.implementation.prepare(p.cell, Signature(*p.x.shape[:2], False, False))
+                y, h_n, c_n, _ = prepared.forward(
+                    p.params, p.x, *p.state, p.lengths, None, False, np.ascontiguousarray(p.resets)
+                )
+                arrays = {"inference": y, "last h": h_n, "last c": c_n}
+                y, (h_n, c_n), tape = lstm_forward(
+                    p.params, p.x, p.state, p.lengths, **model_of(p), dropout_seed=DROPOUT_SEED, resets=p.resets
+                )
+                grads = lstm_backward(p.params, tape, p.dy, p.dstate, keep_state_gradients=True)
+                arrays |= results(backend, y, h_n, c_n, grads)
+                of_backends.append(arrays | {f"steps {n}": value for n, value in enumerate(grads.steps)})
+        ours, true = of_backends
+        found += [normalised_error(ours[name], value) for name, value in true.items()]
+    return float(max(found, key=lambda error: np.inf if np.isnan(error) else error))
+
+
+def put(slip):
+    """Compile the kernels with a slip, and have the backend call them."""
+    changed, old, new, _ = SLIPS[slip]
+    package, used = "fastlstm.kernels.cpu", [f"fastlstm.kernels.cpu.{name}" for name in MODULES]
+    originals = {name: importlib.import_module(name) for name in used}
+    of_driver = MODULES.index(changed) > MODULES.index(FORTH)
+    sources = {name: inspect.getsource(module) for name, module in originals.items()}
+    source = sources[f"{package}.{changed}"]
+    assert source.count(old) == 1, f"{slip}: {old!r} is there {source.count(old)} times"
+    sources[f"{package}.{changed}"] = source.replace(old, new)
+    for name in used[MODULES.index(changed) :]:
+        module = types.ModuleType(name)
+        module.__file__ = originals[name].__file__
+        sys.modules[name] = module
+        exec(compile(sources[name], module.__file__, "exec"), vars(module))
+    forth, back = originals[f"{package}.{FORTH}"], originals[f"{package}.{DRIVER}"]
+    if not of_driver:
+        forth.phased_forward = sys.modules[f"{package}.{FORTH}"].phased_forward
+    back.phased_backward = sys.modules[f"{package}.{DRIVER}"].phased_backward
+    return originals
+
+
+def run_all(wanted):
+    """Write the errors with each slip that is wanted, and without any, a line each."""
+    from fastlstm.kernels.cpu import kernel_cache, phased_backward, phased_forward
+
+    kept = [phased_forward.phased_forward, phased_backward.phased_backward]
+    fields = {json.dumps(SLIPS[slip][3]): SLIPS[slip][3] for slip in wanted}
+    for name, each in fields.items():
+        note(f"none of {name}", errors(each))
+    kernel_cache.read = lambda *_: None  # the key of a cached kernel says nothing of these sources
+    kernel_cache.write = lambda *_: None
+    for slip in wanted:
+        originals = put(slip)
+        kept += [phased_forward.phased_forward, phased_backward.phased_backward]  # their code is freed with them
+        note(slip, errors(SLIPS[slip][3]))
+        sys.modules.update(originals)
+        phased_forward.phased_forward, phased_backward.phased_backward = kept[:2]
+
+
+def note(name, error):
+    sys.stdout.write(json.dumps({name: error}) + "\n")
+    sys.stdout.flush()
+
+
+@pytest.fixture(scope="module")
+def found(request):
+    """Run the mutants that this run tests in a process of its own, since what they compute there is wrong."""
+    if BackendUnderTest("cpu").missing:
+        pytest.skip(str(BackendUnderTest("cpu").missing))
+    wanted = [
+        item.callspec.params["slip"]
+        for item in request.session.items
+        if item.path == request.node.path and hasattr(item, "callspec")
+    ]
+    tests = os.path.dirname(os.path.dirname(__file__))
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, __file__, *wanted], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=60 + 30 * len(wanted), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
+    return {name: error for line in done.stdout.splitlines() for name, error in json.loads(line).items()}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_noticed(found, slip):
+    fields = SLIPS[slip][3]
+    bound = BOUNDS["layer norm" if "layer_norm" in fields else "agreement"].float64
+    assert found[f"none of {json.dumps(fields)}"] <= bound, "the unchanged kernels are wrong"
+    assert not found[slip] <= NOTICED * bound  # NaN is noticed, too
+
+
+if __name__ == "__main__":
+    run_all(sys.argv[1:] or list(SLIPS))
