@@ -149,11 +149,5 @@ def inference(problem: Problem, threads: int, names: list[str]) -> dict[str, Sid
         found["torch"] = looped(peers.torch_module(torch, problem).requires_grad_(False), noises[:, None])
         found[CELL] = looped(cell_step, noises)
     if "onnxruntime" in names:
-        session, zero = peers.onnx_session(problem, threads), np.zeros((1, *shape), np.float32)
-
-        def graph_step(x: Any, state: Any) -> Any:
-            _, h, c = session(dict(zip(("X", "h", "c"), (x, *(state or (zero, zero))), strict=True)))
-            return h, (h, c)
-
-        found["onnxruntime"] = looped(graph_step, drive[:, None])
+        found["onnxruntime"] = looped(peers.onnx_calls(problem, threads).step, drive[:, None])
     return found

@@ -108,7 +108,7 @@ def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_too(out, mo
     assert peers.BY_STEPS in capsys.readouterr().out
     # Its results are compared with those of the plan, and a difference is a failure.
     wrong = peers.contender(peers.BY_STEPS)._replace(tolerance=1e-12)
-    monkeypatch.setitem(peers._OF_GPU_TABLE, peers.BY_STEPS, wrong)
+    monkeypatch.setitem(peers.OF_GPU_TABLE, peers.BY_STEPS, wrong)
     with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=132)):
         assert gpu.main(given(out, cells[:1], "--no-torch")) == 1
 

@@ -316,7 +316,7 @@ def test_torch_on_a_gpu_computes_with_tf32_only_if_asked(monkeypatch, tf32):
     forward = torch.nn.LSTM.forward
     look = lambda *given: (seen.append([part.allow_tf32 for part in parts]), forward(*given))[1]  # noqa: E731
     monkeypatch.setattr(torch.nn.LSTM, "forward", look)
-    with peers.torch_cuda(tf32=tf32)(Problem.of(TINY), 1) as side:
+    with peers.torch_cuda(Problem.of(TINY), 1, tf32=tf32) as side:
         side.outputs()
         side.time(1)
     assert seen == [[tf32, tf32]] * 2 and [part.allow_tf32 for part in parts] == before
@@ -345,7 +345,7 @@ def gpu():
 def test_the_gpu_is_measured_with_and_without_copies(gpu, kind):
     work = Work(1 if kind == "stream" else 3, 2, 4, 5, kind=kind)
     problem = Problem.of(work)
-    with sides.cpu(problem, 1) as ours, sides.cuda(problem, 1) as device, sides.cuda_with_copies(problem, 1) as copies:
+    with sides.cpu(problem, 1) as ours, sides.cuda(problem, 1) as device, sides.cuda(problem, 1, copies=True) as copies:
         for side, moved in ((device, False), (copies, True)):
             assert clock.disagreement(ours.outputs(), side.outputs(), "float32") is None
             gpu.pool.copies.clear()
