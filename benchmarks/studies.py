@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")[0]
     for case in study(options.threads, options.seconds):
         found = found.with_case(case)
-        print(f"{case.name}: " + ", ".join(f"{side} {report.cell(case, side)}" for side in case.values), flush=True)
+        print(report.line(case), flush=True)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             results.save(options.out / f"{options.study}.json", found)

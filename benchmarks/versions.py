@@ -9,13 +9,17 @@ call is timed in processes of its own, with an empty kernel cache, in CPU second
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+from first_calls import new_process
 
 from fastlstm.bench import clock, grid, results, run
 from fastlstm.bench.peers import CPU
@@ -91,7 +95,7 @@ try:  # kernels that stand beside the source from other runs are not to be found
     kernel_cache.folders = kernel_cache.folders[:1]
 except (ImportError, AttributeError):  # a version that looks in one folder only
     pass
-what = sys.argv[1]
+what = sys.argv[2]
 model, x = fastlstm.LSTM(32, 64, seed=0), np.ones((40, 8, 32), np.float32)
 if what == "inference":
     model(x)
@@ -104,46 +108,29 @@ print(time.process_time() - start)
 """
 
 
-class Version:
-    """One process that holds the models."""
+@contextlib.contextmanager
+def version(python: str, threads: int) -> Iterator[dict[str, Side]]:
+    """Start a process that holds the models; its sides by cell."""
+    shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
+    command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tempfile.gettempdir(), **pipes) as process:
 
-    def __init__(self, python: str, threads: int) -> None:
-        shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
-        command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()
-        )
-        self.cells = json.loads(self._line())
+        def seconds(cell: str, _: object, count: int) -> float:
+            print(json.dumps([cell, count]), file=process.stdin, flush=True)
+            return float(process.stdout.readline()) / count
 
-    def __enter__(self) -> Version:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()  # closes the pipes
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def side(self, cell: str) -> Side:
-        """The calls of a cell as a side."""
-
-        def seconds(_: object, count: int) -> float:
-            assert self.process.stdin is not None
-            print(json.dumps([cell, count]), file=self.process.stdin, flush=True)
-            return float(self._line()) / count
-
-        return Side(lambda: None, tuple, seconds)
+        try:
+            cells = json.loads(process.stdout.readline())
+            yield {cell: Side(lambda: None, tuple, functools.partial(seconds, cell)) for cell in cells}
+        finally:
+            process.kill()
 
 
 def first_call(python: str, what: str) -> float:
     """CPU seconds of a first call with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "FASTLSTM_NUM_THREADS": "1", "FASTLSTM_QUIET": "1"}
-        command = [python, "-c", FIRST, what]
-        done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=True)
-        return float(done.stdout)
+        return float(new_process(python, FIRST, Path(cache), 1, what))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,17 +147,16 @@ def main(arguments: list[str] | None = None) -> int:
     pythons = {CPU: options.new, options.name: options.old}
     found = run.begin(options.out.stem, [], max(options.threads), ABOUT)[0]
     for what in ("inference", "training", "step", "frozen step") if options.processes else ():
-        rounds = [
-            {name: first_call(python, what) for name, python in pythons.items()} for _ in range(options.processes)
-        ]
-        values = {name: tuple(seconds[name] for seconds in rounds) for name in pythons}
+        values = {name: () for name in pythons}
+        for name, python in [*pythons.items()] * options.processes:
+            values[name] += (first_call(python, what),)
         found = found.with_case(Case(what, values, group="first call, empty kernel cache, CPU time"))
     for threads in options.threads:
         group, cases = f"calls on {threads} thread{'s' * (threads > 1)}", dict[str, Case]()
         for _ in range(options.processes):
-            with Version(options.old, threads) as old, Version(options.new, threads) as new:
-                for cell in new.cells:
-                    sides = {CPU: new.side(cell), options.name: old.side(cell)}
+            with version(options.old, threads) as old, version(options.new, threads) as new:
+                for cell in new:
+                    sides = {CPU: new[cell], options.name: old[cell]}
                     times, interrupted = clock.take_turns(sides, options.seconds)
                     if interrupted:
                         return 130

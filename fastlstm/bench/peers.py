@@ -28,7 +28,6 @@ from fastlstm.errors import ArgumentError, BackendError
 __all__ = ["BY_STEPS", "CONTENDERS", "OF_GPU_TABLE", "OURS", "Contender", "able", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
-ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
 
 def torch_module(torch: Any, problem: Problem, device: str = "cpu") -> Any:
@@ -97,11 +96,9 @@ def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Iterato
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """Return the model as an ONNX graph of LSTM nodes; the states are inputs and outputs when streaming."""
-    onnx = import_module("onnx")
-    helper, work = onnx.helper, problem.work
-    params, directions = problem.model.params, 1 + work.bidirectional
-    order = np.concatenate([np.arange(g * work.hidden, (g + 1) * work.hidden) for g in ONNX_GATES])
+    """Return the model as a graph of LSTM nodes and no more; the states are inputs and outputs when streaming."""
+    onnx, write = import_module("onnx"), import_module("fastlstm.interchange.onnx")
+    helper, work, cell = onnx.helper, problem.work, problem.model.cell
     real, whole, state = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, [1, work.batch, work.hidden]
     inputs: list[Any] = [("X", real, list(problem.x.shape))]
     outputs: list[Any] = [("Y", real, None)]
@@ -112,15 +109,13 @@ def onnx_model(problem: Problem) -> bytes:
         inputs += [("h", real, state), ("c", real, state)]
         outputs += [("h_n", real, state), ("c_n", real, state)]
     for layer in range(work.layers):
-        ends = [f"_l{layer}{end}" for end in ("", "_reverse")[:directions]]
-        w, r, b = (np.stack([params[name + end][order] for end in ends]) for name in ("weight_ih", "weight_hh", "bias"))
-        constants |= {f"W{layer}": w, f"R{layer}": r, f"B{layer}": np.concatenate([b, np.zeros_like(b)], axis=1)}
-        names = [x, f"W{layer}", f"R{layer}", f"B{layer}", "lengths" if work.lengths is not None else ""]
+        weights = write.node_inputs(cell, problem.model.params, layer)  # W, R, B
+        constants |= weights
+        names = [x, *weights, "lengths" if work.lengths is not None else ""]
         names += ["h", "c"] if work.kind == "stream" else []
         last = layer == work.layers - 1
         found = [name for name, *_ in outputs] if last else [f"Y{layer}"]
-        direction = "bidirectional" if work.bidirectional else "forward"
-        nodes.append(helper.make_node("LSTM", names, found, hidden_size=work.hidden, direction=direction))
+        nodes.append(helper.make_node("LSTM", names, found, **write.node_attributes(cell)))
         if not last:  # (T, D, B, H) to (T, B, D * H)
             x = f"X{layer + 1}"
             nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"Z{layer}"], perm=[0, 2, 1, 3]))
@@ -128,14 +123,11 @@ def onnx_model(problem: Problem) -> bytes:
     graph = helper.make_graph(
         nodes,
         "lstm",
-        [helper.make_tensor_value_info(*value) for value in inputs],
-        [helper.make_tensor_value_info(*value) for value in outputs],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()],
+        *([helper.make_tensor_value_info(*value) for value in ends] for ends in (inputs, outputs)),
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
-    found_bytes: bytes = model.SerializeToString()
-    return found_bytes
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
 
 
 def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]], load: Callable[[Array], Any]) -> Calls:

@@ -79,7 +79,7 @@ def test_a_ragged_batch_counts_without_its_padding():
 
 def test_grids_have_every_kind_of_call_and_whole_sweeps():
     kinds = ("infer", "train", "stream")
-    small, full, goals = (grid.GRIDS[name](("float32",), kinds) for name in ("small", "full", "goals"))
+    small, full, goals = (grid.works(make, ("float32",), kinds) for make in grid.GRIDS.values())
     assert len(small) < 25 and set(small) < set(full) and len(set(full)) == len(full) and len(goals) == 19
     for kind in kinds:
         assert any(work.layers == 2 for work in small if work.kind == kind)
@@ -89,7 +89,7 @@ def test_grids_have_every_kind_of_call_and_whole_sweeps():
         others = {n: grid.CENTRE[n] for n in range(4) if n != place}
         swept = {work.shape[place] for work in full if all(work.shape[n] == size for n, size in others.items())}
         assert swept >= set(sizes)
-    assert len(grid.crossover("full", ("float32",), kinds)) == 2 * len(grid.MAP_BATCHES) * len(grid.MAP_HIDDENS)
+    assert len(grid.works(grid.crossover, ("float32",), kinds)) == 2 * len(grid.MAP_BATCHES) * len(grid.MAP_HIDDENS)
 
 
 # The timing loop.
