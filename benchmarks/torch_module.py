@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-import fastlstm
 from fastlstm.bench import peers, run
-from fastlstm.bench.sides import Side
+from fastlstm.bench.sides import Side, our_threads
 from fastlstm.bench.work import Work
 
 FORGET_BIAS = 3.0  # as neuralhydrology initialises it: with 0, gradients of T=365 underflow
@@ -28,15 +27,8 @@ def sides(work: Work, threads: int) -> run.Builders:
 @contextlib.contextmanager
 def _side(module: str, work: Work, threads: int) -> Iterator[Side]:
     """Build a training program, in which both libraries have so many threads."""
-    torch = import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    fastlstm.set_num_threads(threads)
-    try:
+    with peers.torch_with(threads) as torch, our_threads(threads):
         yield _program(torch, import_module(module).LSTM, work)
-    finally:
-        torch.set_num_threads(before)
-        fastlstm.set_num_threads(None)
 
 
 def _program(torch: Any, lstm_class: Any, work: Work) -> Side:

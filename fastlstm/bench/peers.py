@@ -70,15 +70,22 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
 
 
 @contextlib.contextmanager
-def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
-    """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
+def torch_with(threads: int) -> Iterator[Any]:
+    """PyTorch with so many threads."""
     torch = import_module("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        yield side_of(problem, _torch_calls(torch, problem, "cpu"))
+        yield torch
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
+    """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
+    with torch_with(threads) as torch:
+        yield side_of(problem, _torch_calls(torch, problem, "cpu"))
 
 
 @contextlib.contextmanager

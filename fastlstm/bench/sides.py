@@ -27,7 +27,7 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "host_seconds", "side_of"]
+__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "our_threads", "side_of"]
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -173,14 +173,21 @@ def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np) -> Calls:
 
 
 @contextlib.contextmanager
-def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
-    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
-    before = team._chosen and team._chosen.threads  # None is "as the machine has them"
+def our_threads(threads: int) -> Iterator[None]:
+    """Set our own number of threads; what was chosen before is restored, None being "as the machine has them"."""
+    before = team._chosen and team._chosen.threads
     fastlstm.set_num_threads(threads)
     try:
-        yield side_of(problem, _ours(problem, problem.frozen_or_trained if frozen else problem.model))
+        yield
     finally:
         fastlstm.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
+    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
+    with our_threads(threads):
+        yield side_of(problem, _ours(problem, problem.frozen_or_trained if frozen else problem.model))
 
 
 @contextlib.contextmanager
