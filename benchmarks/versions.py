@@ -35,43 +35,43 @@ from fastlstm import LSTM, functional
 
 INFER, TRAIN, threads = json.loads(sys.argv[1])
 fastlstm.set_num_threads(threads)
-f4, cells = np.float32, {}
 rng = np.random.default_rng(0)
 
 def x(*shape):
-    return rng.standard_normal(shape).astype(f4)
+    return rng.standard_normal(shape).astype(np.float32)
 
-def training(model, x, dy):
-    return lambda: model.backward(model.forward(x)[2], dy)
+def step(model, x):
+    _, state = model.step(x)
+    return lambda: model.step(x, state)
 
-one, row, few = x(1, 32), x(32), x(10, 4, 32)
-plain = LSTM(32, 64, seed=0)
-frozen, deep = plain.freeze(), LSTM(32, 64, 3, seed=0).freeze()
-state, states = frozen.step(one)[1], deep.step(one)[1]
-flat = tuple(s[:, 0] for s in state)
-first, both = LSTM(32, 64, batch_first=True, seed=0), LSTM(32, 64, bidirectional=True, seed=0)
-swapped, alone, lengths = np.ascontiguousarray(few.swapaxes(0, 1)), few[:, 0].copy(), np.array([10, 7, 5, 2])
-cells |= {
-    "frozen step (1, I)": lambda: frozen.step(one, state),
-    "step (1, I)": lambda: plain.step(one, state),
-    "frozen step (I,)": lambda: frozen.step(row, flat),
-    "frozen step, 3 layers": lambda: deep.step(one, states),
-    "call (10, 4, I)": lambda: plain(few),
-    "batch_first": lambda: first(swapped),
-    "unbatched": lambda: plain(alone),
-    "one sequence": lambda: plain(few[:, :1]),
-    "ragged": lambda: plain(few, None, lengths),
-    "bidirectional": lambda: both(few),
+def inference(model, x, lengths=None):
+    return lambda: model(x, None, lengths)
+
+def training(model, x, dy, lengths=None):
+    return lambda: model.backward(model.forward(x, lengths=lengths)[2], dy)
+
+plain, few = LSTM(32, 64, seed=0), x(10, 4, 32)
+cells = {
+    "frozen step (1, I)": step(plain.freeze(), x(1, 32)),
+    "step (1, I)": step(plain, x(1, 32)),
+    "frozen step (I,)": step(plain.freeze(), x(32)),
+    "frozen step, 3 layers": step(LSTM(32, 64, 3, seed=0).freeze(), x(1, 32)),
+    "call (10, 4, I)": inference(plain, few),
+    "batch_first": inference(LSTM(32, 64, batch_first=True, seed=0), x(4, 10, 32)),
+    "unbatched": inference(plain, x(10, 32)),
+    "one sequence": inference(plain, few[:, :1]),
+    "ragged": inference(plain, few, np.array([10, 7, 5, 2])),
+    "bidirectional": inference(LSTM(32, 64, bidirectional=True, seed=0), few),
     "forward": lambda: plain.forward(few),
     "functional": lambda: functional.lstm_forward(plain.params, few),
-    "training on one step": training(plain, few[:1, :1].copy(), x(1, 1, 64)),
+    "training on one step": training(plain, x(1, 1, 32), x(1, 1, 64)),
+    "training 100,64,32,128 ragged": training(
+        LSTM(32, 128, seed=0), x(100, 64, 32), x(100, 64, 128), rng.integers(1, 101, 64)),
 }
 for t, b, i, h in INFER:
-    cells[f"inference {t},{b},{i},{h}"] = lambda m=LSTM(i, h, seed=0), given=x(t, b, i): m(given)
+    cells[f"inference {t},{b},{i},{h}"] = inference(LSTM(i, h, seed=0), x(t, b, i))
 for t, b, i, h in TRAIN:
     cells[f"training {t},{b},{i},{h}"] = training(LSTM(i, h, seed=0), x(t, b, i), x(t, b, h))
-long, m, given, dy = rng.integers(1, 101, 64), LSTM(32, 128, seed=0), x(100, 64, 32), x(100, 64, 128)
-cells["training 100,64,32,128 ragged"] = lambda: m.backward(m.forward(given, lengths=long)[2], dy)
 
 for call in cells.values():
     for _ in range(30 if threads > 1 else 3):  # compiled, and the candidate schedules tried
