@@ -2,7 +2,7 @@
 
 :data:`CONTENDERS` is the table. Each entry says how a side is built, which packages that needs, and what the side can
 compute. All compute in the dtype of the work: OpenVINO is held to float32, where it would take bfloat16, and TF32 is
-off unless a name says otherwise. A new peer is a context manager and an entry.
+off unless a name says otherwise. A new peer is :class:`~fastlstm.bench.sides.Calls`, a context manager and an entry.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ listed; ``=`` is no difference.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean
 from typing import NamedTuple
 
@@ -87,25 +88,27 @@ def line(case: Case) -> str:
 
 def table_of(results: Results, cases: Sequence[Case]) -> str:
     """Return the table of cases: ours, the share of the peak, the other sides, and facts."""
-    sides = list(dict.fromkeys(side for case in cases for side in (*case.values, *case.refused)))
-    sides = [side for side in sides if any(side in case.values for case in cases)]
+    sides = list(dict.fromkeys(side for case in cases for side in case.values))
     facts = list(dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")))
     ours = next((side for side in (CPU, CUDA) if side in sides), None)
-    shares = {case.name: results.share_of_peak(case, ours) if ours else None for case in cases}
     several = len({case.work.dtype for case in cases if case.work}) > 1
-    works = [case.work if case.work and case.name == case.work.title else None for case in cases]  # else it has a name
-    names = [w.name + f", {w.dtype}" * several if w else c.name for w, c in zip(works, cases, strict=True)]
-    head = ["T,B,I,H" if all(works) else "what", *sides, *facts]
-    rows = [
-        [name, *(cell(case, side) for side in sides), *(_fact(case, fact) for fact in facts)]
-        for name, case in zip(names, cases, strict=True)
-    ]
-    if any(shares.values()):
-        head.insert(2, "of peak")
-        for case, row in zip(cases, rows, strict=True):
-            share = shares[case.name]
-            row.insert(2, "-" if share is None else f"{100 * share:.0f} %")
-    return table(head, rows)
+
+    def name(case: Case) -> str:
+        if case.work is None or case.name != case.work.title:  # it has a name of its own
+            return case.name
+        return case.work.name + f", {case.work.dtype}" * several
+
+    def share(case: Case) -> str:
+        found = results.share_of_peak(case, ours) if ours else None
+        return "-" if found is None else f"{100 * found:.0f} %"
+
+    all_works = all(case.work and case.name == case.work.title for case in cases)
+    columns: list[tuple[str, Callable[[Case], str]]] = [("T,B,I,H" if all_works else "what", name)]
+    columns += [(side, functools.partial(cell, side=side)) for side in sides]
+    if any(share(case) != "-" for case in cases):
+        columns.insert(2, ("of peak", share))
+    columns += [(fact, functools.partial(_fact, name=fact)) for fact in facts]
+    return table([head for head, _ in columns], [[shown(case) for _, shown in columns] for case in cases])
 
 
 def _fact(case: Case, name: str) -> str:
