@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -81,15 +83,13 @@ def start(threads: int, seconds: float, rounds: int = 5) -> Iterator[Case]:
                     if turn:  # the first brings every file into the system's cache
                         found[when, name].append(times)
     names.remove(NUMBA)
-    for when in ("cold", "warm"):
-        for number, part in enumerate(PARTS):
-            values = {name: tuple(times[number] for times in found[when, name]) for name in names}
-            yield Case(f"{when}: {part}", values, threads=threads)
-        values = {name: tuple(sum(times[1:]) for times in found[when, name]) for name in names}
-        values |= {NUMBA: tuple(times[0] for times in found[when, NUMBA])}
-        yield Case(f"{when}: all three calls", values, threads=threads)
-        values = {name: tuple(sum(times) for times in found[when, name]) for name in names}
-        yield Case(f"{when}: import and calls", values, threads=threads)
+    figures: dict[str, Any] = {part: operator.itemgetter(number) for number, part in enumerate(PARTS)}
+    figures |= {"all three calls": lambda times: sum(times[1:]), "import and calls": sum}
+    for when, (what, seconds_of) in itertools.product(("cold", "warm"), figures.items()):
+        values = {name: tuple(map(seconds_of, found[when, name])) for name in names}
+        if what == "all three calls":
+            values[NUMBA] = tuple(times[0] for times in found[when, NUMBA])
+        yield Case(f"{when}: {what}", values, threads=threads)
 
 
 def started(name: str, threads: int, cache: Path) -> tuple[list[float], int]:
