@@ -95,7 +95,6 @@ def training(problem: Problem, threads: int, names: list[str]) -> dict[str, Side
     found = {CPU: _side(in_python), NJIT: _side(in_njit), OPEN: _side(open_loop)}
     if "torch" in names:
         torch = import_module("torch")
-        torch.set_num_threads(threads)
         module, given = peers.torch_module(torch, problem), torch.from_numpy(dy)
         noises, first = torch.from_numpy(drive), torch.from_numpy(zero)
 
@@ -137,7 +136,6 @@ def inference(problem: Problem, threads: int, names: list[str]) -> dict[str, Sid
     found = {CPU: looped(problem.frozen_or_trained.step, drive), NJIT: _side(in_njit, shape)}
     if "torch" in names:
         torch, weights = import_module("torch"), problem.model.to_torch_state_dict()
-        torch.set_num_threads(threads)
         cell, noises = torch.nn.LSTMCell(work.inputs, work.hidden), torch.from_numpy(drive)
         cell.load_state_dict({name.removesuffix("_l0"): torch.from_numpy(value) for name, value in weights.items()})
         cell.requires_grad_(False)
@@ -149,11 +147,5 @@ def inference(problem: Problem, threads: int, names: list[str]) -> dict[str, Sid
         found["torch"] = looped(peers.torch_module(torch, problem).requires_grad_(False), noises[:, None])
         found[CELL] = looped(cell_step, noises)
     if "onnxruntime" in names:
-        session, zero = peers.onnx_session(problem, threads), np.zeros((1, *shape), np.float32)
-
-        def graph_step(x: Any, state: Any) -> Any:
-            _, h, c = session(dict(zip(("X", "h", "c"), (x, *(state or (zero, zero))), strict=True)))
-            return h, (h, c)
-
-        found["onnxruntime"] = looped(graph_step, drive[:, None])
+        found["onnxruntime"] = looped(peers.onnx_calls(problem, threads).step, drive[:, None])
     return found

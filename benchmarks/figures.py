@@ -17,9 +17,8 @@ from pathlib import Path
 import goals
 import scaling_out
 
-from fastlstm.bench import report, results
+from fastlstm.bench import pictures, report, results
 from fastlstm.bench.peers import CPU
-from fastlstm.bench.pictures import KINDS
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
 from fastlstm.errors import ResultsFileError
@@ -103,15 +102,11 @@ def section(found: Found) -> str:
 def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
     cases = {case.work: case for case in files[MAIN].cases}
     yield from ((words, cases[work]) for words, work in ROWS.items() if work in cases)
-    others = [
-        (ratio.middle, case.name, case)
-        for work, case in cases.items()
-        for side in filter(report.is_peer, case.values)
-        if (ratio := report.ratio_of(case, side)) and work not in ROWS.values()
-    ]
+    others = [(found.middle, case.name, case) for case, _, found in report.duels(cases.values())
+              if case.work not in ROWS.values()]  # fmt: skip
     if others:
         *_, worst = min(others)
-        yield f"{KINDS[worst.group]}, the peers' best other size", worst
+        yield f"{pictures.KINDS[worst.group]}, the peers' best other size", worst
     starts = files["start"].cases if "start" in files else ()
     yield from (("first calls ever, which compile", case) for case in starts if case.name == "cold: all three calls")
 
@@ -126,16 +121,6 @@ def gpu_sentence(found: Found) -> str:
         if means:
             words.append(f"On {stages[0].machine['GPU']}, the geometric mean of PyTorch's time / ours is {means}.")
     return " ".join(words) or NO_GPU
-
-
-def draw(files: Mapping[str, Results], folder: Path) -> None:
-    """Draw and write the pictures of a machine."""
-    from fastlstm.bench import pictures
-
-    for name, made in pictures.draw(files[MAIN]).items() if MAIN in files else ():
-        if isinstance(made, bytes):
-            (folder / f"{name}.png").write_bytes(made)
-            print(f"wrote {folder / name}.png")
 
 
 def readme(text: str, inside: str) -> str:
@@ -154,7 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = machines(RESULTS)
         for machine, files in found.items() if not options.check else ():
-            draw(files, RESULTS / machine)
+            if MAIN in files:
+                print(*pictures.write(files[MAIN], RESULTS / machine), sep="\n")
         text = README.read_text(encoding="utf-8")
         wanted = {README: readme(text, section(found)), TABLES: tables(found, RESULTS)}
     except (goals.MissingReasonError, ResultsFileError, ValueError) as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastlstm.bench import peers
 from fastlstm.bench.results import Case
@@ -80,25 +83,28 @@ def start(threads: int, seconds: float, rounds: int = 5) -> Iterator[Case]:
                     if turn:  # the first brings every file into the system's cache
                         found[when, name].append(times)
     names.remove(NUMBA)
-    for when in ("cold", "warm"):
-        for number, part in enumerate(PARTS):
-            values = {name: tuple(times[number] for times in found[when, name]) for name in names}
-            yield Case(f"{when}: {part}", values, threads=threads)
-        values = {name: tuple(sum(times[1:]) for times in found[when, name]) for name in names}
-        values |= {NUMBA: tuple(times[0] for times in found[when, NUMBA])}
-        yield Case(f"{when}: all three calls", values, threads=threads)
-        values = {name: tuple(sum(times) for times in found[when, name]) for name in names}
-        yield Case(f"{when}: import and calls", values, threads=threads)
+    figures: dict[str, Any] = {part: operator.itemgetter(number) for number, part in enumerate(PARTS)}
+    figures |= {"all three calls": lambda times: sum(times[1:]), "import and calls": sum}
+    for when, (what, seconds_of) in itertools.product(("cold", "warm"), figures.items()):
+        values = {name: tuple(map(seconds_of, found[when, name])) for name in names}
+        if what == "all three calls":
+            values[NUMBA] = tuple(times[0] for times in found[when, NUMBA])
+        yield Case(f"{when}: {what}", values, threads=threads)
 
 
 def started(name: str, threads: int, cache: Path) -> tuple[list[float], int]:
     """Start a process of one side; the seconds of each part, and how many kernels it compiled."""
+    result = new_process(sys.executable, _CLOCK + SCRIPTS[name] + _PRINT, cache, threads)
+    return result["seconds"], result["compiled"]
+
+
+def new_process(python: str, script: str, cache: Path, threads: int, *arguments: str) -> Any:
+    """Run a script with its own kernel cache; what its last line holds, in JSON."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("NUMBA_", "FASTLSTM_"))}
     environment |= {"NUMBA_CACHE_DIR": str(cache), "FASTLSTM_NUM_THREADS": str(threads), "FASTLSTM_QUIET": "1"}
     # -P: its folder is not searched for modules, so that the fastlstm that is installed is measured.
-    command = [sys.executable, "-P", "-c", _CLOCK + SCRIPTS[name] + _PRINT, str(threads)]
+    command = [python, "-P", "-c", script, str(threads), *arguments]
     done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
-        raise RuntimeError(f"{name} failed to start: {done.stderr.strip().splitlines()[-1:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result["seconds"], result["compiled"]
+        raise RuntimeError(f"a process failed to start: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -4,68 +4,58 @@
 
 Cases are measured as by ``fastlstm bench``: results are compared first, sides take turns. PyTorch is also timed with
 TF32, and our sequences with products in TF32 and bfloat16. Where a persistent kernel is planned
-(``fastlstm/backends/cuda/plans.py``), the path of a product and a kernel each step is timed too. The most telling cells
+(``fastlstm/backends/cuda/plans.py``), the path of a product and a kernel each step is timed too. The most telling cases
 come first; those that the time does not reach are listed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import gpu_common
 import numpy as np
 
 from fastlstm import cell as models
 from fastlstm import dispatch
-from fastlstm.bench import peers, run
+from fastlstm.bench import grid, peers, report, run
 from fastlstm.bench.results import Case
 from fastlstm.bench.work import Work
 
-OURS, THEIRS = (peers.CUDA, peers.BY_STEPS), ("torch cuda", *peers.OUR_NARROWER, *peers.NARROWER)
-SECONDS_OF_A_CELL = 3.0  # of timing, inference and training together
+OURS, THEIRS = (peers.CUDA, peers.BY_STEPS), ("torch cuda", "torch cuda TF32")
+ROUNDED = (f"{peers.CUDA} TF32", f"{peers.CUDA} bfloat16")  # beside PyTorch's; a step is always computed in float32
+SECONDS_OF_A_CASE = 1.5  # of timing
 UNREACHED = "the time ran out"
 
 
-class Cell(NamedTuple):
-    """One problem: T steps of B sequences with I = H inputs."""
-
-    batch: int
-    hidden: int
-    kind: str = "sequence"  # "ragged": lengths from T / 2 to T; "one step": streaming
-    layers: int = 1
-    bidirectional: bool = False
-    steps: int = 512
-
-    def works(self) -> list[Work]:
-        """Inference and training, or a step."""
-        variant = {"layers": self.layers, "bidirectional": self.bidirectional}
-        if self.kind == "one step":
-            return [Work(1, self.batch, self.hidden, self.hidden, kind="stream", layers=self.layers)]
-        make = Work.ragged if self.kind == "ragged" else Work
-        shape = self.steps, self.batch, self.hidden, self.hidden
-        return [replace(make(*shape, kind=kind), **variant) for kind in ("infer", "train")]
+def sequences(*sizes: tuple[int, int], make: Callable[..., Work] = Work, **variant: Any) -> list[Work]:
+    """Inference and training, T=512, for each (B, H), with I = H."""
+    return [replace(make(512, b, h, h, kind=kind), **variant) for b, h in sizes for kind in ("infer", "train")]
 
 
-# The most telling first: one batch at all sizes, one cell of each other kind, the other batches; then what is left.
-SIZES = (512, 256, 1024, 128)
-CELLS = (
-    *(Cell(16, hidden) for hidden in SIZES),
-    Cell(1, 256, "one step"),
-    Cell(16, 512, layers=2, bidirectional=True),
-    Cell(64, 256, "ragged"),
-    *(Cell(batch, hidden) for batch in (64, 1) for hidden in SIZES),
-    *(Cell(batch, hidden, "one step") for batch, hidden in ((1, 1024), (16, 512))),
-    *(Cell(batch, hidden, "ragged") for batch, hidden in ((16, 512), (64, 1024))),
-    Cell(64, 256, layers=2, bidirectional=True),
-    *(Cell(batch, hidden) for hidden in (64, 192, 768) for batch in (16, 64, 1)),
-    *(Cell(256, hidden) for hidden in SIZES),
+def steps(*sizes: tuple[int, int]) -> list[Work]:
+    """A step of a stream for each (B, H), with I = H."""
+    return [Work(1, b, h, h, kind="stream") for b, h in sizes]
+
+
+# The most telling first: one batch at all sizes, one of each other kind, the other batches; then what is left.
+SIZES, DEEP = (512, 256, 1024, 128), {"layers": 2, "bidirectional": True}
+WORKS = (
+    *sequences(*((16, hidden) for hidden in SIZES)),
+    *steps((1, 256)),
+    *sequences((16, 512), **DEEP),
+    *sequences((64, 256), make=Work.ragged),
+    *sequences(*((batch, hidden) for batch in (64, 1) for hidden in SIZES)),
+    *steps((1, 1024), (16, 512)),
+    *sequences((16, 512), (64, 1024), make=Work.ragged),
+    *sequences((64, 256), **DEEP),
+    *sequences(*((batch, hidden) for hidden in (64, 192, 768) for batch in (16, 64, 1))),
+    *sequences(*((256, hidden) for hidden in SIZES)),
 )
 
 
@@ -73,36 +63,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, and write the file; 1 if our side fails, or torch's float32 results are not ours."""
     options = parser().parse_args(arguments)
     begin = time.monotonic()
-    cupy = import_module("cupy")
     peers.TORCH_GPU = options.torch_device
-    names = [name for name in (*OURS, *(() if options.no_torch else THEIRS)) if peers.missing(name) is None]
-    machine = gpu_common.machine(cupy)
-    if "torch cuda" in names:
-        torch = import_module("torch")
-        machine |= {"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda)}
-        machine |= {"cuDNN": str(torch.backends.cudnn.version())}
-    gpu_common.update(options.out, machine=machine)
-    todo, measured, failed = chosen(options), 0, False
-    for cell in todo:
+    names = [
+        name for name in (*OURS, *(() if options.no_torch else (*THEIRS, *ROUNDED))) if peers.missing(name) is None
+    ]
+    gpu_common.update(options.out, machine=gpu_common.machine(with_torch="torch cuda" in names))
+    works, measured, failed = chosen(options), 0, False
+    for work in works:
         if time.monotonic() - begin > options.seconds:
             break
-        found = []
-        for work in cell.works():
-            without = set() if is_persistent(work) else {peers.BY_STEPS}
-            without |= set(peers.OUR_NARROWER) if work.kind == "stream" else set()  # a step is computed in float32
-            sides = [name for name in names if name not in without]
-            case, interrupted = run.measure_case(work, sides, 1, SECONDS_OF_A_CELL / len(cell.works()))
-            gpu_common.update(options.out, [case])
-            if interrupted:
-                return 1
-            found.append(case)
-            failed |= bool(complaints(case))
+        without = set() if is_persistent(work) else {peers.BY_STEPS}
+        without |= set(ROUNDED) if work.kind == "stream" else set()
+        sides = [name for name in names if name not in without]
+        case = run.measure_case(work, sides, 1, SECONDS_OF_A_CASE)
+        gpu_common.update(options.out, [case])
+        print(report.line(case), flush=True)
+        failed |= bool(complaints(case))
         measured += 1
-        print(f"cell {cell.works()[0].name}: {summary(found)}", flush=True)
-    left = [work for cell in todo[measured:] for work in cell.works()]
     late = {"refused": {run.EVERYBODY: UNREACHED}}
-    gpu_common.update(options.out, [Case(work.title, {}, group=work.kind, work=work, **late) for work in left])
-    print(f"{measured} of {len(todo)} cells measured")
+    left = [Case(work.title, {}, group=work.kind, work=work, **late) for work in works[measured:]]
+    gpu_common.update(options.out, left)
+    print(f"{measured} of {len(works)} cases measured")
     return int(failed)
 
 
@@ -111,10 +92,10 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
     add = result.add_argument
     add("--out", type=Path, required=True, help="the stage's file")
-    add("--seconds", type=float, default=150.0, help="start no cell after these; default: %(default)s")
-    add("--done", type=Path, help="a stage's file: leave its cells out")
-    add("--last-first", action="store_true", help="begin with the cells that are reached last otherwise")
-    add("--cells", type=json.loads, help="other cells, as a JSON list of lists, e.g. [[16, 512]]")
+    add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
+    add("--done", type=Path, help="a stage's file: leave its cases out")
+    add("--last-first", action="store_true", help="begin with the cases that are reached last otherwise")
+    add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
     add("--no-torch", action="store_true", help="time this library alone")
     add("--torch-device", default="cuda", help="for trying this out; default: %(default)s")
     return result
@@ -130,24 +111,13 @@ def is_persistent(work: Work) -> bool:
     return any("one launch a sequence" in words for words in plan)
 
 
-def chosen(options: argparse.Namespace) -> list[Cell]:
-    """Return the cells to measure, in order."""
-    cells = [Cell(*given) for given in options.cells] if options.cells else list(CELLS)
+def chosen(options: argparse.Namespace) -> list[Work]:
+    """Return the works to measure, in order."""
+    works = grid.of_shapes(options.shape, ("float32",), ("infer", "train")) if options.shape else list(WORKS)
     stage = gpu_common.load(options.done) if options.done else None
     done = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
-    left = [cell for cell in cells if any(work.title not in done for work in cell.works())]
+    left = [work for work in works if work.title not in done]
     return left[::-1] if options.last_first and not done else left
-
-
-def summary(found: list[Case]) -> str:
-    """Say in one line how a cell went: microseconds of inference and training, or of a step."""
-    parts = []
-    for name in dict.fromkeys(side for case in found for side in (*case.values, *case.refused)):
-        times = [f"{1e6 * case.spread(name).middle:.1f}" for case in found if name in case.values]
-        parts.append(
-            f"{name} {' / '.join(times) or next(case.refused[name] for case in found if name in case.refused)}"
-        )
-    return ", ".join(parts)
 
 
 def complaints(case: Case) -> list[str]:

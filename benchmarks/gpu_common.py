@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,12 @@ def update(path: Path, cases: Iterable[Case] = (), **parts: Any) -> None:
     results.save(path, replace(before, cases=(*kept, *added.values()), **parts))
 
 
-def step(path: Path, name: str, result: str, seconds: str, remark: str) -> None:
-    """Append one step to a stage's file."""
-    before = load(path)
-    new = {"name": name, "result": result, "seconds": seconds, "remark": remark}
-    update(path, steps=(*(before.steps if before else ()), new))
-
-
-def machine(cupy: Any) -> dict[str, str]:
+def machine(*, with_torch: bool = False) -> dict[str, str]:
     """Name the GPU and the versions on which the figures depend."""
-    runtime = cupy.cuda.runtime
-    device = cupy.cuda.Device()
+    cupy = import_module("cupy")
+    runtime, device = cupy.cuda.runtime, cupy.cuda.Device()
     properties = runtime.getDeviceProperties(device.id)
+    torch = import_module("torch") if with_torch else None
     return {
         "GPU": properties["name"].decode(),
         "compute capability": str(device.compute_capability),
@@ -70,7 +65,8 @@ def machine(cupy: Any) -> dict[str, str]:
         "python": platform.python_version(),
         "processor": f"{diagnostics.processor()}, {diagnostics.usable_cores()} cores",
         "NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", "not set"),
-    }
+    } | ({"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda),
+          "cuDNN": str(torch.backends.cudnn.version())} if torch else {})  # fmt: skip
 
 
 def dotted(number: int) -> str:
@@ -89,15 +85,12 @@ def nvidia_smi() -> dict[str, str]:
     return dict(zip(["driver", *fields[1:]], done.stdout.splitlines()[0].split(", "), strict=False))
 
 
-def one_line(error: BaseException) -> str:
-    """Say in one line what went wrong."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
-
-
 def main(arguments: list[str]) -> int:
     what, first, *rest = arguments
     if what == "step":
-        step(Path(first), *rest)
+        before = load(Path(first))
+        new = dict(zip(("name", "result", "seconds", "remark"), rest, strict=True))
+        update(Path(first), steps=(*(before.steps if before else ()), new))
         return 0
     stages = [stage for path in (first, *rest) if (stage := load(Path(path)))]
     print("\n\n".join(part for stage in stages for part in (f"### Stage {stage.name}", *report.text(stage))))

@@ -9,13 +9,17 @@ call is timed in processes of its own, with an empty kernel cache, in CPU second
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+from first_calls import new_process
 
 from fastlstm.bench import clock, grid, results, run
 from fastlstm.bench.peers import CPU
@@ -31,43 +35,43 @@ from fastlstm import LSTM, functional
 
 INFER, TRAIN, threads = json.loads(sys.argv[1])
 fastlstm.set_num_threads(threads)
-f4, cells = np.float32, {}
 rng = np.random.default_rng(0)
 
 def x(*shape):
-    return rng.standard_normal(shape).astype(f4)
+    return rng.standard_normal(shape).astype(np.float32)
 
-def training(model, x, dy):
-    return lambda: model.backward(model.forward(x)[2], dy)
+def step(model, x):
+    _, state = model.step(x)
+    return lambda: model.step(x, state)
 
-one, row, few = x(1, 32), x(32), x(10, 4, 32)
-plain = LSTM(32, 64, seed=0)
-frozen, deep = plain.freeze(), LSTM(32, 64, 3, seed=0).freeze()
-state, states = frozen.step(one)[1], deep.step(one)[1]
-flat = tuple(s[:, 0] for s in state)
-first, both = LSTM(32, 64, batch_first=True, seed=0), LSTM(32, 64, bidirectional=True, seed=0)
-swapped, alone, lengths = np.ascontiguousarray(few.swapaxes(0, 1)), few[:, 0].copy(), np.array([10, 7, 5, 2])
-cells |= {
-    "frozen step (1, I)": lambda: frozen.step(one, state),
-    "step (1, I)": lambda: plain.step(one, state),
-    "frozen step (I,)": lambda: frozen.step(row, flat),
-    "frozen step, 3 layers": lambda: deep.step(one, states),
-    "call (10, 4, I)": lambda: plain(few),
-    "batch_first": lambda: first(swapped),
-    "unbatched": lambda: plain(alone),
-    "one sequence": lambda: plain(few[:, :1]),
-    "ragged": lambda: plain(few, None, lengths),
-    "bidirectional": lambda: both(few),
+def inference(model, x, lengths=None):
+    return lambda: model(x, None, lengths)
+
+def training(model, x, dy, lengths=None):
+    return lambda: model.backward(model.forward(x, lengths=lengths)[2], dy)
+
+plain, few = LSTM(32, 64, seed=0), x(10, 4, 32)
+cells = {
+    "frozen step (1, I)": step(plain.freeze(), x(1, 32)),
+    "step (1, I)": step(plain, x(1, 32)),
+    "frozen step (I,)": step(plain.freeze(), x(32)),
+    "frozen step, 3 layers": step(LSTM(32, 64, 3, seed=0).freeze(), x(1, 32)),
+    "call (10, 4, I)": inference(plain, few),
+    "batch_first": inference(LSTM(32, 64, batch_first=True, seed=0), x(4, 10, 32)),
+    "unbatched": inference(plain, x(10, 32)),
+    "one sequence": inference(plain, few[:, :1]),
+    "ragged": inference(plain, few, np.array([10, 7, 5, 2])),
+    "bidirectional": inference(LSTM(32, 64, bidirectional=True, seed=0), few),
     "forward": lambda: plain.forward(few),
     "functional": lambda: functional.lstm_forward(plain.params, few),
-    "training on one step": training(plain, few[:1, :1].copy(), x(1, 1, 64)),
+    "training on one step": training(plain, x(1, 1, 32), x(1, 1, 64)),
+    "training 100,64,32,128 ragged": training(
+        LSTM(32, 128, seed=0), x(100, 64, 32), x(100, 64, 128), rng.integers(1, 101, 64)),
 }
 for t, b, i, h in INFER:
-    cells[f"inference {t},{b},{i},{h}"] = lambda m=LSTM(i, h, seed=0), given=x(t, b, i): m(given)
+    cells[f"inference {t},{b},{i},{h}"] = inference(LSTM(i, h, seed=0), x(t, b, i))
 for t, b, i, h in TRAIN:
     cells[f"training {t},{b},{i},{h}"] = training(LSTM(i, h, seed=0), x(t, b, i), x(t, b, h))
-long, m, given, dy = rng.integers(1, 101, 64), LSTM(32, 128, seed=0), x(100, 64, 32), x(100, 64, 128)
-cells["training 100,64,32,128 ragged"] = lambda: m.backward(m.forward(given, lengths=long)[2], dy)
 
 for call in cells.values():
     for _ in range(30 if threads > 1 else 3):  # compiled, and the candidate schedules tried
@@ -91,7 +95,7 @@ try:  # kernels that stand beside the source from other runs are not to be found
     kernel_cache.folders = kernel_cache.folders[:1]
 except (ImportError, AttributeError):  # a version that looks in one folder only
     pass
-what = sys.argv[1]
+what = sys.argv[2]
 model, x = fastlstm.LSTM(32, 64, seed=0), np.ones((40, 8, 32), np.float32)
 if what == "inference":
     model(x)
@@ -104,46 +108,29 @@ print(time.process_time() - start)
 """
 
 
-class Version:
-    """One process that holds the models."""
+@contextlib.contextmanager
+def version(python: str, threads: int) -> Iterator[dict[str, Side]]:
+    """Start a process that holds the models; its sides by cell."""
+    shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
+    command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tempfile.gettempdir(), **pipes) as process:
 
-    def __init__(self, python: str, threads: int) -> None:
-        shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
-        command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()
-        )
-        self.cells = json.loads(self._line())
+        def seconds(cell: str, _: object, count: int) -> float:
+            print(json.dumps([cell, count]), file=process.stdin, flush=True)
+            return float(process.stdout.readline()) / count
 
-    def __enter__(self) -> Version:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()  # closes the pipes
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def side(self, cell: str) -> Side:
-        """The calls of a cell as a side."""
-
-        def seconds(_: object, count: int) -> float:
-            assert self.process.stdin is not None
-            print(json.dumps([cell, count]), file=self.process.stdin, flush=True)
-            return float(self._line()) / count
-
-        return Side(lambda: None, tuple, seconds)
+        try:
+            cells = json.loads(process.stdout.readline())
+            yield {cell: Side(lambda: None, tuple, functools.partial(seconds, cell)) for cell in cells}
+        finally:
+            process.kill()
 
 
 def first_call(python: str, what: str) -> float:
     """CPU seconds of a first call with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "FASTLSTM_NUM_THREADS": "1", "FASTLSTM_QUIET": "1"}
-        command = [python, "-c", FIRST, what]
-        done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=True)
-        return float(done.stdout)
+        return float(new_process(python, FIRST, Path(cache), 1, what))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,20 +147,17 @@ def main(arguments: list[str] | None = None) -> int:
     pythons = {CPU: options.new, options.name: options.old}
     found = run.begin(options.out.stem, [], max(options.threads), ABOUT)[0]
     for what in ("inference", "training", "step", "frozen step") if options.processes else ():
-        rounds = [
-            {name: first_call(python, what) for name, python in pythons.items()} for _ in range(options.processes)
-        ]
-        values = {name: tuple(seconds[name] for seconds in rounds) for name in pythons}
+        values = {name: () for name in pythons}
+        for name, python in [*pythons.items()] * options.processes:
+            values[name] += (first_call(python, what),)
         found = found.with_case(Case(what, values, group="first call, empty kernel cache, CPU time"))
     for threads in options.threads:
         group, cases = f"calls on {threads} thread{'s' * (threads > 1)}", dict[str, Case]()
         for _ in range(options.processes):
-            with Version(options.old, threads) as old, Version(options.new, threads) as new:
-                for cell in new.cells:
-                    sides = {CPU: new.side(cell), options.name: old.side(cell)}
-                    times, interrupted = clock.take_turns(sides, options.seconds)
-                    if interrupted:
-                        return 130
+            with version(options.old, threads) as old, version(options.new, threads) as new:
+                for cell in new:
+                    sides = {CPU: new[cell], options.name: old[cell]}
+                    times = clock.take_turns(sides, options.seconds)
                     if cell in cases:
                         times = {name: cases[cell].values[name] + more for name, more in times.items()}
                     cases[cell] = Case(cell, times, threads=threads, group=group)

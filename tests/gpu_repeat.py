@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.no_pool:
         cupy.cuda.set_allocator(None)
     if options.out:
-        gpu_common.update(options.out, machine=gpu_common.machine(cupy))
+        gpu_common.update(options.out, machine=gpu_common.machine())
     passed = True
     todo = [(case, dtype) for case in CASES for dtype in BOUNDS]
     for case, dtype in todo:

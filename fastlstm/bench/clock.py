@@ -37,7 +37,7 @@ SAMPLE = 1e-3  # seconds
 WARM = 3e-3  # seconds
 LONG = 0.1  # seconds
 LEAST_ROUNDS, MOST_ROUNDS = 5, 400
-FEWEST_ROUNDS, PATIENCE = 3, 3.0  # once the rounds have taken so many times the budget; and after Ctrl-C
+FEWEST_ROUNDS, PATIENCE = 3, 3.0  # once the rounds have taken so many times the budget
 # Errors allowed, as a share of the largest true value of an array: above what float32 and float64 explain over sums of
 # some ten thousand terms and a thousand steps, below what a narrower format (TF32, bfloat16) causes.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-11}
@@ -123,18 +123,15 @@ def take_turns(
     *,
     pause: Callable[[], None] = wait_for_quiet,
     now: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, tuple[float, ...]], bool]:
-    """Time sides in turn that are built and compared; give the seconds of one call for each side and whole round.
+) -> dict[str, tuple[float, ...]]:
+    """Time sides in turn that are built and compared; give the seconds of one call for each side and round.
 
     `budget` seconds are spent on :data:`LEAST_ROUNDS` to :data:`MOST_ROUNDS` rounds; if the rounds take more than
-    :data:`PATIENCE` times that, :data:`FEWEST_ROUNDS` are enough. The second result is whether Ctrl-C ended it: whole
-    rounds are kept, if there are :data:`FEWEST_ROUNDS`. A side that fails raises SideError. `pause` and `now` are for
-    tests.
+    :data:`PATIENCE` times that, :data:`FEWEST_ROUNDS` are enough. A side that fails raises SideError. `pause` and `now`
+    are for tests.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    calls, short = {}, {}
-    names = list(sides)
-    name, interrupted = "", False
+    calls, short, names, name = {}, {}, list(sides), ""
     begin = now()
     try:
         for name, side in sides.items():
@@ -151,11 +148,6 @@ def take_turns(
                 while short[name] and now() < until:
                     sides[name].time(calls[name])
                 seconds[name].append(sides[name].time(calls[name]))
-    except KeyboardInterrupt:
-        interrupted = True
     except Exception as error:
         raise SideError(name) from error
-    whole = min(map(len, seconds.values()), default=0)
-    if interrupted and whole < FEWEST_ROUNDS:
-        whole = 0
-    return {name: tuple(values[:whole]) for name, values in seconds.items()}, interrupted
+    return {name: tuple(values) for name, values in seconds.items()}

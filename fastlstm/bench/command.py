@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from fastlstm.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fastlstm.bench.results import Results
     from fastlstm.bench.work import Work
 
 __all__ = ["add_arguments", "bench"]
@@ -41,7 +41,7 @@ def bench(options: argparse.Namespace) -> int:
     An option that makes no sense, or a file that cannot be written, is an ArgumentError before anything is measured.
     """
     from fastlstm.backends.threads import get_num_threads
-    from fastlstm.bench import grid, peers, report, results, run
+    from fastlstm.bench import grid, peers, pictures, report, results, run
 
     dtypes, names = options.dtype or ("float32",), peers.chosen(options.peers)
     kinds = options.kinds or (("infer", "train") if options.bidirectional else ("infer", "train", "stream"))
@@ -51,14 +51,15 @@ def bench(options: argparse.Namespace) -> int:
     elif options.layers != 1 or options.bidirectional:
         raise ArgumentError("--layers and --bidirectional go with --shape")
     else:
-        works = grid.GRIDS[options.grid](dtypes, kinds)
+        works = grid.works(grid.GRIDS[options.grid], dtypes, kinds)
+    a_map = functools.partial(grid.crossover, every=1 if options.grid == "full" else 2)
     _prepare(options)
     found = run.measure(
         works,
         names,
         threads=get_num_threads() if options.threads is None else options.threads,
         seconds=options.seconds,
-        ours_only=() if options.shape else grid.crossover(options.grid, dtypes, kinds),
+        ours_only=() if options.shape else grid.works(a_map, dtypes, kinds),
         progress=_shown,
         keep=lambda found: results.save(options.json, found) if options.json else None,
     )
@@ -68,7 +69,7 @@ def bench(options: argparse.Namespace) -> int:
         results.save(options.json, found)
         print(f"wrote {options.json}")
     if options.plot:
-        _plot(found, options.plot)
+        print(*pictures.write(found, options.plot), sep="\n")
     return 130 if found.interrupted else status
 
 
@@ -90,14 +91,3 @@ def _shown(works: Iterable[Work]) -> Iterator[Work]:
     for number, work in enumerate(works, 1):
         print(f"{number} of {len(works)}: {work.title}", file=sys.stderr, flush=True)
         yield work
-
-
-def _plot(found: Results, folder: Path) -> None:
-    from fastlstm.bench import pictures
-
-    for name, made in pictures.draw(found).items():
-        if isinstance(made, str):
-            print(f"no picture {name}: {made}")
-        else:
-            (folder / f"{name}.png").write_bytes(made)
-            print(f"wrote {folder / f'{name}.png'}")

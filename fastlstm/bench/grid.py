@@ -1,17 +1,18 @@
 """The grids: the sizes that are measured.
 
->>> [work.title for work in small(("float32",), ("stream",))][:2]
+>>> [work.title for work in small("float32", "stream")][:2]
 ['1,1,32,64 stream float32', '1,1,32,64, unbatched stream float32']
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastlstm.bench.work import Work
 
-__all__ = ["GOALS", "GRIDS", "crossover", "of_shapes"]
+__all__ = ["GOALS", "GRIDS", "crossover", "of_shapes", "works"]
 
 SMALL: dict[str, tuple[tuple[tuple[int, int, int, int], dict[str, Any]], ...]] = {
     "infer": (
@@ -45,61 +46,43 @@ GOALS = ((1, 1, 32, 64), (1, 1, 128, 256), (100, 1, 32, 64), (100, 1, 128, 256),
 RAGGED_GOAL = (365, 64, 32, 128)
 
 
-def small(dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
+def small(dtype: str, kind: str) -> list[Work]:
     """Return the default grid, with a row for each kind of call."""
-    kinds = tuple(kinds)
-    found = []
-    for dtype in dtypes:
-        for kind in kinds:
-            found += [Work(*shape, dtype, kind, **options) for shape, options in SMALL[kind]]
-            found += [Work.ragged(*RAGGED, dtype, kind)] if kind == "train" else []
-    return found
+    found = [Work(*shape, dtype, kind, **options) for shape, options in SMALL[kind]]
+    return found + ([Work.ragged(*RAGGED, dtype, kind)] if kind == "train" else [])
 
 
-def full(dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
+def full(dtype: str, kind: str) -> list[Work]:
     """Return the small grid, and sweeps of T, B and H through :data:`CENTRE`."""
-    dtypes, kinds = tuple(dtypes), tuple(kinds)
-    found = small(dtypes, kinds)
     steps, batch, inputs, hidden = CENTRE
-    for dtype in dtypes:
-        for kind in kinds:
-            t = 1 if kind == "stream" else steps
-            found += [Work(t, b, inputs, hidden, dtype, kind) for b in BATCHES]
-            found += [Work(t, batch, inputs, h, dtype, kind) for h in HIDDENS]
-            if kind != "stream":
-                found += [Work(t, batch, inputs, hidden, dtype, kind) for t in STEPS]
-    return list(dict.fromkeys(found))
+    t = 1 if kind == "stream" else steps
+    found = small(dtype, kind)
+    found += [Work(t, b, inputs, hidden, dtype, kind) for b in BATCHES]
+    found += [Work(t, batch, inputs, h, dtype, kind) for h in HIDDENS]
+    return found + [Work(t, batch, inputs, hidden, dtype, kind) for t in STEPS if kind != "stream"]
 
 
-def goals(dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
+def goals(dtype: str, kind: str) -> list[Work]:
     """Return the shapes for which there are goals; the ragged batch with training, and two single steps."""
-    found = []
-    for dtype in tuple(dtypes):
-        for kind in kinds:
-            shapes = GOALS[:2] if kind == "stream" else GOALS
-            found += [Work(*shape, dtype, kind) for shape in shapes]
-            found += [Work.ragged(*RAGGED_GOAL, dtype, kind)] if kind == "train" else []
-    return found
+    found = [Work(*shape, dtype, kind) for shape in (GOALS[:2] if kind == "stream" else GOALS)]
+    return found + ([Work.ragged(*RAGGED_GOAL, dtype, kind)] if kind == "train" else [])
 
 
-def crossover(name: str, dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
+def crossover(dtype: str, kind: str, every: int = 1) -> list[Work]:
     """Return the sizes of the map of where a GPU pays, for our own sides; the small grid has every second of them."""
-    every = 1 if name == "full" else 2
-    return [
-        Work(MAP_STEPS, batch, hidden, hidden, dtype, kind)
-        for dtype in tuple(dtypes)
-        for kind in kinds
-        if kind != "stream"
-        for hidden in MAP_HIDDENS[::every]
-        for batch in MAP_BATCHES[::every]
-    ]
+    sizes = itertools.product(MAP_HIDDENS[::every], MAP_BATCHES[::every]) if kind != "stream" else ()
+    return [Work(MAP_STEPS, batch, hidden, hidden, dtype, kind) for hidden, batch in sizes]
+
+
+def works(make: Callable[[str, str], Iterable[Work]], dtypes: Iterable[str], kinds: Iterable[str]) -> list[Work]:
+    """Return what `make` gives for each dtype and kind, each work once."""
+    pairs = itertools.product(dtypes, kinds)
+    return list(dict.fromkeys(work for dtype, kind in pairs for work in make(dtype, kind)))
 
 
 def of_shapes(texts: Iterable[str], dtypes: Iterable[str], kinds: Iterable[str], **options: Any) -> list[Work]:
     """Return one work for each shape, dtype and kind."""
-    texts, kinds = tuple(texts), tuple(kinds)
-    found = (Work.parse(text, dtype, kind, **options) for dtype in dtypes for kind in kinds for text in texts)
-    return list(dict.fromkeys(found))
+    return works(lambda dtype, kind: [Work.parse(text, dtype, kind, **options) for text in texts], dtypes, kinds)
 
 
 GRIDS = {"small": small, "full": full, "goals": goals}

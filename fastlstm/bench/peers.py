@@ -2,31 +2,32 @@
 
 :data:`CONTENDERS` is the table. Each entry says how a side is built, which packages that needs, and what the side can
 compute. All compute in the dtype of the work: OpenVINO is held to float32, where it would take bfloat16, and TF32 is
-off unless a name says otherwise. A new peer is a context manager and an entry.
+off unless a name says otherwise. A new peer is :class:`~fastlstm.bench.sides.Calls`, a context manager and an entry.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastlstm import dispatch
 from fastlstm.bench import sides
-from fastlstm.bench.sides import CHECKED_STEPS, Side
+from fastlstm.bench.sides import Calls, Side, held, side_of
 from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["BY_STEPS", "CONTENDERS", "NARROWER", "OURS", "OUR_NARROWER", "Contender", "able", "chosen", "missing"]
+__all__ = ["BY_STEPS", "CONTENDERS", "OF_GPU_TABLE", "OURS", "Contender", "able", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
-ONNX_GATES = (0, 3, 1, 2)  # ONNX orders the gates i, o, f, g
 
 
 def torch_module(torch: Any, problem: Problem, device: str = "cpu") -> Any:
@@ -40,13 +41,8 @@ def torch_module(torch: Any, problem: Problem, device: str = "cpu") -> Any:
     return module if work.kind == "train" else module.eval()  # cuDNN does less then
 
 
-def _torch_calls(torch: Any, problem: Problem, device: str) -> tuple[Callable[[], Any], ...]:
-    """Return the call to time, and one for the tensors to compare."""
-    work = problem.work
-    module = torch_module(torch, problem, device)
-    x, dy = (torch.from_numpy(value).to(device) for value in (problem.x, problem.dy))
-    if work.unbatched:
-        x, dy = x[:, 0], dy[:, 0]
+def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
+    work, module = problem.work, torch_module(torch, problem, device)
     lengths = None if work.lengths is None else torch.from_numpy(problem.lengths)
     weights = [getattr(module, name.replace("bias_l", "bias_ih_l")) for name in problem.model.params]
 
@@ -56,107 +52,60 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> tuple[Callable[[]
         pack, pad = torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
         return pad(module(pack(x, lengths, enforce_sorted=False))[0], total_length=work.steps)[0]
 
-    def infer() -> tuple[Any, ...]:
-        with torch.inference_mode():
-            return (forward(x),)
-
-    def train() -> tuple[Any, ...]:
+    def train(x: Any, dy: Any) -> tuple[Any, ...]:
         leaf = x.detach().requires_grad_()
         module.zero_grad()
         y = forward(leaf)
         y.backward(dy)
         return y.detach(), leaf.grad, *(value.grad for value in weights)
 
-    state: Any = None
-
-    def step() -> Any:
-        nonlocal state
-        with torch.inference_mode():
-            h, state = module(x, state)
-            return h
-
-    def first_steps() -> tuple[Any, ...]:
-        nonlocal state
-        state = None
-        return (torch.cat([step() for _ in range(CHECKED_STEPS)]),)
-
-    if work.kind == "stream":
-        return step, first_steps
-    return (train, train) if work.kind == "train" else (infer, infer)
+    without_gradients = torch.inference_mode()
+    return Calls(
+        without_gradients(forward),
+        train,
+        without_gradients(module.__call__),
+        load=lambda host: torch.from_numpy(host).to(device),
+        fetch=lambda tensor: tensor.to("cpu").numpy(),
+    )
 
 
-def _torch_arrays(problem: Problem, tensors: Any) -> tuple[Array, ...]:
-    """Bring tensors to the host, in the shapes of a batch."""
-    host = [value.to("cpu").numpy() for value in tensors]
-    if problem.work.unbatched:
-        host[:2] = [value[..., None, :] for value in host[:2]]
-    return tuple(host)
+@contextlib.contextmanager
+def torch_with(threads: int) -> Iterator[Any]:
+    """PyTorch with so many threads."""
+    torch = import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield torch
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
 def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
     """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
+    with torch_with(threads) as torch:
+        yield side_of(problem, _torch_calls(torch, problem, "cpu"))
+
+
+@contextlib.contextmanager
+def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Iterator[Side]:
+    """PyTorch's nn.LSTM on the GPU, which is cuDNN's, with TF32 if asked."""
     torch = import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        call, results = _torch_calls(torch, problem, "cpu")
-        yield Side(call, lambda: _torch_arrays(problem, results()))
-    finally:
-        torch.set_num_threads(before)
-
-
-def torch_cuda(*, tf32: bool = False) -> Callable[[Problem, int], AbstractContextManager[Side]]:
-    """Return the builder of PyTorch's nn.LSTM on the GPU, which is cuDNN's, with TF32 if asked."""
-
-    @contextlib.contextmanager
-    def build(problem: Problem, threads: int) -> Iterator[Side]:
-        torch = import_module("torch")
-        torch.cuda.empty_cache()
-        call, results = _torch_calls(torch, problem, TORCH_GPU)
-        flags, host = (torch.backends.cudnn, torch.backends.cuda.matmul), list[float]()
-
-        @contextlib.contextmanager
-        def held() -> Iterator[None]:  # within each sample: sides with and without TF32 take turns
-            before = [part.allow_tf32 for part in flags]
-            for part in flags:
-                part.allow_tf32 = tf32
-            try:
-                yield
-            finally:
-                for part, value in zip(flags, before, strict=True):
-                    part.allow_tf32 = value
-
-        def seconds(call: Callable[[], Any], count: int) -> float:
-            with held():
-                if TORCH_GPU == "cpu":  # the tests, which have no events
-                    return sides.host_seconds(call, count)
-                return sides.event_seconds(_TorchEvents(torch), call, count, host)
-
-        def outputs() -> tuple[Array, ...]:
-            with held():
-                return _torch_arrays(problem, results())
-
-        yield Side(call, outputs, seconds, host)
-
-    return build
-
-
-class _TorchEvents:
-    """PyTorch's events and stream under CuPy's names."""
-
-    def __init__(self, torch: Any) -> None:
-        self.Event = lambda: torch.cuda.Event(enable_timing=True)
-        self.get_current_stream = torch.cuda.current_stream
-        self.get_elapsed_time = lambda start, end: start.elapsed_time(end)
+    torch.cuda.empty_cache()
+    events = None if TORCH_GPU == "cpu" else SimpleNamespace(  # under CuPy's names; the tests have none
+        Event=lambda: torch.cuda.Event(enable_timing=True),
+        get_current_stream=torch.cuda.current_stream,
+        get_elapsed_time=lambda start, end: start.elapsed_time(end),
+    )  # fmt: skip
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    yield side_of(problem, _torch_calls(torch, problem, TORCH_GPU), events, lambda: held("allow_tf32", tf32, *flags))
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """Return the model as an ONNX graph of LSTM nodes; the states are inputs and outputs when streaming."""
-    onnx = import_module("onnx")
-    helper, work = onnx.helper, problem.work
-    params, directions = problem.model.params, 1 + work.bidirectional
-    order = np.concatenate([np.arange(g * work.hidden, (g + 1) * work.hidden) for g in ONNX_GATES])
+    """Return the model as a graph of LSTM nodes and no more; the states are inputs and outputs when streaming."""
+    onnx, write = import_module("onnx"), import_module("fastlstm.interchange.onnx")
+    helper, work, cell = onnx.helper, problem.work, problem.model.cell
     real, whole, state = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, [1, work.batch, work.hidden]
     inputs: list[Any] = [("X", real, list(problem.x.shape))]
     outputs: list[Any] = [("Y", real, None)]
@@ -167,15 +116,13 @@ def onnx_model(problem: Problem) -> bytes:
         inputs += [("h", real, state), ("c", real, state)]
         outputs += [("h_n", real, state), ("c_n", real, state)]
     for layer in range(work.layers):
-        ends = [f"_l{layer}{end}" for end in ("", "_reverse")[:directions]]
-        w, r, b = (np.stack([params[name + end][order] for end in ends]) for name in ("weight_ih", "weight_hh", "bias"))
-        constants |= {f"W{layer}": w, f"R{layer}": r, f"B{layer}": np.concatenate([b, np.zeros_like(b)], axis=1)}
-        names = [x, f"W{layer}", f"R{layer}", f"B{layer}", "lengths" if work.lengths is not None else ""]
+        weights = write.node_inputs(cell, problem.model.params, layer)  # W, R, B
+        constants |= weights
+        names = [x, *weights, "lengths" if work.lengths is not None else ""]
         names += ["h", "c"] if work.kind == "stream" else []
         last = layer == work.layers - 1
         found = [name for name, *_ in outputs] if last else [f"Y{layer}"]
-        direction = "bidirectional" if work.bidirectional else "forward"
-        nodes.append(helper.make_node("LSTM", names, found, hidden_size=work.hidden, direction=direction))
+        nodes.append(helper.make_node("LSTM", names, found, **write.node_attributes(cell)))
         if not last:  # (T, D, B, H) to (T, B, D * H)
             x = f"X{layer + 1}"
             nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"Z{layer}"], perm=[0, 2, 1, 3]))
@@ -183,53 +130,47 @@ def onnx_model(problem: Problem) -> bytes:
     graph = helper.make_graph(
         nodes,
         "lstm",
-        [helper.make_tensor_value_info(*value) for value in inputs],
-        [helper.make_tensor_value_info(*value) for value in outputs],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()],
+        *([helper.make_tensor_value_info(*value) for value in ends] for ends in (inputs, outputs)),
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
-    found_bytes: bytes = model.SerializeToString()
-    return found_bytes
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
 
 
-def _fed(problem: Problem, run: Callable[[dict[str, Array]], list[Array]]) -> Side:
-    """Make a side of a function from the inputs of :func:`onnx_model` to its outputs."""
-    work = problem.work
-    feed = {"X": problem.x}
+def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]], load: Callable[[Array], Any]) -> Calls:
+    """Make calls of a function from the inputs of :func:`onnx_model` to its outputs."""
+    work, feed = problem.work, dict[str, Any]()
     if work.lengths is not None:
-        feed["lengths"] = np.array(work.lengths, np.int32)
-    if work.kind == "infer":
+        feed["lengths"] = load(np.array(work.lengths, np.int32))
+    zero = np.zeros((1, work.batch, work.hidden), np.float32)
+
+    def step(x: Any, state: Any) -> tuple[Array, Any]:
+        h, c = state or (zero, zero)
+        _, h, c = run({"X": x, "h": h, "c": c})
+        return h, (h, c)
+
+    def fetch(found: Array) -> Array:  # Y is (T, D, B, H); OpenVINO's next call overwrites it
         merged = work.steps, work.batch, -1
-        return Side(lambda: run(feed), lambda: (run(feed)[0].transpose(0, 2, 1, 3).reshape(merged),))
-    state = np.zeros((1, work.batch, work.hidden), problem.x.dtype)
-    feed |= {"h": state, "c": state}
+        return found.copy() if work.kind == "stream" else found.transpose(0, 2, 1, 3).reshape(merged)
 
-    def step() -> Array:
-        y, feed["h"], feed["c"] = run(feed)
-        return y
-
-    def first_steps() -> tuple[Array, ...]:
-        feed.update(h=state, c=state)
-        return (np.concatenate([step()[:, 0].copy() for _ in range(CHECKED_STEPS)]),)
-
-    return Side(step, first_steps)
+    # The graph takes a batch of one, where other libraries take an unbatched call.
+    return Calls(lambda x: run({"X": x, **feed})[0], lambda x, dy: None, step, lambda _: load(problem.x), fetch)
 
 
-def onnx_session(problem: Problem, threads: int) -> Callable[[dict[str, Array]], list[Array]]:
-    """Return ONNX Runtime's function from the inputs of :func:`onnx_model` to its outputs."""
+def onnx_calls(problem: Problem, threads: int) -> Calls:
+    """ONNX Runtime's LSTM operator on the CPU."""
     ort = import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = ort.InferenceSession(onnx_model(problem), options, providers=["CPUExecutionProvider"])
-    return lambda feed: session.run(None, feed)
+    return _graph_calls(problem, lambda feed: session.run(None, feed), lambda host: host)
 
 
 @contextlib.contextmanager
 def onnxruntime(problem: Problem, threads: int) -> Iterator[Side]:
     """ONNX Runtime's LSTM operator on the CPU."""
-    yield _fed(problem, onnx_session(problem, threads))
+    yield side_of(problem, onnx_calls(problem, threads))
 
 
 @contextlib.contextmanager
@@ -245,19 +186,14 @@ def openvino(problem: Problem, threads: int) -> Iterator[Side]:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(onnx_model(problem)), "CPU", settings)
     request, count = compiled.create_infer_request(), len(compiled.outputs)
-    fixed = {"X": ov.Tensor(problem.x, shared_memory=True)}
-    if problem.work.lengths is not None:
-        fixed["lengths"] = ov.Tensor(np.array(problem.work.lengths, np.int32))
 
-    def run(feed: dict[str, Array]) -> list[Array]:
-        for name, value in fixed.items():
-            request.set_tensor(name, value)
-        for name in ("h", "c") if count > 1 else ():  # the next call overwrites the request's own output: copied
-            request.set_tensor(name, ov.Tensor(feed[name]))
+    def run(feed: dict[str, Any]) -> list[Array]:
+        for name, value in feed.items():  # a state is copied: the next call overwrites the request's own output
+            request.set_tensor(name, value if isinstance(value, ov.Tensor) else ov.Tensor(value))
         request.infer()
         return [request.get_output_tensor(number).data for number in range(count)]
 
-    yield _fed(problem, run)
+    yield side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
 
 
 def _no_cpu() -> str | None:
@@ -293,42 +229,34 @@ class Contender(NamedTuple):
     tolerance: float | None = None  # instead of that of the dtype
 
 
-CPU, CUDA, COPIES = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies"
+CPU, CUDA, COPIES, BY_STEPS = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies", "fastlstm cuda by steps"
 OURS = (CPU, CUDA, COPIES)
+# Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
+_ON_GPU = Contender(sides.cuda, "cuda", obstacle=_no_cuda)
+_TORCH_ON_GPU = Contender(torch_cuda, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
     CPU: Contender(sides.cpu, obstacle=_no_cpu),
-    CUDA: Contender(sides.cuda, "cuda", obstacle=_no_cuda),
-    COPIES: Contender(sides.cuda_with_copies, "cuda", obstacle=_no_cuda),
+    CUDA: _ON_GPU,
+    COPIES: _ON_GPU._replace(build=functools.partial(sides.cuda, copies=True)),
     "torch": Contender(torch_cpu, packages=("torch",)),
     "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), infers_only=True),
     "openvino": Contender(openvino, packages=("onnx", "openvino"), infers_only=True),
-    # Sums of 131,072 products in another order explain an error of 5e-4.
-    "torch cuda": Contender(torch_cuda(), "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4),
+    "torch cuda": _TORCH_ON_GPU,
 }
 """What ``fastlstm bench`` measures by default."""
 
-NARROWER = {"torch cuda TF32": CONTENDERS["torch cuda"]._replace(build=torch_cuda(tf32=True), tolerance=2e-2)}
-"""PyTorch in the narrower format that it takes on GPUs by default, for ``benchmarks/gpu.py``."""
-
-_OURS = Contender(sides.cuda_in("tf32"), "cuda", obstacle=_no_cuda, tolerance=NARROWER["torch cuda TF32"].tolerance)
-OUR_NARROWER = {
-    "fastlstm cuda TF32": _OURS,
-    "fastlstm cuda bfloat16": _OURS._replace(build=sides.cuda_in("bf16"), tolerance=2e-1),
+OF_GPU_TABLE = {
+    BY_STEPS: _ON_GPU._replace(build=functools.partial(sides.cuda, by_steps=True), tolerance=5e-4),
+    "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(torch_cuda, tf32=True), tolerance=2e-2),
+    f"{CUDA} TF32": _ON_GPU._replace(build=functools.partial(sides.cuda, precision="tf32"), tolerance=2e-2),
+    f"{CUDA} bfloat16": _ON_GPU._replace(build=functools.partial(sides.cuda, precision="bf16"), tolerance=2e-1),
 }
-"""Our side in the same formats, but for the cell state and all results, which are float32."""
-
-BY_STEPS = "fastlstm cuda by steps"
-# For ``benchmarks/gpu.py`` alone. The two paths sum in other orders, as PyTorch does.
-_OF_GPU_TABLE = {
-    BY_STEPS: Contender(sides.cuda_by_steps, "cuda", obstacle=_no_cuda, tolerance=5e-4),
-    **NARROWER,
-    **OUR_NARROWER,
-}
+"""For ``benchmarks/gpu.py`` alone: a product and a kernel each step, and products of rounded factors."""
 
 
 def contender(name: str) -> Contender:
-    """Return an entry of :data:`CONTENDERS`, :data:`NARROWER`, or that of :data:`BY_STEPS`."""
-    return CONTENDERS[name] if name in CONTENDERS else _OF_GPU_TABLE[name]
+    """Return an entry of :data:`CONTENDERS` or :data:`OF_GPU_TABLE`."""
+    return CONTENDERS[name] if name in CONTENDERS else OF_GPU_TABLE[name]
 
 
 def missing(name: str) -> str | None:

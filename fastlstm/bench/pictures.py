@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlstm.bench import grid
 from fastlstm.bench.peers import COPIES, CPU, CUDA
-from fastlstm.bench.report import amount, is_peer, machine_line, ratio_of
+from fastlstm.bench.report import amount, duels, machine_line
 from fastlstm.bench.results import Case, Results
 
-__all__ = ["PICTURES", "draw", "gpu", "peers"]
+__all__ = ["PICTURES", "draw", "gpu", "peers", "write"]
 
 KINDS = {"infer": "inference", "train": "training", "stream": "streaming"}
 COLOURS, MARKERS = ("#d1495b", "#edae49", "#66a182", "#8d6cab", "#777777"), "osD^v"
@@ -45,6 +46,14 @@ def draw(results: Results) -> dict[str, bytes | str]:
     return found
 
 
+def write(results: Results, folder: Path) -> Iterator[str]:
+    """Write the pictures that there are; give a line for each."""
+    for name, made in draw(results).items():
+        if isinstance(made, bytes):
+            (folder / f"{name}.png").write_bytes(made)
+        yield f"wrote {folder / name}.png" if isinstance(made, bytes) else f"no picture {name}: {made}"
+
+
 def _figure(height: float) -> Any:
     """Return an empty figure with a canvas of its own, which leaves pyplot and its settings alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,20 +66,18 @@ def _figure(height: float) -> Any:
 
 def peers(results: Results) -> Any:
     """One line for each size, one mark for each peer: its time / ours; left of 1 the peer is faster."""
-    cases = [case for case in results.cases if any(is_peer(side) and ratio_of(case, side) for side in case.values)]
-    if not cases:
+    cases = _most_telling([case for case in results.cases if any(duels([case]))])
+    found = [(side, ratio, at) for at, case in enumerate(cases) for _, side, ratio in duels([case])]
+    if not found:
         return "no peer was measured"
-    names = list(dict.fromkeys(side for case in cases for side in case.values if is_peer(side)))
-    cases = _most_telling(cases, names)
     figure = _figure(1.5 + 0.24 * len(cases))
     panel = figure.subplots()
-    ratios = [ratio.middle for case in cases for side in names if (ratio := ratio_of(case, side))]
+    ratios = [ratio.middle for _, ratio, _ in found]
     low, high = min(0.8, 0.8 * min(ratios)), max(2.0, 1.2 * max(ratios))
     panel.axvspan(low, 1, color=COLOURS[0], alpha=0.12, linewidth=0)
     panel.axvline(1, color="black", linewidth=1)
-    for name, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
-        found = [(ratio, at) for at, case in enumerate(cases) if (ratio := ratio_of(case, name))]
-        spreads, heights = zip(*found, strict=True)
+    for name, colour, marker in zip(dict.fromkeys(side for side, *_ in found), COLOURS, MARKERS, strict=False):
+        spreads, heights = zip(*((ratio, at) for side, ratio, at in found if side == name), strict=True)
         panel.hlines(heights, [r.low for r in spreads], [r.high for r in spreads], color=colour, alpha=0.5)
         panel.plot([r.middle for r in spreads], heights, marker, color=colour, label=_only_text(name))
     _label_rows(panel, [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases])
@@ -90,12 +97,13 @@ def peers(results: Results) -> Any:
     return figure
 
 
-def _most_telling(cases: list[Case], names: list[str]) -> list[Case]:
+def _most_telling(cases: list[Case]) -> list[Case]:
     """Return at most MOST_ROWS cases by kind: those of the small grid, and those with the smallest ratios."""
     if len(cases) <= MOST_ROWS:
         return cases
-    shown = [case for case in cases if case.work in grid.small(("float32",), KINDS)]
-    nearest = sorted(cases, key=lambda case: min(r.middle for side in names if (r := ratio_of(case, side))))
+    small = grid.works(grid.small, ("float32",), KINDS)
+    shown = [case for case in cases if case.work in small]
+    nearest = sorted(cases, key=lambda case: min(ratio.middle for _, _, ratio in duels([case])))
     shown += [case for case in nearest if case not in shown][: max(4, MOST_ROWS - len(shown))]
     return sorted((case for case in cases if case in shown), key=lambda case: [*KINDS, case.group].index(case.group))
 

@@ -6,8 +6,11 @@ listed; ``=`` is no difference.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import geometric_mean
 from typing import NamedTuple
 
 from fastlstm.bench.clock import Spread, verdict
@@ -15,7 +18,7 @@ from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import KINDS
 
-__all__ = ["amount", "baseline", "groups", "losses", "machine_line", "scores", "table", "text"]
+__all__ = ["amount", "baseline", "duels", "line", "losses", "machine_line", "scores", "table", "text"]
 
 VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "CUDA", "driver", "cuDNN")
 PEERS = ("torch", "onnxruntime", "openvino")  # a side is a peer's if its name begins so
@@ -41,13 +44,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if n < left else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
     aligned = [
-        [
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        "| " + " | ".join(f"{cell:{'<' if n < left else '>'}{widths[n]}}" for n, cell in enumerate(row)) + " |"
         for row in (cells[0], rule, *cells[1:])
     ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
+    return "\n".join(aligned)
 
 
 def baseline(side: str, case: Case) -> str | None:
@@ -81,33 +81,34 @@ def cell(case: Case, side: str, *, time: bool = True) -> str:
     return f"{shown} ({ratio})" if time else ratio
 
 
-def groups(results: Results) -> Iterator[tuple[str, list[Case]]]:
-    """Give the cases of each table, with its title."""
-    for name in dict.fromkeys(case.group for case in results.cases):
-        yield KINDS.get(name, name), [case for case in results.cases if case.group == name]
+def line(case: Case) -> str:
+    """Return a case in one line, for a program that shows each case when it is done."""
+    return f"{case.name}: " + ", ".join(f"{side} {cell(case, side)}" for side in case.values)
 
 
 def table_of(results: Results, cases: Sequence[Case]) -> str:
     """Return the table of cases: ours, the share of the peak, the other sides, and facts."""
-    sides = list(dict.fromkeys(side for case in cases for side in (*case.values, *case.refused)))
-    sides = [side for side in sides if any(side in case.values for case in cases)]
+    sides = list(dict.fromkeys(side for case in cases for side in case.values))
     facts = list(dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")))
     ours = next((side for side in (CPU, CUDA) if side in sides), None)
-    shares = {case.name: results.share_of_peak(case, ours) if ours else None for case in cases}
     several = len({case.work.dtype for case in cases if case.work}) > 1
-    works = [case.work if case.work and case.name == case.work.title else None for case in cases]  # else it has a name
-    names = [w.name + f", {w.dtype}" * several if w else c.name for w, c in zip(works, cases, strict=True)]
-    head = ["T,B,I,H" if all(works) else "what", *sides, *facts]
-    rows = [
-        [name, *(cell(case, side) for side in sides), *(_fact(case, fact) for fact in facts)]
-        for name, case in zip(names, cases, strict=True)
-    ]
-    if any(shares.values()):
-        head.insert(2, "of peak")
-        for case, row in zip(cases, rows, strict=True):
-            share = shares[case.name]
-            row.insert(2, "-" if share is None else f"{100 * share:.0f} %")
-    return table(head, rows)
+
+    def name(case: Case) -> str:
+        if case.work is None or case.name != case.work.title:  # it has a name of its own
+            return case.name
+        return case.work.name + f", {case.work.dtype}" * several
+
+    def share(case: Case) -> str:
+        found = results.share_of_peak(case, ours) if ours else None
+        return "-" if found is None else f"{100 * found:.0f} %"
+
+    all_works = all(case.work and case.name == case.work.title for case in cases)
+    columns: list[tuple[str, Callable[[Case], str]]] = [("T,B,I,H" if all_works else "what", name)]
+    columns += [(side, functools.partial(cell, side=side)) for side in sides]
+    if any(share(case) != "-" for case in cases):
+        columns.insert(2, ("of peak", share))
+    columns += [(fact, functools.partial(_fact, name=fact)) for fact in facts]
+    return table([head for head, _ in columns], [[shown(case) for _, shown in columns] for case in cases])
 
 
 def _fact(case: Case, name: str) -> str:
@@ -126,25 +127,29 @@ class Score(NamedTuple):
     mean: float
 
 
-def scores(cases: Iterable[Case]) -> list[Score]:
-    """Sum the cases up by peer."""
-    ratios: dict[str, list[Spread]] = {}
+def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
+    """Give each case with each peer that was measured, and the ratio of its time to ours."""
     for case in cases:
         for side in filter(is_peer, case.values):
             if found := ratio_of(case, side):
-                ratios.setdefault(side, []).append(found)
+                yield case, side, found
+
+
+def scores(cases: Iterable[Case]) -> list[Score]:
+    """Sum the cases up by peer."""
+    ratios: dict[str, list[Spread]] = {}
+    for _, side, found in duels(cases):
+        ratios.setdefault(side, []).append(found)
     result = []
     for side, spreads in ratios.items():
-        words = [verdict(ratio) for ratio in spreads]
-        won, level, lost = (words.count(word) for word in ("faster", "no difference", "slower"))
-        result.append(Score(side, won, level, lost, math.exp(sum(math.log(r.middle) for r in spreads) / len(spreads))))
+        count, mean = Counter(map(verdict, spreads)), geometric_mean(found.middle for found in spreads)
+        result.append(Score(side, count["faster"], count["no difference"], count["slower"], mean))
     return result
 
 
 def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
     """Return each case and peer where the peer is faster."""
-    pairs = [(case, side, ratio_of(case, side)) for case in cases for side in filter(is_peer, case.values)]
-    return [(case, side, found) for case, side, found in pairs if found and verdict(found) == "slower"]
+    return [(case, side, found) for case, side, found in duels(cases) if verdict(found) == "slower"]
 
 
 def machine_line(results: Results) -> str:
@@ -163,7 +168,8 @@ def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
     for device, rates in results.peaks.items():
         words = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
         yield f"Measured peak, {device}: {words}."
-    for title, cases in groups(results):
+    for group in dict.fromkeys(case.group for case in results.cases):
+        title, cases = KINDS.get(group, group), [case for case in results.cases if case.group == group]
         yield f"{title[:1].upper()}{title[1:]}:" if title else ""
         yield table_of(results, cases)
     yield from summary(results, list_losses=list_losses)
@@ -182,11 +188,8 @@ def summary(results: Results, *, list_losses: bool = True) -> Iterator[str]:
         lines.append(
             f"- LOSS at {case.name}: {side} {found.middle:.2f} (quartiles {found.low:.2f} to {found.high:.2f})"
         )
-    first: dict[str, float] = {}
-    for case in results.cases:
-        for fact, value in case.facts.items():
-            if fact.startswith("first results"):
-                first[fact] = max(value, first.get(fact, 0.0))
+    facts = [fact for case in results.cases for fact in case.facts.items() if fact[0].startswith("first results")]
+    first = {name: max(value for other, value in facts if other == name) for name, _ in facts}
     lines += [
         f"- {fact}, compilation included: {amount(value)} at most; in no other figure" for fact, value in first.items()
     ]

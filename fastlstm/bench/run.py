@@ -12,7 +12,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -96,28 +96,24 @@ def measure(
     try:
         results = replace(results, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
         for work in progress(list(plan)):
-            case, interrupted = measure_case(work, plan[work][0], threads, plan[work][1])
-            if case.values or not interrupted:
-                results = results.with_case(case)
-                keep(results)
-            if interrupted:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
+            results = results.with_case(measure_case(work, plan[work][0], threads, plan[work][1]))
+            keep(results)
+    except KeyboardInterrupt:  # the case that it cuts short is left out
         results = replace(results, interrupted=True)
     return results
 
 
-def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> tuple[Case, bool]:
-    """Measure one work by the sides that can do it; return its case, and whether Ctrl-C cut it short."""
+def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> Case:
+    """Measure one work by the sides that can do it."""
     able = [name for name in names if peers.able(name, work)]
     try:
         problem = Problem.of(work)
         builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}
         tolerances = {name: peers.contender(name).tolerance for name in able}
-        case, interrupted = measure_sides(work.title, builders, work.dtype, seconds, tolerances)
+        case = measure_sides(work.title, builders, work.dtype, seconds, tolerances)
     except MemoryError as error:
-        case, interrupted = Case(work.title, {}, refused={EVERYBODY: f"not enough memory: {error}"}), False
-    return replace(case, work=work, threads=threads, group=work.kind), interrupted
+        case = Case(work.title, {}, refused={EVERYBODY: f"not enough memory: {error}"})
+    return replace(case, work=work, threads=threads, group=work.kind)
 
 
 def measure_sides(
@@ -126,48 +122,41 @@ def measure_sides(
     dtype: str,
     seconds: float,
     tolerances: Mapping[str, float | None] | None = None,
-) -> tuple[Case, bool]:
+) -> Case:
     """Build sides, compare them with the first that can be built, and time those that agree, in turn.
 
     A side whose tolerance is infinite is not compared: it is meant to compute something else. The case has the values;
     in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
-    per call. The second result is whether Ctrl-C cut it short.
+    per call.
     """
     refused: dict[str, str] = {}
     built: dict[str, Side] = {}
     facts: dict[str, float] = {}
-    values: dict[str, tuple[float, ...]] = {}
     truth: tuple[Array, ...] | None = None
-    interrupted = False
     with contextlib.ExitStack() as stack:
-        try:
-            for side, build in builders.items():
-                with _refusing(refused, side):
-                    start = time.perf_counter()
-                    made = stack.enter_context(build())
-                    found = made.outputs()
-                    facts[f"first results, {side}"] = time.perf_counter() - start
-                    truth = found if truth is None else truth
-                    allowed = (tolerances or {}).get(side)
-                    wrong = None if allowed == math.inf else clock.disagreement(truth, found, dtype, allowed)
-                    if wrong is None:
-                        built[side] = made
-                    else:
-                        refused[side] = wrong
-                    made.host.clear()
-                    del found
-            values, interrupted = _timed(built, seconds, refused)
-            facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
-        except KeyboardInterrupt:
-            interrupted = True
-    return Case(
-        name, {side: found for side, found in values.items() if found}, facts=facts, refused=refused
-    ), interrupted
+        for side, build in builders.items():
+            try:
+                start = time.perf_counter()
+                made = stack.enter_context(build())
+                found = made.outputs()
+                facts[f"first results, {side}"] = time.perf_counter() - start
+                truth = found if truth is None else truth
+                allowed = (tolerances or {}).get(side)
+                wrong = None if allowed == math.inf else clock.disagreement(truth, found, dtype, allowed)
+                if wrong is None:
+                    built[side] = made
+                else:
+                    refused[side] = wrong
+                made.host.clear()
+                del found
+            except Exception as error:  # whatever it is, the other sides are measured
+                refused[side] = _words(error)
+        values = _timed(built, seconds, refused)
+        facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
+    return Case(name, values, facts=facts, refused=refused)
 
 
-def _timed(
-    sides: dict[str, Side], seconds: float, refused: dict[str, str]
-) -> tuple[dict[str, tuple[float, ...]], bool]:
+def _timed(sides: dict[str, Side], seconds: float, refused: dict[str, str]) -> dict[str, tuple[float, ...]]:
     """Time the sides in turn, and again without one that fails meanwhile."""
     while True:
         try:
@@ -180,12 +169,3 @@ def _timed(
 def _words(error: BaseException | None) -> str:
     """Say in one line what failed."""
     return " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]
-
-
-@contextlib.contextmanager
-def _refusing(refused: dict[str, str], name: str) -> Iterator[None]:
-    """Note the error of one side, whatever it is, and go on with the others."""
-    try:
-        yield
-    except Exception as error:
-        refused[name] = _words(error)

@@ -1,7 +1,7 @@
 """The sides of a comparison, and those of fastlstm: on NumPy arrays, and on CuPy arrays.
 
-A side is built for one problem and a number of threads by a context manager; leaving it restores what it has set for
-the whole process, such as the number of threads.
+A library says in :class:`Calls` how it computes; :func:`side_of` makes a side of that and a problem. A context manager
+builds a side for a number of threads; leaving it restores what it has set for the whole process.
 
 >>> from fastlstm.bench.work import Problem, Work
 >>> with cpu(Problem.of(Work(5, 2, 3, 8)), threads=1) as side:
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -26,10 +27,7 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = [
-    "CHECKED_STEPS", "Side", "cpu", "cuda", "cuda_by_steps", "cuda_in", "cuda_with_copies", "event_seconds",
-    "host_seconds",
-]  # fmt: skip
+__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "our_threads", "side_of"]
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -40,83 +38,6 @@ def host_seconds(call: Callable[[], Any], count: int) -> float:
     for _ in range(count):
         call()
     return (time.perf_counter() - start) / count
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to compute one problem.
-
-    `outputs` returns NumPy arrays to compare: y (T, B, D * H) of an inference; y, dx, and every parameter's gradient of
-    a training pass; h (CHECKED_STEPS, B, H) of a stream's first steps.
-    """
-
-    call: Callable[[], Any]  # computes it once; a stream continues from the state before
-    outputs: Callable[[], tuple[Array, ...]]
-    seconds: Callable[[Callable[[], Any], int], float] = host_seconds  # of each of so many calls in a row
-    host: list[float] = field(default_factory=list)  # on a GPU: seconds of the host per call, until it is launched
-
-    def time(self, count: int) -> float:
-        """Seconds of each of `count` calls in a row."""
-        return self.seconds(self.call, count)
-
-
-def _ours(problem: Problem, model: fastlstm.LSTM, x: Any, dy: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Return the call to time, and one for the arrays to compare; both on the arrays' own device."""
-    kind, lengths = problem.work.kind, problem.lengths
-    if problem.work.unbatched:
-        x, dy = x[:, 0].copy(), dy[:, 0].copy()
-
-    def train() -> tuple[Any, ...]:
-        y, _, tape = model.forward(x, lengths=lengths)
-        grads = model.backward(tape, dy)
-        return y, grads.x, *(grads.params[name] for name in model.params)
-
-    if kind == "train":
-        return train, train
-    if kind == "infer":
-        return lambda: model(x, lengths=lengths), lambda: (model(x, lengths=lengths)[0],)
-    x_t = x[0]
-    state: Any = None
-
-    def step() -> Any:
-        nonlocal state
-        h, state = model.step(x_t, state)
-        return h
-
-    def first_steps() -> tuple[Any, ...]:
-        nonlocal state
-        state = None
-        return tuple(step() for _ in range(CHECKED_STEPS))
-
-    return step, first_steps
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Set our own number of threads; what was chosen before is restored, None being "as the machine has them"."""
-    before = team._chosen and team._chosen.threads
-    fastlstm.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        fastlstm.set_num_threads(before)
-
-
-def _on_host(problem: Problem, arrays: tuple[Any, ...]) -> tuple[Array, ...]:
-    """Bring arrays to the host, in the shapes of a batch; the steps of a stream become one array."""
-    host = [value if isinstance(value, np.ndarray) else value.get() for value in arrays]
-    if problem.work.unbatched:
-        count = 2 if problem.work.kind == "train" else len(host)  # y and dx; parameters have no batch
-        host[:count] = [value[..., None, :] for value in host[:count]]
-    return (np.stack(host),) if problem.work.kind == "stream" else tuple(host)
-
-
-@contextlib.contextmanager
-def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
-    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
-    with _threads(threads):
-        call, results = _ours(problem, problem.frozen_or_trained if frozen else problem.model, problem.x, problem.dy)
-        yield Side(call, lambda: _on_host(problem, results()))
 
 
 def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float] | None = None) -> float:
@@ -137,76 +58,153 @@ def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[flo
     return float(cuda.get_elapsed_time(start, end)) / 1e3 / count
 
 
-@contextlib.contextmanager
-def cuda(problem: Problem, threads: int, precision: str = "float32") -> Iterator[Side]:
-    """Our library on CuPy arrays that are on the GPU already, timed by CUDA events; no array is copied."""
-    cupy = import_module("cupy")
-    cupy.get_default_memory_pool().free_all_blocks()  # left by the work before; PyTorch has another pool
-    model, host = problem.model.to(cupy), list[float]()
-    model.precision = precision
-    call, results = _ours(problem, model, cupy.asarray(problem.x), cupy.asarray(problem.dy))
+@dataclass(frozen=True)
+class Side:
+    """One way to compute one problem.
 
-    def seconds(call: Callable[[], Any], count: int) -> float:
-        return event_seconds(cupy.cuda, call, count, host)
+    `outputs` returns NumPy arrays to compare: y (T, B, D * H) of an inference; y, dx, and every parameter's gradient of
+    a training pass; h (CHECKED_STEPS, B, H) of a stream's first steps.
+    """
 
-    yield Side(call, lambda: _on_host(problem, results()), seconds, host)
+    call: Callable[[], Any]  # computes it once; a stream continues from the state before
+    outputs: Callable[[], tuple[Array, ...]]
+    seconds: Callable[[Callable[[], Any], int], float] = host_seconds  # of each of so many calls in a row
+    host: list[float] = field(default_factory=list)  # on a GPU: seconds of the host per call, until it is launched
 
-
-def cuda_in(precision: str) -> Callable[[Problem, int], contextlib.AbstractContextManager[Side]]:
-    """Return the builder of our library on the GPU with products that round their factors."""
-    return lambda problem, threads: cuda(problem, threads, precision)
+    def time(self, count: int) -> float:
+        """Seconds of each of `count` calls in a row."""
+        return self.seconds(self.call, count)
 
 
-@contextlib.contextmanager
-def cuda_by_steps(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on the GPU with a product and a kernel for each time step, whatever the plan is."""
-    plans: Any = import_module("fastlstm.backends.cuda.plans")
+@dataclass(frozen=True)
+class Calls:
+    """How a library computes, on arrays of its own; x is (T, B, I), or (T, I) if it is unbatched."""
 
-    @contextlib.contextmanager
-    def held() -> Iterator[None]:  # within each sample: the sides take turns
-        before, plans.FORCED = plans.FORCED, "step"
-        try:
-            yield
-        finally:
-            plans.FORCED = before
+    infer: Callable[[Any], Any]  # x -> y
+    train: Callable[[Any, Any], Any]  # x, dy -> y, dx, every parameter's gradient
+    step: Callable[[Any, Any], Any]  # x, state or None -> h, state
+    load: Callable[[Array], Any] = lambda array: array  # from the host; before anything is timed
+    fetch: Callable[[Any], Array] = lambda array: array  # to the host
 
-    with cuda(problem, threads) as side:
+    def with_copies(self) -> Calls:
+        """Return the same for a caller who has NumPy arrays: each call loads and fetches them, a state stays."""
 
-        def seconds(call: Callable[[], Any], count: int) -> float:
-            with held():
-                return side.seconds(call, count)
+        def step(x: Array, state: Any) -> tuple[Array, Any]:
+            h, state = self.step(self.load(x), state)
+            return self.fetch(h), state
 
-        def outputs() -> tuple[Array, ...]:
-            with held():
-                return side.outputs()
-
-        yield Side(side.call, outputs, seconds, side.host)
+        return Calls(
+            lambda x: self.fetch(self.infer(self.load(x))),
+            lambda x, dy: [self.fetch(found) for found in self.train(self.load(x), self.load(dy))],
+            step,
+        )
 
 
-@contextlib.contextmanager
-def cuda_with_copies(problem: Problem, threads: int) -> Iterator[Side]:
-    """Our library on the GPU for a caller who has NumPy arrays, by the host's clock; model and state stay there."""
-    cupy = import_module("cupy")
-    model, lengths, kind = problem.model.to(cupy), problem.lengths, problem.work.kind
+def side_of(
+    problem: Problem,
+    calls: Calls,
+    events: Any = None,
+    setting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Side:
+    """Make a side, timed by CUDA events where there are any; `setting` is held in each sample: sides take turns."""
+    work, host = problem.work, list[float]()
+    given = [array[:, 0].copy() if work.unbatched else array for array in (problem.x, problem.dy)]
+    x, dy = calls.load(given[0]), calls.load(given[1]) if work.kind == "train" else None
     state: Any = None
 
-    def call() -> tuple[Any, ...]:
+    def step() -> Any:
         nonlocal state
-        x = cupy.asarray(problem.x[:, 0] if problem.work.unbatched else problem.x)
-        if kind == "infer":
-            return (model(x, lengths=lengths)[0].get(),)
-        if kind == "stream":
-            h, state = model.step(x[0], state)
-            return (h.get(),)
-        y, _, tape = model.forward(x, lengths=lengths)
-        dy = cupy.asarray(problem.dy[:, 0] if problem.work.unbatched else problem.dy)
-        grads = model.backward(tape, dy)
-        return (y.get(), grads.x.get(), *(grads.params[name].get() for name in model.params))
+        h, state = calls.step(x, state)
+        return h
+
+    def results() -> list[Array]:
+        nonlocal state
+        if work.kind == "stream":
+            state = None
+            steps = [calls.fetch(step()) for _ in range(CHECKED_STEPS)]
+            return [np.stack(steps).reshape(CHECKED_STEPS, work.batch, -1)]
+        found = [calls.fetch(value) for value in (call() if work.kind == "train" else [call()])]
+        if work.unbatched:  # y and dx; parameters have no batch
+            found[:2] = [value.reshape(work.steps, 1, -1) for value in found[:2]]
+        return found
 
     def outputs() -> tuple[Array, ...]:
-        nonlocal state
-        state = None
-        found = call() if kind != "stream" else tuple(call()[0] for _ in range(CHECKED_STEPS))
-        return _on_host(problem, found)
+        with setting():
+            return tuple(results())
 
-    yield Side(call, outputs)
+    def seconds(call: Callable[[], Any], count: int) -> float:
+        with setting():
+            return event_seconds(events, call, count, host) if events else host_seconds(call, count)
+
+    of_kind = {"infer": lambda: calls.infer(x), "train": lambda: calls.train(x, dy), "stream": step}
+    call = of_kind[work.kind]
+    return Side(call, outputs, seconds, host)
+
+
+@contextlib.contextmanager
+def held(name: str, value: Any, *places: Any) -> Iterator[None]:
+    """Set an attribute of some objects, and restore what it was."""
+    before = [getattr(place, name) for place in places]
+    for place in places:
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            setattr(place, name, old)
+
+
+def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np) -> Calls:
+    """Our calls on arrays of NumPy or CuPy."""
+    lengths, streams = problem.lengths, problem.work.kind == "stream"
+
+    def train(x: Any, dy: Any) -> tuple[Any, ...]:
+        y, _, tape = model.forward(x, lengths=lengths)
+        grads = model.backward(tape, dy)
+        return y, grads.x, *(grads.params[name] for name in model.params)
+
+    return Calls(
+        lambda x: model(x, lengths=lengths)[0],
+        train,
+        model.step,
+        load=lambda host: xp.asarray(host[0] if streams else host),
+        fetch=np.asarray if xp is np else xp.asnumpy,
+    )
+
+
+@contextlib.contextmanager
+def our_threads(threads: int) -> Iterator[None]:
+    """Set our own number of threads; what was chosen before is restored, None being "as the machine has them"."""
+    before = team._chosen and team._chosen.threads
+    fastlstm.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        fastlstm.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
+    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
+    with our_threads(threads):
+        yield side_of(problem, _ours(problem, problem.frozen_or_trained if frozen else problem.model))
+
+
+@contextlib.contextmanager
+def cuda(
+    problem: Problem, threads: int, *, copies: bool = False, by_steps: bool = False, precision: str = "float32"
+) -> Iterator[Side]:
+    """Our library on the GPU, timed by CUDA events, on CuPy arrays that are there already.
+
+    With `copies`, for a caller who has NumPy arrays: by the host's clock, while model and state stay on the GPU. With
+    `by_steps`, with a product and a kernel for each time step, whatever the plan is. `precision` is the model's.
+    """
+    cupy, plans = import_module("cupy"), import_module("fastlstm.backends.cuda.plans")
+    cupy.get_default_memory_pool().free_all_blocks()  # left by the work before; PyTorch has another pool
+    model = problem.model.to(cupy)
+    model.precision = precision
+    calls = _ours(problem, model, cupy)
+    if copies:
+        yield side_of(problem, calls.with_copies())
+    else:
+        yield side_of(problem, calls, cupy.cuda, lambda: held("FORCED", "step" if by_steps else plans.FORCED, plans))

@@ -19,7 +19,7 @@ from fastlstm.interchange.onnx_graph import Node, folder_of, lstm_nodes
 from fastlstm.interchange.source import HostArray, Source, broken_if, need, with_source
 from fastlstm.interchange.torch import add
 
-__all__ = ["from_onnx", "write_onnx"]
+__all__ = ["from_onnx", "node_attributes", "node_inputs", "write_onnx"]
 
 ORDER, PEEPHOLES = "iofg", "iof"
 # ONNX's name, alpha and beta of each activation; of the 1997 cell, those of the candidate and of the output differ.
@@ -258,7 +258,7 @@ def _model(
         nodes.append(helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0, 2]))
         source = "x_t"
     for layer in range(cell.num_layers):
-        made = _node_inputs(cell, params, layer)
+        made = node_inputs(cell, params, layer)
         constants += [from_array(array, name) for name, array in made.items()]
         w, r, b, p = (name if name in made else "" for name in (f"{x}{layer}" for x in "WRBP"))
         h0, c0 = (f"h0_{layer}", f"c0_{layer}") if state else ("", "")
@@ -271,7 +271,7 @@ def _model(
         while not inputs[-1]:
             inputs.pop()
         outputs = [f"Y{layer}", f"h_n_{layer}", f"c_n_{layer}"]
-        nodes.append(helper.make_node("LSTM", inputs, outputs, name=f"lstm_{layer}", **_node_attributes(cell)))
+        nodes.append(helper.make_node("LSTM", inputs, outputs, name=f"lstm_{layer}", **node_attributes(cell)))
         nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"Z{layer}"], perm=[0, 2, 1, 3]))
         last = layer == cell.num_layers - 1
         source = "y" if last and not batch_first else f"y{layer}"
@@ -299,7 +299,7 @@ def _values(onnx: Any, cell: Cell, batch_first: bool, state: bool, lengths: bool
     return inputs, outputs
 
 
-def _node_inputs(cell: Cell, params: Mapping[str, HostArray], layer: int) -> dict[str, HostArray]:
+def node_inputs(cell: Cell, params: Mapping[str, HostArray], layer: int) -> dict[str, HostArray]:
     """Return W, R, B and P of a layer, by name."""
     found: dict[str, list[HostArray]] = {}
     for direction in range(cell.num_directions):
@@ -319,7 +319,8 @@ def _node_inputs(cell: Cell, params: Mapping[str, HostArray], layer: int) -> dic
     return {name: np.stack(arrays) for name, arrays in found.items()}
 
 
-def _node_attributes(cell: Cell) -> dict[str, Any]:
+def node_attributes(cell: Cell) -> dict[str, Any]:
+    """Return the attributes of every layer's node."""
     direction = "bidirectional" if cell.bidirectional else "reverse" if cell.reverse else "forward"
     found: dict[str, Any] = {"hidden_size": cell.hidden_size, "direction": direction}
     if cell.activations != ("sigmoid", "tanh", "tanh"):

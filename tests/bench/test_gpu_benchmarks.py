@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,42 +17,40 @@ import gpu_common
 
 from fastlstm.backends.cuda import plans
 from fastlstm.bench import clock, peers, run
+from fastlstm.bench.work import Work
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
-CELLS = [[2, 8, "sequence", 1, False, 6], [3, 8, "ragged", 2, True, 6], [2, 8, "one step"]]
+STREAM, PLAIN = Work(1, 2, 8, 8, kind="stream"), Work(2, 2, 8, 8, kind="train")
+WORKS = (PLAIN, Work.ragged(6, 3, 8, 8), STREAM)
 
 
 @pytest.fixture
-def xp():
-    with cuda_row.installed(FakeCupy()) as library:
-        yield library
-
-
-@pytest.fixture
-def out(tmp_path, monkeypatch):
+def measured(tmp_path, monkeypatch):
+    """Run the program on some works; its status, and the cases by name."""
     for name, value in {"PAUSE": 0.0, "LONGEST_PAUSE": 0.0, "WARM": 0.0, "SAMPLE": 0.0, "MOST_ROUNDS": 3}.items():
         monkeypatch.setattr(clock, name, value)
     monkeypatch.setattr(peers, "TORCH_GPU", "cuda")  # which an option changes
-    return tmp_path / "B.json"
+
+    def run_on(works, *more, **device):
+        monkeypatch.setattr(gpu, "WORKS", works)
+        out = tmp_path / "B.json"
+        out.unlink(missing_ok=True)
+        with cuda_row.installed(FakeCupy(**device)):
+            status = gpu.main(["--out", str(out), *more])
+        return status, {case.name: case for case in gpu_common.load(out).cases}
+
+    return run_on
 
 
-def given(out, cells, *more):
-    return ["--out", str(out), "--cells", json.dumps(cells), *more]
+def test_the_table_begins_with_one_batch_at_all_sizes_and_one_of_each_other_kind():
+    assert len(set(gpu.WORKS)) == len(gpu.WORKS)
+    assert {work.shape for work in gpu.WORKS} >= {(512, b, h, h) for b in (1, 16, 64) for h in (128, 256, 512, 1024)}
+    first = gpu.WORKS[:13]
+    assert {work.batch for work in first[:8]} == {16} and {work.kind for work in first} == {"infer", "train", "stream"}
+    assert any(work.layers == 2 and work.bidirectional for work in first) and any(work.lengths for work in first)
 
 
-def test_the_table_has_its_cells_the_most_valuable_first():
-    for batch in (1, 16, 64):
-        for hidden in (128, 256, 512, 1024):
-            assert gpu.Cell(batch, hidden, steps=512) in gpu.CELLS
-    first = gpu.CELLS[:15]
-    assert {cell.kind for cell in first} == {"sequence", "ragged", "one step"}
-    assert any(cell.layers == 2 and cell.bidirectional for cell in first)
-    assert {cell.batch for cell in gpu.CELLS[:4]} == {16}
-    titles = [work.title for cell in gpu.CELLS for work in cell.works()]
-    assert len(set(titles)) == len(titles)
-
-
-def test_the_file_is_written_after_each_case_and_lists_what_is_not_reached(xp, out, monkeypatch):
+def test_the_file_is_written_after_each_case_and_lists_what_is_not_reached(measured, monkeypatch):
     written, update = [], gpu_common.update
 
     def seen(path, *parts, **more):
@@ -61,61 +58,42 @@ def test_the_file_is_written_after_each_case_and_lists_what_is_not_reached(xp, o
         written.append(len(gpu_common.load(path).cases))
 
     monkeypatch.setattr(gpu_common, "update", seen)
-    assert gpu.main(given(out, CELLS, "--no-torch")) == 0
-    assert written == [0, 1, 2, 3, 4, 5, 5]
-    found = gpu_common.load(out)
-    assert found.machine["GPU"] == "no GPU, but a stand-in" and len(found.cases) == 5
-    for case in found.cases:
-        assert set(case.values) == {"fastlstm cuda"} and case.facts["host, fastlstm cuda"] > 0
+    status, cases = measured(WORKS, "--no-torch")
+    assert status == 0 and written == [0, 1, 2, 3, 3]
+    for case in cases.values():
+        assert set(case.values) == {peers.CUDA} and case.facts[f"host, {peers.CUDA}"] > 0
     ticks = iter([0.0, 1.0, 100.0])
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(ticks, 100.0))
-    out.unlink()
-    assert gpu.main(given(out, CELLS, "--no-torch", "--seconds", "50")) == 0
-    late = [case for case in gpu_common.load(out).cases if case.refused]
-    assert [case.refused for case in late] == 3 * [{run.EVERYBODY: gpu.UNREACHED}]
+    _, cases = measured(WORKS, "--no-torch", "--seconds", "50")
+    assert [case.refused for case in cases.values()] == [{}, *2 * [{run.EVERYBODY: gpu.UNREACHED}]]
 
 
-def test_torch_does_the_same_work_in_every_kind_of_cell(xp, out, monkeypatch, capsys):
+def test_torch_does_the_same_work_and_a_difference_is_a_failure(measured, monkeypatch, capsys):
     torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert gpu.main(given(out, CELLS, "--torch-device", "cpu")) == 0
-    for case in gpu_common.load(out).cases:
-        ours = set() if case.work.kind == "stream" else set(peers.OUR_NARROWER)
-        assert {"fastlstm cuda", "torch cuda", "torch cuda TF32"} <= set(case.values), case.refused
-        assert set(peers.OUR_NARROWER) & set(case.values) == ours
-    # A difference that float32 does not explain is a failure.
+    status, cases = measured(WORKS, "--torch-device", "cpu")
+    for case in cases.values():
+        rounded = () if case.work.kind == "stream" else gpu.ROUNDED
+        assert status == 0 and {peers.CUDA, *gpu.THEIRS, *rounded} == set(case.values), case.refused
     monkeypatch.setitem(peers.CONTENDERS, "torch cuda", peers.CONTENDERS["torch cuda"]._replace(tolerance=1e-12))
-    assert gpu.main(given(out, CELLS[:1], "--torch-device", "cpu")) == 1
+    assert measured([PLAIN], "--torch-device", "cpu")[0] == 1
     assert "computes something else" in capsys.readouterr().err
     torch.set_num_threads(threads)
 
 
-def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_too(out, monkeypatch, capsys):
-    cells = [[2, 8, "sequence", 1, True, 4], [2, 8, "one step"], [2, 8, "sequence", 1, False, 2]]
-    with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=132)) as xp:
-        assert gpu.main(given(out, cells, "--no-torch", "--seconds", "1000")) == 0
-        launched = [name for name in xp.pool.launched if name.startswith(("persistent", "step"))]
-    assert set(launched) == {"persistent_forward", "persistent_backward", "step_forward", "step_backward"}
-    assert plans.FORCED is None
-    sides = {case.name: set(case.values) for case in gpu_common.load(out).cases}
-    assert sides == {
-        "4,2,8,8, both directions infer float32": {peers.CUDA, peers.BY_STEPS},
-        "4,2,8,8, both directions train float32": {peers.CUDA, peers.BY_STEPS},
-        "1,2,8,8 stream float32": {peers.CUDA},
-        "2,2,8,8 infer float32": {peers.CUDA},  # too few steps for a persistent kernel
-        "2,2,8,8 train float32": {peers.CUDA},
-    }
-    assert gpu_common.main(["page", str(out)]) == 0
-    assert peers.BY_STEPS in capsys.readouterr().out
-    # Its results are compared with those of the plan, and a difference is a failure.
-    wrong = peers.contender(peers.BY_STEPS)._replace(tolerance=1e-12)
-    monkeypatch.setitem(peers._OF_GPU_TABLE, peers.BY_STEPS, wrong)
-    with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=132)):
-        assert gpu.main(given(out, cells[:1], "--no-torch")) == 1
+def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_and_compared_too(measured, monkeypatch):
+    device = {"architecture": "80", "multiprocessors": 132}
+    long = Work(4, 2, 8, 8, kind="train", bidirectional=True)
+    status, cases = measured([long, STREAM, PLAIN], "--no-torch", **device)  # PLAIN has too few steps
+    sides = [set(case.values) for case in cases.values()]
+    assert status == 0 and sides == [{peers.CUDA, peers.BY_STEPS}, {peers.CUDA}, {peers.CUDA}] and plans.FORCED is None
+    wrong = peers.contender(peers.BY_STEPS)._replace(tolerance=1e-12)  # both paths sum in another order
+    monkeypatch.setitem(peers.OF_GPU_TABLE, peers.BY_STEPS, wrong)
+    assert measured([long], "--no-torch", **device)[0] == 1
 
 
-def test_a_cell_that_fails_does_not_stop_the_next(xp, out, monkeypatch, capsys):
+def test_a_case_that_fails_does_not_stop_the_next(measured, monkeypatch, capsys):
     original = run.Problem.of
 
     def of(work):
@@ -124,23 +102,23 @@ def test_a_cell_that_fails_does_not_stop_the_next(xp, out, monkeypatch, capsys):
         return original(work)
 
     monkeypatch.setattr(run.Problem, "of", of)
-    assert gpu.main(given(out, [CELLS[1], CELLS[0]], "--no-torch")) == 1
-    *failed, _, last = gpu_common.load(out).cases
-    assert all("not enough memory" in case.refused[run.EVERYBODY] for case in failed) and last.values
+    status, cases = measured([WORKS[1], PLAIN], "--no-torch")
+    failed, last = cases.values()
+    assert status == 1 and "not enough memory" in failed.refused[run.EVERYBODY] and last.values
     assert "ragged train float32: not enough memory" in capsys.readouterr().err
 
 
-def test_the_cells_left_are_those_that_another_stage_has_not_measured(tmp_path):
+def test_the_works_left_are_those_that_another_stage_has_not_measured(tmp_path):
     def chosen(*more):
         return gpu.chosen(gpu.parser().parse_args(["--out", "C.json", *more]))
 
     done = tmp_path / "B.json"
     given = ("--last-first", "--done", str(done))
-    assert chosen() == list(gpu.CELLS) and chosen(*given) == list(gpu.CELLS)[::-1]
-    first = [gpu.Case(work.title, {peers.CUDA: (1.0,)}) for work in gpu.CELLS[0].works()]
-    failed = [gpu.Case(work.title, {}, refused={peers.CUDA: "no room"}) for work in gpu.CELLS[1].works()]
-    gpu_common.update(done, [*first, *failed])
-    assert chosen(*given) == list(gpu.CELLS[1:])
+    assert chosen() == list(gpu.WORKS) and chosen(*given) == list(gpu.WORKS)[::-1]
+    first, failed, *left = gpu.WORKS
+    values, refused = {peers.CUDA: (1.0,)}, {peers.CUDA: "no room"}
+    gpu_common.update(done, [gpu.Case(first.title, values), gpu.Case(failed.title, {}, refused=refused)])
+    assert chosen(*given) == [failed, *left]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])

@@ -173,6 +173,6 @@ for line in sys.stdin:
 def test_the_worker_of_a_version_has_every_cell(monkeypatch):
     with monkeypatch.context() as small:
         small.setattr(grid, "SMALL", {"infer": (((2, 1, 3, 4), {}),), "train": (((2, 1, 3, 4), {}),)})
-        with versions.Version(sys.executable, 1) as one:
-            assert {"frozen step (I,)", "batch_first", "inference 2,1,3,4", "training 2,1,3,4"} <= set(one.cells)
-            assert one.side("step (1, I)").time(3) > 0
+        with versions.version(sys.executable, 1) as cells:
+            assert {"frozen step (I,)", "batch_first", "inference 2,1,3,4", "training 2,1,3,4"} <= set(cells)
+            assert cells["step (1, I)"].time(3) > 0
