@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_common
-import numpy as np
 
-from fastlstm import cell as models
-from fastlstm import dispatch
 from fastlstm.bench import grid, peers, report, run
 from fastlstm.bench.results import Case
 from fastlstm.bench.work import Work
@@ -68,8 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     for work in works:
         if time.monotonic() - begin > options.seconds:
             break
-        sides = [name for name in names if name != peers.BY_STEPS or is_persistent(work)]
-        case = run.measure_case(work, sides, 1, SECONDS_OF_A_CASE)
+        case = run.measure_case(work, names, 1, SECONDS_OF_A_CASE)
         gpu_common.update(options.out, [case])
         print(report.line(case), flush=True)
         failed |= bool(complaints(case))
@@ -93,16 +89,6 @@ def parser() -> argparse.ArgumentParser:
     add("--no-torch", action="store_true", help="time this library alone")
     add("--torch-device", default="cuda", help="for trying this out; default: %(default)s")
     return result
-
-
-def is_persistent(work: Work) -> bool:
-    """Whether a persistent kernel is planned for some layer."""
-    if work.kind == "stream":
-        return False
-    sizes, dtype = (work.inputs, work.hidden, work.layers), np.dtype(work.dtype)
-    cell = models.Cell(*sizes, bidirectional=work.bidirectional, dtype=dtype)
-    plan = dispatch.backend_named("cuda").plan(cell, work.rows, work.batch, False)
-    return any("one launch a sequence" in words for words in plan)
 
 
 def chosen(options: argparse.Namespace) -> list[Work]:
