@@ -197,19 +197,12 @@ def openvino(problem: Problem, threads: int) -> Iterator[Side]:
     yield side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
 
 
-def _no_cpu() -> str | None:
-    """Say why NumPy arrays do not run on the compiled kernels, if they do not."""
+def _obstacle(backend: str) -> str | None:
+    """Say why arrays do not run on the compiled kernels of a backend, if they do not."""
     try:
-        if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
-            return None
-    except (BackendError, ImportError) as error:
-        return str(error)
-    return "another backend is forced, or NUMBA_DISABLE_JIT is set"
-
-
-def _no_cuda() -> str | None:
-    try:
-        dispatch.backend_named("cuda")
+        found = dispatch.backend_named(backend)
+        if backend == "cpu" and dispatch.backend_for(np.empty(0)) is not found:
+            return "another backend is forced, or NUMBA_DISABLE_JIT is set"
     except (BackendError, ImportError) as error:
         return str(error)
     return None
@@ -246,10 +239,10 @@ class Contender(NamedTuple):
 CPU, CUDA, COPIES, BY_STEPS = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies", "fastlstm cuda by steps"
 OURS = (CPU, CUDA, COPIES)
 # Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
-_ON_GPU = Contender(sides.cuda, "cuda", obstacle=_no_cuda)
+_ON_GPU = Contender(sides.cuda, "cuda", obstacle=lambda: _obstacle("cuda"))
 _TORCH_ON_GPU = Contender(torch_cuda, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
-    CPU: Contender(sides.cpu, obstacle=_no_cpu),
+    CPU: Contender(sides.cpu, obstacle=lambda: _obstacle("cpu")),
     CUDA: _ON_GPU,
     COPIES: _ON_GPU._replace(build=functools.partial(sides.cuda, copies=True)),
     "torch": Contender(torch_cpu, packages=("torch",)),
