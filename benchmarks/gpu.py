@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import gpu_common
-import numpy as np
 
-from fastlstm import cell as models
-from fastlstm import dispatch
 from fastlstm.bench import grid, peers, report, run
 from fastlstm.bench.results import Case
 from fastlstm.bench.work import Work
 
 OURS, THEIRS = (peers.CUDA, peers.BY_STEPS), ("torch cuda", "torch cuda TF32")
-ROUNDED = (f"{peers.CUDA} TF32", f"{peers.CUDA} bfloat16")  # beside PyTorch's; a step is always computed in float32
+ROUNDED = (f"{peers.CUDA} TF32", f"{peers.CUDA} bfloat16")
 SECONDS_OF_A_CASE = 1.5  # of timing
 UNREACHED = "the time ran out"
 
@@ -72,10 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     for work in works:
         if time.monotonic() - begin > options.seconds:
             break
-        without = set() if is_persistent(work) else {peers.BY_STEPS}
-        without |= set(ROUNDED) if work.kind == "stream" else set()
-        sides = [name for name in names if name not in without]
-        case = run.measure_case(work, sides, 1, SECONDS_OF_A_CASE)
+        case = run.measure_case(work, names, 1, SECONDS_OF_A_CASE)
         gpu_common.update(options.out, [case])
         print(report.line(case), flush=True)
         failed |= bool(complaints(case))
@@ -99,16 +93,6 @@ def parser() -> argparse.ArgumentParser:
     add("--no-torch", action="store_true", help="time this library alone")
     add("--torch-device", default="cuda", help="for trying this out; default: %(default)s")
     return result
-
-
-def is_persistent(work: Work) -> bool:
-    """Whether a persistent kernel is planned for some layer."""
-    if work.kind == "stream":
-        return False
-    sizes, dtype = (work.inputs, work.hidden, work.layers), np.dtype(work.dtype)
-    cell = models.Cell(*sizes, bidirectional=work.bidirectional, dtype=dtype)
-    plan = dispatch.backend_named("cuda").plan(cell, work.rows, work.batch, False)
-    return any("one launch a sequence" in words for words in plan)
 
 
 def chosen(options: argparse.Namespace) -> list[Work]:

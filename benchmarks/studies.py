@@ -56,7 +56,7 @@ def _case(name: str, builders: run.Builders, seconds: float, tolerances: Any = N
 
 
 def _work_case(work: Work, name: str, threads: int, seconds: float, names: list[str] | None = None) -> Case:
-    problem, able = Problem.of(work), [side for side in names or _here() if peers.able(side, work)]
+    problem, able = Problem.of(work), [side for side in names or _here() if peers.contender(side).able(work)]
     builders = {side: functools.partial(peers.contender(side).build, problem, threads) for side in able}
     return _case(name, builders, seconds, dtype=work.dtype, threads=threads, work=work)
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from fastlstm.bench import clock
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
+
+
+def without_pauses(monkeypatch: Any) -> None:
+    """Let the timing loop make a few short rounds: nothing depends on a measured time."""
+    for name, value in {"PAUSE": 0.0, "LONGEST_PAUSE": 0.0, "WARM": 0.0, "SAMPLE": 0.0, "MOST_ROUNDS": 3}.items():
+        monkeypatch.setattr(clock, name, value)
+
 
 NOISE = (0.98, 1.0, 1.02, 0.99, 1.01)  # of five rounds
 

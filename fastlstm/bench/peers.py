@@ -23,9 +23,10 @@ from fastlstm import dispatch
 from fastlstm.bench import sides
 from fastlstm.bench.sides import Calls, Side, held, side_of
 from fastlstm.bench.work import Array, Problem, Work
+from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["BY_STEPS", "CONTENDERS", "OF_GPU_TABLE", "OURS", "Contender", "able", "chosen", "missing"]
+__all__ = ["BY_STEPS", "CONTENDERS", "OF_GPU_TABLE", "OURS", "Contender", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
 
@@ -196,19 +197,12 @@ def openvino(problem: Problem, threads: int) -> Iterator[Side]:
     yield side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
 
 
-def _no_cpu() -> str | None:
-    """Say why NumPy arrays do not run on the compiled kernels, if they do not."""
+def _obstacle(backend: str) -> str | None:
+    """Say why arrays do not run on the compiled kernels of a backend, if they do not."""
     try:
-        if dispatch.backend_for(np.empty(0)) is dispatch.backend_named("cpu"):
-            return None
-    except (BackendError, ImportError) as error:
-        return str(error)
-    return "another backend is forced, or NUMBA_DISABLE_JIT is set"
-
-
-def _no_cuda() -> str | None:
-    try:
-        dispatch.backend_named("cuda")
+        found = dispatch.backend_named(backend)
+        if backend == "cpu" and dispatch.backend_for(np.empty(0)) is not found:
+            return "another backend is forced, or NUMBA_DISABLE_JIT is set"
     except (BackendError, ImportError) as error:
         return str(error)
     return None
@@ -218,13 +212,26 @@ def _no_gpu_for_torch() -> str | None:
     return None if TORCH_GPU == "cpu" or import_module("torch").cuda.is_available() else "PyTorch finds no GPU"
 
 
+def _graph_is_able(work: Work) -> bool:
+    """Whether the graph of :func:`onnx_model` can do this work: it has the states of one layer."""
+    return work.kind != "train" and work.dtype == "float32" and not (work.kind == "stream" and work.layers > 1)
+
+
+def _is_persistent(work: Work) -> bool:
+    """Whether our CUDA backend plans a persistent kernel for some layer: else it goes by steps anyway."""
+    sizes, dtype = (work.inputs, work.hidden, work.layers), np.dtype(work.dtype)
+    cell = Cell(*sizes, bidirectional=work.bidirectional, dtype=dtype)
+    plan = dispatch.backend_named("cuda").plan(cell, work.rows, work.batch, False)
+    return work.kind != "stream" and any("one launch a sequence" in words for words in plan)
+
+
 class Contender(NamedTuple):
     """A library that computes works."""
 
     build: Callable[[Problem, int], AbstractContextManager[Side]]  # given a number of threads
     device: str = "cpu"  # or cuda
     packages: tuple[str, ...] = ()  # that it needs, by the names that pip and import know
-    infers_only: bool = False  # in float32, as the graphs of onnx_model
+    able: Callable[[Work], bool] = lambda work: True  # whether it can do this work
     obstacle: Callable[[], str | None] = lambda: None  # returns why it cannot run here though it is installed
     tolerance: float | None = None  # instead of that of the dtype
 
@@ -232,24 +239,25 @@ class Contender(NamedTuple):
 CPU, CUDA, COPIES, BY_STEPS = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies", "fastlstm cuda by steps"
 OURS = (CPU, CUDA, COPIES)
 # Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
-_ON_GPU = Contender(sides.cuda, "cuda", obstacle=_no_cuda)
+_ON_GPU = Contender(sides.cuda, "cuda", obstacle=lambda: _obstacle("cuda"))
 _TORCH_ON_GPU = Contender(torch_cuda, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
-    CPU: Contender(sides.cpu, obstacle=_no_cpu),
+    CPU: Contender(sides.cpu, obstacle=lambda: _obstacle("cpu")),
     CUDA: _ON_GPU,
     COPIES: _ON_GPU._replace(build=functools.partial(sides.cuda, copies=True)),
     "torch": Contender(torch_cpu, packages=("torch",)),
-    "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), infers_only=True),
-    "openvino": Contender(openvino, packages=("onnx", "openvino"), infers_only=True),
+    "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), able=_graph_is_able),
+    "openvino": Contender(openvino, packages=("onnx", "openvino"), able=_graph_is_able),
     "torch cuda": _TORCH_ON_GPU,
 }
 """What ``fastlstm bench`` measures by default."""
 
+_ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
 OF_GPU_TABLE = {
-    BY_STEPS: _ON_GPU._replace(build=functools.partial(sides.cuda, by_steps=True), tolerance=5e-4),
+    BY_STEPS: _ON_GPU._replace(build=functools.partial(sides.cuda, by_steps=True), able=_is_persistent, tolerance=5e-4),
     "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(torch_cuda, tf32=True), tolerance=2e-2),
-    f"{CUDA} TF32": _ON_GPU._replace(build=functools.partial(sides.cuda, precision="tf32"), tolerance=2e-2),
-    f"{CUDA} bfloat16": _ON_GPU._replace(build=functools.partial(sides.cuda, precision="bf16"), tolerance=2e-1),
+    f"{CUDA} TF32": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="tf32"), tolerance=2e-2),
+    f"{CUDA} bfloat16": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="bf16"), tolerance=2e-1),
 }
 """For ``benchmarks/gpu.py`` alone: a product and a kernel each step, and products of rounded factors."""
 
@@ -274,11 +282,3 @@ def chosen(names: str | None) -> list[str]:
         known = ", ".join(name for name in CONTENDERS if name not in OURS)
         raise ArgumentError(f"there is no peer {', '.join(sorted(unknown))!r}; choose of {known}, or none")
     return [name for name in CONTENDERS if name in wanted or name in OURS]
-
-
-def able(name: str, work: Work) -> bool:
-    """Whether a contender can do this work."""
-    if not contender(name).infers_only:
-        return True
-    streams_layers = work.kind == "stream" and work.layers > 1  # the graph has the states of one layer
-    return work.kind != "train" and work.dtype == "float32" and not streams_layers

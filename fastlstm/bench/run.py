@@ -105,7 +105,7 @@ def measure(
 
 def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> Case:
     """Measure one work by the sides that can do it."""
-    able = [name for name in names if peers.able(name, work)]
+    able = [name for name in names if peers.contender(name).able(work)]
     try:
         problem = Problem.of(work)
         builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import bench_data
 import cuda_row
 import pytest
 from host_cuda import FakeCupy, compiler
@@ -16,7 +17,7 @@ import gpu
 import gpu_common
 
 from fastlstm.backends.cuda import plans
-from fastlstm.bench import clock, peers, run
+from fastlstm.bench import peers, run
 from fastlstm.bench.work import Work
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -27,8 +28,7 @@ WORKS = (PLAIN, Work.ragged(6, 3, 8, 8), STREAM)
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Run the program on some works; its status, and the cases by name."""
-    for name, value in {"PAUSE": 0.0, "LONGEST_PAUSE": 0.0, "WARM": 0.0, "SAMPLE": 0.0, "MOST_ROUNDS": 3}.items():
-        monkeypatch.setattr(clock, name, value)
+    bench_data.without_pauses(monkeypatch)
     monkeypatch.setattr(peers, "TORCH_GPU", "cuda")  # which an option changes
 
     def run_on(works, *more, **device):

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import bench_data
 import numpy as np
 import pytest
 
@@ -44,8 +45,11 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         studies, "extra_bytes", lambda model, steps, *_, recompute=False, **__: 900 - 100 * recompute + steps
     )
-    for name, value in {"PAUSE": 0.0, "LONGEST_PAUSE": 0.0, "WARM": 0.0, "SAMPLE": 0.0, "MOST_ROUNDS": 2}.items():
-        monkeypatch.setattr(clock, name, value)
+    bench_data.without_pauses(monkeypatch)
+
+
+OTHERS = {"recompute": studies.RECOMPUTED, "family": studies.TRUNCATED, "freeze": studies.LIVE,
+          "closed_loop": closed_loop.NJIT, "memory": OURS}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "start"])
@@ -55,16 +59,8 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, tiny, name):
     assert cases and len(inspect.getdoc(STUDIES[name])) > 50
     for case in cases:
         assert OURS in case.values and not case.refused, case
-        others = {
-            "recompute": studies.RECOMPUTED,
-            "family": studies.TRUNCATED,
-            "freeze": studies.LIVE,
-            "closed_loop": closed_loop.NJIT,
-            "memory": OURS,
-        }
-        other = studies.PADDED if "padded" in case.name else others.get(name, "torch")
-        assert other in case.values
-    torch.set_num_threads(before)
+        assert (studies.PADDED if "padded" in case.name else OTHERS.get(name, "torch")) in case.values
+    assert torch.get_num_threads() == before
 
 
 def test_the_loop_feeds_the_output_back(torch, tiny):
