@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    demo.add_argument("--batches", type=int, metavar="N", help="batches to train on; default: the task's own")
+    demo.add_argument(
+        "--batches", type=int, metavar="N", help="batches, or sequences, to train on; default: the task's"
+    )
     demo.add_argument("--out", type=Path, default=Path("fastlstm-demo"), help="folder to write; default: %(default)s")
     demo.set_defaults(run=_demo)
     return parser

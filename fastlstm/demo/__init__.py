@@ -48,7 +48,8 @@ def run_demo(
     out : path
         Folder for the files that the demo writes; created if it does not exist.
     batches : int, optional
-        Batches to train on, at least 1. Each task has its own default.
+        Batches to train on, at least 1; for `gradients` updates, for `temporal-order` and `adding` the most sequences.
+        Each task has its own default.
 
     Returns
     -------
@@ -66,8 +67,8 @@ def run_demo(
     if task not in TASKS:
         raise ArgumentError(f"there is no task {task!r}; choose one of {', '.join(TASKS)}")
     seed = arguments.count("seed", seed)
-    if batches is not None and not (batches := arguments.count("batches", batches)):
-        raise ArgumentError("batches must be at least 1, got 0")
+    if batches is not None:
+        batches = arguments.count("batches", batches, least=1)
     module = import_module(f"fastlstm.demo.{task.replace('-', '_')}")
     xp = array_library(device, module.PACKAGES)
     out = Path(out)

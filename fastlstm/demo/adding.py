@@ -34,7 +34,9 @@ def run(options: Options) -> DemoResult:
     files = out / "adding.png", out / "adding-lstm.safetensors"
     net.lstm.save(files[1])
     net.lstm = LSTM.load(files[1])  # from here on, the model is the one in the file
-    plot(files[0], {f"seed {seed}": learned.errors}, "squared error of the sum", GOAL)
+    plot(
+        files[0], "Adding, the cell of 1997", {f"seed {seed}": learned}, GOAL, (PAPER, "the paper, stricter criterion")
+    )
     errors = np.abs(errors_of_tests(net, lambda: sequence(rng)))
     within, mse = float((errors < TOLERANCE).mean()), float((errors**2).mean())
     reached = f"after {learned.sequences:,} sequences" if learned.met else f"not within {limit:,} sequences"

@@ -23,7 +23,7 @@ import numpy as np
 
 from fastlstm import LSTM, RNN
 from fastlstm.demo.memory_1997 import check_library
-from fastlstm.demo.tools import DemoResult, Options
+from fastlstm.demo.tools import DemoResult, Options, new_figure
 from fastlstm.training import SGD, Linear, clip_by_global_norm, join, softmax_cross_entropy
 
 PACKAGES = ("matplotlib", "tqdm")
@@ -33,6 +33,7 @@ RADII = {"tanh": (0.9, 3.0), "relu": (3.0,)}  # of the plain RNNs
 BIASES = (0.0, 1.0, 3.0)  # of the forget gates
 SHOWN = (10, 50, 100, 199)  # distances in the report
 UPDATES, MEMORY, UNITS, RATE, GAIN = 300, 50, 32, 0.02, 1.1  # of the network that is trained with clipping
+LAST, SMOOTHED = 20, 10  # updates that the report and the picture take the mean of
 
 Array = np.ndarray[Any, Any]
 
@@ -56,9 +57,11 @@ def run(options: Options) -> DemoResult:
             if sizes is not None:
                 lines.append(f"  {name + ', ' + kind:<40}" + "".join(f"{sizes[d]:>10.1e}" for d in SHOWN))
                 scores[f"{name}, {kind}"] = float(sizes[-1])
-    lines.append(f"A relu network that remembers for {MEMORY} steps, share right in the last 20 of {updates} updates:")
+    lines.append(
+        f"A relu network that remembers for {MEMORY} steps, share right in the last {LAST} of {updates} updates:"
+    )
     for name, right in clipping.items():
-        scores[name] = float(np.mean(right[-20:]))
+        scores[name] = float(np.mean(right[-LAST:]))
         lines.append(f"  {name:<40}{scores[name]:>10.2f}")
     return DemoResult("\n".join(lines), scores, (path,))
 
@@ -141,24 +144,32 @@ def accuracies(seed: int, most: float | None, updates: int) -> Array:
 
 def plot(path: Path, flows: dict[str, tuple[Array, Array | None]], clipping: dict[str, Array]) -> None:
     """Draw the gradients by h, those by c, and the trainings."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of its own leaves pyplot and its settings alone
-    of_h, of_c, trained = figure.subplots(1, 3)
+    figure = new_figure(9, 7)
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.5, 1])
+    of_h, of_c, trained = (figure.add_subplot(grid[place]) for place in ((0, 0), (0, 1), (1, slice(None))))
     for number, (name, (by_h, by_c)) in enumerate(flows.items()):
         for axes, sizes in ((of_h, by_h), (of_c, by_c)):
-            if sizes is not None:
-                axes.semilogy(np.maximum(sizes, 1e-30), color=f"C{number}", linewidth=1.0, label=name)
+            # Zero, as of the truncated gradient by h, has no place on this axis.
+            if sizes is not None and sizes[1]:
+                style = "--" if name.startswith("RNN") else "-"
+                axes.semilogy(sizes, style, color=f"C{number}", linewidth=1.5, label=name)
+    of_h.set_title("by h (that of the 1997 cell, truncated, is 0)")
+    of_c.set_title("by c, which an RNN does not have")
     for axes, kind in ((of_h, "h"), (of_c, "c")):
-        axes.set_xlabel("steps from the loss")
-        axes.set_ylabel(f"size of dL/d{kind}, relative")
-        axes.set_ylim(1e-20, 1e20 if kind == "h" else 1e4)
-        axes.legend(fontsize="small")
+        axes.set_xlabel("steps before the loss")
+        axes.set_ylabel(f"size of dL/d{kind} / that of the last step")
+        axes.set_ylim(1e-20, 1e20)
+        axes.grid(color="0.9")
+    handles = dict(zip(*reversed(of_h.get_legend_handles_labels()), strict=True))
+    handles |= dict(zip(*reversed(of_c.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize="small")
     for name, right in clipping.items():
-        trained.plot(np.convolve(right, np.ones(10) / 10, mode="valid"), linewidth=1.0, label=name)
+        mean = np.convolve(right, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+        trained.plot(SMOOTHED + np.arange(len(mean)), mean, linewidth=1.5, label=f"gradients {name}")
+    trained.axhline(0.5, color="0.5", linewidth=1.0, linestyle=":", label="chance")
+    trained.set_title(f"a relu RNN that has to remember a symbol for {MEMORY} steps")
     trained.set_xlabel("update")
-    trained.set_ylabel("share right, relu RNN, 50 steps")
-    trained.legend(fontsize="small")
+    trained.set_ylabel(f"share right, last {SMOOTHED} updates")
+    trained.set_ylim(0.3, 1.05)
+    trained.legend(loc="center right", fontsize="small")
     figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlstm import LSTM
+from fastlstm.demo.tools import new_figure
 from fastlstm.errors import ArgumentError
 from fastlstm.training import Linear, initialise_1997
 
@@ -84,7 +85,7 @@ def train(
     draw : callable
         Returns a sequence (T, 1, inputs) and its target (outputs,).
     is_met : callable
-        Says so, of the largest errors and the mean squared ones, each (WINDOW,).
+        Says so, of the largest errors and the squared ones, each (WINDOW,) in any order.
     limit : int
         Give up after so many sequences.
     title : str
@@ -92,21 +93,23 @@ def train(
     """
     from tqdm import tqdm
 
-    largest, squared = np.ones(limit), np.ones(limit)
+    largest, squared = np.ones(WINDOW), np.ones(WINDOW)  # of the latest sequences
+    means = []
     sequences, met = 0, False
     progress = tqdm(total=limit, desc=title, unit="sequence", mininterval=0.5)
     while sequences < limit and not met:
         x, target = draw()
         errors = net.learn(x, target)[0] - target
-        largest[sequences], squared[sequences] = np.abs(errors).max(), (errors * errors).sum()
+        place = sequences % WINDOW
+        largest[place], squared[place] = np.abs(errors).max(), (errors * errors).sum()
         sequences += 1
+        if sequences % 1000 == 0:
+            means.append(squared[place - 999 : place + 1].mean())
         progress.update()
         if sequences >= WINDOW and sequences % 10 == 0:
-            window = slice(sequences - WINDOW, sequences)
-            met = is_met(largest[window], squared[window])
+            met = is_met(largest, squared)
     progress.close()
-    whole = squared[: sequences // 1000 * 1000].reshape(-1, 1000)
-    return Learned(sequences, met, whole.mean(axis=1))
+    return Learned(sequences, met, np.array(means))
 
 
 def errors_of_tests(net: Net, draw: Callable[[], tuple[Array, Array]]) -> Array:
@@ -126,20 +129,25 @@ def check_library(xp: ModuleType) -> None:
         raise ArgumentError("this task learns from one sequence at a time, on the CPU: use device='cpu'")
 
 
-def plot(path: Path, curves: dict[str, Array], label: str, goal: float) -> None:
-    """Draw the errors of each thousand sequences."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot(path: Path, title: str, runs: dict[str, Learned], goal: float, paper: tuple[int, str]) -> None:
+    """Draw the errors of each thousand sequences, and after how many sequences the paper's nets succeeded.
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of its own leaves pyplot and its settings alone
+    `paper` is that number, and what it is.
+    """
+    figure = new_figure(7, 4)
     axes = figure.subplots()
-    for name, errors in curves.items():
-        axes.semilogy(np.arange(1, len(errors) + 1), errors, linewidth=1.0, label=name)
-    if not any(len(errors) for errors in curves.values()):  # fewer than a thousand sequences: the goal stands alone
+    for name, learned in runs.items():
+        thousands = np.arange(1, len(learned.errors) + 1)
+        label = f"{name}, {learned.sequences:,} sequences" if learned.met else f"{name}, criterion not met"
+        (line,) = axes.semilogy(thousands, learned.errors, linewidth=1.5, label=label)
+        if learned.met:
+            axes.plot(thousands[-1:], learned.errors[-1:], "o", color=line.get_color())
+    if not any(len(learned.errors) for learned in runs.values()):  # fewer than a thousand sequences each
         axes.set_ylim(goal / 10, goal * 10)
-    axes.axhline(goal, color="0.6", linewidth=0.8, linestyle="--", label=f"goal, {goal}")
-    axes.set_xlabel("thousand sequences")
-    axes.set_ylabel(label)
+    axes.axhline(goal, color="0.5", linewidth=1.0, linestyle="--", label=f"goal for the error, {goal}")
+    axes.axvline(paper[0] / 1000, color="0.5", linewidth=1.0, linestyle=":", label=f"{paper[1]}, {paper[0]:,}")
+    axes.set_title(title)
+    axes.set_xlabel("sequences learned from, in thousands (a dot: the criterion is met)")
+    axes.set_ylabel("mean squared error, each 1,000")
     axes.legend()
     figure.savefig(path, dpi=120)
