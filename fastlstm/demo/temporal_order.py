@@ -51,7 +51,8 @@ def run(options: Options) -> DemoResult:
     report = "\n".join([
         "Temporal order (task 6a of Hochreiter and Schmidhuber 1997), truncated gradient, 2 blocks of 2 cells:",
         *lines,
-        f"  mean {mean:,.0f} sequences{' to success' * succeeded}; the paper has {PAPER:,}, with gates that are sources, too",
+        f"  mean {mean:,.0f} sequences{' to success' * succeeded};"
+        f" the paper has {PAPER:,}, with gates that are sources, too",
     ])  # fmt: skip
     return DemoResult(report, {"sequences": mean, "wrong": float(np.mean(wrong))}, (picture, path))
 
