@@ -34,9 +34,8 @@ def run(options: Options) -> DemoResult:
     files = out / "adding.png", out / "adding-lstm.safetensors"
     net.lstm.save(files[1])
     net.lstm = LSTM.load(files[1])  # from here on, the model is the one in the file
-    plot(
-        files[0], "Adding, the cell of 1997", {f"seed {seed}": learned}, GOAL, (PAPER, "the paper, stricter criterion")
-    )
+    paper = (PAPER, "the paper, stricter criterion")
+    plot(files[0], "Adding two numbers (task 4), cell of 1997", {f"seed {seed}": learned}, GOAL, paper)
     errors = np.abs(errors_of_tests(net, lambda: sequence(rng)))
     within, mse = float((errors < TOLERANCE).mean()), float((errors**2).mean())
     reached = f"after {learned.sequences:,} sequences" if learned.met else f"not within {limit:,} sequences"

@@ -57,9 +57,7 @@ def run(options: Options) -> DemoResult:
             if sizes is not None:
                 lines.append(f"  {name + ', ' + kind:<40}" + "".join(f"{sizes[d]:>10.1e}" for d in SHOWN))
                 scores[f"{name}, {kind}"] = float(sizes[-1])
-    lines.append(
-        f"A relu network that remembers for {MEMORY} steps, share right in the last {LAST} of {updates} updates:"
-    )
+    lines.append(f"A relu network that remembers for {MEMORY} steps, share right, last {min(LAST, updates)} updates:")
     for name, right in clipping.items():
         scores[name] = float(np.mean(right[-LAST:]))
         lines.append(f"  {name:<40}{scores[name]:>10.2f}")
@@ -153,8 +151,8 @@ def plot(path: Path, flows: dict[str, tuple[Array, Array | None]], clipping: dic
             if sizes is not None and sizes[1]:
                 style = "--" if name.startswith("RNN") else "-"
                 axes.semilogy(sizes, style, color=f"C{number}", linewidth=1.5, label=name)
-    of_h.set_title("by h (that of the 1997 cell, truncated, is 0)")
-    of_c.set_title("by c, which an RNN does not have")
+    of_h.set_title("Gradient by h (1997 cell, truncated: 0)")
+    of_c.set_title("Gradient by c (RNNs have none)")
     for axes, kind in ((of_h, "h"), (of_c, "c")):
         axes.set_xlabel("steps before the loss")
         axes.set_ylabel(f"size of dL/d{kind} / that of the last step")
@@ -167,9 +165,9 @@ def plot(path: Path, flows: dict[str, tuple[Array, Array | None]], clipping: dic
         mean = np.convolve(right, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
         trained.plot(SMOOTHED + np.arange(len(mean)), mean, linewidth=1.5, label=f"gradients {name}")
     trained.axhline(0.5, color="0.5", linewidth=1.0, linestyle=":", label="chance")
-    trained.set_title(f"a relu RNN that has to remember a symbol for {MEMORY} steps")
+    trained.set_title(f"Training a relu RNN that has to remember a symbol for {MEMORY} steps")
     trained.set_xlabel("update")
     trained.set_ylabel(f"share right, last {SMOOTHED} updates")
     trained.set_ylim(0.3, 1.05)
-    trained.legend(loc="center right", fontsize="small")
+    trained.legend(loc="lower right", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120)

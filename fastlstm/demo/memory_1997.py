@@ -148,6 +148,7 @@ def plot(path: Path, title: str, runs: dict[str, Learned], goal: float, paper: t
     axes.axvline(paper[0] / 1000, color="0.5", linewidth=1.0, linestyle=":", label=f"{paper[1]}, {paper[0]:,}")
     axes.set_title(title)
     axes.set_xlabel("sequences learned from, in thousands (a dot: the criterion is met)")
-    axes.set_ylabel("mean squared error, each 1,000")
+    axes.set_ylabel("squared error, mean of each 1,000")
+    axes.set_xlim(left=0)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -45,7 +45,7 @@ def run(options: Options) -> DemoResult:
         reached = f"{learned.sequences:7,} sequences" if learned.met else f"not within {limit:,} sequences"
         lines.append(f"  seed {number}: {reached}, then {wrong[-1]:,} of {TESTS:,} tests wrong")
     picture = out / "temporal-order.png"
-    plot(picture, "Temporal order, the cell of 1997", runs, GOAL, (PAPER, "the paper's mean"))
+    plot(picture, "Temporal order (task 6a), cell of 1997", runs, GOAL, (PAPER, "the paper's mean"))
     mean = float(np.mean([learned.sequences for learned in runs.values()]))
     succeeded = all(learned.met for learned in runs.values())
     report = "\n".join([

@@ -54,6 +54,26 @@ def test_a_short_training_says_that_the_goal_is_not_met(demo, tmp_path, monkeypa
     assert {file.name for file in result.files} == {"adding.png", "adding-lstm.safetensors"}
 
 
+@of("temporal-order")
+def test_a_mean_over_failures_is_no_mean_to_success(demo, tmp_path):
+    report = run_demo("temporal-order", out=tmp_path, batches=5).report
+    assert report.count("not within 5 sequences") == demo.RUNS and "to success" not in report
+
+
+@of("adding")
+def test_a_limit_of_any_size_takes_no_memory(demo):
+    _, learned, _ = demo.learn(0, 2001)
+    assert len(learned.errors) == 2  # of each whole thousand
+    calls = iter(range(20))
+
+    def interrupt():
+        next(calls)
+        return demo.sequence(np.random.default_rng(0))
+
+    with pytest.raises(StopIteration):
+        demo.train(demo.Net(2, 1, demo.INPUT_GATES, np.random.default_rng(0)), interrupt, demo.is_met, 10**15, "")
+
+
 @of("adding")
 def test_the_error_of_the_sum_falls(demo, monkeypatch):
     monkeypatch.setattr(demo, "LIMIT", 45_000)  # the criterion is met after some 75,000
