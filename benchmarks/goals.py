@@ -108,13 +108,14 @@ CHECKED = "A prepared call checks type, dtype and shape of each parameter in Pyt
 HANDED = "On one thread the same shapes are level, so what is lost is in handing a call to the second thread."
 NORMED = "Layer norm goes over each row three times more, and keeps nine more numbers a unit for training."
 COMPILED = "What remains is LLVM's optimisation and code generation of the kernels themselves."
-PAGED = "The tape of the largest batch exceeds the memory that is kept between calls, so each step gets new pages."
+SMALL = "With few units the step is mostly the LSTM at its usual speed; what PyTorch does around it both sides share."
+ONE_THREAD = "One thread is near the measured peak at this size, and so is PyTorch."
 INFER, TRAIN, FIRST = best_peer("infer"), best_peer("train"), inverse(ratio(OLD))
 SHAPES = ratio(OLD, at="^(inference|training) .*,")
 GOALS = (
     Goal("inference, float32: best peer's time / ours, least", 1.0, False, "goals", INFER, min),
     Goal("inference, float32: geometric mean", 1.4, False, "goals", INFER, mean),
-    Goal("training, float32: PyTorch's time / ours, least", 1.2, False, "goals", TRAIN, min),
+    Goal("training, float32: PyTorch's time / ours, least", 1.2, False, "goals", TRAIN, min, ONE_THREAD),
     Goal("training, float32: geometric mean", 2.0, False, "goals", TRAIN, mean),
     Goal("inference, float64: geometric mean", 1.5, False, "goals", best_peer("infer", "float64"), mean),
     Goal("training, float64: geometric mean", 1.5, False, "goals", best_peer("train", "float64"), mean),
@@ -142,7 +143,7 @@ GOALS = (
          ratio(studies.TRUNCATED, at="train")),
     Goal("plain RNN / the plain LSTM, most", 0.45, True, "family", ratio(studies.RNN_NAME)),
     Goal("`torch.nn.LSTM` / `fastlstm.torch.LSTM`, training, least", 2.0, False, "torch_lstm", ratio("torch"), min,
-         PAGED),
+         SMALL),
     Goal(f"first call, CPU time / {OLD}, most", 0.6, True, "versions/first", FIRST, max, COMPILED),
     Goal(f"first call, CPU time / {OLD}, least", 0.6, True, "versions/first", FIRST, min, COMPILED),
     Goal(f"shapes: {OLD} / ours, geometric mean", 0.98, False, "versions/calls", SHAPES, mean, HANDED),
@@ -152,7 +153,7 @@ GOALS = (
 )  # fmt: skip
 NOTES = (
     "A second variant of the cell is asked to compile in at most 2 s. One of the step takes 0.8 s; the first cell with"
-    " phases (layer norm, projection, zoneout, recurrent dropout, RNN) takes 2.4 s forward and 3.5 s backward of CPU,"
+    " phases (layer norm, projection, zoneout, recurrent dropout, RNN) takes 1.7 s forward and 2.4 s backward of CPU,"
     " once for all of them: they have drivers of their own. That was timed by itself and is in no file.",
     "A short bidirectional call is asked to take at most 2 us more than a plain one, and takes 4: it is a second"
     " launch. That was timed by itself and is in no file.",
