@@ -104,7 +104,7 @@ def fact(name: str) -> Values:
     return lambda _, case: [case.facts[name]] if name in case.facts else []
 
 
-CHECKED = "A prepared call checks type, dtype and shape of each parameter in Python at every call."
+CHECKED = "A prepared call checks each parameter in Python at every call."
 HANDED = "On one thread the same shapes are level, so what is lost is in handing a call to the second thread."
 NORMED = "Layer norm goes over each row three times more, and keeps nine more numbers a unit for training."
 COMPILED = "What remains is LLVM's optimisation and code generation of the kernels themselves."

@@ -4,8 +4,8 @@
 
 Cases are measured as by ``fastlstm bench``: results are compared first, sides take turns. PyTorch is also timed with
 TF32, and our sequences with products in TF32 and bfloat16. Where a persistent kernel is planned
-(``fastlstm/backends/cuda/plans.py``), the path of a product and a kernel each step is timed too. The most telling cases
-come first; those that the time does not reach are listed.
+(``fastlstm/backends/cuda/plans.py``), the path of a product and a kernel each step is timed too. The most
+important cases come first; those that the time does not reach are listed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def steps(*sizes: tuple[int, int]) -> list[Work]:
     return [Work(1, b, h, h, kind="stream") for b, h in sizes]
 
 
-# The most telling first: one batch at all sizes, one of each other kind, the other batches; then what is left.
+# In order of importance: one batch at all sizes, one work of each other kind, the other batches, then all others.
 SIZES, DEEP = (512, 256, 1024, 128), {"layers": 2, "bidirectional": True}
 WORKS = (
     *sequences(*((16, hidden) for hidden in SIZES)),

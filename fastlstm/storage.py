@@ -167,7 +167,7 @@ def load(path: str | os.PathLike[str] | BinaryIO) -> SavedModel:
         If the file is broken, truncated or foreign. Until the header is found to describe a model of the file's size,
         only the header is read (at most 1 MB; a malicious one takes 30 MB while it is parsed); after that, at most
         twice the file's size is allocated. The size of a file object is not known before its end: it is read in pieces,
-        so that no more is allocated than twice of what is there.
+        so that at most twice its size is allocated.
     OSError
         If the file cannot be read; a missing one is a FileNotFoundError.
     """

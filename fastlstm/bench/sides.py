@@ -87,7 +87,7 @@ class Calls:
     fetch: Callable[[Any], Array] = lambda array: array  # to the host
 
     def with_copies(self) -> Calls:
-        """Return the same for a caller who has NumPy arrays: each call loads and fetches them, a state stays."""
+        """Return the same calls on NumPy arrays: each call copies them to the GPU and back; the state stays there."""
 
         def step(x: Array, state: Any) -> tuple[Array, Any]:
             h, state = self.step(self.load(x), state)
@@ -196,7 +196,7 @@ def cuda(
 ) -> Iterator[Side]:
     """Our library on the GPU, timed by CUDA events, on CuPy arrays that are there already.
 
-    With `copies`, for a caller who has NumPy arrays: by the host's clock, while model and state stay on the GPU. With
+    With `copies`, on NumPy arrays, timed by the host's clock; model and state stay on the GPU. With
     `by_steps`, with a product and a kernel for each time step, whatever the plan is. `precision` is the model's.
     """
     cupy, plans = import_module("cupy"), import_module("fastlstm.backends.cuda.plans")

@@ -130,7 +130,7 @@ def _record(builder: Any, values: list[Any]) -> Any:
 
 
 def _start_of_range(builder: Any, given: Any) -> Any:
-    """Emit what is left of a range: places of the next number and of how many there are, and the stop and the step.
+    """Emit the state of a range: pointers to the next number and to the count of numbers left, the stop and the step.
 
     The step is not 0.
     """
@@ -185,7 +185,7 @@ class _Lower(Lower):
         return _room(self.builder, lltype, name)
 
     def lower_expr(self, resty: Any, expr: Any) -> Any:
-        """Emit an expression; those that loops over integers consist of in a tenth of Numba's instructions."""
+        """Emit an expression; loops over integers take a tenth of the instructions that Numba emits."""
         if expr.op == "call" and getattr(self.typeof(expr.func.name), "typing_key", None) is range:
             return self._lower_range(expr)
         if expr.op in {"pair_first", "pair_second"}:

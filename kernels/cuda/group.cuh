@@ -327,7 +327,7 @@ __device__ inline void wait_for_group() {
 
 __device__ inline void begin_group() {
 #ifdef CLUSTER
-    cluster_arrive();  // nobody writes to a block that has not begun
+    cluster_arrive();  // a block that has not begun must not be written to
     cluster_wait();
 #endif
 }

@@ -1,4 +1,4 @@
-// Products of small matrices by tensor cores, and the rounding of what they multiply: PTX that C++ has no words for.
+// Products of small matrices by tensor cores, and the rounding of their factors, as PTX: C++ has no operators for them.
 //
 // PRODUCTS_TF32 or PRODUCTS_BF16 selects the format of the factors. They are rounded once, where they are loaded or
 // published: TF32 to the nearest with ties away from zero (cvt.rna has no other mode), bfloat16 with ties to even. Sums

@@ -2,10 +2,11 @@
 // cell, its state and the sums over warps, is float32 and that of group.cuh.
 //
 // A warp multiplies its block's OUT rows of W, as tiles of 16, with its SLICE columns of 8 sequences at once; where a
-// block has 8 rows, the sequences are the tiles of 16. W stands in registers as fragments, rounded once. The vectors are rounded by the thread that publishes them, so that none of the
-// blocks that read them does it again; a bfloat16 takes half of the memory and of the time to fetch.
+// block has 8 rows, the sequences are the tiles of 16. W is held in registers as fragments, rounded once. The thread that
+// publishes a vector rounds it, so that the blocks that read it need not; a bfloat16 takes half of the memory and of the
+// time to fetch.
 //
-// A product does not care in which order its inner dimension runs, as long as both factors agree. So a lane's share of 16
+// The inner dimension of a product may run in any order that is the same in both factors. So a lane's share of 16
 // columns is made to be four that follow each other, and one load brings them: lane 4 n + t has columns 4 t .. 4 t + 3 of
 // sequence n. For TF32, whose tile has 8 columns, two of them are for the first of two tiles, and two for the second.
 // Each number is needed by one lane alone: what is fetched goes to registers, without a stage in shared memory.
@@ -78,7 +79,7 @@ template <class P, class Weight> __device__ inline void hold(Held<P> &to, Weight
     }
 }
 
-// Four numbers of each of one or two sequences; zeros where the tile of sequences or the last chunk goes beyond what there is.
+// Four numbers of one sequence; zeros beyond the last sequence and the last column.
 template <class P> __device__ inline Piece fetch_piece(const element_t *slice, int row, int chunk, int lane) {
     const int column = chunk * 16 + lane % 4 * 4;
     if ((ROWS % Tiles<P>::SPAN && row >= ROWS) || (P::SLICE % 16 && column >= P::SLICE)) return {};
@@ -128,7 +129,8 @@ template <class P> __device__ inline int row_of_sum(int k, int lane) {
     return P::OUT < 16 ? lane % 4 * 2 + k % 2 : k / 2 * 8 + lane / 4;
 }
 
-// The product of the group's vectors of step `step` with the weights: each warp's share to `partial` (WARPS, ROWS, STRIDE).
+// The product of the group's vectors of step `step` with the weights: each warp writes its share to `partial`
+// (WARPS, ROWS, STRIDE).
 template <class P>
 __device__ inline void product(const Held<P> &w, const Group &group, float *, float *partial, index_t step) {
     using T = Tiles<P>;
@@ -151,7 +153,7 @@ __device__ inline void product(const Held<P> &w, const Group &group, float *, fl
             for (int chunk = 0; chunk < T::CHUNKS; ++chunk) {
                 Pieces<T::PIECES> &coming = ahead[chunk % T::AHEAD];
                 const Pieces<T::PIECES> now = coming;
-                if (first + T::AT_ONCE == T::COUNT) {  // nobody else needs it
+                if (first + T::AT_ONCE == T::COUNT) {  // the last use of these factors
                     const int next = chunk + T::AHEAD, to = next < T::CHUNKS ? place : place + T::SPAN;
                     if (to < ROWS) fetch<P>(coming, slice, to, next % T::CHUNKS, lane);
                 }

@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         }
         published(group, step + 1);
 #pragma unroll
-        for (int n = 0; n < ITEMS; ++n) {  // nobody waits for this
+        for (int n = 0; n < ITEMS; ++n) {  // no block waits for this
             const Item &item = items[n];
             if (step >= item.length) continue;
             y[output_of(item, step, d) * d.hidden + unit] = h[n];
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         reset = reset_now;
         if (!TRUNCATES) published(group, turn);
 #pragma unroll
-        for (int n = 0; n < ITEMS; ++n) {  // nobody waits for this
+        for (int n = 0; n < ITEMS; ++n) {  // no block waits for this
             const Item &item = items[n];
             if (step >= item.length) continue;
             real *to = da + (first + item.row) * GATES * d.hidden + unit;

@@ -94,8 +94,8 @@ def test_rows_are_divided_so_that_the_threads_have_about_as_many_steps(lengths, 
         rows_of_each(index, len(lengths), steps, first, last, team, found)
         of_each_row = np.clip(in_order - first, 0, last - first)
         before = np.cumsum([0, *of_each_row[of_each_row > 0]])  # the steps before each row
-        assert (found[0, 0], found[-1, 1]) == (0, before.size - 1), "each row is somebody's"
-        assert (found[1:, 0] == found[:-1, 1]).all() and (found[:, 1] >= found[:, 0]).all(), "and nobody else's"
+        assert (found[0, 0], found[-1, 1]) == (0, before.size - 1), "each row has a thread"
+        assert (found[1:, 0] == found[:-1, 1]).all() and (found[:, 1] >= found[:, 0]).all(), "no share overlaps another"
         for thread, row in enumerate(found[:, 0]):
             off = np.abs(before - before[-1] * thread // threads)
             assert off[row] == off.min(), "no other row to begin with would divide them better"

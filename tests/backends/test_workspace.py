@@ -73,7 +73,7 @@ def test_the_pool_keeps_no_more_than_it_may_and_nothing_that_is_too_small(pool, 
         several.pop()
     assert 0 < pool.size <= Pool.MOST
     larger = large(3 * Pool.LEAST)
-    assert pool.size == 0, "what is kept never comes on top of a new block"
+    assert pool.size == 0, "kept blocks are freed before a new block is allocated"
     del larger
     too_large = large(6 * Pool.LEAST)
     del too_large

@@ -214,7 +214,7 @@ def test_openvino_agrees(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--shape 1,2,3", "--shape 0,1,1,1", "--peers nobody", "--threads 0", "--seconds nan", "--seconds -1",
+    ["--shape 1,2,3", "--shape 0,1,1,1", "--peers unknown", "--threads 0", "--seconds nan", "--seconds -1",
      "--layers 2", "--shape 3,2,4,5 --stream --bidirectional", "--json {0}", "--plot {0}/x"],
 )  # fmt: skip
 def test_a_bad_option_is_one_line_and_status_2(arguments, tmp_path, capsys):

@@ -92,7 +92,7 @@ SLIPS_OF_RESETS = {
 }  # fmt: skip
 SLIPS_OF_TRUNCATION = {
     "dh of the step after": (r"dh\[n\] = TRUNCATES \? real\(0\) : share\[0\]", "dh[n] += 0"),
-    "sums that nobody has made": (r"TRUNCATES \? 1 : WARPS", "WARPS"),
+    "sums that no thread has written": (r"TRUNCATES \? 1 : WARPS", "WARPS"),
     "a product backward": (r"constexpr bool TRUNCATES = true", "constexpr bool TRUNCATES = false"),
 }  # fmt: skip
 SLIPS_OF_DIRECTIONS = {
@@ -127,7 +127,7 @@ FLAG_SLIPS = {
 }  # fmt: skip
 CLUSTER_SLIPS = {
     "one buffer": (r"\(step % 2\) \* ROWS \* P::INNER", "0"),
-    "writes to a block that has not begun": (r"cluster_arrive\(\);  // nobody writes.*\n    cluster_wait\(\);", ""),
+    "writes to a block that has not begun": (r"cluster_arrive\(\);  // a block that.*\n    cluster_wait\(\);", ""),
     "no wait for the others": (r"wait_for_group\(\) \{\n#ifdef CLUSTER\n    cluster_wait\(\);",
                                "wait_for_group() {\n#ifdef CLUSTER\n"),
     "ends while others write": (r"wait_for_group\(\);  // no block may end", "// no block may end"),

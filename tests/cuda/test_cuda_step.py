@@ -130,7 +130,7 @@ def test_the_host_does_little_for_a_step_of_a_sequence(xp, monkeypatch, training
     monkeypatch.setattr(device, "_modes", (lambda _: 0, lambda _: 0))
     monkeypatch.setattr(device, "_wanted", (0, 0))
     found = []
-    for steps in (40, 50, 51, 70):  # the first one of a process makes what is kept
+    for steps in (40, 50, 51, 70):  # the first call of a process fills the caches
         run = Run(xp, Case(steps, 2, 8, 8))
         call = lambda run=run: run.lstm(run.x, run.state)  # noqa: E731
         if training:

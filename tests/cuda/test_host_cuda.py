@@ -130,7 +130,7 @@ def test_every_thread_of_every_block_runs_once(fibers):
     np.testing.assert_array_equal(out.get(), np.add.outer(1000 * np.arange(24), np.arange(30)).ravel())
 
 
-def test_a_barrier_lets_nobody_through_before_all_are_there(xp):
+def test_a_barrier_lets_no_thread_through_before_all_are_there(xp):
     values = np.arange(3 * 128, dtype=np.float32)
     expected = values.reshape(3, 128)[:, ::-1].ravel()
     for _ in range(5):  # other schedules each time

@@ -100,7 +100,7 @@ def test_a_run_without_steps_has_gradients_of_zero(backend, dtype):
     assert all(not backend.host(value).any() for value in grads.params.values())
 
 
-def test_results_are_nobody_else_s(backend, dtype):
+def test_results_do_not_share_memory_with_the_run(backend, dtype):
     lstm = model_of(backend, dtype, 3, 6)
     x, state, dy, dstate = given(lstm, backend, 4, 2)
     expected = by_steps(lstm, backend, x, state, dy, dstate)

@@ -111,9 +111,7 @@ class LayerCall:
         if self._trains_small:
             h0 = h0 if type(h0) is np.ndarray and h0.flags.carray else as_plain(h0)
             c0 = c0 if type(c0) is np.ndarray and c0.flags.carray else as_plain(c0)
-            y, tape = self._training.forward(
-                direction.arguments(arrays), x.reshape(self._x_shape), h0, c0, h_n, c_n
-            )  # fmt: skip
+            y, tape = self._training.forward(direction.arguments(arrays), x.reshape(self._x_shape), h0, c0, h_n, c_n)
             return y.reshape(rows.steps, rows.batch, size.hidden), LayerTape(x, rows, [tape])
         y = np.empty((rows.count, size.hidden), size.dtype)
         given = x.reshape(self._x_shape), h0, c0, y, h_n, c_n

@@ -55,9 +55,8 @@ class PreparedCall:
         self.folding = Folding(cell) if is_folded(cell) else None
         self.checks_itself = self.is_one_launch and self.folding is None
         self._given, self._names = self.layers[0].directions[0].given, len(shapes(cell))
-        self._zeros = (
-            np.zeros(self.state_shape, self.dtype) if self.is_one_launch else None
-        )  # a few rows, never changed
+        # A few rows, which no call changes.
+        self._zeros = np.zeros(self.state_shape, self.dtype) if self.is_one_launch else None
         self._no_state = np.empty((0, *self.state_shape[1:]), self.dtype)
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)

@@ -160,9 +160,7 @@ class Training:
         dtype, empty = self.dtype, np.empty
         small.prepare(small.small_forward_taped, dtype)
         y, tape, h_rows = empty(self.y, dtype), empty(self.tape, dtype), empty(self.h_rows, dtype)
-        done = small.small_forward_taped(
-            *weights, x, h0, c0, y, h_n, c_n, tape, h_rows, self.settings, NO_TEAM
-        )  # fmt: skip
+        done = small.small_forward_taped(*weights, x, h0, c0, y, h_n, c_n, tape, h_rows, self.settings, NO_TEAM)
         assert done
         return y, DirectionTape(tape, h_rows, c0[0].copy())
 

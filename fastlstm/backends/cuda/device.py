@@ -134,10 +134,10 @@ class CupyDevice:
         self._modes = cublas.getPointerMode, cublas.getMathMode
         self._set_modes = cublas.setPointerMode, cublas.setMathMode
         self._wanted = cublas.CUBLAS_POINTER_MODE_HOST, cublas.CUBLAS_DEFAULT_MATH
-        # 0 and 1 of each dtype, which cuBLAS reads on the host, and where they lie.
         self._float = int(self.xp.cuda.runtime.CUDA_R_32F)
         self._compute = {"tf32": cublas.CUBLAS_COMPUTE_32F_FAST_TF32, "bf16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF}
         self._gemm_ex, self._algorithm = cublas.gemmEx, cublas.CUBLAS_GEMM_DEFAULT
+        # 0 and 1 of each dtype, which cuBLAS reads on the host, and their addresses.
         self._numbers = {name: np.array([0, 1], name) for name in self._gemm}
         self._factors = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
         self.kernel = cache(self._kernel)
