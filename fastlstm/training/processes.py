@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from fastlstm.errors import ArgumentError
 
 __all__ = ["abort_on_error", "checked_comm", "refuse_together"]
+
+# Between the message of a process that fails and the end of its job: MPICH's mpiexec loses what it has not read by then.
+SECONDS_TO_FORWARD = 0.5
 
 
 def checked_comm(comm: Any, *methods: str, optional: bool = False) -> None:
@@ -52,5 +56,6 @@ def abort_on_error(comm: Any) -> Iterator[None]:
             print(f"fastlstm: process {comm.Get_rank()} fails, which ends the job", file=sys.stderr)  # noqa: T201
             traceback.print_exc()
             sys.stderr.flush()
+            time.sleep(SECONDS_TO_FORWARD)
             comm.Abort(1)
         raise
