@@ -13,7 +13,8 @@ from fastlstm.errors import ArgumentError
 
 __all__ = ["abort_on_error", "checked_comm", "refuse_together"]
 
-# Between the message of a process that fails and the end of its job: MPICH's mpiexec loses what it has not read by then.
+# Between the message of a process that fails and the end of its job: time for mpiexec to forward the message. Without,
+# a job on a busy machine was seen to end without any.
 SECONDS_TO_FORWARD = 0.5
 
 

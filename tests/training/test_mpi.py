@@ -232,7 +232,7 @@ def test_two_processes_of_mpi_have_the_losses_of_one():
 def test_a_process_that_fails_ends_the_job_with_a_message(trouble, message):
     status, output, errors, _ = mpiexec(2, trouble, seconds=90)
     assert status != 0
-    assert re.search(message, output + errors), output + errors
+    assert re.search(message, output + errors), (status, output, errors)
     assert '"loss"' not in output
     if trouble == "exception":
         assert "fastlstm: process 1 fails, which ends the job" in errors
