@@ -239,6 +239,8 @@ if __name__ == "__main__":
             raise
         except Exception as error:
             print(type(error).__name__, flush=True)
+        # Dask fails to close a worker that is being started again: "can only join a started process".
+        client.wait_for_workers(2, timeout=60)
 """
 
 
