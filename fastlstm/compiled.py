@@ -61,7 +61,7 @@ def _number(typingctx: Any, pointer: Any) -> Any:
     return types.int64(pointer), codegen
 
 
-@njit(inline="always")
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _overlap(a: Any, b: Any, size: Any, other_size: Any) -> Any:
     """Say whether so many bytes at two pointers share memory."""
     start, other = _number(a), _number(b)
@@ -244,7 +244,7 @@ def _finish(kit: Any, tape: Any, gradients: Any) -> None:
     _call(tape[0][FINISH], (kit[0], tape[0], gradients[0], tape[9], 0))
 
 
-@njit(inline="always")
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _check_tape(kit: Any, tape: Any) -> None:
     """Refuse a tape of a model of other sizes."""
     if tape[1] != kit[1] or tape[4] != kit[3] or tape[5] != kit[2]:

@@ -79,7 +79,7 @@ class World(NamedTuple):
         return cls(*(np.zeros(shape, np.float32) for shape in shapes))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def run_forward(
     kit: Any, tape: Any, world: Any, weight: Array, bias: Array, w0: Array, tau: float, mixed: Array, sources: Array
 ) -> Any:
@@ -113,7 +113,7 @@ def run_forward(
     return loss
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def run_back(kit: Any, tape: Any, world: Any, weight: Array, w0: Array, tau: float, gradients: Array) -> None:
     """Take the gradients back through the loop: those by the LSTM's parameters, and by the readout at each step."""
     steps, batch, signals = world.dy.shape
