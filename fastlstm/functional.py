@@ -50,8 +50,8 @@ class Gradients:
 
     Attributes
     ----------
-    x : array
-        By the input, shaped as it; zero past each sequence's length.
+    x : array or None
+        By the input, shaped as it; zero past each sequence's length. None with ``input_gradient=False``.
     state : tuple of array
         ``(dh0, dc0)``, by the initial states, shaped as these.
     params : dict of str to array
@@ -64,7 +64,7 @@ class Gradients:
         `params` are views of. One all-reduce of NCCL, in place, is enough for all of them.
     """
 
-    x: Array
+    x: Array  # or None
     state: State
     params: Params
     steps: Steps | None = None
@@ -75,7 +75,8 @@ class Gradients:
         return getattr(self.params, "flat", None)
 
     def __repr__(self) -> str:
-        return f"<Gradients by x {tuple(self.x.shape)}, the initial state and {len(self.params)} parameters>"
+        by_x = "" if self.x is None else f"x {tuple(self.x.shape)}, "
+        return f"<Gradients by {by_x}the initial state and {len(self.params)} parameters>"
 
 
 def lstm_forward(
@@ -171,6 +172,7 @@ def lstm_backward(
     dstate: tuple[Array | None, Array | None] | None = None,
     *,
     keep_state_gradients: bool = False,
+    input_gradient: bool = True,
 ) -> Gradients:
     """Back-propagate through the forward pass that left `tape`.
 
@@ -186,6 +188,8 @@ def lstm_backward(
         ``(dh_n, dc_n)``, the loss's gradients by the final states, shaped as these; either may be None.
     keep_state_gradients : bool
         Whether to return the gradients by the states after each step too.
+    input_gradient : bool
+        Whether to compute the gradient by the input: see :meth:`fastlstm.LSTM.backward`.
 
     Returns
     -------
@@ -203,6 +207,8 @@ def lstm_backward(
     layout, dh_n, dc_n = call.layout, None, None
     if keep_state_gradients is not False:
         keep_state_gradients = checks.flag("keep_state_gradients", keep_state_gradients)
+    if input_gradient is not True:
+        input_gradient = checks.flag("input_gradient", input_gradient)
     if not call.takes_gradients(params, dy, dstate):
         params = checks.params(call.cell, params)
         like = params["weight_hh_l0"]
@@ -214,13 +220,11 @@ def lstm_backward(
     if dstate is not None:
         dh_n, dc_n = map(layout.state_to_backend, dstate)
     dy = None if dy is None else layout.to_backend(dy)
-    if not keep_state_gradients:
-        result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n)
-        return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params)
-    result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n, True)
-    assert result.steps is not None
-    steps = result.steps if layout.batched else Steps(*(d[:, :, 0] for d in result.steps))
-    return Gradients(layout.to_caller(result.x), layout.state_to_caller(result.h0, result.c0), result.params, steps)
+    result = call.prepared.backward(params, tape.record, dy, dh_n, dc_n, keep_state_gradients, input_gradient)
+    dx, steps = None if result.x is None else layout.to_caller(result.x), result.steps
+    if steps is not None and not layout.batched:
+        steps = Steps(*(d[:, :, 0] for d in steps))
+    return Gradients(dx, layout.state_to_caller(result.h0, result.c0), result.params, steps)
 
 
 def run(

@@ -101,11 +101,19 @@ class RNN(Recurrent):
         return y, h_n, tape
 
     def backward(
-        self, tape: Tape, dy: Array | None, dstate: Array | None = None, *, keep_state_gradients: bool = False
+        self,
+        tape: Tape,
+        dy: Array | None,
+        dstate: Array | None = None,
+        *,
+        keep_state_gradients: bool = False,
+        input_gradient: bool = True,
     ) -> Gradients:
         """Back-propagate: see :meth:`fastlstm.LSTM.backward`; all gradients of states are by h."""
         pair = None if dstate is None else (self._given("dstate", dstate), None)
-        grads = super().backward(tape, dy, pair, keep_state_gradients=keep_state_gradients)
+        grads = super().backward(
+            tape, dy, pair, keep_state_gradients=keep_state_gradients, input_gradient=input_gradient
+        )
         steps: Any = grads.steps and grads.steps.h
         state: Any = grads.state[0]
         return Gradients(grads.x, state, grads.params, steps)

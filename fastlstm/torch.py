@@ -180,6 +180,9 @@ class _Function(torch.autograd.Function):  # type: ignore[misc]
         dy, dh_n, dc_n = (None if d is None else _array(d) for d in (dy, dh_n, dc_n))
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (4 + len(weights))
-        grads = functional.lstm_backward(ctx.call.params(weights), ctx.tape, dy, (dh_n, dc_n))
+        wanted = ctx.needs_input_grad[1]  # not if the input is data
+        grads = functional.lstm_backward(
+            ctx.call.params(weights), ctx.tape, dy, (dh_n, dc_n), input_gradient=wanted
+        )  # fmt: skip
         state = tuple(map(torch.from_numpy, grads.state)) if ctx.has_state else (None, None)
-        return None, torch.from_numpy(grads.x), *state, *ctx.call.gradients(grads)
+        return None, torch.from_numpy(grads.x) if wanted else None, *state, *ctx.call.gradients(grads)

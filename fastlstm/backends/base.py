@@ -58,7 +58,7 @@ class Steps(NamedTuple):
 class BackwardResult(NamedTuple):
     """The gradients of the loss."""
 
-    x: Array  # (T, B, I), zero past each sequence's length
+    x: Array | None  # (T, B, I), zero past each sequence's length; None if it was not asked for
     h0: Array  # (L*D, B, H)
     c0: Array  # (L*D, B, H)
     params: dict[str, Array]  # by parameter name, shaped as the parameters
@@ -134,6 +134,7 @@ class Prepared(Protocol):
         dh_n: Array | None,  # (L*D, B, H), zeros if None
         dc_n: Array | None,  # (L*D, B, H), zeros if None
         keep_steps: bool = False,  # also return the gradients by the states after each step
+        input_gradient: bool = True,  # whether to compute that by the input
     ) -> BackwardResult:
         """Back-propagate through time, layers and directions; every gradient."""
         ...

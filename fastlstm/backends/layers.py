@@ -71,7 +71,7 @@ class LayerResult(NamedTuple):
 class LayerGradients(NamedTuple):
     """The result of one layer's backward pass."""
 
-    x: Array  # (T, B, I)
+    x: Array | None  # (T, B, I); None if it was not asked for
     h0: Array  # (D, B, H), referred to by nothing else
     c0: Array  # (D, B, H), referred to by nothing else
     weights: Sequence[Weights]  # one per direction
@@ -113,6 +113,7 @@ class LayeredBackend(ABC):
         dc_n: Array,  # (D, B, H)
         keep_steps: bool = False,
         out: Sequence[Weights] | None = None,  # where the weights' gradients go, if the backend has said where
+        input_gradient: bool = True,
     ) -> LayerGradients:
         """Back-propagate through one layer, in all its directions."""
 
@@ -165,12 +166,13 @@ class LayeredBackend(ABC):
         dh_n: Array | None,
         dc_n: Array | None,
         keep_steps: bool = False,
+        input_gradient: bool = True,
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Prepared.backward``)."""
         steps, batch = tape.shape
         dh_n, dc_n = self._states(cell, batch, cell.dtype, dh_n, dc_n)
         if not tape.layers:
-            dx = self.xp.zeros((steps, batch, cell.input_size), cell.dtype)
+            dx = self.xp.zeros((steps, batch, cell.input_size), cell.dtype) if input_gradient else None
             zeros: dict[str, Array] | None = self.gradient_arrays(params)
             if zeros is None:
                 zeros = {name: self.xp.empty(value.shape, cell.dtype) for name, value in params.items()}
@@ -186,8 +188,9 @@ class LayeredBackend(ABC):
             rows = _layer_rows(cell, layer)
             out = None if flat is None else layer_weights(cell, flat, layer)
             grads = self.layer_backward(
-                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows], keep_steps, out
-            )
+                layer_weights(cell, params, layer), tape.layers[layer], dy, dh_n[rows], dc_n[rows], keep_steps, out,
+                input_gradient or layer > 0,
+            )  # fmt: skip
             of_steps.append(grads.steps)
             dh0.append(grads.h0)
             dc0.append(grads.c0)
@@ -275,9 +278,10 @@ class _LayeredCall:
         dh_n: Array | None,
         dc_n: Array | None,
         keep_steps: bool = False,
+        input_gradient: bool = True,
     ) -> BackwardResult:
         """Back-propagate (see ``base.Prepared.backward``)."""
-        return self._backend.backward(self._cell, params, tape, dy, dh_n, dc_n, keep_steps)
+        return self._backend.backward(self._cell, params, tape, dy, dh_n, dc_n, keep_steps, input_gradient)
 
 
 def _layer_rows(cell: Cell, layer: int) -> slice:

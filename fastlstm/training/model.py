@@ -195,8 +195,10 @@ class Model:
         dfeatures = sum(grads.x for grads in head_grads.values())
         dy, dstate = self._spread(dfeatures, tape)
         grads: dict[str, Any] = {}
+        first = next(iter(self.lstms))
         for (name, lstm), passed in zip(reversed(self.lstms.items()), reversed(tape.tapes), strict=True):
-            grads[name] = lstm.backward(passed, dy, dstate)
+            # Nothing asks for the gradient by the model's own input.
+            grads[name] = lstm.backward(passed, dy, dstate, input_gradient=name != first)
             dy, dstate = grads[name].x, None
         return join(**{name: grads[name] for name in self.lstms}, **head_grads)
 

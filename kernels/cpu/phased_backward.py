@@ -131,7 +131,7 @@ def phased_backward(
     dy,  # (T * B, D * F), or (0, D * F) for zero, IN
     dh_n,  # (B, F), IN
     dc_n,  # (B, H), IN
-    dx,  # (T * B, I), OUT
+    dx,  # (T * B, I), or (0, I) if it is not wanted, OUT
     dh0,  # (B, F), OUT
     dc0,  # (B, H), OUT
     dweight_ih,  # (4U, I), OUT
@@ -167,7 +167,7 @@ def phased_backward(
     _pack(layer, address(weight_ih), address(weight_hh), address(weight_hr), team, thread)
     _begin(layer, rows, address(dh_n), address(dc_n), address(gains), sums, team, thread)
     barrier(team, thread)
-    _run_chunks(layer, rows, sums, address(dx), team, thread)
+    _run_chunks(layer, rows, sums, address(dx), dx.size, team, thread)
     _finish(layer, sums, rows, address(dbias), dbias.size, address(dgains), address(dnorm_c), team, thread)
     finish_states(layer, rows, address(dh0), address(dc0), team, thread)
     if thread == 0:
@@ -188,10 +188,10 @@ def _pack(layer, weight_ih, weight_hh, weight_hr, team, thread):
 
 
 @routine
-def _run_chunks(layer, rows, sums, dx, team, thread):
+def _run_chunks(layer, rows, sums, dx, size, team, thread):
     """Back-propagate chunk by chunk."""
     stay_outlined()
-    if layer.clear:
+    if layer.clear and size:
         clear_padding(dx, layer.inputs, layer.inputs, rows, layer.total, thread, threads_of(team, thread))
     first, last = share(layer.blocks, team, thread)
     out_first, out_last = share(layer.out_blocks, team, thread)
@@ -209,10 +209,11 @@ def _run_chunks(layer, rows, sums, dx, team, thread):
             add_weights(layer, layer.d_out, rows, sums.hr, chunk_first, chunk_last, out_first, out_last)
         add_others(layer, rows, sums, chunk_first, chunk_last, first, last)
         start, end = share(rows.offsets[chunk_last] - low, team, thread)
-        inputs_back(
-            layer.da_x, start, end, offset(rows.places, low), layer.of_x, layer.inputs, layer.accumulate, dx,
-            layer.panel,
-        )  # fmt: skip
+        if size:
+            inputs_back(
+                layer.da_x, start, end, offset(rows.places, low), layer.of_x, layer.inputs, layer.accumulate, dx,
+                layer.panel,
+            )  # fmt: skip
         barrier(team, thread)
         chunk_last = chunk_first
 

@@ -91,7 +91,7 @@ def sequence_backward(
     dy,  # (T * B, D * H), or (0, D * H) for zero, IN
     dh_n,  # (B, H), IN
     dc_n,  # (B, H), IN
-    dx,  # (T * B, I), OUT
+    dx,  # (T * B, I), or (0, I) if it is not wanted, OUT
     dh0,  # (B, H), OUT
     dc0,  # (B, H), OUT
     dweight_ih,  # (4H, I), OUT
@@ -120,10 +120,11 @@ def sequence_backward(
         layer = _with_gates(layer, offset(start, settings[GATE_ROWS]))
         forward = packed_at(offset(start, settings[WEIGHTS]), offset(start, settings[BIAS]), inputs, hidden, blocks)
         pack_forward(weights, forward, first, last)
-    pack_backward(weights.ih, hidden, inputs, of_x, blocks, first, last)
+    if dx.size:
+        pack_backward(weights.ih, hidden, inputs, of_x, blocks, first, last)
     if not settings[TRUNCATED]:
         pack_backward(weights.hh, hidden, hidden, layer.of_h, blocks, first, last)
-    if settings[CLEAR]:
+    if settings[CLEAR] and dx.size:
         clear_padding(address(dx), inputs, inputs, rows, settings[TOTAL], thread, threads_of(team, thread))
     sums_bias, own_sums = offset(work, settings[SUMS_BIAS]), (address(down), down.size)
     _begin(layer, rows, dh_n, dc_n, sums_bias, own_sums, team, thread)
@@ -131,9 +132,7 @@ def sequence_backward(
     ih = Product(address(x), inputs, inputs, sums_ih, address(dweight_ih), hidden)
     hh = Product(address(h_rows), h_rows.shape[1], hidden, sums_hh, address(dweight_hh), hidden)
     barrier(team, thread)
-    _run_chunks(
-        layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, address(dx), settings, first, last, team, thread
-    )
+    _run_chunks(layer, rows, ih, hh, forward, sums_bias, own_sums, of_x, dx, settings, first, last, team, thread)
     _finish_weights(layer, rows, ih, first, last, team, thread)
     _finish_weights(layer, rows, hh, first, last, team, thread)
     _finish(layer, rows, sums_bias, dbias, dh0, dc0, first, last, team, thread)
@@ -160,9 +159,11 @@ def _run_chunks(
             add_own(layer.cell, layer.da, rows, layer.tape, layer.c0, chunk_first, chunk_last, of_own, first, last)
         low = rows.offsets[chunk_first]
         start, end = share(rows.offsets[chunk_last] - low, team, thread)
-        inputs_back(
-            layer.da, start, end, offset(rows.places, low), of_x, ih.columns, settings[ACCUMULATE], dx, layer.panel
-        )
+        if dx.size:
+            inputs_back(
+                layer.da, start, end, offset(rows.places, low), of_x, ih.columns, settings[ACCUMULATE], address(dx),
+                layer.panel,
+            )  # fmt: skip
         barrier(team, thread)
         chunk_last = chunk_first
 

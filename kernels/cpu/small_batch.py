@@ -285,7 +285,7 @@ def small_backward(
     dy,  # (T * B, H), or (0, H) for zero, IN
     dh_n,  # (1, B, H), or (0, B, H) for zero, IN
     dc_n,  # (1, B, H), or (0, B, H) for zero, IN
-    dx,  # (T * B, I), OUT
+    dx,  # (T * B, I), or (0, I) if it is not wanted, OUT
     dh0,  # (1, B, H), OUT; and before that the gradient by the h of the step
     dc0,  # (1, B, H), OUT; likewise
     dweight_ih,  # (4H, I), OUT
@@ -316,7 +316,8 @@ def small_backward(
             step = offset(address(da), low * gates)
             product(batch, gates, hidden, step, gates, 1, address(weight_hh), hidden, address(dh0))
     all_da, h_row = address(da), h_rows.shape[1]
-    product(rows, gates, inputs, all_da, gates, 1, address(weight_ih), inputs, address(dx))
+    if dx.size:
+        product(rows, gates, inputs, all_da, gates, 1, address(weight_ih), inputs, address(dx))
     product(gates, rows, inputs, all_da, 1, gates, address(x), inputs, address(dweight_ih))
     product(gates, rows, hidden, all_da, 1, gates, address(h_rows), h_row, address(dweight_hh))
     for gate_unit in range(dbias.size):

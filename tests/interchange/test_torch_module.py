@@ -137,6 +137,13 @@ def test_only_what_needs_a_gradient_gets_one():
     x = leaf(draw(T, B, I))
     ours(x)[0].sum().backward()
     assert x.grad is not None and all(value.grad is None for value in ours.parameters())
+    theirs, ours = pair()
+    x = draw(T, B, I)
+    for module in (theirs, ours):
+        module(x)[0].square().sum().backward()
+    assert x.grad is None
+    by_name = [{name: value.grad.numpy() for name, value in m.named_parameters()} for m in (ours, theirs)]
+    assert_close("torch", *by_name, backend="cpu", dtype=np.float64)
 
 
 def test_the_two_biases_have_gradients_of_their_own():

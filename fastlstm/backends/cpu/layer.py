@@ -136,8 +136,9 @@ class LayerCall:
         dc_n: Array,
         dh0: Array,  # (D, B, H), OUT
         dc0: Array,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Back-propagate through the layer: dx (T, B, I), and the gradients by its parameters."""
+        input_gradient: bool = True,
+    ) -> tuple[Array | None, dict[str, Array]]:
+        """Back-propagate through the layer: dx (T, B, I) or None, and the gradients by its parameters."""
         size, rows, columns = self.size, tape.rows, len(self.directions) * self.size.hidden
         if dy is None:
             dy = np.empty((0, columns), size.dtype)
@@ -147,18 +148,20 @@ class LayerCall:
         if self.small_back and rows.is_plain:
             direction = self.directions[0]
             dx, grads = self._training.backward(
-                direction.arguments(arrays), tape.x.reshape(self._x_shape), tape.directions[0], dy, dh_n, dc_n, dh0, dc0
-            )
+                direction.arguments(arrays), tape.x.reshape(self._x_shape), tape.directions[0], dy, dh_n, dc_n,
+                dh0, dc0, input_gradient,
+            )  # fmt: skip
             found = direction.named(grads)
         else:
-            dx, found = new_array((rows.steps * rows.batch, size.inputs), size.dtype, padded=rows.ragged), {}
+            shape, found = (rows.steps * rows.batch * input_gradient, size.inputs), {}
+            dx = new_array(shape, size.dtype, padded=rows.ragged)
             # One direction after the other: each adds to dx, and a second dx would exceed the promised memory.
             for d, direction in enumerate(self.directions):
                 grads = direction.backward(
                     arrays, tape.x, tape.directions[d], rows, dy, dh_n[d], dc_n[d], dx, dh0[d], dc0[d]
                 )
                 found |= direction.named(grads)
-        return dx.reshape(tape.x.shape), found
+        return dx.reshape(tape.x.shape) if input_gradient else None, found
 
 
 def _merged(merge: str, y: Array) -> Array:

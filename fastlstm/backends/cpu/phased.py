@@ -175,9 +175,11 @@ class PhasedBackend(LayeredBackend):
         dh_n: Array | None,
         dc_n: Array | None,
         keep_steps: bool = False,
+        input_gradient: bool = True,
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Prepared.backward``)."""
-        result = super().backward(cell, _unfolded(cell, params), tape, dy, dh_n, dc_n, keep_steps)
+        unfolded = _unfolded(cell, params)
+        result = super().backward(cell, unfolded, tape, dy, dh_n, dc_n, keep_steps, input_gradient)
         return result._replace(params=Folding(cell).fold(result.params)) if is_folded(cell) else result
 
     def layer_forward(self, weights: Sequence[Weights], x: Array, h0: Array, c0: Array, given: Given) -> LayerResult:
@@ -207,6 +209,7 @@ class PhasedBackend(LayeredBackend):
         dc_n: Array,
         keep_steps: bool = False,
         out: Sequence[Weights] | None = None,
+        input_gradient: bool = True,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         cell, size, rows = tape.given.cell, size_of(tape.given.cell, tape.given.layer), tape.rows
@@ -218,7 +221,7 @@ class PhasedBackend(LayeredBackend):
         dy = as_plain(dy).reshape(-1, len(weights) * size.features)
         dh_n, dc_n = as_plain(dh_n), as_plain(dc_n)
         dh0, dc0 = np.empty(dh_n.shape, size.dtype), np.empty(dc_n.shape, size.dtype)
-        dx = new_array((steps * batch, size.inputs), size.dtype, padded=rows.ragged)
+        dx = new_array((steps * batch * input_gradient, size.inputs), size.dtype, padded=rows.ragged)
         found, of_steps = [], []
         for d in range(len(weights)):
             by_steps = [np.zeros((steps * batch if keep_steps else 0, s.shape[2]), size.dtype) for s in (dh_n, dc_n)]
@@ -228,7 +231,7 @@ class PhasedBackend(LayeredBackend):
         if keep_steps:
             of_states = Steps(*(np.stack(by, axis=1).reshape(steps, batch, len(weights), -1).swapaxes(1, 2)
                                 for by in zip(*of_steps, strict=True)))  # fmt: skip
-        return LayerGradients(dx.reshape(tape.x.shape), dh0, dc0, found, of_states)
+        return LayerGradients(dx.reshape(tape.x.shape) if input_gradient else None, dh0, dc0, found, of_states)
 
 
 def _forward(
@@ -292,7 +295,7 @@ def _backward(
     dy: Array,  # (T * B, D * F), or (0, D * F) for zero
     dh_n: Array,  # (B, F)
     dc_n: Array,
-    dx: Array,  # (T * B, I), OUT
+    dx: Array,  # (T * B, I), or (0, I) if it is not wanted, OUT
     dh0: Array,  # (B, F), OUT
     dc0: Array,
     by_steps: list[Array],  # (T * B, F) and (T * B, H), or empty, OUT

@@ -187,10 +187,11 @@ class PreparedCall:
         dh_n: Array | None,
         dc_n: Array | None,
         keep_steps: bool = False,
+        input_gradient: bool = True,
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Prepared.backward``)."""
         if keep_steps:
-            return backward_with_steps(self.cell, params, tape, dy, dh_n, dc_n)
+            return backward_with_steps(self.cell, params, tape, dy, dh_n, dc_n, input_gradient)
         shape, dtype = self.state_shape, self.dtype
         # The kernel for small batches takes a state of no layers for zeros.
         small = len(self.layers) == 1 == len(tape.layers) and self.layers[0].small_back and tape.layers[0].rows.is_plain
@@ -198,28 +199,31 @@ class PreparedCall:
         dh_n = nothing if dh_n is None else as_plain(dh_n)
         dc_n = nothing if dc_n is None else as_plain(dc_n)
         if not tape.layers:
-            dx = np.zeros((*tape.shape, self.cell.input_size), dtype)
+            dx = np.zeros((*tape.shape, self.cell.input_size), dtype) if input_gradient else None
             zeros = {name: np.zeros(value.shape, dtype) for name, value in params.items()}
             return BackwardResult(dx, dh_n.copy(), dc_n.copy(), zeros)
         arrays = self._arrays(params)
         dh0, dc0 = np.empty(shape, dtype), np.empty(shape, dtype)
         if len(self.layers) == 1:
-            dx, found = self.layers[0].backward(arrays, tape.layers[0], dy, dh_n, dc_n, dh0, dc0)
+            dx, found = self.layers[0].backward(arrays, tape.layers[0], dy, dh_n, dc_n, dh0, dc0, input_gradient)
             return self._result(tape, dx, dh0, dc0, found)
         by_layer = []
         for number in reversed(range(len(self.layers))):
             layer = self.layers[number]
             state = layer.state_rows
             dx, found = layer.backward(
-                arrays, tape.layers[number], dy, dh_n[state], dc_n[state], dh0[state], dc0[state]
-            )
+                arrays, tape.layers[number], dy, dh_n[state], dc_n[state], dh0[state], dc0[state],
+                input_gradient or number > 0,
+            )  # fmt: skip
             by_layer.append(found)
             mask = tape.masks[number]
             dy = dx if mask is None else dx * mask
         found = {name: array for found in by_layer[::-1] for name, array in found.items()}
         return self._result(tape, dx, dh0, dc0, found)
 
-    def _result(self, tape: StackTape, dx: Array, dh0: Array, dc0: Array, found: dict[str, Array]) -> BackwardResult:
+    def _result(
+        self, tape: StackTape, dx: Array | None, dh0: Array, dc0: Array, found: dict[str, Array]
+    ) -> BackwardResult:
         """Bring the gradients to the parameters that there are, and to the states before a reset."""
         rows: Rows = tape.layers[0].rows
         if rows.resets is not None:

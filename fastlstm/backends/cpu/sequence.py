@@ -161,7 +161,10 @@ class DirectionCall:
         dh0: Array,
         dc0: Array,
     ) -> list[Array]:
-        """Back-propagate; writes dx, dh0 and dc0, and returns the gradients in the order of :meth:`arguments`."""
+        """Back-propagate; writes dx, unless it is empty, dh0 and dc0.
+
+        Returns the gradients in the order of :meth:`arguments`.
+        """
         recompute = tape.gates.shape[2] < TAPE
         given = self.arguments(arrays)
         grads = [new_array(array.shape, self.size.dtype) for array in given]

@@ -137,7 +137,7 @@ class Training:
         T * B.
     """
 
-    __slots__ = ("dtype", "h_rows", "outputs", "settings", "tape", "y")
+    __slots__ = ("dtype", "h_rows", "outputs", "settings", "tape", "without_dx", "y")
 
     def __init__(self, size: Size, rows: int) -> None:
         self.dtype, self.settings = size.dtype, layer_settings(size)
@@ -149,6 +149,7 @@ class Training:
             (np.empty if math.prod(shape) * size.dtype.itemsize < Pool.LEAST else new_array, shape)
             for shape in (*shapes, (size.own, size.hidden))
         ]
+        self.without_dx = [(np.empty, (0, size.inputs)), *self.outputs[1:]]
 
     def forward(
         self, weights: tuple[Array, ...], x: Array, h0: Array, c0: Array, h_n: Array, c_n: Array
@@ -174,12 +175,13 @@ class Training:
         dc_n: Array,  # likewise
         dh0: Array,  # (1, B, H), OUT
         dc0: Array,  # (1, B, H), OUT
+        input_gradient: bool,
     ) -> tuple[Array, list[Array]]:
-        """Back-propagate through the layer; return dx (T * B, I) and the gradients by its parameters."""
+        """Back-propagate through the layer; return dx (T * B, I), or (0, I), and the gradients by its parameters."""
         dtype = self.dtype
         small.prepare(small.small_backward, dtype)
         weight_ih, weight_hh, _, own = weights
-        dx, da, *grads = [new(shape, dtype) for new, shape in self.outputs]
+        dx, da, *grads = [new(shape, dtype) for new, shape in (self.outputs if input_gradient else self.without_dx)]
         done = small.small_backward(
             weight_ih, weight_hh, own, x, *tape, dy, dh_n, dc_n, dx, dh0, dc0, *grads, da, self.settings
         )

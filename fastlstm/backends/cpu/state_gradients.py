@@ -19,8 +19,9 @@ __all__ = ["backward_with_steps"]
 
 
 def backward_with_steps(
-    cell: Cell, params: Params, tape: StackTape, dy: Array | None, dh_n: Array | None, dc_n: Array | None
-) -> BackwardResult:
+    cell: Cell, params: Params, tape: StackTape, dy: Array | None, dh_n: Array | None, dc_n: Array | None,
+    input_gradient: bool,
+) -> BackwardResult:  # fmt: skip
     """Back-propagate through all layers, and keep the gradients by the states (see ``base.Prepared.backward``)."""
     layers = []
     for number, layer in enumerate(tape.layers):
@@ -29,7 +30,8 @@ def backward_with_steps(
         c0 = np.stack([direction.c0 for direction in layer.directions])
         weights = layer_weights(cell, params, number)
         layers.append(REFERENCE.layer_forward(weights, layer.x, h0, c0, given).tape)
-    return REFERENCE.backward(cell, params, StackTape(tape.shape, layers, tape.masks), dy, dh_n, dc_n, True)
+    stack = StackTape(tape.shape, layers, tape.masks)
+    return REFERENCE.backward(cell, params, stack, dy, dh_n, dc_n, True, input_gradient)
 
 
 def _first_h(cell: Cell, layer: Any, direction: int) -> Array:

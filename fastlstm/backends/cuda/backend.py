@@ -102,10 +102,12 @@ class CudaBackend(LayeredBackend):
         dh_n: Array | None,
         dc_n: Array | None,
         keep_steps: bool = False,
+        input_gradient: bool = True,
     ) -> BackwardResult:
         """Back-propagate through all layers, on the device of the parameters (see ``base.Prepared.backward``)."""
         with self.device.of(params["weight_hh_l0"]):
-            result = super().backward(cell, self._unfolded(cell, params), tape, dy, dh_n, dc_n, keep_steps)
+            unfolded = self._unfolded(cell, params)
+            result = super().backward(cell, unfolded, tape, dy, dh_n, dc_n, keep_steps, input_gradient)
             if is_phased(cell) or not is_folded(cell):
                 return result
             own = self.gradient_arrays(params)
@@ -185,11 +187,12 @@ class CudaBackend(LayeredBackend):
         dc_n: Array,
         keep_steps: bool = False,
         out: Sequence[Weights] | None = None,
+        input_gradient: bool = True,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         assert out is not None  # from `gradient_arrays`
         if isinstance(tape, PhasedTape):
-            return phased_backward(self.device, weights, tape, dy, dh_n, dc_n, keep_steps, out)
+            return phased_backward(self.device, weights, tape, dy, dh_n, dc_n, keep_steps, out, input_gradient)
         cell = tape.rows.cell
         dh_n, dc_n = self.xp.ascontiguousarray(dh_n), self.xp.ascontiguousarray(dc_n)
         if dy is not None:
@@ -199,7 +202,7 @@ class CudaBackend(LayeredBackend):
         if keep_steps:  # zero in the padding
             shape = (tape.x.shape[0], *dh_n.shape)
             by_states = Steps(*(self.xp.zeros(shape, dh_n.dtype) for _ in range(2)))
-        dx = self.xp.empty(tape.x.shape, dh_n.dtype)
+        dx = self.xp.empty(tape.x.shape, dh_n.dtype) if input_gradient else None
         dh0, dc0 = self.xp.empty_like(dh_n), self.xp.empty_like(dc_n)
         weights = [self._contiguous(w) for w in weights]
         directions_backward(weights, tape.directions, tape.x, tape.rows, dy, dh_n, dc_n, dx, dh0, dc0, out, by_states)

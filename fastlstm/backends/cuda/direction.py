@@ -122,7 +122,7 @@ def directions_backward(
     dy: Array | None,  # (T, B, D*H), IN
     dh_n: Array,  # (D, B, H), IN
     dc_n: Array,  # (D, B, H), IN
-    dx: Array,  # (T, B, I), OUT
+    dx: Array | None,  # (T, B, I), OUT; None if it is not wanted
     dh0: Array,  # (D, B, H), OUT
     dc0: Array,  # (D, B, H), OUT
     out: Sequence[Weights],  # the gradients by the weights of each direction, OUT
@@ -139,7 +139,8 @@ def directions_backward(
                 plan, weights[chosen], tape, rows, chosen.start, len(weights), *states, dh0[chosen], dc0[chosen], steps
             )
             for k, d in enumerate(range(chosen.start, chosen.stop)):
-                _input_gradient(weights[d], da[k], rows, d, dx)
+                if dx is not None:
+                    _input_gradient(weights[d], da[k], rows, d, dx)
                 _weight_gradients(tape.of(k), x, rows, d, da[k], None if dp is None else dp[k], out[d])
         first = last
 

@@ -227,6 +227,7 @@ def phased_backward(
     dc_n: Array,
     keep_steps: bool,
     out: Sequence[Weights],
+    input_gradient: bool,
 ) -> LayerGradients:
     """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
     xp, cell, directions, features = device.xp, tape.given.cell, len(weights), tape.given.cell.h_size
@@ -239,8 +240,10 @@ def phased_backward(
     dx, dh0, dc0 = None, [], []
     for d, w in enumerate(weights):
         run = _Run(device, tape.given, tape.active, d, dh_n.shape[1])
-        by_x, by_h, by_c = _direction_backward(run, w, tape, parts[d], dh_n[d], dc_n[d], steps, out[d])
-        dx = by_x if dx is None else dx + by_x
+        da_x, by_h, by_c = _direction_backward(run, w, tape, parts[d], dh_n[d], dc_n[d], steps, out[d])
+        if input_gradient:
+            by_x = run.product(da_x, w.weight_ih)
+            dx = by_x if dx is None else dx + by_x
         dh0.append(by_h)
         dc0.append(by_c)
     return LayerGradients(dx, xp.stack(dh0), xp.stack(dc0), out, steps)
@@ -256,7 +259,7 @@ def _direction_backward(
     steps: Steps | None,  # OUT
     out: Weights,  # the gradients by the weights, OUT
 ) -> tuple[Array, Array, Array]:
-    """Back-propagate through one direction; the gradients by x and by the initial state."""
+    """Back-propagate through one direction; the gradients by its products with x and by the initial state."""
     xp, cell, tape, dtype = run.xp, run.cell, layer.directions[run.direction], dh.dtype
     count, batch = layer.x.shape[:2]
     da = xp.empty((count, batch, cell.rows), dtype)
@@ -325,7 +328,7 @@ def _weight_gradients(
     dh_rows: Array | None,
     sums: dict[str, Any],  # OUT
 ) -> Array:
-    """Write the gradients by the weights, each a sum over all steps; return that by x."""
+    """Write the gradients by the weights, each a sum over all steps; return that by the products with x."""
     xp, da_x = run.xp, da
     if "bias" in sums:
         sums["bias"][...] = da.sum(axis=(0, 1))
@@ -337,7 +340,7 @@ def _weight_gradients(
     sums["weight_hh"][...] = run.product(_flat(xp, da_h), _flat(xp, tape.h_rows), transpose_a=True)
     if dh_rows is not None and tape.outs is not None:
         sums["weight_hr"][...] = run.product(_flat(xp, dh_rows), _flat(xp, tape.outs), transpose_a=True)
-    return run.product(da_x, w.weight_ih)
+    return da_x
 
 
 def _flat(xp: Any, rows: Array) -> Array:

@@ -79,6 +79,7 @@ class ReferenceBackend(LayeredBackend):
         dc_n: Array,
         keep_steps: bool = False,
         out: Sequence[Weights] | None = None,
+        input_gradient: bool = True,
     ) -> LayerGradients:
         """Back-propagate through one layer (see ``layers.LayeredBackend.layer_backward``)."""
         cell, dtype = tape.given.cell, dh_n.dtype
@@ -92,7 +93,8 @@ class ReferenceBackend(LayeredBackend):
             ]
         dx, dh0, dc0, dweights, dh_steps, dc_steps = zip(*results, strict=True)
         steps = Steps(np.stack(dh_steps, axis=1), np.stack(dc_steps, axis=1)) if keep_steps else None
-        return LayerGradients(sum(dx[1:], dx[0]), np.stack(dh0), np.stack(dc0), dweights, steps)
+        by_x = sum(dx[1:], dx[0]) if input_gradient else None
+        return LayerGradients(by_x, np.stack(dh0), np.stack(dc0), dweights, steps)
 
 
 def merged(cell: Cell, y: Sequence[Array]) -> Array:
