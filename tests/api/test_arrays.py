@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastlstm
-from fastlstm import LSTM, ArrayTypeError, BackendError, DTypeError, as_array
+from fastlstm import ArrayTypeError, BackendError, DTypeError, as_array
 
 
 class OnDevice:
@@ -53,16 +53,6 @@ def test_tensors_that_cannot_be_shared_are_refused():
             as_array(tensor)
     with pytest.raises(ArrayTypeError, match="meta"):
         as_array(torch.ones(3, device="meta"))
-
-
-def test_arrays_of_jax_share_their_memory_and_run():
-    jax = pytest.importorskip("jax", reason="jax is not installed")
-    x = jax.numpy.ones((5, 2, 3), "float32")
-    array = as_array(x)
-    assert array.__array_interface__["data"][0] == x.unsafe_buffer_pointer()
-    assert not array.flags.writeable
-    y, _ = LSTM(3, 4, seed=0)(array)
-    np.testing.assert_array_equal(y, LSTM(3, 4, seed=0)(np.ones((5, 2, 3), np.float32))[0])
 
 
 def test_tables_of_pandas():

@@ -1,4 +1,4 @@
-"""The recipes in fastlstm.demo: EA-LSTM by a mask, tied weights, JAX, and a hydrology model behind BMI."""
+"""The recipes in fastlstm.demo: EA-LSTM by a mask, tied weights, and a hydrology model behind BMI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness import REFERENCE
 from tolerances import assert_close
 
 from fastlstm import LSTM, ArgumentError, BackendError, ModelFileError
-from fastlstm.demo import ealstm, with_jax
+from fastlstm.demo import ealstm
 from fastlstm.training import Adam, join, mean_squared_error
 
 # --- EA-LSTM ----------------------------------------------------------------------------------------------------------
@@ -99,33 +99,6 @@ def test_models_with_tied_weights_are_trained_as_one():
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
     assert encoder.params["weight_hh_l0"] is decoder.params["weight_hh_l0"]
-
-
-# --- JAX --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
-def test_jax_differentiates_it(options):
-    jax = pytest.importorskip("jax", reason="jax is not installed")
-    lstm = LSTM(3, 4, **options, seed=0)
-    f = with_jax.as_jax_function(lstm)
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(5, 2, 3)).astype(np.float32)
-    rows, batch = lstm.cell.num_layers * lstm.cell.num_directions, 5 if lstm.batch_first else 2
-    h0, c0 = rng.normal(size=(2, rows, batch, 4)).astype(np.float32)
-    y, state, tape = lstm.forward(x, (h0, c0))
-    weights = [rng.normal(size=a.shape).astype(np.float32) for a in (y, *state)]
-
-    def loss(*arguments):
-        return sum((a * w).sum() for a, w in zip(f(*arguments), weights, strict=True))
-
-    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(lstm.params, x, h0, c0)
-    grads = lstm.backward(tape, weights[0], tuple(weights[1:]))
-    actual = {name: np.asarray(value) for name, value in found[0].items()}
-    actual |= {name: np.asarray(value) for name, value in zip(("x", "h0", "c0"), found[1:], strict=True)}
-    expected = grads.params | {"x": grads.x, "h0": grads.state[0], "c0": grads.state[1]}
-    assert_close("agreement", actual, expected, backend="cpu", dtype=np.float32)
-    np.testing.assert_array_equal(jax.jit(f)(lstm.params, x, h0, c0)[0], y)
 
 
 # --- A run folder of neuralhydrology behind BMI -----------------------------------------------------------------------
