@@ -76,9 +76,8 @@ class Cell:
     coupled : bool
         Whether f = 1 - i in place of a forget gate of its own.
     block_size : int
-        Number S of consecutive units that share the gates i, f and o; divides H. Not with peepholes: a shared gate
-        would see the cell states of the whole block, each by a weight of its own, and the cell step of every backend
-        has one unit at a time.
+        Number S of consecutive units that share the gates i, f and o; divides H. A peephole of a shared gate sees the
+        cell states of the whole block, each by a weight of its own.
     truncated : bool
         Whether the gradient by the h of the step before is set to zero, as in 1997.
     activations : tuple of str
@@ -215,6 +214,11 @@ class Cell:
         return sum(map(self.gate_size, self.gates))
 
     @property
+    def sees_blocks(self) -> bool:
+        """Whether a gate sees the cell states of a whole block of units: with peepholes of shared gates."""
+        return self.peephole and self.block_size > 1
+
+    @property
     def draws(self) -> bool:
         """Whether training draws random masks."""
         between = self.dropout > 0 and self.num_layers > 1
@@ -336,11 +340,6 @@ def _check_combination(cell: Cell) -> None:
     if cell.hidden_size % cell.block_size:
         raise ArgumentError(
             f"hidden_size must be a multiple of block_size, got {shown(cell.hidden_size)} and {shown(cell.block_size)}"
-        )
-    if cell.block_size > 1 and cell.peephole:
-        raise ArgumentError(
-            "peephole=True with block_size > 1 is not supported: a gate that the units of a block share would see the"
-            " cell states of all of them, and here a gate sees one; choose one of them"
         )
     if cell.proj_size >= cell.hidden_size:
         raise ArgumentError(

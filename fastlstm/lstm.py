@@ -45,7 +45,8 @@ class LSTM(Exchange):
         for no projection. Output and h then have P features, c has H.
     peephole : bool
         Whether the gates also see the cell state (Gers, Schraudolph and Schmidhuber 2002): i and f the one before the
-        step, o the new one. Each unit has three more parameters, ``weight_peephole_l0`` (3, H).
+        step, o the new one. Each unit has three more parameters, ``weight_peephole_l0`` (3, H). With `block_size`, a
+        gate sees the cell states of all units of its block.
     forget_gate : bool
         False: the cell of 1997, which forgets nothing (f = 1); its weights have no rows for f.
     coupled : bool

@@ -1,7 +1,8 @@
 """The LSTM once more, number by number in plain Python: an oracle without NumPy's arithmetic and torch.
 
-Written from the equations of Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000),
-one sequence and one unit at a time, so that it shares no code and no layout trick with the library.
+Written from the equations of Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000) and the
+peepholes of Gers, Schraudolph and Schmidhuber (2002), one sequence and one unit at a time, so that it shares no code
+and no layout trick with the library.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ def cell(p: Problem, suffix: str, x: list[float], h: list[float], c: list[float]
     roles = "weight_ih", "weight_hh", "bias", "weight_peephole"
     w, u, b, peephole = (p.params.get(f"{role}_{suffix}") for role in roles)
     size, new_h, new_c = len(h), [], []
+    a_o: list[float] = []
+    seen_by: list[range] = []
+    shared = p.cell.block_size  # units that share i, f and o
+    gates = size // shared
+    first = {"i": 0, "f": gates, "g": 2 * gates, "o": 2 * gates + size}  # rows
     for k in range(size):
-        rows = {gate: k + size * block for block, gate in enumerate("ifgo")}
+        rows = {gate: row + (k if gate == "g" else k // shared) for gate, row in first.items()}
+        seen = range(k // shared * shared, k // shared * shared + shared)
         a = {
             gate: sum(w[row, j] * x[j] for j in range(len(x)))
             + sum(u[row, j] * h[j] for j in range(size))
@@ -30,12 +37,15 @@ def cell(p: Problem, suffix: str, x: list[float], h: list[float], c: list[float]
             for gate, row in rows.items()
         }
         if peephole is not None:
-            a["i"] += peephole[0, k] * c[k]
-            a["f"] += peephole[1, k] * c[k]
+            a["i"] += sum(peephole[0, v] * c[v] for v in seen)
+            a["f"] += sum(peephole[1, v] * c[v] for v in seen)
         new_c.append(sigmoid(a["f"]) * c[k] + sigmoid(a["i"]) * math.tanh(a["g"]))
+        a_o.append(a["o"])
+        seen_by.append(seen)
+    for k in range(size):
         if peephole is not None:
-            a["o"] += peephole[2, k] * new_c[k]
-        new_h.append(sigmoid(a["o"]) * math.tanh(new_c[k]))
+            a_o[k] += sum(peephole[2, v] * new_c[v] for v in seen_by[k])
+        new_h.append(sigmoid(a_o[k]) * math.tanh(new_c[k]))
     return new_h, new_c
 
 

@@ -62,12 +62,12 @@ __all__ = ["SETTINGS", "phased_backward"]
 # kept at a time, and how many rows these have at most; whether pre-activations were normalised; the kind of cell; I; U
 # of the projection, 0 for none, and in vectors; F; U; U in vectors; V; the row sizes of dy, h, outputs of the cell, and
 # normalised rows; whether no gradient goes to the h before a step, there are resets, and gradients of each step's
-# states are asked for. Then come the places in `scratch` of what the kernel works with, the numbers of
-# ``state_masks.py``, and the addresses of a variant's routines.
+# states are asked for; S of the blocks that gates see, 0 for none. Then come the places in `scratch` of what the kernel
+# works with, the numbers of ``state_masks.py``, and the addresses of a variant's routines.
 (BATCH, STEPS, TOTAL, COLUMN, ACCUMULATE, CLEAR, CHUNK, CHUNK_ROWS, NORMED, KIND, INPUTS, OUT_UNITS, OUT_BLOCKS,
  FEATURES, UNITS, BLOCKS, WIDTH, DY_ROW, H_ROW, OUT_ROW, DOUT_ROW, NORM_ROW, TRUNCATED, HAS_RESETS, HAS_DY, HAS_STEPS,
- DA, DA_X, DA_H, D_SHOWN, D_OUT, DH_ROWS, DH_OLD, DC_ROWS, DOUT_ROWS, FACTORS, OF_X, OF_H, OF_OUT, SUMS_IH, SUMS_HH,
- SUMS_OUT, SUMS_BIAS, SUMS_GAINS, SUMS_C, GAINS, D_ROW, PANEL, MASKS) = range(49)  # fmt: skip
+ SEES, DA, DA_X, DA_H, D_SHOWN, D_OUT, DH_ROWS, DH_OLD, DC_ROWS, DOUT_ROWS, FACTORS, OF_X, OF_H, OF_OUT, SUMS_IH,
+ SUMS_HH, SUMS_OUT, SUMS_BIAS, SUMS_GAINS, SUMS_C, GAINS, D_ROW, PANEL, MASKS) = range(50)  # fmt: skip
 ADDRESSES = MASKS + NUMBERS
 SETTINGS = ADDRESSES + CELL
 

@@ -9,6 +9,7 @@ from fastlstm.kernels.cpu.activations import tanh
 from fastlstm.kernels.cpu.cell_step import GATES, cell_at, output, update
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import normalise_gates, normalise_units
+from fastlstm.kernels.cpu.shared_peepholes import seen
 from fastlstm.kernels.cpu.state_masks import SHARES, zoned
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, load_first, minimum, offset, peek, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
@@ -19,6 +20,7 @@ __all__ = [
     "RELU",
     "TANH",
     "block_of_cells",
+    "c_before",
     "hand_on",
     "keep_h",
     "normed_rows",
@@ -34,6 +36,12 @@ NORM_VECTORS = 3  # after the normalised row of a step come the three scales, a 
 def rows_at(layer, low):
     """Return where the states before the step begin whose rows begin at `low`: inference has but one step's."""
     return low if layer.training else 0
+
+
+@routine(inline=True)
+def c_before(layer, low, row):
+    """Return where the cell states of a row before the step begin."""
+    return offset(layer.c_rows, (rows_at(layer, low) + row) * layer.blocks * layer.width)
 
 
 @routine(inline=True)
@@ -97,6 +105,8 @@ def normed_rows(layer, rows, step, low, start, count, a, outs):
             a_x, offset(layer.a_h, n * layer.a_row), norms, scales, layer.gains, layer.bias,
             offset(layer.masks.rates, SHARES), units, blocks, layer.keeps_norms,
         )  # fmt: skip
+        if layer.sees:
+            seen(layer, c_before(layer, low, row), a_x, out)
         for block in range(blocks):
             k = block * width
             held, c = _update(layer, cell_at(layer.cell, k), rows, step, low, row, block, offset(a_x, k * GATES))

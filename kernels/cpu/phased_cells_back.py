@@ -11,6 +11,7 @@ from fastlstm.kernels.cpu.gate_gradients import strip
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import normalise_gates_back, normalise_units_back
 from fastlstm.kernels.cpu.phased_cells import LSTM, TANH
+from fastlstm.kernels.cpu.shared_peepholes import seen_back, seen_by_output_back
 from fastlstm.kernels.cpu.state_masks import SHARES, through
 from fastlstm.kernels.cpu.vector import fill, load, load_first, minimum, offset, peek, prefetch, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma, select
@@ -83,11 +84,18 @@ def rnn_back(layer, here, place, row_first, row_last):
 def cells_back(layer, rows, here, place, row_first, row_last):
     """Take one step's gradients through the cells: dc in place, the gate gradients to da."""
     stay_outlined()
-    width = layer.width
+    width, zero = layer.width, fill(layer.dy, 0.0)
     for row in range(row_first, row_last):
+        if layer.sees:
+            for k in range(0, layer.blocks * width, width):
+                store(offset(layer.d_row, k), zero)
+            seen_by_output_back(layer, here, place, row)
         for block in range(layer.blocks):
             dh = load(offset(layer.dout_rows, row * layer.dout_row + block * width))
-            _cell_back(layer, rows, here, place, row, block, dh, fill(layer.dy, 0.0))
+            more = load(offset(layer.d_row, block * width)) if layer.sees else zero
+            _cell_back(layer, rows, here, place, row, block, dh, more)
+        if layer.sees:
+            seen_back(layer, place, row)
 
 
 @routine(inline=True)
@@ -111,6 +119,8 @@ def _cell_back(layer, rows, here, place, row, block, dh, more):
     if layer.normed:
         dc = backward_normed(cell, dh, dc + more, tape, units, c_prev, da)
     else:
+        if layer.sees:
+            dc = dc + more
         dc = backward(cell, dh, dc, tape, units, c_prev, da)
     store(state, dc + old)
 
@@ -142,9 +152,13 @@ def normed_rows_back(layer, rows, here, place, row_first, row_last):
             store(offset(d_shown, k), d)
             store(offset(layer.d_row, k), d)
         normalise_units_back(layer.d_row, n_c, layer.norm_c, load(offset(scales, 2 * width)), units, blocks)
+        if layer.sees:
+            seen_by_output_back(layer, here, place, row)
         for block in range(blocks):
             k = block * width
             _cell_back(layer, rows, here, place, row, block, load(offset(dout, k)), load(offset(layer.d_row, k)))
+        if layer.sees:
+            seen_back(layer, place, row)
         shares = offset(layer.masks.rates, SHARES)
         normalise_gates_back(layer.da, layer.da_x, layer.da_h, place + row, norms, layer.gains, scales, shares, blocks)
 

@@ -6,7 +6,8 @@ For at most MC rows at a time, a step computes
 
 1. the pre-activations: input products, for the rows of several steps together where each step has few, and recurrent
    products; with layer norm, both are normalised, row by row;
-2. the cell: c, and the output of the cell, by the routines of ``cell_step.py``; or h of the plain RNN;
+2. the cell: c, and the output of the cell, by the routines of ``cell_step.py``, after what gates see of blocks
+   (``shared_peepholes.py``); or h of the plain RNN;
 3. the projection, if there is one;
 4. zoneout of h, the output, and the h that the next step multiplies.
 
@@ -31,9 +32,19 @@ from fastlstm.kernels.cpu.gemm_microkernel import MC, ROW_BLOCKS, are_far, zero_
 from fastlstm.kernels.cpu.held import hold
 from fastlstm.kernels.cpu.jit import kernel, routine, stay_outlined
 from fastlstm.kernels.cpu.layer_norm import FAR
-from fastlstm.kernels.cpu.phased_cells import LSTM, block_of_cells, hand_on, keep_h, normed_rows, rows_at, spread
+from fastlstm.kernels.cpu.phased_cells import (
+    LSTM,
+    block_of_cells,
+    c_before,
+    hand_on,
+    keep_h,
+    normed_rows,
+    rows_at,
+    spread,
+)
 from fastlstm.kernels.cpu.pre_activations import pre_activations
 from fastlstm.kernels.cpu.ragged import clear_padding, rows_of, share_rows
+from fastlstm.kernels.cpu.shared_peepholes import seen
 from fastlstm.kernels.cpu.state_masks import NUMBERS, Masks, recurrent_mask
 from fastlstm.kernels.cpu.thread_team import barrier, dismiss, share, summon, threads_of
 from fastlstm.kernels.cpu.vector import (
@@ -57,11 +68,11 @@ __all__ = ["SETTINGS", "phased_forward"]
 # are computed together, 0 for none; whether pre-activations are kept for whole rows, and are normalised; the kind of
 # cell; I; U of the projection, 0 for none; F; U; U in vectors; V; the row sizes of y, h, pre-activations, outputs of
 # the cell, and normalised rows; vectors that a block of units leaves on the tape, 0 for none; whether there are resets,
-# and outputs of the cell are kept. Then come the places in `packed` and in `scratch` of what the kernel works with, the
-# numbers of ``state_masks.py``, and the addresses of a variant's routines.
+# and outputs of the cell are kept; S of the blocks that gates see, 0 for none. Then come the places in `packed` and in
+# `scratch` of what the kernel works with, the numbers of ``state_masks.py``, and the addresses of a variant's routines.
 (BATCH, STEPS, TOTAL, COLUMN, CLEAR, TRAINING, PACK, AHEAD, WHOLE, NORMED, KIND, INPUTS, OUT_UNITS, FEATURES, UNITS,
- BLOCKS, WIDTH, Y_ROW, H_ROW, A_ROW, OUT_ROW, NORM_ROW, KEPT, HAS_RESETS, KEEPS_OUTS, OF_X, OF_H, BIAS, GAINS, OF_OUT,
- H_ROWS, C_ROWS, H_STATE, FACTORS, A, A_H, OUTS, H_NEW, NORMS, MASKS) = range(40)  # fmt: skip
+ BLOCKS, WIDTH, Y_ROW, H_ROW, A_ROW, OUT_ROW, NORM_ROW, KEPT, HAS_RESETS, KEEPS_OUTS, SEES, OF_X, OF_H, BIAS, GAINS,
+ OF_OUT, H_ROWS, C_ROWS, H_STATE, FACTORS, A, A_H, OUTS, H_NEW, NORMS, MASKS) = range(41)  # fmt: skip
 ADDRESSES = MASKS + NUMBERS
 SETTINGS = ADDRESSES + CELL
 
@@ -322,6 +333,8 @@ def _cells(layer, rows, step, low, start, count, outs, far):
         count, x, inputs, layer.of_x, h, depth, h_row, layer.of_h, start_of, start_row, tile_row, a, layer.a_row,
         tile_row, 0, blocks, backwards, far,
     )  # fmt: skip
+    for n in range(count if layer.sees else 0):
+        seen(layer, c_before(layer, low, start + n), offset(a, n * layer.a_row), offset(outs, n * layer.out_row))
     for block in range(blocks):
         block_of_cells(layer, rows, step, low, start, count, block, offset(a, block * tile_row), outs)
 

@@ -6,6 +6,7 @@ from fastlstm.kernels.cpu.cell_step import GATES, TAPE, cell_at, own_gradients
 from fastlstm.kernels.cpu.gate_gradients import strip
 from fastlstm.kernels.cpu.jit import routine, stay_outlined
 from fastlstm.kernels.cpu.phased_cells import LSTM
+from fastlstm.kernels.cpu.shared_peepholes import add_seen
 from fastlstm.kernels.cpu.thread_team import share
 from fastlstm.kernels.cpu.vector import fill, lanes_of, load, minimum, offset, store, store_first
 from fastlstm.kernels.cpu.vector_arithmetic import fma
@@ -45,6 +46,9 @@ def add_others(layer, rows, sums, chunk_first, chunk_last, first, last):
         add_bias(layer.da, start - low, minimum(PANEL_ROWS, high - start), sums.bias, first, last)
     if layer.normed:
         _add_norms(layer, sums, low, high, first, last)
+    if layer.sees:
+        add_seen(layer, sums.own, low, high, first, last)
+        return
     for block in range(first, last if sums.own_size else first):
         part, part_row = strip(layer.da, block * GATES * width)
         cell, units = cell_at(layer.cell, block * width), minimum(width, layer.units - block * width)

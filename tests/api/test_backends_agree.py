@@ -95,8 +95,14 @@ def test_inference_and_steps_equal_the_float64_reference(backend, dtype, hidden)
 
 
 @pytest.mark.parametrize(
-    "case", [Case(4, 3, 2, 5, 2, True, lengths="zeros"), Case(5, 2, 3, 7, 1, bias=False), Case(3, 7, 3, 17)], ids=str
-)
+    "case",
+    [
+        Case(4, 3, 2, 5, 2, True, lengths="zeros"), Case(5, 2, 3, 7, 1, bias=False), Case(3, 7, 3, 17),
+        Case(4, 3, 2, 6, 2, True, lengths="zeros", peephole=True), Case(4, 3, 2, 18, fields=(("block_size", 3),)),
+        Case(4, 3, 2, 18, 2, True, lengths="zeros", peephole=True, fields=(("block_size", 3),)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_forward_equals_a_scalar_loop(backend, case):
     p = problem(case)
     found, expected = solve(p, backend), solve_forward(p)

@@ -121,6 +121,8 @@ PHASED = [
     {"proj_size": 3},
     {"layer_norm": True},
     {"layer_norm": True, "block_size": 2, "proj_size": 2},
+    {"peephole": True, "block_size": 2},
+    {"peephole": True, "block_size": 3, "coupled": True, "layer_norm": True, "truncated": True},
     {"layer_norm": True, "coupled": True, "peephole": True, "cell_clip": 0.3},
     {"recurrent_dropout": 0.4},
     {"zoneout": (0.3, 0.0)},

@@ -35,6 +35,10 @@ FIELDS = [
     {"recurrent_dropout": 0.4},
     {"recurrent_dropout": 0.4, "zoneout": (0.2, 0.3), "proj_size": 5},
     {"recurrent_dropout": 0.4, "layer_norm": True, "reverse": True},
+    {"peephole": True, "block_size": 2},
+    {"peephole": True, "block_size": 3, "coupled": True, "truncated": True, "clip": 0.8},
+    {"peephole": True, "block_size": 3, "layer_norm": True, "proj_size": 5, "cell_clip": 0.5},
+    {"peephole": True, "block_size": 5, "forget_gate": False, "zoneout": (0.3, 0.4), "recurrent_dropout": 0.3},
 ]
 
 
@@ -44,13 +48,19 @@ def _needs_cpu():
         pytest.skip(CPU.missing)
 
 
+def units(least, fields):
+    """Return a number of hidden units that the blocks divide."""
+    return least + -least % fields.get("block_size", 1)
+
+
 def case_of(fields, *sizes, **more):
-    return Case(*(sizes or (5, 4, 3, 11)), fields=tuple(fields.items()), **more)
+    steps, batch, inputs, hidden = sizes or (5, 4, 3, 11)
+    return Case(steps, batch, inputs, units(hidden, fields), fields=tuple(fields.items()), **more)
 
 
 def random_case(number):
     """Draw a combination of fields that these kernels have, and sizes."""
-    rng = np.random.default_rng([25, number])
+    rng, of_blocks = np.random.default_rng([25, number]), np.random.default_rng([26, number])
     choices = {
         "proj_size": [1, 3, 9], "layer_norm": [True], "recurrent_dropout": [0.3], "zoneout": [(0.2, 0.3), (0.0, 0.5)],
         "peephole": [True], "truncated": [True], "reverse": [True], "merge": ["sum", "mean", "product"],
@@ -61,13 +71,15 @@ def random_case(number):
         fields = {name: value for (name, value), is_in in zip(drawn.items(), chance, strict=True) if is_in}
         if fields.get("layer_norm") and "proj_size" in fields:  # of one feature, W_hh h hardly depends on its size
             fields["proj_size"] = max(3, fields["proj_size"])
+        if "peephole" in fields and of_blocks.random() < 0.5:
+            fields["block_size"] = int(of_blocks.choice([2, 3]))
         bidirectional = bool(rng.random() < 0.4)
         try:
-            if not is_phased(Cell(3, 11, bidirectional=bidirectional, **fields)):
+            if not is_phased(Cell(3, 12, bidirectional=bidirectional, **fields)):
                 continue
         except ArgumentError:
             continue
-        hidden = int(rng.choice([10, 11, 16, 20, 37, 70]))
+        hidden = units(int(rng.choice([10, 11, 16, 20, 37, 70])), fields)
         sizes = int(rng.integers(1, 8)), int(rng.choice([1, 2, 5, 13, 40])), int(rng.integers(1, 9)), hidden
         return case_of(
             fields, *sizes, layers=int(rng.integers(1, 4)), bidirectional=bidirectional, bias=bool(rng.random() < 0.7),
@@ -122,7 +134,7 @@ def test_steps_and_chunks_give_the_whole_sequence(fields, dtype):
     if fields.get("reverse"):
         pytest.skip("a model that runs backwards in time cannot step")
     rng = np.random.default_rng(4)
-    model = LSTM(5, 21, 2, dtype=dtype, seed=rng, **fields)
+    model = LSTM(5, units(21, fields), 2, dtype=dtype, seed=rng, **fields)
     x = rng.standard_normal((12, 2, 5)).astype(dtype)
     for each in (model, model.freeze()):
         y, (h_n, c_n) = each(x)
@@ -140,7 +152,7 @@ def test_steps_and_chunks_give_the_whole_sequence(fields, dtype):
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_a_frozen_model_is_bit_identical_and_trains(fields, dtype):
     rng = np.random.default_rng(0)
-    model = LSTM(5, 21, 2, dtype=dtype, seed=rng, **fields)
+    model = LSTM(5, units(21, fields), 2, dtype=dtype, seed=rng, **fields)
     x = rng.standard_normal((6, 3, 5)).astype(dtype)
     frozen, results = model.freeze(), []
     for each in (model, frozen, frozen):  # the first call of a frozen model packs
@@ -169,7 +181,7 @@ def test_results_are_bit_identical_on_any_number_of_threads(fields, dtype):
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_models_are_saved_copied_and_pickled(fields, tmp_path):
-    model = LSTM(4, 10, 2, seed=3, **fields)
+    model = LSTM(4, units(10, fields), 2, seed=3, **fields)
     x = np.random.default_rng(0).standard_normal((5, 3, 4)).astype(np.float32)
     model.save(tmp_path / "model.safetensors")
     others = LSTM.load(tmp_path / "model.safetensors"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -300,7 +312,7 @@ def test_gradients_by_the_states_of_each_step(fields):
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_padding_reaches_nothing_and_nan_stays_in_its_sequence(fields, dtype):
     rng = np.random.default_rng(1)
-    model = LSTM(3, 13, dtype=dtype, seed=rng, **fields)
+    model = LSTM(3, units(13, fields), dtype=dtype, seed=rng, **fields)
     x, lengths = rng.standard_normal((6, 4, 3)).astype(dtype), np.array([6, 2, 4, 1])
     dirty, results = x.copy(), []
     for sequence, length in enumerate(lengths):

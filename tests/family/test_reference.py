@@ -20,6 +20,8 @@ FIELDS = [
     {"block_size": 2},
     {"peephole": True, "forget_gate": False},
     {"peephole": True, "coupled": True},
+    {"peephole": True, "block_size": 2},
+    {"peephole": True, "block_size": 4, "coupled": True, "layer_norm": True, "cell_clip": 0.3},
     *({"activations": (gate, "tanh", "tanh")} for gate in ACTIVATIONS if gate != "1997"),
     *({"activations": ("sigmoid", candidate, "tanh")} for candidate in ACTIVATIONS),
     *({"activations": ("sigmoid", "tanh", output)} for output in ACTIVATIONS),
@@ -155,8 +157,8 @@ def test_zoneout_and_recurrent_dropout_draw_anew_in_each_pass_and_not_in_inferen
 
 
 WRONG = [
-    {"coupled": True, "forget_gate": False}, {"block_size": 3}, {"block_size": 0}, {"block_size": 2, "peephole": True},
-    {"proj_size": 4}, {"proj_size": -1}, {"activations": "tanh"}, {"activations": ("tanh", "tanh")},
+    {"coupled": True, "forget_gate": False}, {"block_size": 3}, {"block_size": 0}, {"proj_size": 4},
+    {"proj_size": -1}, {"activations": "tanh"}, {"activations": ("tanh", "tanh")},
     {"activations": ("1997", "tanh", "tanh")}, {"activations": ("sigmoid", "swish", "tanh")}, {"clip": 0},
     {"clip": -1.0},
     {"cell_clip": float("nan")}, {"recurrent_dropout": 1.0}, {"zoneout": 0.5}, {"zoneout": (0.5, 1.0)},

@@ -22,9 +22,9 @@ from fastlstm.backends.base import Signature
 from fastlstm.functional import lstm_backward, lstm_forward
 
 # In the order in which they import from each other.
-MODULES = ("layer_norm", "state_masks", "phased_cells", "phased_cells_back", "phased_gradients", "phased_forward",
-           "phased_backward")  # fmt: skip
-NORMS, MASKS, CELLS, BACK, GRADIENTS, FORTH, DRIVER = MODULES
+MODULES = ("layer_norm", "state_masks", "shared_peepholes", "phased_cells", "phased_cells_back", "phased_gradients",
+           "phased_forward", "phased_backward")  # fmt: skip
+NORMS, MASKS, SHARED, CELLS, BACK, GRADIENTS, FORTH, DRIVER = MODULES
 
 
 def cases(**fields):
@@ -39,7 +39,7 @@ def cases(**fields):
 NORM, PROJECTION = {"layer_norm": True, "peephole": True}, {"proj_size": 3, "peephole": True}
 COUPLED, RANDOM = {"layer_norm": True, "coupled": True}, {"recurrent_dropout": 0.3, "zoneout": (0.2, 0.4)}
 TANH, RELU = {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}
-TRUNCATED = {"proj_size": 3, "truncated": True}
+TRUNCATED, BLOCKS = {"proj_size": 3, "truncated": True}, {"peephole": True, "block_size": 4}
 
 # The module, what stands there, what a slip makes of it, and the cell that shows it.
 SLIPS = {
@@ -73,6 +73,20 @@ SLIPS = {
     "dropout's factor by another number": (MASKS, "splat(offset(masks.rates, 2))", "splat(masks.rates)", RANDOM),
     # Not noticed, because it changes low bits alone, which decide once in 2**30 numbers: "mixed(bits, 31)" by 30.
     "another random number": (MASKS, "mixed(bits, 27)", "mixed(bits, 26)", RANDOM),
+    "a gate sees one unit of its block": (
+        SHARED, "total += peek(offset(weights, unit)) * peek(offset(c, unit))", "pass", BLOCKS,
+    ),
+    "forget gates see by the weights of input gates": (SHARED, "_add(layer, a, _F, 1, c_prev)",
+                                                       "_add(layer, a, _F, 0, c_prev)", BLOCKS),
+    "output gates see c before the step": (SHARED, "_add(layer, a, _O, 2, c)", "_add(layer, a, _O, 2, c_prev)", BLOCKS),
+    "copies of a gate not summed": (SHARED, "total += peek(offset(part, row * part_row))", "pass", BLOCKS),
+    "nothing back through output gates": (SHARED, "poke(d, peek(d) + total * peek(offset(weights, unit)))", "pass",
+                                          BLOCKS),
+    "nothing back through input gates": (SHARED, "(i * seen_i + f * seen_f)", "f * seen_f", BLOCKS),
+    "weights of output gates by c before the step": (SHARED, "o * c)", "o * c_prev)", BLOCKS),
+    "gradients by what is seen of the row before": (BACK, "store(offset(layer.d_row, k), zero)", "pass", BLOCKS),
+    "nothing seen beside the normalised c": (CELLS, "seen(layer, c_before(layer, low, row), a_x, out)", "pass",
+                                             BLOCKS | {"layer_norm": True}),
     "c after a reset": (CELLS, "            c = fill(layer.y, 0.0)", "            pass", PROJECTION),
     "mask of c by packed rows": (CELLS, "position = rows.places[low + row]", "position = (low + row)", RANDOM),
     "last c of another sequence": (CELLS, "layer.c_n, rows.order[row]", "layer.c_n, row", PROJECTION),

@@ -1,6 +1,7 @@
 """Cells whose time step has several phases, on the kernels ``phased_forward`` and ``phased_backward``.
 
-These are cells with layer norm, a projection, zoneout or recurrent dropout, and the plain RNN. What a training call
+These are cells with layer norm, a projection, zoneout, recurrent dropout or peepholes of shared gates, and the plain
+RNN. What a training call
 keeps for each layer and direction says ``kernels/cpu/phased_forward.py``: seven numbers a hidden unit and step, with a
 projection eight, with layer norm nine more; of a plain RNN two. The backward pass adds at most one, with layer norm
 three. None is saved by `recompute`.
@@ -70,7 +71,8 @@ _PACKED = "packed for the phased kernels"
 def is_phased(cell: Cell) -> bool:
     """Say whether a cell has a phase of its own, and these kernels have all its fields."""
     fields = [name for name, plain in VARIANTS.items() if getattr(cell, name) != plain]
-    return any(name in _PHASES for name in fields) and all(name in _PHASES + _OTHERS for name in fields)
+    has_phase = cell.sees_blocks or any(name in _PHASES for name in fields)
+    return has_phase and all(name in _PHASES + _OTHERS for name in fields)
 
 
 def _mask_numbers(first: int, given: Given, direction: int) -> dict[int, int]:

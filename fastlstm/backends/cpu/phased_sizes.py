@@ -45,6 +45,7 @@ class Size(NamedTuple):
     kind: int  # of cell
     normed: bool
     own: int  # rows of a variant's own parameters, E
+    sees: int  # S of the blocks that gates see, 0 for none
     dtype: Any
     addresses: tuple[int, ...]  # of the variant's routines
 
@@ -99,7 +100,8 @@ def size_of(cell: Cell, layer: int) -> Size:
     units = cell.hidden_size if kind == phased_cells.LSTM else -(-cell.hidden_size // GATES)
     return Size(
         cell.layer_input_size(layer), cell.h_size, units, -(-cell.proj_size // GATES), lanes(cell.dtype), kind,
-        cell.layer_norm, 3 if cell.peephole else 0, cell.dtype, cell_addresses(variant, cell.dtype),
+        cell.layer_norm, 3 if cell.peephole else 0, cell.block_size if cell.sees_blocks else 0, cell.dtype,
+        cell_addresses(variant, cell.dtype),
     )  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def forward_candidates(
     threads = _threads(size, steps * batch, batch, most)
     few = batch < 2 * MR
     ahead = min(steps, -(-_ROWS_AHEAD // batch)) if few and steps > 1 else 0
-    whole = few or size.normed
+    whole = few or size.normed or size.sees > 0
     a_row = size.gates_row if whole else GATES * size.width
     room = threads * MC
     keeps = 0 if training else batch
@@ -217,7 +219,7 @@ def _numbers_of(kernel: Any, size: Size) -> dict[int, int]:
         kernel.NORMED: size.normed, kernel.KIND: size.kind, kernel.INPUTS: size.inputs, kernel.UNITS: size.units,
         kernel.OUT_UNITS: size.out_units, kernel.FEATURES: size.features, kernel.BLOCKS: size.blocks,
         kernel.WIDTH: size.width, kernel.H_ROW: size.h_row, kernel.OUT_ROW: size.out_row,
-        kernel.NORM_ROW: size.norm_row,
+        kernel.NORM_ROW: size.norm_row, kernel.SEES: size.sees,
     }  # fmt: skip
 
 
@@ -252,7 +254,7 @@ def backward_candidates(
         back.FACTORS: (batch * recurrent, size.h_row), back.OF_X: of_x, back.OF_H: of_h, back.OF_OUT: of_out,
         back.SUMS_IH: of_x, back.SUMS_HH: of_h, back.SUMS_OUT: of_out, back.SUMS_BIAS: (depth,),
         back.SUMS_GAINS: (2 * depth * normed,), back.SUMS_C: (2 * stride * normed,), back.GAINS: (2 * depth * normed,),
-        back.D_ROW: (threads * normed, stride), back.PANEL: (threads, PANEL_ROWS, panel),
+        back.D_ROW: (threads * (size.normed or size.sees > 0), stride), back.PANEL: (threads, PANEL_ROWS, panel),
     }  # fmt: skip
     workspace = Workspace(size.dtype, *shapes.values())
     numbers = {

@@ -44,7 +44,7 @@ _WORTH_A_TEAM, _FINISH_WORTH_A_TEAM = 1 << 20, 1 << 22
 
 def can_unroll(cell: Cell) -> bool:
     """Say whether the kernels of closed loops have a cell's variants."""
-    return not cell.bidirectional and all(
+    return not (cell.bidirectional or cell.sees_blocks) and all(
         name in IN_THE_STEP or getattr(cell, name) == plain for name, plain in VARIANTS.items()
     )
 

@@ -62,7 +62,8 @@ def size_of(cell: Cell, layer: int) -> Size:
 def variant_of(cell: Cell) -> Variant:
     """Return what the routines of a cell are compiled for."""
     forget = COUPLED if cell.coupled else OWN if cell.forget_gate else NONE
-    return Variant(cell.peephole, forget, cell.activations, cell.clip, cell.cell_clip)
+    # What shared gates see of their blocks is the driver's.
+    return Variant(cell.peephole and not cell.sees_blocks, forget, cell.activations, cell.clip, cell.cell_clip)
 
 
 def frozen_arrays(cell: Cell, params: FrozenParams) -> Params:

@@ -46,7 +46,7 @@ _PHASES = ("proj_size", "layer_norm", "recurrent_dropout", "zoneout", "nonlinear
 
 def is_phased(cell: Cell) -> bool:
     """Say whether a cell has a phase that the kernels' time step has not."""
-    return any(getattr(cell, name) != VARIANTS[name] for name in _PHASES)
+    return cell.sees_blocks or any(getattr(cell, name) != VARIANTS[name] for name in _PHASES)
 
 
 class OneStep(NamedTuple):

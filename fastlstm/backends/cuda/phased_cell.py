@@ -94,18 +94,19 @@ def cell_forward(xp: Any, cell: Cell, a: Array, c_prev: Array, weights: Weights)
         gates[gate] = activate(xp, function, a)
         return gates[gate]
 
-    i = activated("i", parts["i"] + p["i"] * c_prev if "i" in p else parts["i"], of_gates)
+    i = activated("i", parts["i"] + _over_blocks(xp, cell, p["i"] * c_prev) if "i" in p else parts["i"], of_gates)
     g = activated("g", parts["g"], of_candidate)
     c = c_prev
     if cell.coupled:
         gates["f"] = 1 - i
         c = gates["f"] * c_prev
     elif cell.forget_gate:
-        c = activated("f", parts["f"] + p["f"] * c_prev if "f" in p else parts["f"], of_gates) * c_prev
+        a_f = parts["f"] + _over_blocks(xp, cell, p["f"] * c_prev) if "f" in p else parts["f"]
+        c = activated("f", a_f, of_gates) * c_prev
     c = c + i * g
     if cell_clip is not None:
         c = xp.clip(c, -cell_clip, cell_clip)
-    activated("o", parts["o"] + p["o"] * c if "o" in p else parts["o"], of_gates)
+    activated("o", parts["o"] + _over_blocks(xp, cell, p["o"] * c) if "o" in p else parts["o"], of_gates)
     return StepTape(gates, seen, c_prev, c)
 
 
@@ -132,7 +133,7 @@ def cell_backward(
 
     da = {"o": back("o", da_o, of_gates)}
     if p:
-        dc = dc + da["o"] * p["o"]
+        dc = dc + _over_blocks(xp, cell, da["o"]) * p["o"]
     if cell_clip is not None:
         dc = xp.where(abs(step.c) < cell_clip, dc, 0)
     da["i"] = back("i", dc * (gates["g"] - step.c_prev) if cell.coupled else dc * gates["g"], of_gates)
@@ -142,9 +143,10 @@ def cell_backward(
     dc_prev = dc * gates["f"] if "f" in gates else dc
     dp = []
     for gate in p:
+        of_gate = _over_blocks(xp, cell, da[gate])
         if gate != "o":
-            dc_prev = dc_prev + da[gate] * p[gate]
-        dp.append((da[gate] * (step.c if gate == "o" else step.c_prev)).sum(axis=0))
+            dc_prev = dc_prev + of_gate * p[gate]
+        dp.append((of_gate * (step.c if gate == "o" else step.c_prev)).sum(axis=0))
     return _joined(xp, cell, da), dc_prev, xp.stack(dp) if dp else None
 
 
@@ -152,6 +154,12 @@ def _peepholes(cell: Cell, weights: Weights) -> dict[str, Array]:
     if weights.weight_peephole is None:
         return {}
     return {gate: weights.weight_peephole[row] for row, gate in enumerate(peepholes(cell))}
+
+
+def _over_blocks(xp: Any, cell: Cell, v: Array) -> Array:
+    """Return for each unit the sum of `v` (B, H) over the units of its block."""
+    size = cell.block_size
+    return v if size == 1 else xp.repeat(v.reshape(v.shape[0], -1, size).sum(axis=2), size, axis=1)
 
 
 def _bound(cell: Cell, bound: float | None) -> float | None:

@@ -36,6 +36,9 @@ the gates of its block :math:`j = \lfloor v / S \rfloor`, and the gradient of a 
     dc_t &\mathrel{+}= da^o_t\, p_o  &  dc_{t-1} &\mathrel{+}= da^i_t\, p_i + da^f_t\, p_f \\
     dp_i &= \sum_t da^i_t\, c_{t-1}  &  dp_f &= \sum_t da^f_t\, c_{t-1}  &  dp_o &= \sum_t da^o_t\, c_t
 
+A gate that a block shares sees the cell states of all its units, :math:`a^i_j \mathrel{+}= \sum_{v \in j} p_{i,v}\,
+c_v`, and :math:`da^i` is the sum over the block in the lines above; so with f and o.
+
 Here :math:`da^o_t` comes first, since :math:`dc_t` takes its share of it before :math:`da^i_t`, :math:`da^f_t` and
 :math:`da^g_t` are computed.
 

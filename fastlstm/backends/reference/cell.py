@@ -92,6 +92,12 @@ def joined(cell: Cell, da: dict[str, Array]) -> Array:
     return np.concatenate(parts, axis=1)
 
 
+def _over_blocks(cell: Cell, v: Array) -> Array:
+    """Return for each unit the sum of `v` (B, H) over the units of its block."""
+    size = cell.block_size
+    return v if size == 1 else np.repeat(v.reshape(len(v), -1, size).sum(axis=2), size, axis=1)
+
+
 def normalise(v: Array, gain: Array) -> tuple[Array, Norm]:
     """Normalise rows: (v - mean) / sqrt(variance + EPSILON) * gain, with the biased variance."""
     centred = v - v.mean(axis=1, keepdims=True)
@@ -138,13 +144,14 @@ def cell_forward(
     """
     gate, candidate = ACTIVATIONS[cell.activations[0]][0], CANDIDATE[cell.activations[1]][0]
     p = {} if weights.weight_peephole is None else dict(zip(peepholes(cell), weights.weight_peephole, strict=True))
-    seen = {name: a[name] + p[name] * c_prev if name in p else a[name] for name in cell.gates if name != "o"}
+    seen = {name: a[name] + _over_blocks(cell, p[name] * c_prev) if name in p else a[name]
+            for name in cell.gates if name != "o"}  # fmt: skip
     i = gate(clipped(seen["i"], cell.clip))
     g = candidate(clipped(seen["g"], cell.clip))
     f = 1 - i if cell.coupled else gate(clipped(seen["f"], cell.clip)) if cell.forget_gate else np.ones_like(i)
     c_raw = f * c_prev + i * g
     c = clipped(c_raw, cell.cell_clip)
-    seen["o"] = a["o"] + p["o"] * c if p else a["o"]
+    seen["o"] = a["o"] + _over_blocks(cell, p["o"] * c) if p else a["o"]
     o = gate(clipped(seen["o"], cell.clip))
     return Gates(i, f, g, o), c_raw, c, seen
 
@@ -162,7 +169,7 @@ def cell_backward(
     da = {"o": dout * step.squashed * slope(o) * passes(step.peeped["o"], cell.clip)}
     dc = dc + dc_squashed(dout * o)
     if p:
-        dc = dc + da["o"] * p["o"]
+        dc = dc + _over_blocks(cell, da["o"]) * p["o"]
     dc = dc * passes(step.c_raw, cell.cell_clip)
     df = dc * step.c_prev
     di = dc * g - df if cell.coupled else dc * g
@@ -173,7 +180,8 @@ def cell_backward(
     dc_prev = dc * f
     dp = []
     for name in p:
+        of_gate = _over_blocks(cell, da[name])
         if name != "o":
-            dc_prev = dc_prev + da[name] * p[name]
-        dp.append((da[name] * (step.c if name == "o" else step.c_prev)).sum(axis=0))
+            dc_prev = dc_prev + of_gate * p[name]
+        dp.append((of_gate * (step.c if name == "o" else step.c_prev)).sum(axis=0))
     return da, dc_prev, np.stack(dp) if p else None
