@@ -20,8 +20,9 @@ name                    shape                meaning
 The rows of a weight or bias come in four blocks of H, one per gate, in the order of :data:`GATES`: input gate i,
 forget gate f, candidate g, output gate o. The rows of a gate that does not exist are left out (``forget_gate=False``
 and ``coupled=True``: i, g, o; peepholes: i, o); a plain RNN has one block. With ``block_size=S``, i, f and o have H/S
-rows. With ``proj_size=P``, h has P features and ``weight_hh_l0`` P columns. The number in the name is the layer; the
-reverse direction of a bidirectional layer carries the suffix ``_reverse``.
+rows, and peepholes still one weight for each unit. With ``proj_size=P``, h has P features and ``weight_hh_l0`` P
+columns. The number in the name is the layer; the reverse direction of a bidirectional layer carries the suffix
+``_reverse``.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ class Report(NamedTuple):
 def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loops: bool = False) -> Report:
     """Compile every kernel that later processes need, or find it on disk.
 
-    Each kind of call is made once on a small model. That is enough: there is one kernel for long calls and one for
-    short calls, and each serves all sizes.
+    Each kind of call is made once on a small model. That is enough: there is one kernel for long calls, one for short
+    calls and one for cells with phases, such as layer norm and projections, and each serves all sizes. Left out are the
+    routines of other variants than peepholes, such as activations, which take half a second each.
 
     Parameters
     ----------
@@ -89,9 +90,14 @@ def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:
 
 
 def _run(dtype: str, train: bool, step: bool) -> None:
-    """Make each kind of call once, with a small and a large batch, and one for each variant of the cell."""
+    """Make each kind of call once, with a small and a large batch, and some with peepholes and layer norm."""
     model, x = LSTM(3, 4, dtype=np.dtype(dtype), seed=0), np.ones((2, 2, 3), dtype)
     LSTM(3, 4, peephole=True, dtype=np.dtype(dtype), seed=0)(x)
+    with_phases = LSTM(3, 4, layer_norm=True, dtype=np.dtype(dtype), seed=0)
+    with_phases(x)
+    if train:
+        y, _, tape = with_phases.forward(x)
+        with_phases.backward(tape, y)
     model(x, lengths=[1, 2])
     frozen = model.freeze()
     inputs = [np.ones((steps, FEW_ROWS, 3), dtype)[:, :batch] for steps, batch in ((32, FEW_ROWS), (1, 1))]

@@ -20,6 +20,8 @@ OTHER = {"reverse", "merge", "nonlinearity"}
 
 PLAIN = ("plain", {})
 DETERMINISTIC = [PLAIN, *((name, {name: value}) for name, value in EXAMPLES.items() if name in VARIANTS)]
+# Two that make a third together: a shared gate sees all units of its block.
+DETERMINISTIC.append(("peepholes of shared gates", {"peephole": True, "block_size": 2}))
 RANDOM_HERE = [(name, {name: value}) for name, value in RANDOM.items() if name in VARIANTS]
 
 
@@ -27,4 +29,4 @@ def test_every_variant_has_an_example():
     unknown = set(VARIANTS) - set(EXAMPLES) - set(RANDOM) - OTHER
     assert not unknown, f"tests/variants.py has no example of {unknown}"
     accepted = inspect.signature(LSTM.__init__).parameters
-    assert all(name in accepted for name, _ in DETERMINISTIC[1:] + RANDOM_HERE)
+    assert all(name in accepted for _, options in DETERMINISTIC + RANDOM_HERE for name in options)

@@ -98,7 +98,7 @@ def train(
         y, _, tape = lstm.forward(x)
         loss, dprediction = mean_squared_error(head(y), target, counts)
         head_grads = head.backward(y, dprediction)
-        lstm_grads = lstm.backward(tape, head_grads.x)
+        lstm_grads = lstm.backward(tape, head_grads.x, input_gradient=False)
         grads, _ = clip_by_global_norm(join(lstm=lstm_grads, head=head_grads), 1.0)
         optimiser.step(grads)
         progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)

@@ -132,7 +132,7 @@ def accuracies(seed: int, most: float | None, updates: int) -> Array:
             head_grads = head.backward(y[-1], dlogits)
             dy = np.zeros_like(y)
             dy[-1] = head_grads.x
-            grads: Any = join(rnn=rnn.backward(tape, dy), head=head_grads)
+            grads: Any = join(rnn=rnn.backward(tape, dy, input_gradient=False), head=head_grads)
             if most:
                 grads, _ = clip_by_global_norm(grads, most)
             optimiser.step(grads)

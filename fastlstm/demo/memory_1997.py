@@ -52,7 +52,7 @@ class Net:
         head_grads = self.head.backward(y[-1], error * output * (1 - output))
         dy = np.zeros_like(y)
         dy[-1] = head_grads.x
-        grads = self.lstm.backward(tape, dy)
+        grads = self.lstm.backward(tape, dy, input_gradient=False)
         for name, gradient in grads.params.items():
             self.lstm.params[name] -= RATE * gradient
         for array, gradient in zip(self.head.params.values(), head_grads.params.values(), strict=True):

@@ -131,7 +131,7 @@ def learn(xp: ModuleType, lstm: LSTM, head: Linear, optimiser: Adam, batch: Utte
     loss, dlogits = softmax_cross_entropy(head(mean), speakers)
     head_grads = head.backward(mean, dlogits)
     dy = xp.broadcast_to(head_grads.x * share, y.shape)  # what it says past each length is ignored
-    lstm_grads = lstm.backward(tape, dy)
+    lstm_grads = lstm.backward(tape, dy, input_gradient=False)
     grads, _ = clip_by_global_norm(join(lstm=lstm_grads, head=head_grads), 1.0)
     optimiser.step(grads)
     return loss

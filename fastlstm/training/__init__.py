@@ -23,7 +23,7 @@ reads from top to bottom:
 ...     y, _, tape = lstm.forward(x)
 ...     loss, dprediction = mean_squared_error(head(y), target)
 ...     head_grads = head.backward(y, dprediction)
-...     lstm_grads = lstm.backward(tape, head_grads.x)
+...     lstm_grads = lstm.backward(tape, head_grads.x, input_gradient=False)  # x is data
 ...     grads, norm = clip_by_global_norm(join(lstm=lstm_grads, head=head_grads), 1.0)
 ...     optimiser.step(grads)
 ...     losses.append(float(loss))

@@ -1,6 +1,7 @@
 r"""The cell: one time step of one sequence and one vector of hidden units, forward and backward.
 
-This file alone knows the gates, their activations and what a variant changes. The equations are those of
+This file alone knows the gates, their activations and what a variant changes; but what gates see of other units, by
+the peepholes of shared gates, is in ``shared_peepholes.py``. The equations are those of
 :mod:`fastlstm.backends.reference`, in the same symbols. Every driver (large batch, small batch, gates computed again)
 calls the routines below with a `cell`, the record :class:`Cell`, which says where a variant's routines are:
 

@@ -164,7 +164,7 @@ def phased_backward(
         numbers, address(scratch), address(x), address(h_rows), layer.outs, address(dweight_ih), address(dweight_hh),
         address(dweight_hr), address(down), down.size,
     ))  # fmt: skip
-    _pack(layer, address(weight_ih), address(weight_hh), address(weight_hr), team, thread)
+    _pack(layer, address(weight_ih), address(weight_hh), address(weight_hr), dx.size, team, thread)
     _begin(layer, rows, address(dh_n), address(dc_n), address(gains), sums, team, thread)
     barrier(team, thread)
     _run_chunks(layer, rows, sums, address(dx), dx.size, team, thread)
@@ -175,12 +175,13 @@ def phased_backward(
 
 
 @routine
-def _pack(layer, weight_ih, weight_hh, weight_hr, team, thread):
-    """Pack this thread's share of the weights."""
+def _pack(layer, weight_ih, weight_hh, weight_hr, size, team, thread):
+    """Pack this thread's share of the weights; `size` is that of dx, which alone needs those of the input."""
     stay_outlined()
     units, blocks = layer.units, layer.blocks
     first, last = share(blocks, team, thread)
-    pack_backward(weight_ih, units, layer.inputs, layer.of_x, blocks, first, last)
+    if size:
+        pack_backward(weight_ih, units, layer.inputs, layer.of_x, blocks, first, last)
     pack_backward(weight_hh, units, layer.features, layer.of_h, blocks, first, last)
     if layer.out_units:
         first, last = share(layer.out_blocks, team, thread)

@@ -19,6 +19,9 @@ CASES = [
     Case(**SIZES, layers=3, dropout=0.3, batch_first=True, fields=(("coupled", True),)),
     Case(**SIZES, bidirectional=True, lengths="zeros", fields=(("layer_norm", True),)),
     Case(**SIZES, layers=2, fields=(("proj_size", 4), ("zoneout", (0.2, 0.1)))),
+    Case(**SIZES, layers=2, bidirectional=True, fields=(("merge", "product"), ("block_size", 3))),
+    Case(**SIZES, fields=(("peephole", True), ("block_size", 3))),
+    Case(**SIZES, bidirectional=True, lengths=(0,) * SIZES["batch"]),
     Case(**SIZES | {"steps": 0}),
 ]
 

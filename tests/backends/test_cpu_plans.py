@@ -90,6 +90,19 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, name, any_number_of_th
     assert_close("agreement", found[0], truth, backend="cpu", dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["rows", "units", "directions"])
+def test_batches_of_empty_sequences_run_on_any_number_of_threads(dtype, name):
+    case = CASES[name]
+    p = problem(dataclasses.replace(case, lengths=(0,) * case.batch)).astype(dtype)
+    truth = solve(p, REFERENCE)
+    try:
+        for threads in THREADS:
+            fastlstm.set_num_threads(threads)
+            assert_identical(solve(p, CPU), truth)  # zeros, and the initial states
+    finally:
+        fastlstm.set_num_threads(None)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_inference_has_the_same_bits_too(dtype, name, any_number_of_threads):
     case = dataclasses.replace(CASES[name], dropout=0.0)

@@ -15,6 +15,8 @@ from tolerances import assert_close
 from fastlstm import LSTM, as_array
 from fastlstm.demo import with_jax
 
+jax.config.update("jax_platforms", "cpu")  # where JAX has a GPU, its arrays would lie there
+
 
 def arrays_are_shared_and_run() -> None:
     x = jax.numpy.ones((5, 2, 3), "float32")

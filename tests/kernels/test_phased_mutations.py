@@ -83,6 +83,8 @@ SLIPS = {
     "nothing back through output gates": (SHARED, "poke(d, peek(d) + total * peek(offset(weights, unit)))", "pass",
                                           BLOCKS),
     "nothing back through input gates": (SHARED, "(i * seen_i + f * seen_f)", "f * seen_f", BLOCKS),
+    "nothing back through forget gates": (SHARED, "(i * seen_i + f * seen_f)", "i * seen_i", BLOCKS),
+    "weights of forget gates by input gates": (SHARED, "f * c_prev)", "i * c_prev)", BLOCKS),
     "weights of output gates by c before the step": (SHARED, "o * c)", "o * c_prev)", BLOCKS),
     "gradients by what is seen of the row before": (BACK, "store(offset(layer.d_row, k), zero)", "pass", BLOCKS),
     "nothing seen beside the normalised c": (CELLS, "seen(layer, c_before(layer, low, row), a_x, out)", "pass",

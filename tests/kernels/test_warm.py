@@ -49,6 +49,12 @@ for threads in (1, 2):
         if "step" in what and not model.cell.bidirectional:
             for batch in (1, 3, 40, 200):
                 model.step(draw(batch, 5))
+    for fields in ({"layer_norm": True}, {"peephole": True, "block_size": 2}, {"proj_size": 3, "zoneout": (0.1, 0.1)}):
+        for model in models(**fields):
+            model(draw(30, 3, 5))
+            if "train" in what:
+                train(model, draw(30, 3, 5), lengths=lengths)
+    fastlstm.RNN(5, 20, dtype=dtype, seed=0)(draw(30, 3, 5))
     fastlstm.LSTM(32, 64, bidirectional=True, dtype=dtype, seed=0)(draw(200, 8, 32))  # both directions at once
     big = fastlstm.LSTM(64, 256, dtype=dtype, seed=0)
     for model in (big, big.freeze()):
@@ -103,6 +109,8 @@ def test_after_it_a_process_compiles_nothing(package, warmed, dtype, what):
     for name in ("serve", "run_records", "measure", "fill_index", "variant_update"):
         assert used["hits"][name] == 1, name
     assert used["hits"]["sequence_backward"] == (2 if "train" in what else 0)
+    assert used["hits"]["phased_forward"] == 1
+    assert used["hits"].get("phased_backward", 0) == (1 if "train" in what else 0)
     again = warm(package, cache, "--dtype", dtype, *(f"--{option}" for option in what))
     assert again.returncode == 0 and "\n0 compiled" in again.stdout
 

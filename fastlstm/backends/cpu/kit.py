@@ -151,7 +151,9 @@ def make_kit(cell: Cell, params: FrozenParams, keys: MaskKeys) -> Any:
     """Pack a model's weights for compiled code: see :meth:`fastlstm.LSTM.compiled`."""
     check_direction(cell)
     if not unroll.can_unroll(cell):
-        names = [name for name, plain in VARIANTS.items() if getattr(cell, name) != plain]
+        names = ["peephole and block_size together"] if cell.sees_blocks else []
+        others = VARIANTS.keys() - unroll.IN_THE_STEP
+        names += [name for name, plain in VARIANTS.items() if name in others and getattr(cell, name) != plain]
         raise ArgumentError(
             f"compiled code has no step of a cell with {', '.join(names)}: use lstm.step or lstm.unroll"
         )

@@ -79,6 +79,8 @@ def launch(
         Settings of this call that replace those of the candidate, by position.
     """
     candidates, kind = candidates_for(threads)
+    if not rows:  # all sequences are empty: there is no time per row
+        kind = None
     number = TRIALS.pick(kind, len(candidates)) if kind else 0
     chosen = candidates[number]
     if not kind and chosen.schedule.threads == 1:

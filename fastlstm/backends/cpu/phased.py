@@ -1,10 +1,9 @@
 """Cells whose time step has several phases, on the kernels ``phased_forward`` and ``phased_backward``.
 
 These are cells with layer norm, a projection, zoneout, recurrent dropout or peepholes of shared gates, and the plain
-RNN. What a training call
-keeps for each layer and direction says ``kernels/cpu/phased_forward.py``: seven numbers a hidden unit and step, with a
-projection eight, with layer norm nine more; of a plain RNN two. The backward pass adds at most one, with layer norm
-three. None is saved by `recompute`.
+RNN. What a training call keeps for each layer and direction says ``kernels/cpu/phased_forward.py``: seven numbers a
+hidden unit and step, with a projection eight, with layer norm nine more; of a plain RNN two. The backward pass adds at
+most one, with layer norm three. None is saved by `recompute`.
 """
 
 from __future__ import annotations
