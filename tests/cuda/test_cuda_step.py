@@ -104,15 +104,16 @@ def test_everything_goes_to_the_current_stream(xp, case):
 
 def calls_of(function):
     """Return how many functions, of Python or C, a call calls: the least of three, without what is collected there."""
-    counts = [0, 0, 0]
+    counts = []
 
     def note(_frame, event, _argument):
-        counts[turn] += event in ("call", "c_call")
+        counts[-1] += event in ("call", "c_call")
 
     before = sys.getprofile()
     gc.collect()
     gc.disable()
-    for turn in range(len(counts)):
+    for _ in range(3):
+        counts.append(0)
         sys.setprofile(note)
         try:
             function()
