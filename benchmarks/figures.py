@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import geometric_mean
 
 import goals
 import scaling_out
@@ -52,12 +53,7 @@ def machines(folder: Path) -> dict[str, dict[str, Results]]:
     return found
 
 
-def is_gpu(found: Results) -> bool:
-    """Whether it is a stage of ``.ci/gpu``."""
-    return "GPU" in found.machine
-
-
-def tables(found: Found, folder: Path = RESULTS) -> str:
+def tables(found: Found) -> str:
     """Return what ``RESULTS.md`` has to be; MissingReasonError if a loss or a missed goal has no reason."""
     parts = [
         "# Results",
@@ -70,7 +66,7 @@ def tables(found: Found, folder: Path = RESULTS) -> str:
         if rows := list(goals.rows(files)):
             parts.append("Goals: **bold** misses. Two values are of one thread and of two.")
             parts += [report.table(["goal", "asked", "measured", "why it is missed"], rows, left=4), *goals.NOTES]
-        for picture in sorted((folder / machine).glob("*.png")):
+        for picture in sorted((RESULTS / machine).glob("*.png")):
             parts.append(f"![{picture.stem}](results/{machine}/{picture.name})")
         for name, file in files.items():
             parts += [f"### {name.replace('-', ' ')}", file.about, *report.text(file, list_losses=False)]
@@ -83,18 +79,23 @@ def tables(found: Found, folder: Path = RESULTS) -> str:
 
 def section(found: Found) -> str:
     """Return the README's table of eight rows, the machine, and a sentence on GPUs."""
-    parts = []
+    parts, on_gpus = [], []
     for files in found.values():
-        if MAIN in files and not is_gpu(files[MAIN]):
+        with_gpu = [file for file in files.values() if "GPU" in file.machine]
+        if MAIN in files and files[MAIN] not in with_gpu:
             rows = dict(_rows(files))
             peers = list(dict.fromkeys(s for case in rows.values() for s in case.values if report.is_peer(s)))
             cells = [[words, case.work.name if case.work else "", *(report.cell(case, s) for s in (CPU, *peers))]
                      for words, case in rows.items()]  # fmt: skip
             parts.append(report.table(["call, float32", "T,B,I,H", CPU, *peers], cells, left=2))
             parts.append(report.machine_line(files[MAIN]))
+        ratios = report.by_peer(case for file in with_gpu for case in file.cases if case.work).get("torch cuda")
+        if ratios:
+            mean, gpu = geometric_mean(ratio.middle for ratio in ratios), with_gpu[0].machine["GPU"]
+            on_gpus.append(f"On {gpu}, the geometric mean of PyTorch's time / ours is {mean:.2f}.")
     parts.append(
         "In brackets: the peer's time / ours, **bold** where the peer is faster, `=` for no difference."
-        " [All rows](benchmarks/RESULTS.md). " + gpu_sentence(found)
+        " [All rows](benchmarks/RESULTS.md). " + (" ".join(on_gpus) or NO_GPU)
     )
     return "\n\n".join(parts)
 
@@ -109,18 +110,6 @@ def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
         yield f"{pictures.KINDS[worst.group]}, the peers' best other size", worst
     starts = files["start"].cases if "start" in files else ()
     yield from (("first calls ever, which compile", case) for case in starts if case.name == "cold: all three calls")
-
-
-def gpu_sentence(found: Found) -> str:
-    """Return what the README has to say of measurements on GPUs."""
-    words = []
-    for files in found.values():
-        stages = [file for file in files.values() if is_gpu(file)]
-        scores = report.scores(case for file in stages for case in file.cases if case.work)
-        means = ", ".join(f"{score.mean:.2f} ({score.peer})" for score in scores if score.peer == "torch cuda")
-        if means:
-            words.append(f"On {stages[0].machine['GPU']}, the geometric mean of PyTorch's time / ours is {means}.")
-    return " ".join(words) or NO_GPU
 
 
 def readme(text: str, inside: str) -> str:
@@ -142,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             if MAIN in files:
                 print(*pictures.write(files[MAIN], RESULTS / machine), sep="\n")
         text = README.read_text(encoding="utf-8")
-        wanted = {README: readme(text, section(found)), TABLES: tables(found, RESULTS)}
+        wanted = {README: readme(text, section(found)), TABLES: tables(found)}
     except (goals.MissingReasonError, ResultsFileError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

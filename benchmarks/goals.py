@@ -47,18 +47,13 @@ class Goal(NamedTuple):
 
     def found(self, files: Mapping[str, Results]) -> list[float]:
         """Return the values of each file or group."""
-        name, _, group = self.place.partition("/")
-        found: dict[tuple[str, str], list[float]] = {}
-        for file in (file for file in files if file.startswith(name)):
-            for case in files[file].cases:
-                of = case.group if group else ""
-                if of.startswith(group) and (values := self.values(files[file], case)):
-                    found.setdefault((file, of), []).extend(values)
+        found: dict[str, list[float]] = {}
+        for name, file in files.items():
+            for case in file.cases:
+                place = f"{name}/{case.group}" if "/" in self.place else name
+                if place.startswith(self.place) and (values := self.values(file, case)):
+                    found.setdefault(place, []).extend(values)
         return [self.combine(values) for values in found.values()]
-
-    def misses(self, value: float) -> bool:
-        """Whether a value misses the goal."""
-        return value > self.asked if self.at_most else not value >= self.asked
 
 
 def best_peer(kind: str, dtype: str = "float32") -> Values:
@@ -67,9 +62,7 @@ def best_peer(kind: str, dtype: str = "float32") -> Values:
     def values(_: Results, case: Case) -> list[float]:
         if not case.work or not case.work.is_plain or (case.work.kind, case.work.dtype) != (kind, dtype):
             return []
-        return sorted(r.middle for side in case.values if report.is_peer(side) and (r := report.ratio_of(case, side)))[
-            :1
-        ]
+        return sorted(ratio.middle for _, _, ratio in report.duels([case]))[:1]
 
     return values
 
@@ -166,16 +159,10 @@ WINS = {
 
 
 def rows(files: Mapping[str, Results]) -> Iterator[list[str]]:
-    """Give the rows of the table of goals: what misses is bold, with the reason.
-
-    Raises
-    ------
-    MissingReasonError
-        If there is none.
-    """
+    """Give the rows of the table of goals: what misses is bold, with the reason; MissingReasonError if it has none."""
     for goal in GOALS:
         values = goal.found(files)
-        missed = [goal.misses(value) for value in values]
+        missed = [value > goal.asked if goal.at_most else not value >= goal.asked for value in values]
         if any(missed) and not goal.why:
             raise MissingReasonError(f"goals.py does not say why this goal is missed: {goal.words}")
         cells = [f"**{v:.2f}**" if bad else f"{v:.2f}" for v, bad in zip(values, missed, strict=True)]
@@ -185,13 +172,7 @@ def rows(files: Mapping[str, Results]) -> Iterator[list[str]]:
 
 
 def wins(results: Results) -> Iterator[str]:
-    """Give a line for each reason why a peer wins cases of a file, with these cases.
-
-    Raises
-    ------
-    MissingReasonError
-        If a case has none.
-    """
+    """Give a line for each reason why a peer wins cases of a file, with these; MissingReasonError if one has none."""
     found: dict[str, list[str]] = {}
     for case, side, spread in report.losses(results.cases):
         fits = [why for (name, start), why in WINS.items() if name == results.name and case.name.startswith(start)]

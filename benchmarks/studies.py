@@ -45,20 +45,21 @@ def _here(names: tuple[str, ...] = ON_CPU) -> list[str]:
     return [name for name in names if peers.missing(name) is None]
 
 
-def _case(name: str, builders: run.Builders, seconds: float, tolerances: Any = None, **fields: Any) -> Case:
-    """Measure sides; a failure of our own side ends the study."""
-    dtype = fields.pop("dtype", "float32")
-    case = run.measure_sides(name, builders, dtype, seconds, tolerances)
+def _checked(case: Case, **fields: Any) -> Case:
+    """Return a case with other fields; a failure of our own side ends the study."""
     if OURS not in case.values:
-        raise RuntimeError(f"{name}: {case.refused.get(OURS, 'the CPU backend cannot run here')}")
-    facts = fields.pop("facts", {})
-    return replace(case, facts=facts, **fields)  # first results belong to the study of starts
+        raise RuntimeError(f"{case.name}: {case.refused or 'the CPU backend cannot run here'}")
+    return replace(case, **{"facts": {}} | fields)  # first results belong to the study of starts
 
 
-def _work_case(work: Work, name: str, threads: int, seconds: float, names: list[str] | None = None) -> Case:
-    problem, able = Problem.of(work), [side for side in names or _here() if peers.contender(side).able(work)]
-    builders = {side: functools.partial(peers.contender(side).build, problem, threads) for side in able}
-    return _case(name, builders, seconds, dtype=work.dtype, threads=threads, work=work)
+def _case(
+    name: str, builders: run.Builders, seconds: float, tolerances: Any = None, dtype: str = "float32", **fields: Any
+) -> Case:
+    return _checked(run.measure_sides(name, builders, dtype, seconds, tolerances), **fields)
+
+
+def _work_case(work: Work, name: str, threads: int, seconds: float, names: tuple[str, ...] = ON_CPU) -> Case:
+    return _checked(run.measure_case(work, _here(names), threads, seconds), name=name, group="")
 
 
 def _on_cpu(threads: int, problems: Mapping[str, Problem]) -> run.Builders:
@@ -137,10 +138,8 @@ def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None, *, rec
     from fastlstm.backends.cpu.workspace import POOL
 
     rng = np.random.default_rng(0)
-    x, dy = (
-        rng.standard_normal((steps, batch, width)).astype(model.cell.dtype)
-        for width in (model.cell.input_size, model.cell.output_size)
-    )
+    widths = model.cell.input_size, model.cell.output_size
+    x, dy = (rng.standard_normal((steps, batch, width)).astype(model.cell.dtype) for width in widths)
 
     def train() -> tuple[Any, ...]:
         y, state, tape = model.forward(x, lengths=lengths, recompute=recompute)
@@ -201,7 +200,7 @@ def growth(threads: int, seconds: float) -> Iterator[Case]:
     """A training pass in float32 over longer and longer sequences, B=4, I=8, H=16: the time has to be linear in T."""
     for steps in (512, 2048, 8192, 32768, 65536, 131072):
         work = Work(steps, 4, 8, 16, kind="train")
-        yield _work_case(work, f"T={steps:,}", threads, seconds, _here((OURS, "torch")))
+        yield _work_case(work, f"T={steps:,}", threads, seconds, (OURS, "torch"))
 
 
 FORGET_BIAS = 3.0  # as neuralhydrology initialises it: with 0, gradients of T=365 underflow

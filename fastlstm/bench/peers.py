@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -104,37 +105,23 @@ def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Iterato
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """Return the model as a graph of LSTM nodes and no more; the states are inputs and outputs when streaming."""
-    onnx, write = import_module("onnx"), import_module("fastlstm.interchange.onnx")
-    helper, work, cell = onnx.helper, problem.work, problem.model.cell
-    real, whole, state = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, [1, work.batch, work.hidden]
-    inputs: list[Any] = [("X", real, list(problem.x.shape))]
-    outputs: list[Any] = [("Y", real, None)]
-    nodes, constants, x = [], {"merged": np.array([0, 0, -1], np.int64)}, "X"
-    if work.lengths is not None:
-        inputs.append(("lengths", whole, [work.batch]))
-    if work.kind == "stream":
-        inputs += [("h", real, state), ("c", real, state)]
-        outputs += [("h_n", real, state), ("c_n", real, state)]
-    for layer in range(work.layers):
-        weights = write.node_inputs(cell, problem.model.params, layer)  # W, R, B
-        constants |= weights
-        names = [x, *weights, "lengths" if work.lengths is not None else ""]
-        names += ["h", "c"] if work.kind == "stream" else []
-        last = layer == work.layers - 1
-        found = [name for name, *_ in outputs] if last else [f"Y{layer}"]
-        nodes.append(helper.make_node("LSTM", names, found, **write.node_attributes(cell)))
-        if not last:  # (T, D, B, H) to (T, B, D * H)
-            x = f"X{layer + 1}"
-            nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"Z{layer}"], perm=[0, 2, 1, 3]))
-            nodes.append(helper.make_node("Reshape", [f"Z{layer}", "merged"], [x]))
-    graph = helper.make_graph(
-        nodes,
-        "lstm",
-        *([helper.make_tensor_value_info(*value) for value in ends] for ends in (inputs, outputs)),
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    """Return the LSTM nodes of our ONNX export, of fixed sizes; the states are inputs and outputs when streaming."""
+    work, onnx, file = problem.work, import_module("onnx"), io.BytesIO()
+    problem.model.to_onnx(file, state=work.kind == "stream", lengths=work.lengths is not None)
+    inputs = ["x", *["lengths"] * (work.lengths is not None)]
+    outputs = [f"Y{work.layers - 1}"]  # before it is transposed
+    if work.kind == "stream":  # of one layer, whose states need not be sliced and joined
+        inputs, outputs = [*inputs, "h0_0", "c0_0"], [*outputs, "h_n_0", "c_n_0"]
+    whole, sizes = onnx.load_model_from_string(file.getvalue()), {"T": work.steps, "B": work.batch}
+    for value in (*whole.graph.input, *whole.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in sizes:
+                dimension.dim_value = sizes[dimension.dim_param]
+    parts = import_module("onnx.utils").Extractor(onnx.shape_inference.infer_shapes(whole))
+    model = parts.extract_model(inputs, outputs)
+    for node in model.graph.node:
+        if node.op_type == "LSTM" and work.kind != "stream":
+            del node.output[1:]  # final states, which would be computed for nothing
     return bytes(model.SerializeToString())
 
 
@@ -147,7 +134,7 @@ def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]],
 
     def step(x: Any, state: Any) -> tuple[Array, Any]:
         h, c = state or (zero, zero)
-        _, h, c = run({"X": x, "h": h, "c": c})
+        _, h, c = run({"x": x, "h0_0": h, "c0_0": c})
         return h, (h, c)
 
     def fetch(found: Array) -> Array:  # Y is (T, D, B, H); OpenVINO's next call overwrites it
@@ -155,7 +142,7 @@ def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]],
         return found.copy() if work.kind == "stream" else found.transpose(0, 2, 1, 3).reshape(merged)
 
     # The graph takes a batch of one, where other libraries take an unbatched call.
-    return Calls(lambda x: run({"X": x, **feed})[0], lambda x, dy: None, step, lambda _: load(problem.x), fetch)
+    return Calls(lambda x: run({"x": x, **feed})[0], lambda x, dy: None, step, lambda _: load(problem.x), fetch)
 
 
 def onnx_calls(problem: Problem, threads: int) -> Calls:
@@ -264,7 +251,7 @@ OF_GPU_TABLE = {
 
 def contender(name: str) -> Contender:
     """Return an entry of :data:`CONTENDERS` or :data:`OF_GPU_TABLE`."""
-    return CONTENDERS[name] if name in CONTENDERS else OF_GPU_TABLE[name]
+    return (CONTENDERS | OF_GPU_TABLE)[name]
 
 
 def missing(name: str) -> str | None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import geometric_mean
-from typing import NamedTuple
 
 from fastlstm.bench.clock import Spread, verdict
 from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import KINDS
 
-__all__ = ["amount", "baseline", "duels", "line", "losses", "machine_line", "scores", "table", "text"]
+__all__ = ["amount", "by_peer", "duels", "line", "losses", "machine_line", "ratio_of", "table", "text"]
 
 VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "CUDA", "driver", "cuDNN")
 PEERS = ("torch", "onnxruntime", "openvino")  # a side is a peer's if its name begins so
@@ -50,35 +49,28 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     return "\n".join(aligned)
 
 
-def baseline(side: str, case: Case) -> str | None:
-    """Return our side that a side is compared with: on the same device; of our own on a GPU, the CPU."""
-    ours = CUDA if "cuda" in side.split() and side not in (CUDA, COPIES) else CPU
-    return ours if side != ours and (ours in case.values or side in case.ratios) else None
-
-
 def is_peer(side: str) -> bool:
     """Whether a side is another library, which can win."""
     return side.startswith(PEERS)
 
 
 def ratio_of(case: Case, side: str) -> Spread | None:
-    """Return time of the side / time of ours."""
-    ours = baseline(side, case)
-    return case.ratio(side, ours) if ours else None
+    """Return time of the side / time of ours on the same device; our own on a GPU are compared with the CPU."""
+    ours = CUDA if "cuda" in side.split() and side not in (CUDA, COPIES) else CPU
+    return case.ratio(side, ours) if side != ours else None
 
 
-def cell(case: Case, side: str, *, time: bool = True) -> str:
+def cell(case: Case, side: str) -> str:
     """Return a side's median and its ratio to ours: bold where a peer wins, ``=`` where there is no difference."""
     if side not in case.values:
         return "not timed" if side in case.refused else "-"
     found, shown = ratio_of(case, side), amount(case.spread(side).middle, case.unit)
     if found is None:
         return shown
-    if not is_peer(side):
-        ratio = f"{found.middle:.2f}"
-    else:
-        ratio = {"faster": f"{found.middle:.2f}", "slower": f"**{found.middle:.2f}**"}.get(verdict(found), "=")
-    return f"{shown} ({ratio})" if time else ratio
+    ratio = f"{found.middle:.2f}"
+    if is_peer(side):
+        ratio = {"faster": ratio, "slower": f"**{ratio}**"}.get(verdict(found), "=")
+    return f"{shown} ({ratio})"
 
 
 def line(case: Case) -> str:
@@ -114,17 +106,7 @@ def table_of(results: Results, cases: Sequence[Case]) -> str:
 def _fact(case: Case, name: str) -> str:
     value = case.facts.get(name)
     unit = {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
-    return "-" if value is None else amount(value, unit) if unit and value >= 0 else f"{value:.4g}"
-
-
-class Score(NamedTuple):
-    """How ours stand with one peer over all cases: rows won, level and lost, and the geometric mean of the ratios."""
-
-    peer: str
-    won: int
-    level: int
-    lost: int
-    mean: float
+    return "-" if value is None else amount(value, unit) if unit else f"{value:.4g}"
 
 
 def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
@@ -135,16 +117,12 @@ def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
                 yield case, side, found
 
 
-def scores(cases: Iterable[Case]) -> list[Score]:
-    """Sum the cases up by peer."""
+def by_peer(cases: Iterable[Case]) -> dict[str, list[Spread]]:
+    """Return the ratios to ours of each peer."""
     ratios: dict[str, list[Spread]] = {}
     for _, side, found in duels(cases):
         ratios.setdefault(side, []).append(found)
-    result = []
-    for side, spreads in ratios.items():
-        count, mean = Counter(map(verdict, spreads)), geometric_mean(found.middle for found in spreads)
-        result.append(Score(side, count["faster"], count["no difference"], count["slower"], mean))
-    return result
+    return ratios
 
 
 def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
@@ -154,7 +132,7 @@ def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
 
 def machine_line(results: Results) -> str:
     """Return the line under a table: the machine, the threads, the versions, and the day."""
-    machine: Mapping[str, str] = results.machine
+    machine = results.machine
     place = [machine[name] for name in ("processor", "GPU") if name in machine]
     versions = [f"{name} {machine[name].partition(' ')[0]}" for name in VERSIONS if name in machine]
     threads = f"{results.threads} thread{'s' if results.threads > 1 else ''} on each side"
@@ -178,21 +156,18 @@ def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
 def summary(results: Results, *, list_losses: bool = True) -> Iterator[str]:
     """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
     lines = []
-    for score in scores(results.cases):
-        count = score.won + score.level + score.lost
+    for peer, ratios in by_peer(results.cases).items():
+        count, mean = Counter(map(verdict, ratios)), geometric_mean(found.middle for found in ratios)
         lines.append(
-            f"- against {score.peer}: faster in {score.won} of {count} rows, no difference in {score.level}, slower in"
-            f" {score.lost}; geometric mean of the ratios {score.mean:.2f}"
+            f"- against {peer}: faster in {count['faster']} of {len(ratios)} rows, no difference in"
+            f" {count['no difference']}, slower in {count['slower']}; geometric mean of the ratios {mean:.2f}"
         )
-    for case, side, found in losses(results.cases) if list_losses else ():
-        lines.append(
-            f"- LOSS at {case.name}: {side} {found.middle:.2f} (quartiles {found.low:.2f} to {found.high:.2f})"
-        )
+    for case, side, (low, middle, high) in losses(results.cases) if list_losses else ():
+        lines.append(f"- LOSS at {case.name}: {side} {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
     facts = [fact for case in results.cases for fact in case.facts.items() if fact[0].startswith("first results")]
-    first = {name: max(value for other, value in facts if other == name) for name, _ in facts}
-    lines += [
-        f"- {fact}, compilation included: {amount(value)} at most; in no other figure" for fact, value in first.items()
-    ]
+    for fact in dict(facts):
+        most = max(value for name, value in facts if name == fact)
+        lines.append(f"- {fact}, compilation included: {amount(most)} at most; in no other figure")
     lines += [f"- {name} is not measured: {reason}" for name, reason in results.absent.items()]
     for case in results.cases:
         lines += [f"- {side} is not timed at {case.name}: {reason}" for side, reason in case.refused.items()]

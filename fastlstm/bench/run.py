@@ -1,7 +1,7 @@
 """One measurement: build the sides of each work, compare their results, and time them in turn.
 
->>> results = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
->>> results.cases[0].spread("fastlstm").middle > 0
+>>> found = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
+>>> found.cases[0].spread("fastlstm").middle > 0
 True
 """
 
@@ -18,9 +18,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
 
-from fastlstm.bench import clock, peaks, peers
+from fastlstm.bench import clock, peaks, peers, results
 from fastlstm.bench.clock import SideError
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
@@ -63,30 +63,20 @@ def measure(
     threads: int,
     seconds: float,
     ours_only: Sequence[Work] = (),
-    progress: Callable[[Iterable[Work]], Iterable[Work]] = iter,
-    keep: Callable[[Results], Any] = lambda results: None,
+    path: Path | None = None,
+    progress: Callable[[str], object] = str,
 ) -> Results:
     """Measure all works by the sides of these names, in at least so many seconds each, until Ctrl-C.
 
-    Parameters
-    ----------
-    ours_only : sequence of Work
-        The map of where a GPU pays: for our own sides, in a quarter of the time each, if there is a GPU.
-    progress : callable
-        Given the works, gives them one by one.
-    keep : callable
-        Called with the results after each work.
-
-    Raises
-    ------
-    ArgumentError
-        If seconds or threads make no sense.
+    `ours_only` is the map of where a GPU pays: for our own sides, in a quarter of the time each, if there is a GPU. The
+    file at `path` is written anew after each work; `progress` is called with a line of text before each. ArgumentError
+    if seconds or threads make no sense.
     """
     if not 0 <= seconds < 1e9:
         raise ArgumentError(f"seconds must be at least 0, got {seconds}")
     if threads < 1:
         raise ArgumentError(f"threads must be at least 1, got {threads}")
-    results, here = begin("bench", names, threads)
+    found, here = begin("bench", names, threads)
     plan = {work: (here, seconds) for work in works}
     if any(peers.contender(name).device == "cuda" for name in here):
         ours = [name for name in here if name in peers.OURS]
@@ -94,13 +84,17 @@ def measure(
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
     devices = dict.fromkeys(peers.contender(name).device for name in here if name in peers.OURS)
     try:
-        results = replace(results, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
-        for work in progress(list(plan)):
-            results = results.with_case(measure_case(work, plan[work][0], threads, plan[work][1]))
-            keep(results)
+        found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
+        for number, (work, (sides, budget)) in enumerate(plan.items(), 1):
+            progress(f"{number} of {len(plan)}: {work.title}")
+            found = found.with_case(measure_case(work, sides, threads, budget))
+            if path:
+                results.save(path, found)
     except KeyboardInterrupt:  # the case that it cuts short is left out
-        results = replace(results, interrupted=True)
-    return results
+        found = replace(found, interrupted=True)
+    if path:
+        results.save(path, found)
+    return found
 
 
 def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> Case:
@@ -117,11 +111,7 @@ def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float)
 
 
 def measure_sides(
-    name: str,
-    builders: Builders,
-    dtype: str,
-    seconds: float,
-    tolerances: Mapping[str, float | None] | None = None,
+    name: str, builders: Builders, dtype: str, seconds: float, tolerances: Mapping[str, float | None] | None = None
 ) -> Case:
     """Build sides, compare them with the first that can be built, and time those that agree, in turn.
 
@@ -129,9 +119,7 @@ def measure_sides(
     in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
     per call.
     """
-    refused: dict[str, str] = {}
-    built: dict[str, Side] = {}
-    facts: dict[str, float] = {}
+    refused, built, facts = dict[str, str](), dict[str, Side](), dict[str, float]()
     truth: tuple[Array, ...] | None = None
     with contextlib.ExitStack() as stack:
         for side, build in builders.items():
@@ -143,10 +131,10 @@ def measure_sides(
                 truth = found if truth is None else truth
                 allowed = (tolerances or {}).get(side)
                 wrong = None if allowed == math.inf else clock.disagreement(truth, found, dtype, allowed)
-                if wrong is None:
-                    built[side] = made
-                else:
+                if wrong:
                     refused[side] = wrong
+                else:
+                    built[side] = made
                 made.host.clear()
                 del found
             except Exception as error:  # whatever it is, the other sides are measured
@@ -162,8 +150,8 @@ def _timed(sides: dict[str, Side], seconds: float, refused: dict[str, str]) -> d
         try:
             return clock.take_turns(sides, seconds)
         except SideError as error:
-            refused[error.side] = _words(error.__cause__)
-            sides = {name: side for name, side in sides.items() if name != error.side}
+            refused[str(error)] = _words(error.__cause__)
+            sides = {name: side for name, side in sides.items() if name not in refused}
 
 
 def _words(error: BaseException | None) -> str:

@@ -101,10 +101,7 @@ class Calls:
 
 
 def side_of(
-    problem: Problem,
-    calls: Calls,
-    events: Any = None,
-    setting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    problem: Problem, calls: Calls, events: Any = None, setting: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Side:
     """Make a side, timed by CUDA events where there are any; `setting` is held in each sample: sides take turns."""
     work, host = problem.work, list[float]()
@@ -117,27 +114,23 @@ def side_of(
         h, state = calls.step(x, state)
         return h
 
-    def results() -> list[Array]:
+    def outputs() -> tuple[Array, ...]:
         nonlocal state
-        if work.kind == "stream":
-            state = None
-            steps = [calls.fetch(step()) for _ in range(CHECKED_STEPS)]
-            return [np.stack(steps).reshape(CHECKED_STEPS, work.batch, -1)]
-        found = [calls.fetch(value) for value in (call() if work.kind == "train" else [call()])]
+        with setting():
+            if work.kind == "stream":
+                state = None
+                steps = [calls.fetch(step()) for _ in range(CHECKED_STEPS)]
+                return (np.stack(steps).reshape(CHECKED_STEPS, work.batch, -1),)
+            found = [calls.fetch(value) for value in (call() if work.kind == "train" else [call()])]
         if work.unbatched:  # y and dx; parameters have no batch
             found[:2] = [value.reshape(work.steps, 1, -1) for value in found[:2]]
-        return found
-
-    def outputs() -> tuple[Array, ...]:
-        with setting():
-            return tuple(results())
+        return tuple(found)
 
     def seconds(call: Callable[[], Any], count: int) -> float:
         with setting():
             return event_seconds(events, call, count, host) if events else host_seconds(call, count)
 
-    of_kind = {"infer": lambda: calls.infer(x), "train": lambda: calls.train(x, dy), "stream": step}
-    call = of_kind[work.kind]
+    call = {"infer": lambda: calls.infer(x), "train": lambda: calls.train(x, dy), "stream": step}[work.kind]
     return Side(call, outputs, seconds, host)
 
 

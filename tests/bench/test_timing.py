@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import time
+from types import SimpleNamespace
 
 import cuda_row
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from host_cuda import FakeCupy, compiler
 
 import fastlstm
-from fastlstm.bench import clock, grid, peaks, peers, run, sides
+from fastlstm.bench import clock, grid, peaks, peers, results, run, sides
 from fastlstm.bench.clock import Spread
 from fastlstm.bench.peers import Contender
 from fastlstm.bench.sides import Side
@@ -45,29 +46,24 @@ def quick(monkeypatch):
     monkeypatch.setattr(peaks, "of", lambda device, threads, dtypes: dict.fromkeys(dtypes, 1e10))
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,0", "a,b,c,d", "1.5,1,1,1", "", "9" * 99 + ",1,1,1"])
-def test_a_bad_shape_is_a_typed_error(text):
-    with pytest.raises(ArgumentError, match="T,B,I,H"):
-        Work.parse(text)
+BAD_SHAPES = ("1,2,3", "1,2,3,0", "a,b,c,d", "1.5,1,1,1", "", "9" * 99 + ",1,1,1", "3,2,4,1000000000")
+BAD_FIELDS = ({"dtype": "float16"}, {"kind": "think"}, {"layers": 0}, {"layers": 100}, {"unbatched": True},
+              {"kind": "stream", "bidirectional": True})  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "given",
-    [{"steps": True}, {"hidden": 10**9}, {"dtype": "float16"}, {"kind": "think"}, {"kind": "stream"}, {"layers": 0},
-     {"lengths": (1,)}, {"lengths": (3, 4)}, {"lengths": (0, 1)}, {"unbatched": True},
-     {"steps": 1, "kind": "stream", "bidirectional": True}],
-)  # fmt: skip
-def test_an_impossible_work_is_a_typed_error(given):
+    ("text", "given"), [*((text, {}) for text in BAD_SHAPES), *(("3,2,4,5", given) for given in BAD_FIELDS)]
+)
+def test_a_bad_shape_or_an_impossible_work_is_a_typed_error(text, given):
     with pytest.raises(ArgumentError):
-        Work(**({"steps": 3, "batch": 2, "inputs": 4, "hidden": 5} | given))
+        Work.parse(text, **given)
 
 
 @pytest.mark.parametrize("work", [*VARIANTS, Work(1, 2, 4, 5, kind="train")], ids=lambda work: work.title)
 def test_operations_are_those_of_the_products(work):
-    products = 0
+    products, starts = 0, 0 if work.kind == "stream" else work.batch  # without a state to multiply
     for name, value in Problem.of(work).model.params.items():
-        rows = 0 if "bias" in name else work.recurrent_rows if "weight_hh" in name else work.rows
-        products += value.size * rows
+        products += value.size * (0 if "bias" in name else work.rows - starts * ("weight_hh" in name))
     assert work.operations == 2 * products * (3 if work.kind == "train" else 1)
 
 
@@ -82,8 +78,7 @@ def test_grids_have_every_kind_of_call_and_whole_sweeps():
     kinds = ("infer", "train", "stream")
     small, full, goals = (grid.works(make, ("float32",), kinds) for make in grid.GRIDS.values())
     assert len(small) < 25 and set(small) < set(full) and len(set(full)) == len(full) and len(goals) == 19
-    for kind in kinds:
-        assert any(work.layers == 2 for work in small if work.kind == kind)
+    assert {work.kind for work in small if work.layers == 2} == set(kinds)
     assert any(work.unbatched and work.kind == "stream" for work in small)
     assert any(work.bidirectional for work in small) and any(work.lengths for work in small)
     for place, sizes in ((0, grid.STEPS), (1, grid.BATCHES), (3, grid.HIDDENS)):
@@ -97,52 +92,43 @@ def test_grids_have_every_kind_of_call_and_whole_sweeps():
 # The timing loop.
 
 
-@pytest.mark.parametrize(("shares", "pauses"), [([0.05], 1), ([1.0, 2.0, 0.5, 0.02], 4), ([1.0] * 99, 5)])
-def test_a_pause_lasts_until_no_thread_works_but_not_for_ever(monkeypatch, shares, pauses):
-    monkeypatch.setattr(clock, "PAUSE", 0.25)
-    monkeypatch.setattr(clock, "LONGEST_PAUSE", 1.2)
-    slept, worked, left = [], [0.0], iter(shares)
-
-    def sleep(seconds):
-        slept.append(seconds)
-        worked[0] += next(left) * seconds
-
-    clock.wait_for_quiet(sleep, lambda: sum(slept), lambda: worked[0])
-    assert slept == [0.25] * pauses
-
-
 class Machine:
-    """A clock that only sleeping and working advance, and a log of both."""
+    """A clock that only sleeping and working advance, and a log of both; it is the timing loop's."""
 
-    def __init__(self):
-        self.now, self.log = 0.0, []
+    def __init__(self, monkeypatch, shares=()):
+        self.now, self.worked, self.log, self.shares = 0.0, 0.0, [], iter(shares)
+        clocks = {"perf_counter": lambda: self.now, "process_time": lambda: self.worked}
+        monkeypatch.setattr(clock, "time", SimpleNamespace(sleep=self.sleep, **clocks))
 
     def sleep(self, seconds):
+        """Threads of the process work for the next of the shares of that time."""
         self.log.append("pause")
         self.now += seconds
+        self.worked += next(self.shares, 0.0) * seconds
 
     def side(self, name, duration):
         """A side whose calls take so long."""
 
-        def call():
-            self.now += duration
-
-        def seconds(call, count):
-            start = self.now
-            for _ in range(count):
-                call()
+        def seconds(_, count):
+            self.now += count * duration
             self.log.append(f"{name} x {count}")
-            return (self.now - start) / count
+            return duration
 
-        return Side(call, lambda: (), seconds)
-
-    def turns(self, sides, budget):
-        return clock.take_turns(sides, budget, pause=lambda: self.sleep(clock.PAUSE), now=lambda: self.now)
+        return Side(lambda: None, tuple, seconds)
 
 
-def test_sides_take_turns_after_a_pause_and_untimed_calls():
-    machine = Machine()
-    seconds = machine.turns({name: machine.side(name, 2e-3) for name in "abc"}, 0.0)
+@pytest.mark.parametrize(("shares", "pauses"), [([0.05], 1), ([1.0, 2.0, 0.5, 0.02], 4), ([1.0] * 99, 5)])
+def test_a_pause_lasts_until_no_thread_works_but_not_for_ever(monkeypatch, shares, pauses):
+    monkeypatch.setattr(clock, "PAUSE", 0.25)
+    monkeypatch.setattr(clock, "LONGEST_PAUSE", 1.2)
+    machine = Machine(monkeypatch, shares)
+    clock.wait_for_quiet()
+    assert len(machine.log) == pauses and machine.now == 0.25 * pauses
+
+
+def test_sides_take_turns_after_a_pause_and_untimed_calls(monkeypatch):
+    machine = Machine(monkeypatch)
+    seconds = clock.take_turns({name: machine.side(name, 2e-3) for name in "abc"}, 0.0)
     expected = []
     for order in ("abc", "bca", "cab"):
         for name in order:
@@ -151,9 +137,9 @@ def test_sides_take_turns_after_a_pause_and_untimed_calls():
     assert seconds["a"] == pytest.approx([2e-3] * clock.FEWEST_ROUNDS)
 
 
-def test_a_sample_lasts_long_enough_and_a_long_call_needs_no_warm_up():
-    machine = Machine()
-    machine.turns({"short": machine.side("short", 1e-5), "long": machine.side("long", 0.2)}, 1.0)
+def test_a_sample_lasts_long_enough_and_a_long_call_needs_no_warm_up(monkeypatch):
+    machine = Machine(monkeypatch)
+    clock.take_turns({"short": machine.side("short", 1e-5), "long": machine.side("long", 0.2)}, 1.0)
     turns = machine.log[machine.log.index("pause") :]
     at = turns.index("long x 1")
     assert turns[at - 1] == "pause" and turns[at + 1] == "pause"
@@ -163,9 +149,8 @@ def test_a_sample_lasts_long_enough_and_a_long_call_needs_no_warm_up():
 
 
 @pytest.mark.parametrize(("duration", "rounds"), [(0.01, 100), (0.5, clock.LEAST_ROUNDS), (5.0, clock.FEWEST_ROUNDS)])
-def test_the_budget_is_spent_but_five_rounds_are_made_unless_they_take_far_too_long(duration, rounds):
-    machine = Machine()
-    seconds = machine.turns({"a": machine.side("a", duration)}, 2.0)
+def test_the_budget_is_spent_but_five_rounds_are_made_unless_they_take_far_too_long(monkeypatch, duration, rounds):
+    seconds = clock.take_turns({"a": Machine(monkeypatch).side("a", duration)}, 2.0)
     assert len(seconds["a"]) == pytest.approx(rounds, rel=0.1)
 
 
@@ -240,8 +225,8 @@ def test_missing_sides_are_listed_with_the_way_to_get_them(table):
     assert found.absent == {"other": "pip install fastlstm_no_such_package", "gpu": "no GPU here"}
 
 
-def test_ctrl_c_keeps_the_cases_before_it(table):
-    kept, calls = [], []
+def test_the_file_is_written_after_each_case_and_ctrl_c_keeps_those_before_it(table, tmp_path, monkeypatch):
+    file, written, calls = tmp_path / "x.json", [], []
 
     def interrupt():
         calls.append(0)
@@ -250,18 +235,12 @@ def test_ctrl_c_keeps_the_cases_before_it(table):
         time.sleep(1e-3)
 
     table["fastlstm"] = contender(interrupt)
-    found = measured(["fastlstm"], [Work(n, 2, 4, 5) for n in range(1, 100)], keep=kept.append)
-    assert found.interrupted and 0 < len(found.cases) < 40
-    assert [len(state.cases) for state in kept] == list(range(1, len(found.cases) + 1))
-
-
-def test_a_work_that_does_not_fit_in_memory_is_refused(table, monkeypatch):
-    def no_memory(work):
-        raise MemoryError("of course")
-
-    monkeypatch.setattr(Problem, "of", no_memory)
-    (case,) = measured(["fastlstm"]).cases
-    assert case.refused == {run.EVERYBODY: "not enough memory: of course"} and not case.values
+    save = results.save
+    monkeypatch.setattr(results, "save", lambda *given: (save(*given), written.append(results.load(file))))
+    found = measured(["fastlstm"], [Work(n, 2, 4, 5) for n in range(1, 100)], path=file)
+    count = len(found.cases)
+    assert 0 < count < 40 and [len(state.cases) for state in written] == [*range(1, count + 1), count]
+    assert [state.interrupted for state in written] == [False] * count + [True] and found.interrupted
 
 
 def test_the_map_is_measured_only_where_there_is_a_gpu(table):
