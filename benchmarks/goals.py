@@ -26,10 +26,6 @@ OLD = "55c5fee"  # of versions.json
 Values = Callable[[Results, Case], list[float]]  # of a case; none where it is not asked
 
 
-class MissingReasonError(Exception):
-    """A goal is missed, or a peer wins, and no reason is given."""
-
-
 class Goal(NamedTuple):
     """A goal, at least or at most, and how to read its values off a case.
 
@@ -159,12 +155,12 @@ WINS = {
 
 
 def rows(files: Mapping[str, Results]) -> Iterator[list[str]]:
-    """Give the rows of the table of goals: what misses is bold, with the reason; MissingReasonError if it has none."""
+    """Give the rows of the table of goals: what misses is bold, with the reason; ValueError if it has none."""
     for goal in GOALS:
         values = goal.found(files)
         missed = [value > goal.asked if goal.at_most else not value >= goal.asked for value in values]
         if any(missed) and not goal.why:
-            raise MissingReasonError(f"goals.py does not say why this goal is missed: {goal.words}")
+            raise ValueError(f"goals.py does not say why this goal is missed: {goal.words}")
         cells = [f"**{v:.2f}**" if bad else f"{v:.2f}" for v, bad in zip(values, missed, strict=True)]
         if values:
             bound = f"at {'most' if goal.at_most else 'least'} {goal.asked:g}"
@@ -172,12 +168,12 @@ def rows(files: Mapping[str, Results]) -> Iterator[list[str]]:
 
 
 def wins(results: Results) -> Iterator[str]:
-    """Give a line for each reason why a peer wins cases of a file, with these; MissingReasonError if one has none."""
+    """Give a line for each reason why a peer wins cases of a file, with these; ValueError if one has none."""
     found: dict[str, list[str]] = {}
     for case, side, spread in report.losses(results.cases):
         fits = [why for (name, start), why in WINS.items() if name == results.name and case.name.startswith(start)]
         if not fits:
-            raise MissingReasonError(f"goals.py does not say why {side} wins at {results.name}: {case.name}")
+            raise ValueError(f"goals.py does not say why {side} wins at {results.name}: {case.name}")
         found.setdefault(fits[0], []).append(f"{case.name} ({side} {spread.middle:.2f})")
     for why, cases in found.items():
         yield f"- {'; '.join(cases)}: {why}"

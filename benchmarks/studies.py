@@ -133,7 +133,7 @@ def _with_model(problem: Problem, model: Any) -> Problem:
     return replace(problem, model=model, dy=np.ascontiguousarray(problem.dy[..., : model.cell.output_size]))
 
 
-def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None, *, recompute: bool = False) -> int:
+def extra_bytes(model: LSTM, steps: int, batch: int, *, recompute: bool = False) -> int:
     """Most bytes that a training pass holds at once beyond its inputs and outputs, as tracemalloc sees them."""
     from fastlstm.backends.cpu.workspace import POOL
 
@@ -142,7 +142,7 @@ def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None, *, rec
     x, dy = (rng.standard_normal((steps, batch, width)).astype(model.cell.dtype) for width in widths)
 
     def train() -> tuple[Any, ...]:
-        y, state, tape = model.forward(x, lengths=lengths, recompute=recompute)
+        y, state, tape = model.forward(x, recompute=recompute)
         grads = model.backward(tape, dy)
         return y, *state, grads.x, *grads.state, *grads.params.values()
 
@@ -177,23 +177,14 @@ def memory(threads: int, seconds: float) -> Iterator[Case]:
 
 def recompute(threads: int, seconds: float) -> Iterator[Case]:
     """A training pass that computes the gates again (`recompute=True`) against one that keeps all; equal gradients."""
-
-    def side(problem: Problem, again: bool) -> Side:
-        def train() -> tuple[Any, ...]:
-            y, _, tape = problem.model.forward(problem.x, recompute=again)
-            grads = problem.model.backward(tape, problem.dy)
-            return y, grads.x, *grads.params.values()
-
-        return Side(train, train)
-
     shapes = ((100, 1, 128, 256), (100, 32, 64, 128), (365, 64, 32, 256), (50, 64, 512, 512))
     for dtype, shape in itertools.product(DTYPES, shapes):
         problem = Problem.of(Work(*shape, dtype, "train"))
+        recomputed = functools.partial(sides.cpu, problem, threads, recompute=True)
         with sides.our_threads(threads):
-            builders = _ready({OURS: side(problem, False), RECOMPUTED: side(problem, True)})
             less, whole = (extra_bytes(problem.model, *shape[:2], recompute=again) for again in (True, False))
-            name, facts = f"{problem.work.name} {dtype}", {SAVED: less / whole}
-            yield _case(name, builders, seconds, dtype=dtype, facts=facts, threads=threads)
+        builders, facts = {**_on_cpu(threads, {OURS: problem}), RECOMPUTED: recomputed}, {SAVED: less / whole}
+        yield _case(f"{problem.work.name} {dtype}", builders, seconds, dtype=dtype, facts=facts, threads=threads)
 
 
 def growth(threads: int, seconds: float) -> Iterator[Case]:

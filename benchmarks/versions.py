@@ -111,8 +111,7 @@ print(time.process_time() - start)
 @contextlib.contextmanager
 def version(python: str, threads: int) -> Iterator[dict[str, Side]]:
     """Start a process that holds the models; its sides by cell."""
-    shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
-    command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
+    command = [python, "-c", WORKER, json.dumps([grid.SMALL["infer"], grid.SMALL["train"], threads])]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tempfile.gettempdir(), **pipes) as process:
 

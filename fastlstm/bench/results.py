@@ -42,10 +42,8 @@ class Case:
     refused: Mapping[str, str] = field(default_factory=dict)  # sides that failed or computed something else, and why
 
     def __post_init__(self) -> None:
-        if self.unit not in ("s", "bytes") or self.threads < 1:
-            raise ResultsFileError(f"{self.name}: no unit {self.unit!r}, or {self.threads} threads")
-        counts = {len(values) for values in self.values.values()}
-        if len(counts) > 1 or 0 in counts or not all(value > 0 for side in self.values.values() for value in side):
+        rounds = list(self.values.values())
+        if len(set(map(len, rounds))) > 1 or not all(values and min(values) > 0 for values in rounds):
             raise ResultsFileError(f"{self.name}: each side has to have as many values, all of them above 0")
 
     def spread(self, side: str) -> Spread:

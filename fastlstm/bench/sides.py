@@ -147,12 +147,12 @@ def held(name: str, value: Any, *places: Any) -> Iterator[None]:
             setattr(place, name, old)
 
 
-def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np) -> Calls:
-    """Our calls on arrays of NumPy or CuPy."""
+def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np, **options: Any) -> Calls:
+    """Our calls on arrays of NumPy or CuPy, with options of the forward pass."""
     lengths, streams = problem.lengths, problem.work.kind == "stream"
 
     def train(x: Any, dy: Any) -> tuple[Any, ...]:
-        y, _, tape = model.forward(x, lengths=lengths)
+        y, _, tape = model.forward(x, lengths=lengths, **options)
         grads = model.backward(tape, dy)
         return y, grads.x, *(grads.params[name] for name in model.params)
 
@@ -177,10 +177,11 @@ def our_threads(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
+def cpu(problem: Problem, threads: int, *, frozen: bool = True, recompute: bool = False) -> Iterator[Side]:
     """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
     with our_threads(threads):
-        yield side_of(problem, _ours(problem, problem.frozen_or_trained if frozen else problem.model))
+        model = problem.frozen_or_trained if frozen else problem.model
+        yield side_of(problem, _ours(problem, model, recompute=recompute))
 
 
 @contextlib.contextmanager
