@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     study = STUDIES[options.study]
     found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")[0]
     for case in study(options.threads, options.seconds):
-        found = found.with_case(case)
+        found = replace(found, cases=(*found.cases, case))
         print(report.line(case), flush=True)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)

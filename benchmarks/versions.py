@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         values = {name: () for name in pythons}
         for name, python in [*pythons.items()] * options.processes:
             values[name] += (first_call(python, what),)
-        found = found.with_case(Case(what, values, group="first call, empty kernel cache, CPU time"))
+        case = Case(what, values, group="first call, empty kernel cache, CPU time")
+        found = replace(found, cases=(*found.cases, case))
     for threads in options.threads:
         group, cases = f"calls on {threads} thread{'s' * (threads > 1)}", dict[str, Case]()
         for _ in range(options.processes):

@@ -47,7 +47,13 @@ def bench(options: argparse.Namespace) -> int:
     else:
         works = grid.works(grid.GRIDS[options.grid], dtypes, kinds)
     a_map = functools.partial(grid.crossover, every=1 if options.grid == "full" else 2)
-    _prepare(options)
+    try:
+        for folder in filter(None, (options.json and options.json.parent, options.plot)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if options.json:
+            options.json.open("a").close()  # leaves what is there
+    except OSError as error:
+        raise ArgumentError(f"{error.filename}: {error.strerror}") from error
     found = run.measure(
         works,
         names,
@@ -64,15 +70,3 @@ def bench(options: argparse.Namespace) -> int:
     if options.plot:
         print(*pictures.write(found, options.plot), sep="\n")
     return 130 if found.interrupted else status
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    """Make the folders and try the file."""
-    try:
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.open("a").close()  # leaves what is there
-        if options.plot is not None:
-            options.plot.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(f"{error.filename}: {error.strerror}") from error

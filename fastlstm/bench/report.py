@@ -150,30 +150,29 @@ def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
         title, cases = KINDS.get(group, group), [case for case in results.cases if case.group == group]
         yield f"{title[:1].upper()}{title[1:]}:" if title else ""
         yield table_of(results, cases)
-    yield from summary(results, list_losses=list_losses)
-
-
-def summary(results: Results, *, list_losses: bool = True) -> Iterator[str]:
-    """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
-    lines = []
-    for peer, ratios in by_peer(results.cases).items():
-        count, mean = Counter(map(verdict, ratios)), geometric_mean(found.middle for found in ratios)
-        lines.append(
-            f"- against {peer}: faster in {count['faster']} of {len(ratios)} rows, no difference in"
-            f" {count['no difference']}, slower in {count['slower']}; geometric mean of the ratios {mean:.2f}"
-        )
-    for case, side, (low, middle, high) in losses(results.cases) if list_losses else ():
-        lines.append(f"- LOSS at {case.name}: {side} {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
-    facts = [fact for case in results.cases for fact in case.facts.items() if fact[0].startswith("first results")]
-    for fact in dict(facts):
-        most = max(value for name, value in facts if name == fact)
-        lines.append(f"- {fact}, compilation included: {amount(most)} at most; in no other figure")
-    lines += [f"- {name} is not measured: {reason}" for name, reason in results.absent.items()]
-    for case in results.cases:
-        lines += [f"- {side} is not timed at {case.name}: {reason}" for side, reason in case.refused.items()]
-    lines += ["- Interrupted: this is what was measured until then."] if results.interrupted else []
-    if lines:
-        yield "\n".join(lines)
+    if lines := list(_summary(results, list_losses)):
+        yield "\n".join(f"- {line}" for line in lines)
     if results.steps:
         rows = [[step.get(key, "-") for key in ("name", "result", "seconds", "remark")] for step in results.steps]
         yield table(["step", "result", "seconds", "last line of its log"], rows, left=4)
+
+
+def _summary(results: Results, list_losses: bool) -> Iterator[str]:
+    """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
+    for peer, ratios in by_peer(results.cases).items():
+        count, mean = Counter(map(verdict, ratios)), geometric_mean(found.middle for found in ratios)
+        yield (
+            f"against {peer}: faster in {count['faster']} of {len(ratios)} rows, no difference in"
+            f" {count['no difference']}, slower in {count['slower']}; geometric mean of the ratios {mean:.2f}"
+        )
+    for case, side, (low, middle, high) in losses(results.cases) if list_losses else ():
+        yield f"LOSS at {case.name}: {side} {middle:.2f} (quartiles {low:.2f} to {high:.2f})"
+    facts = [fact for case in results.cases for fact in case.facts.items() if fact[0].startswith("first results")]
+    for fact in dict(facts):
+        most = max(value for name, value in facts if name == fact)
+        yield f"{fact}, compilation included: {amount(most)} at most; in no other figure"
+    yield from (f"{name} is not measured: {reason}" for name, reason in results.absent.items())
+    for case in results.cases:
+        yield from (f"{side} is not timed at {case.name}: {reason}" for side, reason in case.refused.items())
+    if results.interrupted:
+        yield "Interrupted: this is what was measured until then."

@@ -72,10 +72,6 @@ class Results:
     made: str = ""  # when, in ISO 8601
     interrupted: bool = False  # by Ctrl-C
 
-    def with_case(self, case: Case) -> Results:
-        """Return the same and one more case."""
-        return replace(self, cases=(*self.cases, case))
-
     def share_of_peak(self, case: Case, side: str) -> float | None:
         """Return the share of the device's measured peak that a side reached."""
         peaks = self.peaks.get("cuda" if "cuda" in side.split() else "cpu", {})

@@ -87,7 +87,7 @@ def measure(
         found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
         for number, (work, (sides, budget)) in enumerate(plan.items(), 1):
             progress(f"{number} of {len(plan)}: {work.title}")
-            found = found.with_case(measure_case(work, sides, threads, budget))
+            found = replace(found, cases=(*found.cases, measure_case(work, sides, threads, budget)))
             if path:
                 results.save(path, found)
     except KeyboardInterrupt:  # the case that it cuts short is left out
@@ -113,7 +113,7 @@ def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float)
 def measure_sides(
     name: str, builders: Builders, dtype: str, seconds: float, tolerances: Mapping[str, float | None] | None = None
 ) -> Case:
-    """Build sides, compare them with the first that can be built, and time those that agree, in turn.
+    """Build sides, compare them with the first that can be built, and time in turn those that agree and do not fail.
 
     A side whose tolerance is infinite is not compared: it is meant to compute something else. The case has the values;
     in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
@@ -139,19 +139,15 @@ def measure_sides(
                 del found
             except Exception as error:  # whatever it is, the other sides are measured
                 refused[side] = _words(error)
-        values = _timed(built, seconds, refused)
+        values: dict[str, tuple[float, ...]] | None = None
+        while values is None:
+            try:
+                values = clock.take_turns(built, seconds)
+            except SideError as error:
+                refused[str(error)] = _words(error.__cause__)
+                del built[str(error)]
         facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
     return Case(name, values, facts=facts, refused=refused)
-
-
-def _timed(sides: dict[str, Side], seconds: float, refused: dict[str, str]) -> dict[str, tuple[float, ...]]:
-    """Time the sides in turn, and again without one that fails meanwhile."""
-    while True:
-        try:
-            return clock.take_turns(sides, seconds)
-        except SideError as error:
-            refused[str(error)] = _words(error.__cause__)
-            sides = {name: side for name, side in sides.items() if name not in refused}
 
 
 def _words(error: BaseException | None) -> str:
