@@ -22,7 +22,6 @@ from fastlstm.bench import pictures, report, results
 from fastlstm.bench.peers import CPU
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
-from fastlstm.errors import ResultsFileError
 
 HERE = Path(__file__).parent
 README, TABLES, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md", HERE / "results"
@@ -43,13 +42,10 @@ Found = Mapping[str, Mapping[str, Results]]  # by folder, by file name
 
 
 def machines(folder: Path) -> dict[str, dict[str, Results]]:
-    """Read all results; ResultsFileError if a file is broken, or has another name than its results."""
+    """Read all results; ResultsFileError if a file is broken."""
     found: dict[str, dict[str, Results]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        loaded = results.load(path)
-        if loaded.name != path.stem:
-            raise ResultsFileError(f"{path} holds the results {loaded.name!r}")
-        found.setdefault(path.parent.name, {})[path.stem] = loaded
+        found.setdefault(path.parent.name, {})[path.stem] = results.load(path)
     return found
 
 

@@ -78,11 +78,6 @@ def ratio(*theirs: str, to: Sequence[str] = (OURS,), at: str = "") -> Values:
     return values
 
 
-def inverse(of: Values) -> Values:
-    """Return 1 / each value."""
-    return lambda results, case: [1 / value for value in of(results, case)]
-
-
 def seconds(name: str, scale: float = 1.0) -> Values:
     """Return our seconds, of the case of this name."""
     return lambda _, case: [scale * case.spread(OURS).middle] if case.name == name else []
@@ -99,7 +94,7 @@ NORMED = "Layer norm goes over each row three times more, and keeps nine more nu
 COMPILED = "What remains is LLVM's optimisation and code generation of the kernels themselves."
 SMALL = "With few units the step is mostly the LSTM at its usual speed; what PyTorch does around it both sides share."
 ONE_THREAD = "One thread is near the measured peak at this size, and so is PyTorch."
-INFER, TRAIN, FIRST = best_peer("infer"), best_peer("train"), inverse(ratio(OLD))
+INFER, TRAIN, FIRST = best_peer("infer"), best_peer("train"), ratio(OURS, to=[OLD])
 SHAPES = ratio(OLD, at="^(inference|training) .*,")
 GOALS = (
     Goal("inference, float32: best peer's time / ours, least", 1.0, False, "goals", INFER, min),
@@ -112,7 +107,7 @@ GOALS = (
     Goal("a streaming step: ONNX Runtime's time / ours", 2.0, False, "goals", ratio("onnxruntime", at=STEP.title)),
     Goal("ragged training: PyTorch's packed sequences / ours", 20.0, False, "goals", ratio("torch", at="ragged")),
     Goal("share of the peak, inference 50,64,512,512", 0.8, False, "goals", share_of_peak(LARGE), min),
-    Goal("ragged training / the same padded", 0.85, True, "ragged", inverse(ratio(studies.PADDED, at="365"))),
+    Goal("ragged training / the same padded", 0.85, True, "ragged", ratio(OURS, to=[studies.PADDED], at="365")),
     Goal("first calls with an empty kernel cache, seconds", 10.0, True, "start", seconds("cold: all three calls")),
     Goal("first calls in a later process, seconds", 0.5, True, "start", seconds("warm: all three calls")),
     Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", fact(studies.GROWING)),

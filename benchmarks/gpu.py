@@ -86,8 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--out", type=Path, required=True, help="the stage's file")
     add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
-    add("--done", type=Path, help="a stage's file: leave its cases out")
-    add("--last-first", action="store_true", help="begin with the cases that are reached last otherwise")
+    add("--done", type=Path, help="a stage's file: leave its cases out; if it has none, begin with the last ones")
     add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
     add("--no-torch", action="store_true", help="time this library alone")
     return result
@@ -99,7 +98,7 @@ def chosen(options: argparse.Namespace) -> list[Work]:
     stage = gpu_common.load(options.done) if options.done else None
     done = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
     left = [work for work in works if work.title not in done]
-    return left[::-1] if options.last_first and not done else left
+    return left[::-1] if options.done and not done else left
 
 
 if __name__ == "__main__":

@@ -46,13 +46,8 @@ def write(results: Results, folder: Path) -> Iterator[str]:
 
 
 def _figure(height: float) -> Any:
-    """Return an empty figure with a canvas of its own, which leaves pyplot and its settings alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    """Return an empty figure that leaves pyplot and its settings alone."""
+    return import_module("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def peers(results: Results) -> Any:

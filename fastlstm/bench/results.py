@@ -6,16 +6,13 @@ shown.
 >>> case = Case("a loop", {"fastlstm": (1.0, 1.1, 1.0), "torch": (2.0, 2.2, 2.1)})
 >>> case.ratio("torch", "fastlstm")
 Spread(low=2.0, middle=2.0, high=2.05)
->>> results = Results("loop", {"processor": "some"}, threads=1, cases=(case,))
->>> json.loads(text_of(results))["cases"][0]["name"]
-'a loop'
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from fastlstm.bench.clock import Spread, ratio, spread
 from fastlstm.bench.work import Work
 from fastlstm.errors import ResultsFileError
 
-__all__ = ["Case", "Results", "load", "save", "text_of"]
+__all__ = ["Case", "Results", "load", "save"]
 
 FORMAT = "fastlstm results 2"
 
@@ -61,7 +58,7 @@ class Case:
 class Results:
     """The results of one run."""
 
-    name: str  # of the file, without its suffix
+    name: str  # that of the file, without its suffix
     machine: Mapping[str, str]  # versions, processor and the like, by name
     threads: int  # that each side was given, unless a case says otherwise
     cases: tuple[Case, ...] = ()
@@ -80,18 +77,13 @@ class Results:
         return case.work.operations / case.spread(side).middle / peaks[case.work.dtype]
 
 
-def text_of(results: Results) -> str:
-    """Return the results as JSON text."""
-    content = {"format": FORMAT} | asdict(results)
-    cases = ",\n".join("  " + json.dumps(case, allow_nan=False) for case in content.pop("cases"))
-    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
-    return f'{head},\n "cases": [{cases and chr(10) + cases + chr(10) + " "}]\n}}\n'
-
-
 def save(path: Path, results: Results) -> None:
     """Write the file as a whole, under its own name: it is readable whenever this is interrupted."""
+    content = {"format": FORMAT} | asdict(results) | {"name": path.stem}
+    cases = ",\n".join("  " + json.dumps(case, allow_nan=False) for case in content.pop("cases"))
+    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
     part = path.with_name(path.name + ".part")
-    part.write_text(text_of(replace(results, name=path.stem)), encoding="utf-8")
+    part.write_text(f'{head},\n "cases": [{cases and chr(10) + cases + chr(10) + " "}]\n}}\n', encoding="utf-8")
     part.replace(path)
 
 
@@ -102,7 +94,7 @@ def load(path: Path) -> Results:
         if whole["format"] != FORMAT:
             raise ResultsFileError(f'no "format": "{FORMAT}"')
         cases = tuple(_with(Case, case, **_tuples(case)) for case in whole["cases"])
-        found: Results = _with(Results, whole, cases=cases, steps=tuple(whole["steps"]))
+        found: Results = _with(Results, whole, name=path.stem, cases=cases, steps=tuple(whole["steps"]))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:  # and what these derive
         raise ResultsFileError(f"{path} holds no results: {type(error).__name__}: {error}") from error
     return found

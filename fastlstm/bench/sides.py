@@ -40,7 +40,7 @@ def host_seconds(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float] | None = None) -> float:
+def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float]) -> float:
     """Seconds of each of `count` calls in a row on the current stream, by CUDA events, gaps between launches included.
 
     The seconds of the host, which end before anything is waited for, are appended to `host`.
@@ -51,8 +51,7 @@ def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[flo
     begin = time.perf_counter()
     for _ in range(count):
         call()
-    if host is not None:
-        host.append((time.perf_counter() - begin) / count)
+    host.append((time.perf_counter() - begin) / count)
     end.record()
     end.synchronize()
     return float(cuda.get_elapsed_time(start, end)) / 1e3 / count

@@ -107,7 +107,7 @@ def test_the_works_left_are_those_that_another_stage_has_not_measured(tmp_path):
         return gpu.chosen(gpu.parser().parse_args(["--out", "C.json", *more]))
 
     done = tmp_path / "B.json"
-    given = ("--last-first", "--done", str(done))
+    given = ("--done", str(done))
     assert chosen() == list(gpu.WORKS) and chosen(*given) == list(gpu.WORKS)[::-1]
     first, failed, *left = gpu.WORKS
     values, refused = {peers.CUDA: (1.0,)}, {peers.CUDA: "no room"}

@@ -35,9 +35,11 @@ def test_a_file_returns_what_was_saved(made, tmp_path):
     results.save(tmp_path / "x.json", made)
     assert results.load(tmp_path / "x.json") == dataclasses.replace(made, name="x")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    lines = (tmp_path / "x.json").read_text().splitlines()
+    assert len([line for line in lines if '"values"' in line]) == len(made.cases)
 
 
-WHOLE = json.loads(results.text_of(everything()))
+WHOLE = {"format": results.FORMAT} | dataclasses.asdict(everything())
 BROKEN_CASES = [
     {"values": {"fastlstm": ["1 s"]}}, {"values": {"a": [1.0], "b": []}}, {"values": {"fastlstm": [-1.0]}},
     {"values": 3}, {"work": {"steps": 1}},
