@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         given += ["--out", str(options.out)] if options.out else []
         return max(subprocess.run([sys.executable, __file__, name, *given], check=False).returncode for name in STUDIES)
     study = STUDIES[options.study]
-    found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")[0]
+    found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")
     for case in study(options.threads, options.seconds):
         found = replace(found, cases=(*found.cases, case))
         print(report.line(case), flush=True)

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seconds", type=float, default=0.5, help="for a cell of each pair of processes")
     options = parser.parse_args(arguments)
     pythons = {CPU: options.new, options.name: options.old}
-    found = run.begin(options.out.stem, [], max(options.threads), ABOUT)[0]
+    found = run.begin(options.out.stem, [], max(options.threads), ABOUT)
     for what in ("inference", "training", "step", "frozen step") if options.processes else ():
         values = {name: () for name in pythons}
         for name, python in [*pythons.items()] * options.processes:

@@ -94,19 +94,17 @@ def table_of(results: Results, cases: Sequence[Case]) -> str:
         found = results.share_of_peak(case, ours) if ours else None
         return "-" if found is None else f"{100 * found:.0f} %"
 
+    def fact(case: Case, name: str) -> str:
+        value, unit = case.facts.get(name), {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
+        return "-" if value is None else amount(value, unit) if unit else f"{value:.4g}"
+
     all_works = all(case.work and case.name == case.work.title for case in cases)
     columns: list[tuple[str, Callable[[Case], str]]] = [("T,B,I,H" if all_works else "what", name)]
     columns += [(side, functools.partial(cell, side=side)) for side in sides]
     if any(share(case) != "-" for case in cases):
         columns.insert(2, ("of peak", share))
-    columns += [(fact, functools.partial(_fact, name=fact)) for fact in facts]
+    columns += [(name, functools.partial(fact, name=name)) for name in facts]
     return table([head for head, _ in columns], [[shown(case) for _, shown in columns] for case in cases])
-
-
-def _fact(case: Case, name: str) -> str:
-    value = case.facts.get(name)
-    unit = {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
-    return "-" if value is None else amount(value, unit) if unit else f"{value:.4g}"
 
 
 def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:

@@ -34,19 +34,16 @@ EVERYBODY = "every side"  # is refused what does not fit in memory
 Builders = Mapping[str, Callable[[], AbstractContextManager[Side]]]
 
 
-def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> tuple[Results, list[str]]:
-    """Return results without cases (the machine, what is missing), and which of the names can run here."""
+def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> Results:
+    """Return results without cases: the machine, the sides' versions, and which of these sides are absent."""
     machine = describe_for_others()  # starts a process, which has to be before some of the peers start their threads
     reasons = {side: peers.missing(side) for side in names}
-    here = [side for side, reason in reasons.items() if reason is None]
+    absent = {side: reason for side, reason in reasons.items() if reason is not None}
+    packages = [package for side in reasons if side not in absent for package in peers.contender(side).packages]
+    machine |= {package: _version(package) for package in packages}
     return Results(
-        name,
-        machine | {package: _version(package) for side in here for package in peers.contender(side).packages},
-        threads,
-        about=about,
-        absent={side: reason for side, reason in reasons.items() if reason is not None},
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-    ), here
+        name, machine, threads, (), about, absent=absent, made=datetime.now(UTC).isoformat(timespec="seconds")
+    )
 
 
 def _version(package: str) -> str:
@@ -58,7 +55,7 @@ def _version(package: str) -> str:
 
 def measure(
     works: Sequence[Work],
-    names: Iterable[str],
+    names: Sequence[str],
     *,
     threads: int,
     seconds: float,
@@ -76,7 +73,8 @@ def measure(
         raise ArgumentError(f"seconds must be at least 0, got {seconds}")
     if threads < 1:
         raise ArgumentError(f"threads must be at least 1, got {threads}")
-    found, here = begin("bench", names, threads)
+    found = begin("bench", names, threads)
+    here = [name for name in names if name not in found.absent]
     plan = {work: (here, seconds) for work in works}
     if any(peers.contender(name).device == "cuda" for name in here):
         ours = [name for name in here if name in peers.OURS]

@@ -2,13 +2,6 @@
 
 A library says in :class:`Calls` how it computes; :func:`side_of` makes a side of that and a problem. A context manager
 builds a side for a number of threads; leaving it restores what it has set for the whole process.
-
->>> from fastlstm.bench.work import Problem, Work
->>> with cpu(Problem.of(Work(5, 2, 3, 8)), threads=1) as side:
-...     y, = side.outputs()
-...     seconds = side.time(10)  # of each of ten calls in a row
->>> y.shape
-(5, 2, 8)
 """
 
 from __future__ import annotations
