@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -52,10 +51,8 @@ def _checked(case: Case, **fields: Any) -> Case:
     return replace(case, **{"facts": {}} | fields)  # first results belong to the study of starts
 
 
-def _case(
-    name: str, builders: run.Builders, seconds: float, tolerances: Any = None, dtype: str = "float32", **fields: Any
-) -> Case:
-    return _checked(run.measure_sides(name, builders, dtype, seconds, tolerances), **fields)
+def _case(name: str, builders: run.Builders, *given: Any, dtype: str = "float32", **fields: Any) -> Case:
+    return _checked(run.measure_sides(name, builders, *given, dtype=dtype), **fields)
 
 
 def _work_case(work: Work, name: str, threads: int, seconds: float, names: tuple[str, ...] = ON_CPU) -> Case:
@@ -65,11 +62,6 @@ def _work_case(work: Work, name: str, threads: int, seconds: float, names: tuple
 def _on_cpu(threads: int, problems: Mapping[str, Problem]) -> run.Builders:
     """Return builders of our CPU side for problems by name."""
     return {name: functools.partial(sides.cpu, problem, threads) for name, problem in problems.items()}
-
-
-def _ready(made: Mapping[str, Side]) -> run.Builders:
-    """Return builders of sides that are built already."""
-    return {name: functools.partial(nullcontext, side) for name, side in made.items()}
 
 
 def ragged(threads: int, seconds: float) -> Iterator[Case]:
@@ -84,7 +76,7 @@ def ragged(threads: int, seconds: float) -> Iterator[Case]:
         both = {OURS: Problem.of(Work.ragged(*shape)), PADDED: Problem.of(Work(*shape, kind="train"))}
         facts = {"share of the padded steps": both[OURS].work.rows / both[PADDED].work.rows}
         name = f"a training pass, T up to {shape[0]}, against ourselves padded"
-        yield _case(name, _on_cpu(threads, both), seconds, {PADDED: math.inf}, facts=facts, threads=threads)
+        yield _case(name, _on_cpu(threads, both), threads, seconds, {PADDED: math.inf}, facts=facts)
 
 
 def freeze(threads: int, seconds: float) -> Iterator[Case]:
@@ -95,7 +87,7 @@ def freeze(threads: int, seconds: float) -> Iterator[Case]:
         problem = Problem.of(work)
         live = functools.partial(sides.cpu, problem, threads, frozen=False)
         builders = {**_on_cpu(threads, {OURS: problem}), LIVE: live}
-        yield _case(f"{work.name} {work.kind}", builders, seconds, threads=threads)
+        yield _case(f"{work.name} {work.kind}", builders, threads, seconds)
 
 
 STEP_VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,7 +117,7 @@ def family(threads: int, seconds: float) -> Iterator[Case]:
         models[RNN_NAME] = RNN(inputs, hidden, seed=0)
         builders = _on_cpu(threads, {OURS: plain} | {name: _with_model(plain, m) for name, m in models.items()})
         unlike = dict.fromkeys(models, math.inf)  # they compute something else: nothing is compared
-        yield _case(plain.work.title, builders, seconds, unlike, threads=threads)
+        yield _case(plain.work.title, builders, threads, seconds, unlike)
 
 
 def _with_model(problem: Problem, model: Any) -> Problem:
@@ -181,10 +173,10 @@ def recompute(threads: int, seconds: float) -> Iterator[Case]:
     for dtype, shape in itertools.product(DTYPES, shapes):
         problem = Problem.of(Work(*shape, dtype, "train"))
         recomputed = functools.partial(sides.cpu, problem, threads, recompute=True)
-        with sides.our_threads(threads):
+        with sides.with_threads(threads):
             less, whole = (extra_bytes(problem.model, *shape[:2], recompute=again) for again in (True, False))
         builders, facts = {**_on_cpu(threads, {OURS: problem}), RECOMPUTED: recomputed}, {SAVED: less / whole}
-        yield _case(f"{problem.work.name} {dtype}", builders, seconds, dtype=dtype, facts=facts, threads=threads)
+        yield _case(f"{problem.work.name} {dtype}", builders, threads, seconds, dtype=dtype, facts=facts)
 
 
 def growth(threads: int, seconds: float) -> Iterator[Case]:
@@ -207,12 +199,12 @@ def torch_lstm(threads: int, seconds: float) -> Iterator[Case]:
     """
     if "torch" not in _here():
         return
-    with peers.torch_with(threads) as torch, sides.our_threads(threads):
-        classes = {OURS: import_module("fastlstm.torch").LSTM, "torch": torch.nn.LSTM}
-        for batch, inputs, hidden in itertools.product((64, 256), (5, 32), (64, 128)):
-            work = Work(365, batch, inputs, hidden, kind="train")
-            builders = _ready({name: _torch_program(torch, lstm, work) for name, lstm in classes.items()})
-            yield _case(f"B={batch}, I={inputs}, H={hidden}", builders, seconds, threads=threads)
+    torch = import_module("torch")
+    classes = {OURS: import_module("fastlstm.torch").LSTM, "torch": torch.nn.LSTM}
+    for batch, inputs, hidden in itertools.product((64, 256), (5, 32), (64, 128)):
+        work = Work(365, batch, inputs, hidden, kind="train")
+        builders = {name: functools.partial(_torch_program, torch, lstm, work) for name, lstm in classes.items()}
+        yield _case(f"B={batch}, I={inputs}, H={hidden}", builders, threads, seconds)
 
 
 def _torch_program(torch: Any, lstm_class: Any, work: Work) -> Side:
@@ -258,9 +250,10 @@ def closed_loop(threads: int, seconds: float) -> Iterator[Case]:
     ):
         count = threads if names else 1
         problem, unlike = Problem.of(work), {loops.OPEN: math.inf} if build is loops.training else None
-        with sides.our_threads(count), peers.torch_with(count) if "torch" in names else nullcontext():
-            title = f"{name}, B={work.batch}, I={work.inputs}, H={work.hidden}"
-            yield _case(title, _ready(build(problem, count, names)), seconds, unlike, threads=count)
+        with sides.with_threads(count, names):
+            made = build(problem, count, names)
+        builders = {side: functools.partial(made.get, side) for side in made}
+        yield _case(f"{name}, B={work.batch}, I={work.inputs}, H={work.hidden}", builders, count, seconds, unlike)
 
 
 STUDIES: dict[str, Callable[[int, float], Iterator[Case]]] = {

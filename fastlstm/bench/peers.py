@@ -2,17 +2,15 @@
 
 :data:`CONTENDERS` is the table. Each entry says how a side is built, which packages that needs, and what the side can
 compute. All compute in the dtype of the work: OpenVINO is held to float32, where it would take bfloat16, and TF32 is
-off unless a name says otherwise. A new peer is :class:`~fastlstm.bench.sides.Calls`, a context manager and an entry.
+off unless a name says otherwise. A new peer is :class:`~fastlstm.bench.sides.Calls` and an entry.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -71,27 +69,12 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
     )
 
 
-@contextlib.contextmanager
-def torch_with(threads: int) -> Iterator[Any]:
-    """PyTorch with so many threads."""
-    torch = import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield torch
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
+def torch_cpu(problem: Problem, threads: int) -> Side:
     """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
-    with torch_with(threads) as torch:
-        yield side_of(problem, _torch_calls(torch, problem, "cpu"))
+    return side_of(problem, _torch_calls(import_module("torch"), problem, "cpu"))
 
 
-@contextlib.contextmanager
-def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Iterator[Side]:
+def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Side:
     """PyTorch's nn.LSTM on the GPU, which is cuDNN's, with TF32 if asked."""
     torch = import_module("torch")
     torch.cuda.empty_cache()
@@ -101,7 +84,7 @@ def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Iterato
         get_elapsed_time=lambda start, end: start.elapsed_time(end),
     )  # fmt: skip
     flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    yield side_of(problem, _torch_calls(torch, problem, TORCH_GPU), events, lambda: held("allow_tf32", tf32, *flags))
+    return side_of(problem, _torch_calls(torch, problem, TORCH_GPU), events, lambda: held("allow_tf32", tf32, *flags))
 
 
 def onnx_model(problem: Problem) -> bytes:
@@ -155,14 +138,12 @@ def onnx_calls(problem: Problem, threads: int) -> Calls:
     return _graph_calls(problem, lambda feed: session.run(None, feed), lambda host: host)
 
 
-@contextlib.contextmanager
-def onnxruntime(problem: Problem, threads: int) -> Iterator[Side]:
+def onnxruntime(problem: Problem, threads: int) -> Side:
     """ONNX Runtime's LSTM operator on the CPU."""
-    yield side_of(problem, onnx_calls(problem, threads))
+    return side_of(problem, onnx_calls(problem, threads))
 
 
-@contextlib.contextmanager
-def openvino(problem: Problem, threads: int) -> Iterator[Side]:
+def openvino(problem: Problem, threads: int) -> Side:
     """OpenVINO on the same ONNX graph, held to float32."""
     hidden = {"openvino", "openvino_telemetry"}.isdisjoint(sys.modules)
     if hidden:  # without its telemetry, whose processes would run beside the next side's samples
@@ -181,7 +162,7 @@ def openvino(problem: Problem, threads: int) -> Iterator[Side]:
         request.infer()
         return [request.get_output_tensor(number).data for number in range(count)]
 
-    yield side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
+    return side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
 
 
 def _obstacle(backend: str) -> str | None:
@@ -215,7 +196,7 @@ def _is_persistent(work: Work) -> bool:
 class Contender(NamedTuple):
     """A library that computes works."""
 
-    build: Callable[[Problem, int], AbstractContextManager[Side]]  # given a number of threads
+    build: Callable[[Problem, int], Side]  # given a number of threads, to which those of torch and ours are set already
     device: str = "cpu"  # or cuda
     packages: tuple[str, ...] = ()  # that it needs, by the names that pip and import know
     able: Callable[[Work], bool] = lambda work: True  # whether it can do this work

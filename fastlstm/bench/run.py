@@ -7,13 +7,11 @@ True
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -23,7 +21,7 @@ from pathlib import Path
 from fastlstm.bench import clock, peaks, peers, results
 from fastlstm.bench.clock import SideError
 from fastlstm.bench.results import Case, Results
-from fastlstm.bench.sides import Side
+from fastlstm.bench.sides import Side, with_threads
 from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.diagnostics import describe_for_others
 from fastlstm.errors import ArgumentError
@@ -31,7 +29,7 @@ from fastlstm.errors import ArgumentError
 __all__ = ["begin", "measure", "measure_case", "measure_sides"]
 
 EVERYBODY = "every side"  # is refused what does not fit in memory
-Builders = Mapping[str, Callable[[], AbstractContextManager[Side]]]
+Builders = Mapping[str, Callable[[], Side]]
 
 
 def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> Results:
@@ -41,9 +39,8 @@ def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> Res
     absent = {side: reason for side, reason in reasons.items() if reason is not None}
     packages = [package for side in reasons if side not in absent for package in peers.contender(side).packages]
     machine |= {package: _version(package) for package in packages}
-    return Results(
-        name, machine, threads, (), about, absent=absent, made=datetime.now(UTC).isoformat(timespec="seconds")
-    )
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    return Results(name, machine, threads, about=about, absent=absent, made=made)
 
 
 def _version(package: str) -> str:
@@ -102,14 +99,19 @@ def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float)
         problem = Problem.of(work)
         builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}
         tolerances = {name: peers.contender(name).tolerance for name in able}
-        case = measure_sides(work.title, builders, work.dtype, seconds, tolerances)
+        case = measure_sides(work.title, builders, threads, seconds, tolerances, work.dtype)
     except MemoryError as error:
-        case = Case(work.title, {}, refused={EVERYBODY: f"not enough memory: {error}"})
-    return replace(case, work=work, threads=threads, group=work.kind)
+        case = Case(work.title, {}, threads=threads, refused={EVERYBODY: f"not enough memory: {error}"})
+    return replace(case, work=work, group=work.kind)
 
 
 def measure_sides(
-    name: str, builders: Builders, dtype: str, seconds: float, tolerances: Mapping[str, float | None] | None = None
+    name: str,
+    builders: Builders,
+    threads: int,
+    seconds: float,
+    tolerances: Mapping[str, float | None] | None = None,
+    dtype: str = "float32",
 ) -> Case:
     """Build sides, compare them with the first that can be built, and time in turn those that agree and do not fail.
 
@@ -119,11 +121,11 @@ def measure_sides(
     """
     refused, built, facts = dict[str, str](), dict[str, Side](), dict[str, float]()
     truth: tuple[Array, ...] | None = None
-    with contextlib.ExitStack() as stack:
+    with with_threads(threads, builders):
         for side, build in builders.items():
             try:
                 start = time.perf_counter()
-                made = stack.enter_context(build())
+                made = build()
                 found = made.outputs()
                 facts[f"first results, {side}"] = time.perf_counter() - start
                 truth = found if truth is None else truth
@@ -145,7 +147,7 @@ def measure_sides(
                 refused[str(error)] = _words(error.__cause__)
                 del built[str(error)]
         facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
-    return Case(name, values, facts=facts, refused=refused)
+    return Case(name, values, threads=threads, facts=facts, refused=refused)
 
 
 def _words(error: BaseException | None) -> str:

@@ -1,14 +1,13 @@
 """The sides of a comparison, and those of fastlstm: on NumPy arrays, and on CuPy arrays.
 
-A library says in :class:`Calls` how it computes; :func:`side_of` makes a side of that and a problem. A context manager
-builds a side for a number of threads; leaving it restores what it has set for the whole process.
+A library says in :class:`Calls` how it computes; :func:`side_of` makes a side of that and a problem.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,7 +19,7 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "our_threads", "side_of"]
+__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "side_of", "with_threads"]
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -158,28 +157,30 @@ def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np, **options: Any) 
 
 
 @contextlib.contextmanager
-def our_threads(threads: int) -> Iterator[None]:
-    """Set our own number of threads; what was chosen before is restored, None being "as the machine has them"."""
-    before = team._chosen and team._chosen.threads
+def with_threads(threads: int, names: Iterable[str] = ()) -> Iterator[None]:
+    """Set the number of threads of fastlstm, and of PyTorch if a side has its name; restore what was set before."""
+    torch = import_module("torch") if any(name.startswith("torch") for name in names) else None
+    before = team._chosen and team._chosen.threads, torch and torch.get_num_threads()  # None: "as the machine has them"
     fastlstm.set_num_threads(threads)
+    if torch:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        fastlstm.set_num_threads(before)
+        fastlstm.set_num_threads(before[0])
+        if torch:
+            torch.set_num_threads(before[1])
 
 
-@contextlib.contextmanager
-def cpu(problem: Problem, threads: int, *, frozen: bool = True, recompute: bool = False) -> Iterator[Side]:
+def cpu(problem: Problem, threads: int, *, frozen: bool = True, recompute: bool = False) -> Side:
     """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
-    with our_threads(threads):
-        model = problem.frozen_or_trained if frozen else problem.model
-        yield side_of(problem, _ours(problem, model, recompute=recompute))
+    model = problem.frozen_or_trained if frozen else problem.model
+    return side_of(problem, _ours(problem, model, recompute=recompute))
 
 
-@contextlib.contextmanager
 def cuda(
     problem: Problem, threads: int, *, copies: bool = False, by_steps: bool = False, precision: str = "float32"
-) -> Iterator[Side]:
+) -> Side:
     """Our library on the GPU, timed by CUDA events, on CuPy arrays that are there already.
 
     With `copies`, on NumPy arrays, timed by the host's clock; model and state stay on the GPU. With
@@ -191,6 +192,5 @@ def cuda(
     model.precision = precision
     calls = _ours(problem, model, cupy)
     if copies:
-        yield side_of(problem, calls.with_copies())
-    else:
-        yield side_of(problem, calls, cupy.cuda, lambda: held("FORCED", "step" if by_steps else plans.FORCED, plans))
+        return side_of(problem, calls.with_copies())
+    return side_of(problem, calls, cupy.cuda, lambda: held("FORCED", "step" if by_steps else plans.FORCED, plans))
