@@ -85,9 +85,9 @@ def section(found: Found) -> str:
                      for words, case in rows.items()]  # fmt: skip
             parts.append(report.table(["call, float32", "T,B,I,H", CPU, *peers], cells, left=2))
             parts.append(report.machine_line(files[MAIN]))
-        ratios = report.by_peer(case for file in with_gpu for case in file.cases if case.work).get("torch cuda")
-        if ratios:
-            mean, gpu = geometric_mean(ratio.middle for ratio in ratios), with_gpu[0].machine["GPU"]
+        cases = (case for file in with_gpu for case in file.cases if case.work)
+        if ratios := [ratio.middle for _, side, ratio in report.duels(cases) if side == "torch cuda"]:
+            mean, gpu = geometric_mean(ratios), with_gpu[0].machine["GPU"]
             on_gpus.append(f"On {gpu}, the geometric mean of PyTorch's time / ours is {mean:.2f}.")
     parts.append(
         "In brackets: the peer's time / ours, **bold** where the peer is faster, `=` for no difference."

@@ -58,12 +58,20 @@ WORKS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and write the file; 1 if our side fails, or torch's float32 results are not ours."""
-    options = parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the stage's file")
+    add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
+    add("--done", type=Path, help="a stage's file: leave its cases out; if it has none, begin with the last ones")
+    add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
+    add("--no-torch", action="store_true", help="time this library alone")
+    options = parser.parse_args(arguments)
     begin, measured, complaints = time.monotonic(), 0, list[str]()
     asked = OURS if options.no_torch else (*OURS, *THEIRS, *ROUNDED)
     names = [name for name in asked if peers.missing(name) is None]
     gpu_common.update(options.out, machine=gpu_common.machine(with_torch="torch cuda" in names))
-    works = chosen(options)
+    shapes = grid.of_shapes(options.shape or (), ("float32",), ("infer", "train"))
+    works = left_of(shapes or list(WORKS), options.done)
     for work in works:
         if time.monotonic() - begin > options.seconds:
             break
@@ -81,24 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if complaints else 0
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
-    add = result.add_argument
-    add("--out", type=Path, required=True, help="the stage's file")
-    add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
-    add("--done", type=Path, help="a stage's file: leave its cases out; if it has none, begin with the last ones")
-    add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
-    add("--no-torch", action="store_true", help="time this library alone")
-    return result
-
-
-def chosen(options: argparse.Namespace) -> list[Work]:
-    """Return the works to measure, in order."""
-    works = grid.of_shapes(options.shape, ("float32",), ("infer", "train")) if options.shape else list(WORKS)
-    stage = gpu_common.load(options.done) if options.done else None
-    done = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
-    left = [work for work in works if work.title not in done]
-    return left[::-1] if options.done and not done else left
+def left_of(works: list[Work], done: Path | None) -> list[Work]:
+    """Return the works that a stage's file lacks, in order; if it has none of them, begin with the last."""
+    stage = gpu_common.load(done) if done else None
+    measured = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
+    left = [work for work in works if work.title not in measured]
+    return left[::-1] if done and not measured else left
 
 
 if __name__ == "__main__":

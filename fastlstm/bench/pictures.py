@@ -66,10 +66,12 @@ def peers(results: Results) -> Any:
         spreads, heights = zip(*((ratio, at) for side, ratio, at in found if side == name), strict=True)
         panel.hlines(heights, [r.low for r in spreads], [r.high for r in spreads], color=colour, alpha=0.5)
         panel.plot([r.middle for r in spreads], heights, marker, color=colour, label=name)
-    _label_rows(panel, [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases])
-    ours = panel.twinx()
+    names = [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases]
+    panel.set_yticks(range(len(cases)), names, fontsize=8)
+    panel.set_ylim(len(cases) - 0.4, -0.6)
+    ours = panel.secondary_yaxis("right")
     times = [amount(case.spread(CPU if CPU in case.values else CUDA).middle, case.unit) for case in cases]
-    _label_rows(ours, times)
+    ours.set_yticks(range(len(cases)), times, fontsize=8)
     ours.set_ylabel("time of fastlstm", fontsize=8)
     panel.set(xscale="log", xlim=(low, high), xlabel="time of the peer / time of fastlstm")
     ticks = [value for value in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= value <= high]
@@ -89,11 +91,6 @@ def _most_telling(cases: list[Case]) -> list[Case]:
     smallest = {case.name: min(ratio.middle for _, _, ratio in duels([case])) for case in cases}
     first = sorted(cases, key=lambda case: (case.work not in small, smallest[case.name]))[:MOST_ROWS]
     return sorted((case for case in cases if case in first), key=lambda case: [*KINDS, case.group].index(case.group))
-
-
-def _label_rows(panel: Any, labels: list[str]) -> None:
-    panel.set_yticks(range(len(labels)), labels, fontsize=8)
-    panel.set_ylim(len(labels) - 0.4, -0.6)
 
 
 def gpu(results: Results) -> Any:

@@ -17,7 +17,7 @@ from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import KINDS
 
-__all__ = ["amount", "by_peer", "duels", "line", "losses", "machine_line", "ratio_of", "table", "text"]
+__all__ = ["amount", "cell", "duels", "is_peer", "line", "losses", "machine_line", "table", "text"]
 
 VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "CUDA", "driver", "cuDNN")
 PEERS = ("torch", "onnxruntime", "openvino")  # a side is a peer's if its name begins so
@@ -115,14 +115,6 @@ def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
                 yield case, side, found
 
 
-def by_peer(cases: Iterable[Case]) -> dict[str, list[Spread]]:
-    """Return the ratios to ours of each peer."""
-    ratios: dict[str, list[Spread]] = {}
-    for _, side, found in duels(cases):
-        ratios.setdefault(side, []).append(found)
-    return ratios
-
-
 def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
     """Return each case and peer where the peer is faster."""
     return [(case, side, found) for case, side, found in duels(cases) if verdict(found) == "slower"]
@@ -157,8 +149,10 @@ def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
 
 def _summary(results: Results, list_losses: bool) -> Iterator[str]:
     """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
-    for peer, ratios in by_peer(results.cases).items():
-        count, mean = Counter(map(verdict, ratios)), geometric_mean(found.middle for found in ratios)
+    found = list(duels(results.cases))
+    for peer in dict.fromkeys(side for _, side, _ in found):
+        ratios = [ratio for _, side, ratio in found if side == peer]
+        count, mean = Counter(map(verdict, ratios)), geometric_mean(ratio.middle for ratio in ratios)
         yield (
             f"against {peer}: faster in {count['faster']} of {len(ratios)} rows, no difference in"
             f" {count['no difference']}, slower in {count['slower']}; geometric mean of the ratios {mean:.2f}"

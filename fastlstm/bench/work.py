@@ -125,6 +125,7 @@ class Problem:
     model: LSTM  # its parameters are NumPy arrays
     x: Array  # (T, B, I)
     dy: Array  # (T, B, D * H), the output's gradient; zero past each sequence's length
+    lengths: Array | None  # (B,) int64
 
     @classmethod
     def of(cls, work: Work) -> Problem:
@@ -134,16 +135,12 @@ class Problem:
         model = LSTM(work.inputs, work.hidden, work.layers, **directions, seed=0)
         x = rng.standard_normal((work.steps, work.batch, work.inputs), np.float32).astype(work.dtype)
         dy = rng.standard_normal((work.steps, work.batch, model.cell.output_size), np.float32).astype(work.dtype)
-        if work.lengths is not None:
-            dy[np.arange(work.steps)[:, None] >= np.array(work.lengths)] = 0
-        return cls(work, model, x, dy)
+        lengths = None if work.lengths is None else np.array(work.lengths, np.int64)
+        if lengths is not None:
+            dy[np.arange(work.steps)[:, None] >= lengths] = 0
+        return cls(work, model, x, dy, lengths)
 
     @functools.cached_property
     def frozen_or_trained(self) -> LSTM:
         """The model, frozen unless it is trained: the parameters are constants for ONNX Runtime and OpenVINO, too."""
         return self.model if self.work.kind == "train" else self.model.freeze()
-
-    @property
-    def lengths(self) -> Array | None:
-        """The lengths as an array, (B,) int64, or None."""
-        return None if self.work.lengths is None else np.array(self.work.lengths, np.int64)

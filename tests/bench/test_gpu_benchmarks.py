@@ -103,16 +103,12 @@ def test_a_case_that_fails_does_not_stop_the_next(measured, monkeypatch, capsys)
 
 
 def test_the_works_left_are_those_that_another_stage_has_not_measured(tmp_path):
-    def chosen(*more):
-        return gpu.chosen(gpu.parser().parse_args(["--out", "C.json", *more]))
-
-    done = tmp_path / "B.json"
-    given = ("--done", str(done))
-    assert chosen() == list(gpu.WORKS) and chosen(*given) == list(gpu.WORKS)[::-1]
-    first, failed, *left = gpu.WORKS
+    done, works = tmp_path / "B.json", list(gpu.WORKS)
+    assert gpu.left_of(works, None) == works and gpu.left_of(works, done) == works[::-1]
+    first, failed, *left = works
     values, refused = {peers.CUDA: (1.0,)}, {peers.CUDA: "no room"}
     gpu_common.update(done, [gpu.Case(first.title, values), gpu.Case(failed.title, {}, refused=refused)])
-    assert chosen(*given) == [failed, *left]
+    assert gpu.left_of(works, done) == [failed, *left]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])

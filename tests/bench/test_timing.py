@@ -204,13 +204,18 @@ def test_a_side_that_fails_or_computes_something_else_is_not_timed(table):
     def fail():
         raise ValueError("no\nsuch luck")
 
-    called = []
+    called, seen = [], set()
     table["wrong"] = contender(lambda: called.append(0), lambda y: y * np.float32(1.001))
     table["while timed"] = contender(fail)
     table["at first"] = contender(lambda: None, lambda y: fail())
-    table["right"] = contender(lambda: None)
-    (case,) = measured([*table]).cases
-    assert list(case.values) == ["fastlstm", "right"] and not called and case.facts["first results, right"] > 0
+    table["right"] = contender(lambda: seen.add(fastlstm.get_num_threads()))
+    (case,) = measured([*table], threads=3).cases
+    assert (
+        list(case.values) == ["fastlstm", "right"]
+        and not called
+        and seen == {3}
+        and case.facts["first results, right"] > 0
+    )
     assert "computes something else: off by 1.0e-03" in case.refused.pop("wrong")
     assert case.refused == dict.fromkeys(["while timed", "at first"], "failed: ValueError: no such luck")
 
