@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,14 +40,6 @@ ROWS = {
 """Six rows of the README; two more are where the peers come nearest or win, and the first calls, which compile."""
 
 Found = Mapping[str, Mapping[str, Results]]  # by folder, by file name
-
-
-def machines(folder: Path) -> dict[str, dict[str, Results]]:
-    """Read all results; ResultsFileError if a file is broken."""
-    found: dict[str, dict[str, Results]] = {}
-    for path in sorted(folder.glob("*/*.json")):
-        found.setdefault(path.parent.name, {})[path.stem] = results.load(path)
-    return found
 
 
 def tables(found: Found) -> str:
@@ -110,19 +103,19 @@ def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
 
 def readme(text: str, inside: str) -> str:
     """Return a text with what stands between the two marks replaced; ValueError if it does not have each once."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in before + after:
+    if re.findall(f"{BEGIN}|{END}", text) != [BEGIN, END]:
         raise ValueError(f"README.md needs the two marks {BEGIN} and {END}, each once")
-    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{after}"
+    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{inside}\n\n{END}{text.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if documents and results differ")
     options = parser.parse_args(arguments)
+    found: dict[str, dict[str, Results]] = {}
     try:
-        found = machines(RESULTS)
+        for path in sorted(RESULTS.glob("*/*.json")):
+            found.setdefault(path.parent.name, {})[path.stem] = results.load(path)
         for machine, files in found.items() if not options.check else ():
             if MAIN in files:
                 print(*pictures.write(files[MAIN], RESULTS / machine), sep="\n")

@@ -41,7 +41,11 @@ def torch_module(torch: Any, problem: Problem, device: str = "cpu") -> Any:
     return module if work.kind == "train" else module.eval()  # cuDNN does less then
 
 
-def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
+def torch_lstm(problem: Problem, threads: int, *, on_gpu: bool = False, tf32: bool = False) -> Side:
+    """PyTorch's nn.LSTM, which is cuDNN's on a GPU, with TF32 if asked; packed sequences for a ragged batch."""
+    torch, device = import_module("torch"), TORCH_GPU if on_gpu else "cpu"
+    if on_gpu:
+        torch.cuda.empty_cache()
     work, module = problem.work, torch_module(torch, problem, device)
     lengths = None if work.lengths is None else torch.from_numpy(problem.lengths)
     weights = [getattr(module, name.replace("bias_l", "bias_ih_l")) for name in problem.model.params]
@@ -60,31 +64,20 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
         return y.detach(), leaf.grad, *(value.grad for value in weights)
 
     without_gradients = torch.inference_mode()
-    return Calls(
+    calls = Calls(
         without_gradients(forward),
         train,
         without_gradients(module.__call__),
         load=lambda host: torch.from_numpy(host).to(device),
         fetch=lambda tensor: tensor.to("cpu").numpy(),
     )
-
-
-def torch_cpu(problem: Problem, threads: int) -> Side:
-    """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
-    return side_of(problem, _torch_calls(import_module("torch"), problem, "cpu"))
-
-
-def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Side:
-    """PyTorch's nn.LSTM on the GPU, which is cuDNN's, with TF32 if asked."""
-    torch = import_module("torch")
-    torch.cuda.empty_cache()
-    events = None if TORCH_GPU == "cpu" else SimpleNamespace(  # under CuPy's names; the tests have none
+    events = None if device == "cpu" else SimpleNamespace(  # under CuPy's names
         Event=lambda: torch.cuda.Event(enable_timing=True),
         get_current_stream=torch.cuda.current_stream,
         get_elapsed_time=lambda start, end: start.elapsed_time(end),
     )  # fmt: skip
     flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    return side_of(problem, _torch_calls(torch, problem, TORCH_GPU), events, lambda: held("allow_tf32", tf32, *flags))
+    return side_of(problem, calls, events, lambda: held("allow_tf32", tf32, *flags))
 
 
 def onnx_model(problem: Problem) -> bytes:
@@ -208,12 +201,13 @@ CPU, CUDA, COPIES, BY_STEPS = "fastlstm", "fastlstm cuda", "fastlstm cuda with c
 OURS = (CPU, CUDA, COPIES)
 # Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
 _ON_GPU = Contender(sides.cuda, "cuda", obstacle=lambda: _obstacle("cuda"))
-_TORCH_ON_GPU = Contender(torch_cuda, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
+_cudnn_lstm = functools.partial(torch_lstm, on_gpu=True)
+_TORCH_ON_GPU = Contender(_cudnn_lstm, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
     CPU: Contender(sides.cpu, obstacle=lambda: _obstacle("cpu")),
     CUDA: _ON_GPU,
     COPIES: _ON_GPU._replace(build=functools.partial(sides.cuda, copies=True)),
-    "torch": Contender(torch_cpu, packages=("torch",)),
+    "torch": Contender(torch_lstm, packages=("torch",)),
     "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), able=_graph_is_able),
     "openvino": Contender(openvino, packages=("onnx", "openvino"), able=_graph_is_able),
     "torch cuda": _TORCH_ON_GPU,
@@ -223,7 +217,7 @@ CONTENDERS = {
 _ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
 OF_GPU_TABLE = {
     BY_STEPS: _ON_GPU._replace(build=functools.partial(sides.cuda, by_steps=True), able=_is_persistent, tolerance=5e-4),
-    "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(torch_cuda, tf32=True), tolerance=2e-2),
+    "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(_cudnn_lstm, tf32=True), tolerance=2e-2),
     f"{CUDA} TF32": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="tf32"), tolerance=2e-2),
     f"{CUDA} bfloat16": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="bf16"), tolerance=2e-1),
 }

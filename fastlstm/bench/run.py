@@ -66,10 +66,8 @@ def measure(
     file at `path` is written anew after each work; `progress` is called with a line of text before each. ArgumentError
     if seconds or threads make no sense.
     """
-    if not 0 <= seconds < 1e9:
-        raise ArgumentError(f"seconds must be at least 0, got {seconds}")
-    if threads < 1:
-        raise ArgumentError(f"threads must be at least 1, got {threads}")
+    if not 0 <= seconds < 1e9 or threads < 1:
+        raise ArgumentError(f"seconds must be at least 0 and threads at least 1, got {seconds} and {threads}")
     found = begin("bench", names, threads)
     here = [name for name in names if name not in found.absent]
     plan = {work: (here, seconds) for work in works}

@@ -288,7 +288,7 @@ def test_torch_on_a_gpu_computes_with_tf32_only_if_asked(monkeypatch, tf32):
     forward = torch.nn.LSTM.forward
     look = lambda *given: (seen.append([part.allow_tf32 for part in parts]), forward(*given))[1]  # noqa: E731
     monkeypatch.setattr(torch.nn.LSTM, "forward", look)
-    side = peers.torch_cuda(Problem.of(TINY), 1, tf32=tf32)
+    side = peers.torch_lstm(Problem.of(TINY), 1, on_gpu=True, tf32=tf32)
     side.outputs()
     side.time(1)
     assert seen == [[tf32, tf32]] * 2 and [part.allow_tf32 for part in parts] == before
