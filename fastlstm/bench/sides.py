@@ -159,7 +159,10 @@ def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np, **options: Any) 
 @contextlib.contextmanager
 def with_threads(threads: int, names: Iterable[str] = ()) -> Iterator[None]:
     """Set the number of threads of fastlstm, and of PyTorch if a side has its name; restore what was set before."""
-    torch = import_module("torch") if any(name.startswith("torch") for name in names) else None
+    torch: Any = None
+    if any(name.startswith("torch") for name in names):
+        with contextlib.suppress(Exception):  # a library that is broken stops its own sides, and no others
+            torch = import_module("torch")
     before = team._chosen and team._chosen.threads, torch and torch.get_num_threads()  # None: "as the machine has them"
     fastlstm.set_num_threads(threads)
     if torch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import time
 from importlib import import_module
 from types import SimpleNamespace
@@ -200,7 +201,7 @@ def measured(names, works=(TINY,), **options):
     return run.measure(works, names, **({"threads": 1, "seconds": 0.0} | options))
 
 
-def test_a_side_that_fails_or_computes_something_else_is_not_timed(table):
+def test_a_side_that_fails_or_computes_something_else_is_not_timed(table, monkeypatch):
     def fail():
         raise ValueError("no\nsuch luck")
 
@@ -208,6 +209,8 @@ def test_a_side_that_fails_or_computes_something_else_is_not_timed(table):
     table["wrong"] = contender(lambda: called.append(0), lambda y: y * np.float32(1.001))
     table["while timed"] = contender(fail)
     table["at first"] = contender(lambda: None, lambda y: fail())
+    table["torch"] = contender(lambda: None, lambda y: import_module("torch"))
+    monkeypatch.setitem(sys.modules, "torch", None)  # whose import fails
     table["right"] = contender(lambda: seen.add(fastlstm.get_num_threads()))
     (case,) = measured([*table], threads=3).cases
     assert (
@@ -217,6 +220,7 @@ def test_a_side_that_fails_or_computes_something_else_is_not_timed(table):
         and case.facts["first results, right"] > 0
     )
     assert "computes something else: off by 1.0e-03" in case.refused.pop("wrong")
+    assert case.refused.pop("torch").startswith("failed: ModuleNotFoundError")
     assert case.refused == dict.fromkeys(["while timed", "at first"], "failed: ValueError: no such luck")
 
 
