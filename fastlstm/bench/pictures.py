@@ -18,6 +18,7 @@ from fastlstm.bench import grid
 from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.report import amount, duels, machine_line
 from fastlstm.bench.results import Case, Results
+from fastlstm.bench.work import Work
 
 __all__ = ["gpu", "peers", "write"]
 
@@ -124,11 +125,10 @@ def gpu(results: Results) -> Any:
 
 
 def gpu_ratios(results: Results, kind: str, side: str) -> dict[tuple[int, int], float]:
-    """Return time on the CPU / time on the GPU by (B, H), of plain works with I = H; nothing below two of each."""
-    groups: dict[Any, dict[tuple[int, int], float]] = {}
+    """Return time on the CPU / time on the GPU by (B, H), of the first dtype; nothing below two of each."""
+    found: dict[tuple[int, int], float] = {}
     for case in results.cases:
         work, ratio = case.work, case.ratio(CPU, side)
-        if work and ratio and work.kind == kind and work.is_plain and work.inputs == work.hidden:
-            groups.setdefault((work.steps, work.dtype, case.threads), {})[work.batch, work.hidden] = ratio.middle
-    best = max(groups.values(), key=len, default={})
-    return best if all(len({key[n] for key in best}) >= 2 for n in (0, 1)) else {}
+        if work and ratio and work == Work(grid.MAP_STEPS, work.batch, work.hidden, work.hidden, work.dtype, kind):
+            found.setdefault((work.batch, work.hidden), ratio.middle)
+    return found if all(len({key[n] for key in found}) >= 2 for n in (0, 1)) else {}

@@ -6,10 +6,9 @@ listed; ``=`` is no difference.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import geometric_mean
 
 from fastlstm.bench.clock import Spread, verdict
@@ -80,31 +79,23 @@ def line(case: Case) -> str:
 
 def table_of(results: Results, cases: Sequence[Case]) -> str:
     """Return the table of cases: ours, the share of the peak, the other sides, and facts."""
-    sides = list(dict.fromkeys(side for case in cases for side in case.values))
-    facts = list(dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")))
-    ours = next((side for side in (CPU, CUDA) if side in sides), None)
-    several = len({case.work.dtype for case in cases if case.work}) > 1
-
-    def name(case: Case) -> str:
-        if case.work is None or case.name != case.work.title:  # it has a name of its own
-            return case.name
-        return case.work.name + f", {case.work.dtype}" * several
-
-    def share(case: Case) -> str:
-        found = results.share_of_peak(case, ours) if ours else None
-        return "-" if found is None else f"{100 * found:.0f} %"
-
-    def fact(case: Case, name: str) -> str:
-        value, unit = case.facts.get(name), {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
-        return "-" if value is None else amount(value, unit) if unit else f"{value:.4g}"
-
-    all_works = all(case.work and case.name == case.work.title for case in cases)
-    columns: list[tuple[str, Callable[[Case], str]]] = [("T,B,I,H" if all_works else "what", name)]
-    columns += [(side, functools.partial(cell, side=side)) for side in sides]
-    if any(share(case) != "-" for case in cases):
-        columns.insert(2, ("of peak", share))
-    columns += [(name, functools.partial(fact, name=name)) for name in facts]
-    return table([head for head, _ in columns], [[shown(case) for _, shown in columns] for case in cases])
+    works = [case.work for case in cases if case.work and case.name == case.work.title]
+    columns: dict[str, list[str]] = {}
+    if len(works) == len(cases):
+        several = len({work.dtype for work in works}) > 1
+        columns["T,B,I,H"] = [work.name + f", {work.dtype}" * several for work in works]
+    else:  # they have names of their own
+        columns["what"] = [case.name for case in cases]
+    for side in dict.fromkeys(side for case in cases for side in case.values):
+        columns[side] = [cell(case, side) for case in cases]
+        shares = [results.share_of_peak(case, side) for case in cases]
+        if side in (CPU, CUDA) and any(shares) and "of peak" not in columns:
+            columns["of peak"] = [f"{100 * share:.0f} %" if share else "-" for share in shares]
+    for fact in dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")):
+        unit = {"host": "s", "bytes": "bytes"}.get(fact.replace(",", " ").split()[0])
+        found = [case.facts.get(fact) for case in cases]
+        columns[fact] = ["-" if value is None else amount(value, unit) if unit else f"{value:.4g}" for value in found]
+    return table(list(columns), zip(*columns.values(), strict=True))
 
 
 def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
