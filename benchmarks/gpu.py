@@ -35,20 +35,16 @@ def sequences(*sizes: tuple[int, int], make: Callable[..., Work] = Work, **varia
     return [replace(make(512, b, h, h, kind=kind), **variant) for b, h in sizes for kind in ("infer", "train")]
 
 
-def steps(*sizes: tuple[int, int]) -> list[Work]:
-    """A step of a stream for each (B, H), with I = H."""
-    return [Work(1, b, h, h, kind="stream") for b, h in sizes]
-
-
 # In order of importance: one batch at all sizes, one work of each other kind, the other batches, then all others.
 SIZES, DEEP = (512, 256, 1024, 128), {"layers": 2, "bidirectional": True}
 WORKS = (
     *sequences(*((16, hidden) for hidden in SIZES)),
-    *steps((1, 256)),
+    Work(1, 1, 256, 256, kind="stream"),
     *sequences((16, 512), **DEEP),
     *sequences((64, 256), make=Work.ragged),
     *sequences(*((batch, hidden) for batch in (64, 1) for hidden in SIZES)),
-    *steps((1, 1024), (16, 512)),
+    Work(1, 1, 1024, 1024, kind="stream"),
+    Work(1, 16, 512, 512, kind="stream"),
     *sequences((16, 512), (64, 1024), make=Work.ragged),
     *sequences((64, 256), **DEEP),
     *sequences(*((batch, hidden) for hidden in (64, 192, 768) for batch in (16, 64, 1))),
