@@ -76,7 +76,7 @@ def torch_lstm(problem: Problem, threads: int, *, on_gpu: bool = False, tf32: bo
         get_current_stream=torch.cuda.current_stream,
         get_elapsed_time=lambda start, end: start.elapsed_time(end),
     )  # fmt: skip
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags = [torch.backends.cudnn, torch.backends.cuda.matmul] if on_gpu else []
     return side_of(problem, calls, events, lambda: held("allow_tf32", tf32, *flags))
 
 
