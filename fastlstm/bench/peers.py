@@ -25,7 +25,7 @@ from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["BY_STEPS", "CONTENDERS", "OF_GPU_TABLE", "OURS", "Contender", "chosen", "missing"]
+__all__ = ["BY_STEPS", "CONTENDERS", "OURS", "Contender", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
 
@@ -202,6 +202,7 @@ OURS = (CPU, CUDA, COPIES)
 # Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
 _ON_GPU = Contender(sides.cuda, "cuda", obstacle=lambda: _obstacle("cuda"))
 _cudnn_lstm = functools.partial(torch_lstm, on_gpu=True)
+_ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
 _TORCH_ON_GPU = Contender(_cudnn_lstm, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
     CPU: Contender(sides.cpu, obstacle=lambda: _obstacle("cpu")),
@@ -211,36 +212,25 @@ CONTENDERS = {
     "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), able=_graph_is_able),
     "openvino": Contender(openvino, packages=("onnx", "openvino"), able=_graph_is_able),
     "torch cuda": _TORCH_ON_GPU,
-}
-"""What ``fastlstm bench`` measures by default."""
-
-_ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
-OF_GPU_TABLE = {
+    # For benchmarks/gpu.py alone: a product and a kernel each step, and products of rounded factors.
     BY_STEPS: _ON_GPU._replace(build=functools.partial(sides.cuda, by_steps=True), able=_is_persistent, tolerance=5e-4),
     "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(_cudnn_lstm, tf32=True), tolerance=2e-2),
     f"{CUDA} TF32": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="tf32"), tolerance=2e-2),
     f"{CUDA} bfloat16": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="bf16"), tolerance=2e-1),
 }
-"""For ``benchmarks/gpu.py`` alone: a product and a kernel each step, and products of rounded factors."""
-
-
-def contender(name: str) -> Contender:
-    """Return an entry of :data:`CONTENDERS` or :data:`OF_GPU_TABLE`."""
-    return (CONTENDERS | OF_GPU_TABLE)[name]
+BY_DEFAULT = (*OURS, "torch", "onnxruntime", "openvino", "torch cuda")  # measured by ``fastlstm bench``
 
 
 def missing(name: str) -> str | None:
     """Say why a contender cannot run here, with the command that installs it; None if it can."""
-    lacking = [package for package in contender(name).packages if find_spec(package) is None]
-    return f"pip install {' '.join(lacking)}" if lacking else contender(name).obstacle()
+    lacking = [package for package in CONTENDERS[name].packages if find_spec(package) is None]
+    return f"pip install {' '.join(lacking)}" if lacking else CONTENDERS[name].obstacle()
 
 
 def chosen(names: str | None) -> list[str]:
     """Read ``--peers``: names with commas between them, 'none', or None for all; our own sides are always there."""
-    if names is None:
-        return list(CONTENDERS)
-    wanted = {name.strip() for name in names.split(",")} - {"none", ""}
-    if unknown := wanted - set(CONTENDERS):
-        known = ", ".join(name for name in CONTENDERS if name not in OURS)
+    wanted = set(BY_DEFAULT) if names is None else {name.strip() for name in names.split(",")} - {"none", ""}
+    if unknown := wanted - set(BY_DEFAULT):
+        known = ", ".join(name for name in BY_DEFAULT if name not in OURS)
         raise ArgumentError(f"there is no peer {', '.join(sorted(unknown))!r}; choose of {known}, or none")
-    return [name for name in CONTENDERS if name in wanted or name in OURS]
+    return [name for name in BY_DEFAULT if name in wanted or name in OURS]

@@ -37,7 +37,7 @@ def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> Res
     machine = describe_for_others()  # starts a process, which has to be before some of the peers start their threads
     reasons = {side: peers.missing(side) for side in names}
     absent = {side: reason for side, reason in reasons.items() if reason is not None}
-    packages = [package for side in reasons if side not in absent for package in peers.contender(side).packages]
+    packages = [package for side in reasons if side not in absent for package in peers.CONTENDERS[side].packages]
     machine |= {package: _version(package) for package in packages}
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return Results(name, machine, threads, about=about, absent=absent, made=made)
@@ -71,11 +71,11 @@ def measure(
     found = begin("bench", names, threads)
     here = [name for name in names if name not in found.absent]
     plan = {work: (here, seconds) for work in works}
-    if any(peers.contender(name).device == "cuda" for name in here):
+    if any(peers.CONTENDERS[name].device == "cuda" for name in here):
         ours = [name for name in here if name in peers.OURS]
         plan |= {work: (ours, seconds / 4) for work in ours_only if work not in plan}
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
-    devices = dict.fromkeys(peers.contender(name).device for name in here if name in peers.OURS)
+    devices = dict.fromkeys(peers.CONTENDERS[name].device for name in here if name in peers.OURS)
     try:
         found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
         for number, (work, (sides, budget)) in enumerate(plan.items(), 1):
@@ -92,11 +92,11 @@ def measure(
 
 def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> Case:
     """Measure one work by the sides that can do it."""
-    able = [name for name in names if peers.contender(name).able(work)]
+    able = {name: peers.CONTENDERS[name] for name in names if peers.CONTENDERS[name].able(work)}
     try:
         problem = Problem.of(work)
-        builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}
-        tolerances = {name: peers.contender(name).tolerance for name in able}
+        builders = {name: functools.partial(side.build, problem, threads) for name, side in able.items()}
+        tolerances = {name: side.tolerance for name, side in able.items()}
         case = measure_sides(work.title, builders, threads, seconds, tolerances, work.dtype)
     except MemoryError as error:
         case = Case(work.title, {}, threads=threads, refused={EVERYBODY: f"not enough memory: {error}"})

@@ -84,8 +84,8 @@ def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_and_compare
     status, cases = measured([long, STREAM, PLAIN], "--no-torch", **device)  # PLAIN has too few steps
     sides = [set(case.values) for case in cases.values()]
     assert status == 0 and sides == [{peers.CUDA, peers.BY_STEPS}, {peers.CUDA}, {peers.CUDA}] and plans.FORCED is None
-    wrong = peers.contender(peers.BY_STEPS)._replace(tolerance=1e-12)  # both paths sum in another order
-    monkeypatch.setitem(peers.OF_GPU_TABLE, peers.BY_STEPS, wrong)
+    wrong = peers.CONTENDERS[peers.BY_STEPS]._replace(tolerance=1e-12)  # both paths sum in another order
+    monkeypatch.setitem(peers.CONTENDERS, peers.BY_STEPS, wrong)
     assert measured([long], "--no-torch", **device)[0] == 1
 
 

@@ -264,7 +264,7 @@ def test_every_peer_computes_every_variant_and_threads_are_restored(work):
     counts = [fastlstm.get_num_threads] + [import_module("torch").get_num_threads] * ("torch" in names)
     before = [count() for count in counts]
     case = run.measure_case(work, names, max(before) + 1, 0.0)
-    assert list(case.values) == [name for name in names if peers.contender(name).able(work)], case.refused
+    assert list(case.values) == [name for name in names if peers.CONTENDERS[name].able(work)], case.refused
     assert [count() for count in counts] == before
 
 
