@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import geometric_mean
 
 import goals
 import scaling_out
@@ -21,7 +23,6 @@ from fastlstm.bench import pictures, report, results
 from fastlstm.bench.peers import CPU
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
-from fastlstm.errors import ResultsFileError
 
 HERE = Path(__file__).parent
 README, TABLES, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md", HERE / "results"
@@ -41,24 +42,8 @@ ROWS = {
 Found = Mapping[str, Mapping[str, Results]]  # by folder, by file name
 
 
-def machines(folder: Path) -> dict[str, dict[str, Results]]:
-    """Read all results; ResultsFileError if a file is broken, or has another name than its results."""
-    found: dict[str, dict[str, Results]] = {}
-    for path in sorted(folder.glob("*/*.json")):
-        loaded = results.load(path)
-        if loaded.name != path.stem:
-            raise ResultsFileError(f"{path} holds the results {loaded.name!r}")
-        found.setdefault(path.parent.name, {})[path.stem] = loaded
-    return found
-
-
-def is_gpu(found: Results) -> bool:
-    """Whether it is a stage of ``.ci/gpu``."""
-    return "GPU" in found.machine
-
-
-def tables(found: Found, folder: Path = RESULTS) -> str:
-    """Return what ``RESULTS.md`` has to be; MissingReasonError if a loss or a missed goal has no reason."""
+def tables(found: Found) -> str:
+    """Return what ``RESULTS.md`` has to be; ValueError if a loss or a missed goal has no reason."""
     parts = [
         "# Results",
         "Made by `python benchmarks/figures.py` from the files in `benchmarks/results`. The method is described in"
@@ -70,7 +55,7 @@ def tables(found: Found, folder: Path = RESULTS) -> str:
         if rows := list(goals.rows(files)):
             parts.append("Goals: **bold** misses. Two values are of one thread and of two.")
             parts += [report.table(["goal", "asked", "measured", "why it is missed"], rows, left=4), *goals.NOTES]
-        for picture in sorted((folder / machine).glob("*.png")):
+        for picture in sorted((RESULTS / machine).glob("*.png")):
             parts.append(f"![{picture.stem}](results/{machine}/{picture.name})")
         for name, file in files.items():
             parts += [f"### {name.replace('-', ' ')}", file.about, *report.text(file, list_losses=False)]
@@ -83,18 +68,23 @@ def tables(found: Found, folder: Path = RESULTS) -> str:
 
 def section(found: Found) -> str:
     """Return the README's table of eight rows, the machine, and a sentence on GPUs."""
-    parts = []
+    parts, on_gpus = [], []
     for files in found.values():
-        if MAIN in files and not is_gpu(files[MAIN]):
+        with_gpu = [file for file in files.values() if "GPU" in file.machine]
+        if MAIN in files and files[MAIN] not in with_gpu:
             rows = dict(_rows(files))
             peers = list(dict.fromkeys(s for case in rows.values() for s in case.values if report.is_peer(s)))
             cells = [[words, case.work.name if case.work else "", *(report.cell(case, s) for s in (CPU, *peers))]
                      for words, case in rows.items()]  # fmt: skip
             parts.append(report.table(["call, float32", "T,B,I,H", CPU, *peers], cells, left=2))
             parts.append(report.machine_line(files[MAIN]))
+        cases = (case for file in with_gpu for case in file.cases if case.work)
+        if ratios := [ratio.middle for _, side, ratio in report.duels(cases) if side == "torch cuda"]:
+            mean, gpu = geometric_mean(ratios), with_gpu[0].machine["GPU"]
+            on_gpus.append(f"On {gpu}, the geometric mean of PyTorch's time / ours is {mean:.2f}.")
     parts.append(
         "In brackets: the peer's time / ours, **bold** where the peer is faster, `=` for no difference."
-        " [All rows](benchmarks/RESULTS.md). " + gpu_sentence(found)
+        " [All rows](benchmarks/RESULTS.md). " + (" ".join(on_gpus) or NO_GPU)
     )
     return "\n\n".join(parts)
 
@@ -111,39 +101,27 @@ def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
     yield from (("first calls ever, which compile", case) for case in starts if case.name == "cold: all three calls")
 
 
-def gpu_sentence(found: Found) -> str:
-    """Return what the README has to say of measurements on GPUs."""
-    words = []
-    for files in found.values():
-        stages = [file for file in files.values() if is_gpu(file)]
-        scores = report.scores(case for file in stages for case in file.cases if case.work)
-        means = ", ".join(f"{score.mean:.2f} ({score.peer})" for score in scores if score.peer == "torch cuda")
-        if means:
-            words.append(f"On {stages[0].machine['GPU']}, the geometric mean of PyTorch's time / ours is {means}.")
-    return " ".join(words) or NO_GPU
-
-
 def readme(text: str, inside: str) -> str:
     """Return a text with what stands between the two marks replaced; ValueError if it does not have each once."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in before + after:
+    if re.findall(f"{BEGIN}|{END}", text) != [BEGIN, END]:
         raise ValueError(f"README.md needs the two marks {BEGIN} and {END}, each once")
-    return f"{before}{BEGIN}\n\n{inside}\n\n{END}{after}"
+    return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{inside}\n\n{END}{text.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if documents and results differ")
     options = parser.parse_args(arguments)
+    found: dict[str, dict[str, Results]] = {}
     try:
-        found = machines(RESULTS)
+        for path in sorted(RESULTS.glob("*/*.json")):
+            found.setdefault(path.parent.name, {})[path.stem] = results.load(path)
         for machine, files in found.items() if not options.check else ():
             if MAIN in files:
                 print(*pictures.write(files[MAIN], RESULTS / machine), sep="\n")
         text = README.read_text(encoding="utf-8")
-        wanted = {README: readme(text, section(found)), TABLES: tables(found, RESULTS)}
-    except (goals.MissingReasonError, ResultsFileError, ValueError) as error:
+        wanted = {README: readme(text, section(found)), TABLES: tables(found)}
+    except ValueError as error:  # also that a file is broken
         print(error, file=sys.stderr)
         return 1
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -77,11 +77,11 @@ def start(threads: int, seconds: float, rounds: int = 5) -> Iterator[Case]:
         for name in names if turn % 2 == 0 else names[::-1]:
             with tempfile.TemporaryDirectory() as folder:
                 for when in ("cold", "warm"):
-                    times, compiled = started(name, threads, Path(folder))
-                    if name == OURS and bool(compiled) != (when == "cold"):
-                        raise RuntimeError(f"a {when} process compiled {compiled} kernels")
+                    made = new_process(sys.executable, _CLOCK + SCRIPTS[name] + _PRINT, Path(folder), threads)
+                    if name == OURS and bool(made["compiled"]) != (when == "cold"):
+                        raise RuntimeError(f"a {when} process compiled {made['compiled']} kernels")
                     if turn:  # the first brings every file into the system's cache
-                        found[when, name].append(times)
+                        found[when, name].append(made["seconds"])
     names.remove(NUMBA)
     figures: dict[str, Any] = {part: operator.itemgetter(number) for number, part in enumerate(PARTS)}
     figures |= {"all three calls": lambda times: sum(times[1:]), "import and calls": sum}
@@ -90,12 +90,6 @@ def start(threads: int, seconds: float, rounds: int = 5) -> Iterator[Case]:
         if what == "all three calls":
             values[NUMBA] = tuple(times[0] for times in found[when, NUMBA])
         yield Case(f"{when}: {what}", values, threads=threads)
-
-
-def started(name: str, threads: int, cache: Path) -> tuple[list[float], int]:
-    """Start a process of one side; the seconds of each part, and how many kernels it compiled."""
-    result = new_process(sys.executable, _CLOCK + SCRIPTS[name] + _PRINT, cache, threads)
-    return result["seconds"], result["compiled"]
 
 
 def new_process(python: str, script: str, cache: Path, threads: int, *arguments: str) -> Any:

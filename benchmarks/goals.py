@@ -7,7 +7,7 @@ peer wins, has none.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean as mean
 from typing import NamedTuple
 
@@ -19,89 +19,55 @@ from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
 
 OURS = studies.OURS
-LARGE = "50,64,512,512 infer float32"  # most of its time is arithmetic
 STEP = Work(1, 1, 32, 64, kind="stream")
 LOOPED = ("torch", loops.CELL, "onnxruntime")
 OLD = "55c5fee"  # of versions.json
-Values = Callable[[Results, Case], list[float]]  # of a case; none where it is not asked
-
-
-class MissingReasonError(Exception):
-    """A goal is missed, or a peer wins, and no reason is given."""
+Values = Callable[[Results, Case], Iterable[float]]  # of a case
 
 
 class Goal(NamedTuple):
     """A goal, at least or at most, and how to read its values off a case.
 
-    `place` begins the names of the files and, behind a slash, those of their groups: each has a value of its own, which
+    `where` is a pattern for the beginning of FILE/GROUP/CASE. Each group of each file has a value of its own, which
     `combine` makes of all values of its cases.
     """
 
     words: str
     asked: float
     at_most: bool
-    place: str
+    where: str
     values: Values
-    combine: Callable[[Sequence[float]], float] = max
+    combine: Callable[[Iterable[float]], float] = max
     why: str = ""
 
     def found(self, files: Mapping[str, Results]) -> list[float]:
-        """Return the values of each file or group."""
-        name, _, group = self.place.partition("/")
+        """Return the value of each group of each file."""
         found: dict[tuple[str, str], list[float]] = {}
-        for file in (file for file in files if file.startswith(name)):
-            for case in files[file].cases:
-                of = case.group if group else ""
-                if of.startswith(group) and (values := self.values(files[file], case)):
-                    found.setdefault((file, of), []).extend(values)
-        return [self.combine(values) for values in found.values()]
-
-    def misses(self, value: float) -> bool:
-        """Whether a value misses the goal."""
-        return value > self.asked if self.at_most else not value >= self.asked
+        for name, file in files.items():
+            for case in file.cases:
+                if re.match(self.where, f"{name}/{case.group}/{case.name}"):
+                    found.setdefault((name, case.group), []).extend(self.values(file, case))
+        return [self.combine(values) for values in found.values() if values]
 
 
-def best_peer(kind: str, dtype: str = "float32") -> Values:
-    """Return the best peer's time / ours, of plain works."""
-
-    def values(_: Results, case: Case) -> list[float]:
-        if not case.work or not case.work.is_plain or (case.work.kind, case.work.dtype) != (kind, dtype):
-            return []
-        return sorted(r.middle for side in case.values if report.is_peer(side) and (r := report.ratio_of(case, side)))[
-            :1
-        ]
-
-    return values
+def best_peer(_: Results, case: Case) -> list[float]:
+    """Return the best peer's time / ours."""
+    return sorted(ratio.middle for _, _, ratio in report.duels([case]))[:1]
 
 
-def share_of_peak(title: str) -> Values:
-    """Return the share of the measured peak, of the work of this title."""
-    return lambda results, case: list(filter(None, [results.share_of_peak(case, OURS)])) if case.name == title else []
+def share_of_peak(results: Results, case: Case) -> Iterable[float]:
+    """Return the share of the measured peak."""
+    return filter(None, [results.share_of_peak(case, OURS)])
 
 
-def ratio(*theirs: str, to: Sequence[str] = (OURS,), at: str = "") -> Values:
-    """Return the time of each of some sides / that of each of others, of cases whose name matches a pattern."""
-
-    def values(_: Results, case: Case) -> list[float]:
-        found = [case.ratio(side, other) for side in theirs for other in to if re.search(at, case.name)]
-        return [spread.middle for spread in found if spread]
-
-    return values
+def ratio(*theirs: str, to: Sequence[str] = (OURS,)) -> Values:
+    """Return the time of each of some sides / that of each of others."""
+    return lambda _, case: [r.middle for side in theirs for other in to if (r := case.ratio(side, other))]
 
 
-def inverse(of: Values) -> Values:
-    """Return 1 / each value."""
-    return lambda results, case: [1 / value for value in of(results, case)]
-
-
-def seconds(name: str, scale: float = 1.0) -> Values:
-    """Return our seconds, of the case of this name."""
-    return lambda _, case: [scale * case.spread(OURS).middle] if case.name == name else []
-
-
-def fact(name: str) -> Values:
-    """Return a fact of each case that has it."""
-    return lambda _, case: [case.facts[name]] if name in case.facts else []
+def seconds(_: Results, case: Case) -> list[float]:
+    """Return our seconds."""
+    return [case.spread(OURS).middle]
 
 
 CHECKED = "A prepared call checks each parameter in Python at every call."
@@ -110,46 +76,48 @@ NORMED = "Layer norm goes over each row three times more, and keeps nine more nu
 COMPILED = "What remains is LLVM's optimisation and code generation of the kernels themselves."
 SMALL = "With few units the step is mostly the LSTM at its usual speed; what PyTorch does around it both sides share."
 ONE_THREAD = "One thread is near the measured peak at this size, and so is PyTorch."
-INFER, TRAIN, FIRST = best_peer("infer"), best_peer("train"), inverse(ratio(OLD))
-SHAPES = ratio(OLD, at="^(inference|training) .*,")
+INFER, TRAIN = r"goals.*/[\d,]+ infer float32", r"goals.*/[\d,]+ train float32"
+FIRST, SHAPES = ratio(OURS, to=[OLD]), r"versions/calls.*/(inference|training) .*,"
 GOALS = (
-    Goal("inference, float32: best peer's time / ours, least", 1.0, False, "goals", INFER, min),
-    Goal("inference, float32: geometric mean", 1.4, False, "goals", INFER, mean),
-    Goal("training, float32: PyTorch's time / ours, least", 1.2, False, "goals", TRAIN, min, ONE_THREAD),
-    Goal("training, float32: geometric mean", 2.0, False, "goals", TRAIN, mean),
-    Goal("inference, float64: geometric mean", 1.5, False, "goals", best_peer("infer", "float64"), mean),
-    Goal("training, float64: geometric mean", 1.5, False, "goals", best_peer("train", "float64"), mean),
-    Goal("a streaming step, microseconds", 4.0, True, "goals", seconds(STEP.title, 1e6)),
-    Goal("a streaming step: ONNX Runtime's time / ours", 2.0, False, "goals", ratio("onnxruntime", at=STEP.title)),
-    Goal("ragged training: PyTorch's packed sequences / ours", 20.0, False, "goals", ratio("torch", at="ragged")),
-    Goal("share of the peak, inference 50,64,512,512", 0.8, False, "goals", share_of_peak(LARGE), min),
-    Goal("ragged training / the same padded", 0.85, True, "ragged", inverse(ratio(studies.PADDED, at="365"))),
-    Goal("first calls with an empty kernel cache, seconds", 10.0, True, "start", seconds("cold: all three calls")),
-    Goal("first calls in a later process, seconds", 0.5, True, "start", seconds("warm: all three calls")),
-    Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory", fact(studies.GROWING)),
+    Goal("inference, float32: best peer's time / ours, least", 1.0, False, INFER, best_peer, min),
+    Goal("inference, float32: geometric mean", 1.4, False, INFER, best_peer, mean),
+    Goal("training, float32: PyTorch's time / ours, least", 1.2, False, TRAIN, best_peer, min, ONE_THREAD),
+    Goal("training, float32: geometric mean", 2.0, False, TRAIN, best_peer, mean),
+    Goal("inference, float64: geometric mean", 1.5, False, r"goals.*/[\d,]+ infer float64", best_peer, mean),
+    Goal("training, float64: geometric mean", 1.5, False, r"goals.*/[\d,]+ train float64", best_peer, mean),
+    Goal("a streaming step, microseconds", 4.0, True, f"goals.*/{STEP.title}",
+         lambda _, case: [1e6 * case.spread(OURS).middle]),
+    Goal("a streaming step: ONNX Runtime's time / ours", 2.0, False, f"goals.*/{STEP.title}", ratio("onnxruntime")),
+    Goal("ragged training: PyTorch's packed sequences / ours", 20.0, False, "goals.*ragged", ratio("torch")),
+    Goal("share of the peak, inference 50,64,512,512", 0.8, False, "goals.*/50,64,512,512 infer float32",
+         share_of_peak, min),
+    Goal("ragged training / the same padded", 0.85, True, "ragged.*365", ratio(OURS, to=[studies.PADDED])),
+    Goal("first calls with an empty kernel cache, seconds", 10.0, True, "start.*cold: all three calls", seconds),
+    Goal("first calls in a later process, seconds", 0.5, True, "start.*warm: all three calls", seconds),
+    Goal("memory, numbers per unit, step, sequence", 7.0, True, "memory",
+         lambda _, case: [case.facts[studies.GROWING]]),
     Goal("training with recompute, times the time", 1.35, True, "recompute", ratio(studies.RECOMPUTED)),
-    Goal("closed loop, training: PyTorch's time / ours", 4.0, False, "closed_loop", ratio("torch", at="training")),
-    Goal("closed loop, training: PyTorch's time / ours in `@njit`", 8.0, False, "closed_loop",
-         ratio("torch", to=[loops.NJIT], at="training")),
+    Goal("closed loop, training: PyTorch's time / ours", 4.0, False, "closed_loop.*training", ratio("torch")),
+    Goal("closed loop, training: PyTorch's time / ours in `@njit`", 8.0, False, "closed_loop.*training",
+         ratio("torch", to=[loops.NJIT])),
     Goal("closed loop, training in `@njit` / the open loop in one call", 1.6, True, "closed_loop",
          ratio(loops.NJIT, to=[loops.OPEN])),
-    Goal("a small step: from Python / in `@njit`", 8.0, False, "closed_loop", ratio(OURS, to=[loops.NJIT], at="small")),
+    Goal("a small step: from Python / in `@njit`", 8.0, False, "closed_loop.*small", ratio(OURS, to=[loops.NJIT])),
     Goal("closed loop, inference: best peer's time / ours, from Python and in `@njit`, least", 1.0, False,
-         "closed_loop", ratio(*LOOPED, to=[OURS, loops.NJIT], at="inference"), min),
+         "closed_loop.*inference", ratio(*LOOPED, to=[OURS, loops.NJIT]), min),
     Goal("steps of other cells / the plain LSTM, most", 1.1, True, "family", ratio(*studies.STEP_VARIANTS)),
     Goal("any other cell / the plain LSTM, most", 1.3, True, "family",
          ratio(*studies.PHASES, studies.PROJECTED), max, NORMED),
-    Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family",
-         ratio(studies.TRUNCATED, at="train")),
+    Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family.*train", ratio(studies.TRUNCATED)),
     Goal("plain RNN / the plain LSTM, most", 0.45, True, "family", ratio(studies.RNN_NAME)),
     Goal("`torch.nn.LSTM` / `fastlstm.torch.LSTM`, training, least", 2.0, False, "torch_lstm", ratio("torch"), min,
          SMALL),
     Goal(f"first call, CPU time / {OLD}, most", 0.6, True, "versions/first", FIRST, max, COMPILED),
     Goal(f"first call, CPU time / {OLD}, least", 0.6, True, "versions/first", FIRST, min, COMPILED),
-    Goal(f"shapes: {OLD} / ours, geometric mean", 0.98, False, "versions/calls", SHAPES, mean, HANDED),
-    Goal(f"shapes: {OLD} / ours, least", 0.93, False, "versions/calls", SHAPES, min, HANDED),
-    Goal(f"`step`: {OLD} / ours", 1.0, False, "versions/calls", ratio(OLD, at="^step"), min, CHECKED),
-    Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls", ratio(OLD, at="one step"), min, CHECKED),
+    Goal(f"shapes: {OLD} / ours, geometric mean", 0.98, False, SHAPES, ratio(OLD), mean, HANDED),
+    Goal(f"shapes: {OLD} / ours, least", 0.93, False, SHAPES, ratio(OLD), min, HANDED),
+    Goal(f"`step`: {OLD} / ours", 1.0, False, "versions/calls.*/step", ratio(OLD), min, CHECKED),
+    Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls.*one step", ratio(OLD), min, CHECKED),
 )  # fmt: skip
 NOTES = (
     "A second variant of the cell is asked to compile in at most 2 s. One of the step takes 0.8 s; the first cell with"
@@ -166,18 +134,12 @@ WINS = {
 
 
 def rows(files: Mapping[str, Results]) -> Iterator[list[str]]:
-    """Give the rows of the table of goals: what misses is bold, with the reason.
-
-    Raises
-    ------
-    MissingReasonError
-        If there is none.
-    """
+    """Give the rows of the table of goals: what misses is bold, with the reason; ValueError if it has none."""
     for goal in GOALS:
         values = goal.found(files)
-        missed = [goal.misses(value) for value in values]
+        missed = [value > goal.asked if goal.at_most else not value >= goal.asked for value in values]
         if any(missed) and not goal.why:
-            raise MissingReasonError(f"goals.py does not say why this goal is missed: {goal.words}")
+            raise ValueError(f"goals.py does not say why this goal is missed: {goal.words}")
         cells = [f"**{v:.2f}**" if bad else f"{v:.2f}" for v, bad in zip(values, missed, strict=True)]
         if values:
             bound = f"at {'most' if goal.at_most else 'least'} {goal.asked:g}"
@@ -185,18 +147,12 @@ def rows(files: Mapping[str, Results]) -> Iterator[list[str]]:
 
 
 def wins(results: Results) -> Iterator[str]:
-    """Give a line for each reason why a peer wins cases of a file, with these cases.
-
-    Raises
-    ------
-    MissingReasonError
-        If a case has none.
-    """
+    """Give a line for each reason why a peer wins cases of a file, with these; ValueError if one has none."""
     found: dict[str, list[str]] = {}
     for case, side, spread in report.losses(results.cases):
         fits = [why for (name, start), why in WINS.items() if name == results.name and case.name.startswith(start)]
         if not fits:
-            raise MissingReasonError(f"goals.py does not say why {side} wins at {results.name}: {case.name}")
+            raise ValueError(f"goals.py does not say why {side} wins at {results.name}: {case.name}")
         found.setdefault(fits[0], []).append(f"{case.name} ({side} {spread.middle:.2f})")
     for why, cases in found.items():
         yield f"- {'; '.join(cases)}: {why}"

@@ -35,20 +35,16 @@ def sequences(*sizes: tuple[int, int], make: Callable[..., Work] = Work, **varia
     return [replace(make(512, b, h, h, kind=kind), **variant) for b, h in sizes for kind in ("infer", "train")]
 
 
-def steps(*sizes: tuple[int, int]) -> list[Work]:
-    """A step of a stream for each (B, H), with I = H."""
-    return [Work(1, b, h, h, kind="stream") for b, h in sizes]
-
-
 # In order of importance: one batch at all sizes, one work of each other kind, the other batches, then all others.
 SIZES, DEEP = (512, 256, 1024, 128), {"layers": 2, "bidirectional": True}
 WORKS = (
     *sequences(*((16, hidden) for hidden in SIZES)),
-    *steps((1, 256)),
+    Work(1, 1, 256, 256, kind="stream"),
     *sequences((16, 512), **DEEP),
     *sequences((64, 256), make=Work.ragged),
     *sequences(*((batch, hidden) for batch in (64, 1) for hidden in SIZES)),
-    *steps((1, 1024), (16, 512)),
+    Work(1, 1, 1024, 1024, kind="stream"),
+    Work(1, 16, 512, 512, kind="stream"),
     *sequences((16, 512), (64, 1024), make=Work.ragged),
     *sequences((64, 256), **DEEP),
     *sequences(*((batch, hidden) for hidden in (64, 192, 768) for batch in (16, 64, 1))),
@@ -58,59 +54,43 @@ WORKS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and write the file; 1 if our side fails, or torch's float32 results are not ours."""
-    options = parser().parse_args(arguments)
-    begin = time.monotonic()
-    peers.TORCH_GPU = options.torch_device
-    names = [
-        name for name in (*OURS, *(() if options.no_torch else (*THEIRS, *ROUNDED))) if peers.missing(name) is None
-    ]
+    parser = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the stage's file")
+    add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
+    add("--done", type=Path, help="a stage's file: leave its cases out; if it has none, begin with the last ones")
+    add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
+    add("--no-torch", action="store_true", help="time this library alone")
+    options = parser.parse_args(arguments)
+    begin, measured, complaints = time.monotonic(), 0, list[str]()
+    asked = OURS if options.no_torch else (*OURS, *THEIRS, *ROUNDED)
+    names = [name for name in asked if peers.missing(name) is None]
     gpu_common.update(options.out, machine=gpu_common.machine(with_torch="torch cuda" in names))
-    works, measured, failed = chosen(options), 0, False
+    shapes = grid.of_shapes(options.shape or (), ("float32",), ("infer", "train"))
+    works = left_of(shapes or list(WORKS), options.done)
     for work in works:
         if time.monotonic() - begin > options.seconds:
             break
         case = run.measure_case(work, names, 1, SECONDS_OF_A_CASE)
         gpu_common.update(options.out, [case])
         print(report.line(case), flush=True)
-        failed |= bool(complaints(case))
+        wrong = [(side, reason) for side, reason in case.refused.items()
+                 if side in (*OURS, run.EVERYBODY) or (side == "torch cuda" and "computes" in reason)]  # fmt: skip
+        complaints += [f"{case.name}: {side}: {reason}" for side, reason in wrong]
         measured += 1
     late = {"refused": {run.EVERYBODY: UNREACHED}}
     left = [Case(work.title, {}, group=work.kind, work=work, **late) for work in works[measured:]]
     gpu_common.update(options.out, left)
-    print(f"{measured} of {len(works)} cases measured")
-    return int(failed)
+    print(*complaints, f"{measured} of {len(works)} cases measured", sep="\n")
+    return 1 if complaints else 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    result = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
-    add = result.add_argument
-    add("--out", type=Path, required=True, help="the stage's file")
-    add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
-    add("--done", type=Path, help="a stage's file: leave its cases out")
-    add("--last-first", action="store_true", help="begin with the cases that are reached last otherwise")
-    add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
-    add("--no-torch", action="store_true", help="time this library alone")
-    add("--torch-device", default="cuda", help="for trying this out; default: %(default)s")
-    return result
-
-
-def chosen(options: argparse.Namespace) -> list[Work]:
-    """Return the works to measure, in order."""
-    works = grid.of_shapes(options.shape, ("float32",), ("infer", "train")) if options.shape else list(WORKS)
-    stage = gpu_common.load(options.done) if options.done else None
-    done = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
-    left = [work for work in works if work.title not in done]
-    return left[::-1] if options.last_first and not done else left
-
-
-def complaints(case: Case) -> list[str]:
-    """Print and return what should not be: our side failed, or float32 without TF32 is not what we compute."""
-    ours = [reason for side, reason in case.refused.items() if side in (*OURS, run.EVERYBODY)]
-    theirs = [reason for reason in [case.refused.get("torch cuda", "")] if "computes" in reason]
-    for line in (*ours, *theirs):
-        print(f"{case.name}: {line}", file=sys.stderr)
-    return [*ours, *theirs]
+def left_of(works: list[Work], done: Path | None) -> list[Work]:
+    """Return the works that a stage's file lacks, in order; if it has none of them, begin with the last."""
+    stage = gpu_common.load(done) if done else None
+    measured = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
+    left = [work for work in works if work.title not in measured]
+    return left[::-1] if done and not measured else left
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -45,30 +44,24 @@ def _here(names: tuple[str, ...] = ON_CPU) -> list[str]:
     return [name for name in names if peers.missing(name) is None]
 
 
-def _case(name: str, builders: run.Builders, seconds: float, tolerances: Any = None, **fields: Any) -> Case:
-    """Measure sides; a failure of our own side ends the study."""
-    dtype = fields.pop("dtype", "float32")
-    case = run.measure_sides(name, builders, dtype, seconds, tolerances)
+def _checked(case: Case, **fields: Any) -> Case:
+    """Return a case with other fields; a failure of our own side ends the study."""
     if OURS not in case.values:
-        raise RuntimeError(f"{name}: {case.refused.get(OURS, 'the CPU backend cannot run here')}")
-    facts = fields.pop("facts", {})
-    return replace(case, facts=facts, **fields)  # first results belong to the study of starts
+        raise RuntimeError(f"{case.name}: {case.refused or 'the CPU backend cannot run here'}")
+    return replace(case, **{"facts": {}} | fields)  # first results belong to the study of starts
 
 
-def _work_case(work: Work, name: str, threads: int, seconds: float, names: list[str] | None = None) -> Case:
-    problem, able = Problem.of(work), [side for side in names or _here() if peers.contender(side).able(work)]
-    builders = {side: functools.partial(peers.contender(side).build, problem, threads) for side in able}
-    return _case(name, builders, seconds, dtype=work.dtype, threads=threads, work=work)
+def _case(name: str, builders: run.Builders, *given: Any, dtype: str = "float32", **fields: Any) -> Case:
+    return _checked(run.measure_sides(name, builders, *given, dtype=dtype), **fields)
+
+
+def _work_case(work: Work, name: str, threads: int, seconds: float, names: tuple[str, ...] = ON_CPU) -> Case:
+    return _checked(run.measure_case(work, _here(names), threads, seconds), name=name, group="")
 
 
 def _on_cpu(threads: int, problems: Mapping[str, Problem]) -> run.Builders:
     """Return builders of our CPU side for problems by name."""
     return {name: functools.partial(sides.cpu, problem, threads) for name, problem in problems.items()}
-
-
-def _ready(made: Mapping[str, Side]) -> run.Builders:
-    """Return builders of sides that are built already."""
-    return {name: functools.partial(nullcontext, side) for name, side in made.items()}
 
 
 def ragged(threads: int, seconds: float) -> Iterator[Case]:
@@ -83,7 +76,7 @@ def ragged(threads: int, seconds: float) -> Iterator[Case]:
         both = {OURS: Problem.of(Work.ragged(*shape)), PADDED: Problem.of(Work(*shape, kind="train"))}
         facts = {"share of the padded steps": both[OURS].work.rows / both[PADDED].work.rows}
         name = f"a training pass, T up to {shape[0]}, against ourselves padded"
-        yield _case(name, _on_cpu(threads, both), seconds, {PADDED: math.inf}, facts=facts, threads=threads)
+        yield _case(name, _on_cpu(threads, both), threads, seconds, {PADDED: math.inf}, facts=facts)
 
 
 def freeze(threads: int, seconds: float) -> Iterator[Case]:
@@ -94,7 +87,7 @@ def freeze(threads: int, seconds: float) -> Iterator[Case]:
         problem = Problem.of(work)
         live = functools.partial(sides.cpu, problem, threads, frozen=False)
         builders = {**_on_cpu(threads, {OURS: problem}), LIVE: live}
-        yield _case(f"{work.name} {work.kind}", builders, seconds, threads=threads)
+        yield _case(f"{work.name} {work.kind}", builders, threads, seconds)
 
 
 STEP_VARIANTS: dict[str, dict[str, Any]] = {
@@ -124,7 +117,7 @@ def family(threads: int, seconds: float) -> Iterator[Case]:
         models[RNN_NAME] = RNN(inputs, hidden, seed=0)
         builders = _on_cpu(threads, {OURS: plain} | {name: _with_model(plain, m) for name, m in models.items()})
         unlike = dict.fromkeys(models, math.inf)  # they compute something else: nothing is compared
-        yield _case(plain.work.title, builders, seconds, unlike, threads=threads)
+        yield _case(plain.work.title, builders, threads, seconds, unlike)
 
 
 def _with_model(problem: Problem, model: Any) -> Problem:
@@ -132,18 +125,16 @@ def _with_model(problem: Problem, model: Any) -> Problem:
     return replace(problem, model=model, dy=np.ascontiguousarray(problem.dy[..., : model.cell.output_size]))
 
 
-def extra_bytes(model: LSTM, steps: int, batch: int, lengths: Any = None, *, recompute: bool = False) -> int:
+def extra_bytes(model: LSTM, steps: int, batch: int, *, recompute: bool = False) -> int:
     """Most bytes that a training pass holds at once beyond its inputs and outputs, as tracemalloc sees them."""
     from fastlstm.backends.cpu.workspace import POOL
 
     rng = np.random.default_rng(0)
-    x, dy = (
-        rng.standard_normal((steps, batch, width)).astype(model.cell.dtype)
-        for width in (model.cell.input_size, model.cell.output_size)
-    )
+    widths = model.cell.input_size, model.cell.output_size
+    x, dy = (rng.standard_normal((steps, batch, width)).astype(model.cell.dtype) for width in widths)
 
     def train() -> tuple[Any, ...]:
-        y, state, tape = model.forward(x, lengths=lengths, recompute=recompute)
+        y, state, tape = model.forward(x, recompute=recompute)
         grads = model.backward(tape, dy)
         return y, *state, grads.x, *grads.state, *grads.params.values()
 
@@ -178,30 +169,21 @@ def memory(threads: int, seconds: float) -> Iterator[Case]:
 
 def recompute(threads: int, seconds: float) -> Iterator[Case]:
     """A training pass that computes the gates again (`recompute=True`) against one that keeps all; equal gradients."""
-
-    def side(problem: Problem, again: bool) -> Side:
-        def train() -> tuple[Any, ...]:
-            y, _, tape = problem.model.forward(problem.x, recompute=again)
-            grads = problem.model.backward(tape, problem.dy)
-            return y, grads.x, *grads.params.values()
-
-        return Side(train, train)
-
     shapes = ((100, 1, 128, 256), (100, 32, 64, 128), (365, 64, 32, 256), (50, 64, 512, 512))
     for dtype, shape in itertools.product(DTYPES, shapes):
         problem = Problem.of(Work(*shape, dtype, "train"))
-        with sides.our_threads(threads):
-            builders = _ready({OURS: side(problem, False), RECOMPUTED: side(problem, True)})
+        recomputed = functools.partial(sides.cpu, problem, threads, recompute=True)
+        with sides.with_threads(threads):
             less, whole = (extra_bytes(problem.model, *shape[:2], recompute=again) for again in (True, False))
-            name, facts = f"{problem.work.name} {dtype}", {SAVED: less / whole}
-            yield _case(name, builders, seconds, dtype=dtype, facts=facts, threads=threads)
+        builders, facts = {**_on_cpu(threads, {OURS: problem}), RECOMPUTED: recomputed}, {SAVED: less / whole}
+        yield _case(f"{problem.work.name} {dtype}", builders, threads, seconds, dtype=dtype, facts=facts)
 
 
 def growth(threads: int, seconds: float) -> Iterator[Case]:
     """A training pass in float32 over longer and longer sequences, B=4, I=8, H=16: the time has to be linear in T."""
     for steps in (512, 2048, 8192, 32768, 65536, 131072):
         work = Work(steps, 4, 8, 16, kind="train")
-        yield _work_case(work, f"T={steps:,}", threads, seconds, _here((OURS, "torch")))
+        yield _work_case(work, f"T={steps:,}", threads, seconds, (OURS, "torch"))
 
 
 FORGET_BIAS = 3.0  # as neuralhydrology initialises it: with 0, gradients of T=365 underflow
@@ -217,12 +199,12 @@ def torch_lstm(threads: int, seconds: float) -> Iterator[Case]:
     """
     if "torch" not in _here():
         return
-    with peers.torch_with(threads) as torch, sides.our_threads(threads):
-        classes = {OURS: import_module("fastlstm.torch").LSTM, "torch": torch.nn.LSTM}
-        for batch, inputs, hidden in itertools.product((64, 256), (5, 32), (64, 128)):
-            work = Work(365, batch, inputs, hidden, kind="train")
-            builders = _ready({name: _torch_program(torch, lstm, work) for name, lstm in classes.items()})
-            yield _case(f"B={batch}, I={inputs}, H={hidden}", builders, seconds, threads=threads)
+    torch = import_module("torch")
+    classes = {OURS: import_module("fastlstm.torch").LSTM, "torch": torch.nn.LSTM}
+    for batch, inputs, hidden in itertools.product((64, 256), (5, 32), (64, 128)):
+        work = Work(365, batch, inputs, hidden, kind="train")
+        builders = {name: functools.partial(_torch_program, torch, lstm, work) for name, lstm in classes.items()}
+        yield _case(f"B={batch}, I={inputs}, H={hidden}", builders, threads, seconds)
 
 
 def _torch_program(torch: Any, lstm_class: Any, work: Work) -> Side:
@@ -268,9 +250,10 @@ def closed_loop(threads: int, seconds: float) -> Iterator[Case]:
     ):
         count = threads if names else 1
         problem, unlike = Problem.of(work), {loops.OPEN: math.inf} if build is loops.training else None
-        with sides.our_threads(count), peers.torch_with(count) if "torch" in names else nullcontext():
-            title = f"{name}, B={work.batch}, I={work.inputs}, H={work.hidden}"
-            yield _case(title, _ready(build(problem, count, names)), seconds, unlike, threads=count)
+        with sides.with_threads(count, names):
+            made = build(problem, count, names)
+        builders = {side: functools.partial(made.get, side) for side in made}
+        yield _case(f"{name}, B={work.batch}, I={work.inputs}, H={work.hidden}", builders, count, seconds, unlike)
 
 
 STUDIES: dict[str, Callable[[int, float], Iterator[Case]]] = {
@@ -291,9 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
         given += ["--out", str(options.out)] if options.out else []
         return max(subprocess.run([sys.executable, __file__, name, *given], check=False).returncode for name in STUDIES)
     study = STUDIES[options.study]
-    found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")[0]
+    found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")
     for case in study(options.threads, options.seconds):
-        found = found.with_case(case)
+        found = replace(found, cases=(*found.cases, case))
         print(report.line(case), flush=True)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)

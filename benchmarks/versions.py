@@ -111,8 +111,7 @@ print(time.process_time() - start)
 @contextlib.contextmanager
 def version(python: str, threads: int) -> Iterator[dict[str, Side]]:
     """Start a process that holds the models; its sides by cell."""
-    shapes = {kind: [shape for shape, variant in grid.SMALL[kind] if not variant] for kind in ("infer", "train")}
-    command = [python, "-c", WORKER, json.dumps([shapes["infer"], shapes["train"], threads])]
+    command = [python, "-c", WORKER, json.dumps([grid.SMALL["infer"], grid.SMALL["train"], threads])]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tempfile.gettempdir(), **pipes) as process:
 
@@ -145,12 +144,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seconds", type=float, default=0.5, help="for a cell of each pair of processes")
     options = parser.parse_args(arguments)
     pythons = {CPU: options.new, options.name: options.old}
-    found = run.begin(options.out.stem, [], max(options.threads), ABOUT)[0]
+    found = run.begin(options.out.stem, [], max(options.threads), ABOUT)
     for what in ("inference", "training", "step", "frozen step") if options.processes else ():
         values = {name: () for name in pythons}
         for name, python in [*pythons.items()] * options.processes:
             values[name] += (first_call(python, what),)
-        found = found.with_case(Case(what, values, group="first call, empty kernel cache, CPU time"))
+        case = Case(what, values, group="first call, empty kernel cache, CPU time")
+        found = replace(found, cases=(*found.cases, case))
     for threads in options.threads:
         group, cases = f"calls on {threads} thread{'s' * (threads > 1)}", dict[str, Case]()
         for _ in range(options.processes):

@@ -21,7 +21,7 @@ Spread(low=1.95, middle=2.0, high=2.05)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,11 +44,7 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-11}
 
 
 class SideError(Exception):
-    """A side failed while it was timed; its error is this one's cause."""
-
-    def __init__(self, side: str) -> None:
-        super().__init__(side)
-        self.side = side
+    """The side of this name failed while it was timed; its error is this one's cause."""
 
 
 class Spread(NamedTuple):
@@ -103,49 +99,39 @@ def calls_for(side: Side) -> tuple[int, float]:
     return count, seconds
 
 
-def wait_for_quiet(
-    sleep: Callable[[float], None] = time.sleep,
-    now: Callable[[], float] = time.perf_counter,
-    worked: Callable[[], float] = time.process_time,
-) -> None:
-    """Sleep until the threads of this process are idle, at most :data:`LONGEST_PAUSE`; the arguments are for tests."""
-    until = now() + LONGEST_PAUSE
+def wait_for_quiet() -> None:
+    """Sleep until the threads of this process are idle, at most :data:`LONGEST_PAUSE`."""
+    until = time.perf_counter() + LONGEST_PAUSE
     while True:
-        start, work = now(), worked()
-        sleep(PAUSE)
-        if worked() - work <= QUIET * (now() - start) or now() >= until:
+        start, work = time.perf_counter(), time.process_time()
+        time.sleep(PAUSE)
+        now = time.perf_counter()
+        if time.process_time() - work <= QUIET * (now - start) or now >= until:
             return
 
 
-def take_turns(
-    sides: Mapping[str, Side],
-    budget: float,
-    *,
-    pause: Callable[[], None] = wait_for_quiet,
-    now: Callable[[], float] = time.perf_counter,
-) -> dict[str, tuple[float, ...]]:
+def take_turns(sides: Mapping[str, Side], budget: float) -> dict[str, tuple[float, ...]]:
     """Time sides in turn that are built and compared; give the seconds of one call for each side and round.
 
     `budget` seconds are spent on :data:`LEAST_ROUNDS` to :data:`MOST_ROUNDS` rounds; if the rounds take more than
-    :data:`PATIENCE` times that, :data:`FEWEST_ROUNDS` are enough. A side that fails raises SideError. `pause` and `now`
-    are for tests.
+    :data:`PATIENCE` times that, :data:`FEWEST_ROUNDS` are enough. A side that fails raises SideError.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     calls, short, names, name = {}, {}, list(sides), ""
-    begin = now()
+    begin = time.perf_counter()
     try:
         for name, side in sides.items():
             calls[name], one = calls_for(side)
             short[name] = one < LONG
         for turn in range(MOST_ROUNDS if names else 0):
             limit = budget if turn >= LEAST_ROUNDS else PATIENCE * budget
-            if turn >= FEWEST_ROUNDS and now() >= begin + limit:
+            if turn >= FEWEST_ROUNDS and time.perf_counter() >= begin + limit:
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                pause()
-                until = now() + WARM
-                while short[name] and now() < until:
+                wait_for_quiet()
+                until = time.perf_counter() + WARM
+                while short[name] and time.perf_counter() < until:
                     sides[name].time(calls[name])
                 seconds[name].append(sides[name].time(calls[name]))
     except Exception as error:

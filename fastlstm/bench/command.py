@@ -6,14 +6,8 @@ import argparse
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastlstm.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from fastlstm.bench.work import Work
 
 __all__ = ["add_arguments", "bench"]
 
@@ -41,7 +35,7 @@ def bench(options: argparse.Namespace) -> int:
     An option that makes no sense, or a file that cannot be written, is an ArgumentError before anything is measured.
     """
     from fastlstm.backends.threads import get_num_threads
-    from fastlstm.bench import grid, peers, pictures, report, results, run
+    from fastlstm.bench import grid, peers, pictures, report, run
 
     dtypes, names = options.dtype or ("float32",), peers.chosen(options.peers)
     kinds = options.kinds or (("infer", "train") if options.bidirectional else ("infer", "train", "stream"))
@@ -53,41 +47,26 @@ def bench(options: argparse.Namespace) -> int:
     else:
         works = grid.works(grid.GRIDS[options.grid], dtypes, kinds)
     a_map = functools.partial(grid.crossover, every=1 if options.grid == "full" else 2)
-    _prepare(options)
+    try:
+        for folder in filter(None, (options.json and options.json.parent, options.plot)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if options.json:
+            options.json.open("a").close()  # leaves what is there
+    except OSError as error:
+        raise ArgumentError(f"{error.filename}: {error.strerror}") from error
     found = run.measure(
         works,
         names,
         threads=get_num_threads() if options.threads is None else options.threads,
         seconds=options.seconds,
         ours_only=() if options.shape else grid.works(a_map, dtypes, kinds),
-        progress=_shown,
-        keep=lambda found: results.save(options.json, found) if options.json else None,
+        path=options.json,
+        progress=functools.partial(print, file=sys.stderr, flush=True),
     )
     print(*report.text(found), sep="\n\n")
     status = 1 if any(name in (*peers.OURS, run.EVERYBODY) for case in found.cases for name in case.refused) else 0
     if options.json:
-        results.save(options.json, found)
         print(f"wrote {options.json}")
     if options.plot:
         print(*pictures.write(found, options.plot), sep="\n")
     return 130 if found.interrupted else status
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    """Make the folders and try the file."""
-    try:
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.open("a").close()  # leaves what is there
-        if options.plot is not None:
-            options.plot.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(f"{error.filename}: {error.strerror}") from error
-
-
-def _shown(works: Iterable[Work]) -> Iterator[Work]:
-    """Give the works, and show on stderr which one is measured."""
-    works = list(works)
-    for number, work in enumerate(works, 1):
-        print(f"{number} of {len(works)}: {work.title}", file=sys.stderr, flush=True)
-        yield work

@@ -1,7 +1,7 @@
 """The grids: the sizes that are measured.
 
->>> [work.title for work in small("float32", "stream")][:2]
-['1,1,32,64 stream float32', '1,1,32,64, unbatched stream float32']
+>>> [work.name for work in small("float32", "stream")]
+['1,1,32,64', '1,32,64,128', '1,1,32,64, unbatched', '1,1,32,64, 2 layers']
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ from fastlstm.bench.work import Work
 
 __all__ = ["GOALS", "GRIDS", "crossover", "of_shapes", "works"]
 
-SMALL: dict[str, tuple[tuple[tuple[int, int, int, int], dict[str, Any]], ...]] = {
+SMALL = {
     "infer": (
-        ((1, 1, 128, 256), {}), ((100, 1, 32, 64), {}), ((100, 1, 128, 256), {}), ((10, 32, 64, 128), {}),
-        ((100, 32, 64, 128), {}), ((100, 32, 64, 128), {"layers": 2}), ((100, 32, 64, 128), {"bidirectional": True}),
-        ((100, 256, 64, 128), {}), ((100, 32, 64, 32), {}), ((100, 32, 64, 512), {}), ((365, 64, 32, 256), {}),
-        ((50, 64, 512, 512), {}),
+        (1, 1, 128, 256), (100, 1, 32, 64), (100, 1, 128, 256), (10, 32, 64, 128), (100, 32, 64, 128),
+        (100, 256, 64, 128), (100, 32, 64, 32), (100, 32, 64, 512), (365, 64, 32, 256), (50, 64, 512, 512),
     ),
-    "train": (
-        ((100, 1, 32, 64), {}), ((100, 32, 64, 128), {}), ((100, 32, 64, 128), {"layers": 2, "bidirectional": True}),
-        ((100, 64, 32, 256), {}), ((50, 64, 512, 512), {}),
-    ),
-    "stream": (
-        ((1, 1, 32, 64), {}), ((1, 1, 32, 64), {"unbatched": True}), ((1, 1, 32, 64), {"layers": 2}),
-        ((1, 32, 64, 128), {}),
-    ),
+    "train": ((100, 1, 32, 64), (100, 32, 64, 128), (100, 64, 32, 256), (50, 64, 512, 512)),
+    "stream": ((1, 1, 32, 64), (1, 32, 64, 128)),
 }  # fmt: skip
-RAGGED = (100, 64, 32, 128)
+CENTRE, STEP, RAGGED = (100, 32, 64, 128), (1, 1, 32, 64), (100, 64, 32, 128)
+# Of the centre, or of the step of a stream.
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "infer": ({"layers": 2}, {"bidirectional": True}),
+    "train": ({"layers": 2, "bidirectional": True},),
+    "stream": ({"unbatched": True}, {"layers": 2}),
+}
 
-CENTRE = (100, 32, 64, 128)
 STEPS = (1, 3, 10, 30, 100, 300, 1000, 3000)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HIDDENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -48,7 +45,8 @@ RAGGED_GOAL = (365, 64, 32, 128)
 
 def small(dtype: str, kind: str) -> list[Work]:
     """Return the default grid, with a row for each kind of call."""
-    found = [Work(*shape, dtype, kind, **options) for shape, options in SMALL[kind]]
+    found = [Work(*shape, dtype, kind) for shape in SMALL[kind]]
+    found += [Work(*(STEP if kind == "stream" else CENTRE), dtype, kind, **variant) for variant in VARIANTS[kind]]
     return found + ([Work.ragged(*RAGGED, dtype, kind)] if kind == "train" else [])
 
 

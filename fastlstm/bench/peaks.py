@@ -20,7 +20,7 @@ import numpy as np
 
 from fastlstm.bench.sides import event_seconds
 
-__all__ = ["cpu", "cuda", "of", "tile_job"]
+__all__ = ["cpu", "cuda", "of", "tile_jobs"]
 
 SECONDS = 0.3  # for each dtype
 CUDA_SIZE = 4096  # of the square matrices
@@ -32,11 +32,11 @@ def of(device: str, threads: int, dtypes: tuple[str, ...]) -> dict[str, float]:
     return {dtype: cuda(dtype) if device == "cuda" else cpu(dtype, threads) for dtype in dtypes}
 
 
-@functools.cache
-def _tiles() -> tuple[Any, int, int]:
-    """Compile a loop over the microkernel; return it, with the rows and vectors of a tile."""
+def tile_jobs(dtype: str, threads: int, operations: float = OPERATIONS) -> tuple[list[functools.partial[None]], float]:
+    """Return a call of the microkernel alone for each thread, and the operations of one: about as many as asked for."""
     from fastlstm.kernels.cpu.gemm_microkernel import MR, NR, tile
     from fastlstm.kernels.cpu.jit import unkept_kernel
+    from fastlstm.kernels.cpu.vector import lanes
 
     # Numba's stubs want an intrinsic called as Python sees it, with the typing context.
     address: Any = import_module("fastlstm.kernels.cpu.vector").address
@@ -48,25 +48,19 @@ def _tiles() -> tuple[Any, int, int]:
             left, right, sums, row = address(a), address(b), address(c), c.shape[1]
             tile(MR, NR, k, left, k, 1, right, b.shape[1], sums, row, sums, row, right, 0)
 
-    return tiles, MR, NR
-
-
-def tile_job(dtype: str, operations: float = OPERATIONS) -> tuple[Callable[[], None], float]:
-    """Return a call of the microkernel alone, and its operations: about as many as asked for."""
-    from fastlstm.kernels.cpu.vector import lanes
-
-    tiles, rows, vectors = _tiles()
-    k, columns = 64, int(vectors * lanes(np.dtype(dtype)))
-    of_one = 2.0 * rows * k * columns
-    count = max(1, round(operations / of_one))
-    a, b, c = np.ones((rows, k), dtype), np.ones((k, columns), dtype), np.zeros((rows, columns), dtype)
-    tiles(1, k, a, b, c)  # compiles
-    return lambda: tiles(count, k, a, b, c), count * of_one
+    k, columns = 64, int(NR * lanes(np.dtype(dtype)))
+    of_one = 2.0 * MR * k * columns
+    count, jobs = max(1, round(operations / of_one)), []
+    for _ in range(threads):
+        a, b, c = np.ones((MR, k), dtype), np.ones((k, columns), dtype), np.zeros((MR, columns), dtype)
+        tiles(1, k, a, b, c)  # compiles
+        jobs.append(functools.partial(tiles, count, k, a, b, c))
+    return jobs, count * of_one
 
 
 def cpu(dtype: str, threads: int) -> float:
     """Operations per second of `threads` threads at once, in the round in which all of them were done first."""
-    jobs = [tile_job(dtype) for _ in range(threads)]
+    jobs, operations = tile_jobs(dtype, threads)
     barrier = Barrier(threads)
     cores = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else [])
 
@@ -84,9 +78,9 @@ def cpu(dtype: str, threads: int) -> float:
     times, until = list[float](), time.perf_counter() + SECONDS
     with ThreadPoolExecutor(threads, initializer=keep_to_a_core) as pool:
         while len(times) < 3 or time.perf_counter() < until:
-            starts, ends = zip(*pool.map(run, [job for job, _ in jobs]), strict=True)
+            starts, ends = zip(*pool.map(run, jobs), strict=True)
             times.append(max(ends) - min(starts))
-    return sum(operations for _, operations in jobs) / min(times)
+    return threads * operations / min(times)
 
 
 def cuda(dtype: str, repeats: int = 10) -> float:
@@ -94,4 +88,4 @@ def cuda(dtype: str, repeats: int = 10) -> float:
     cupy = import_module("cupy")
     a, b = (cupy.ones((CUDA_SIZE, CUDA_SIZE), dtype) for _ in range(2))
     cupy.matmul(a, b)
-    return 2.0 * CUDA_SIZE**3 / min(event_seconds(cupy.cuda, lambda: cupy.matmul(a, b), 1) for _ in range(repeats))
+    return 2.0 * CUDA_SIZE**3 / min(event_seconds(cupy.cuda, lambda: cupy.matmul(a, b), 1, []) for _ in range(repeats))

@@ -2,16 +2,15 @@
 
 :data:`CONTENDERS` is the table. Each entry says how a side is built, which packages that needs, and what the side can
 compute. All compute in the dtype of the work: OpenVINO is held to float32, where it would take bfloat16, and TF32 is
-off unless a name says otherwise. A new peer is :class:`~fastlstm.bench.sides.Calls`, a context manager and an entry.
+off unless a name says otherwise. A new peer is :class:`~fastlstm.bench.sides.Calls` and an entry.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import io
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, BackendError
 
-__all__ = ["BY_STEPS", "CONTENDERS", "OF_GPU_TABLE", "OURS", "Contender", "chosen", "missing"]
+__all__ = ["BY_STEPS", "CONTENDERS", "OURS", "Contender", "chosen", "missing"]
 
 TORCH_GPU = "cuda"
 
@@ -42,7 +41,11 @@ def torch_module(torch: Any, problem: Problem, device: str = "cpu") -> Any:
     return module if work.kind == "train" else module.eval()  # cuDNN does less then
 
 
-def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
+def torch_lstm(problem: Problem, threads: int, *, on_gpu: bool = False, tf32: bool = False) -> Side:
+    """PyTorch's nn.LSTM, which is cuDNN's on a GPU, with TF32 if asked; packed sequences for a ragged batch."""
+    torch, device = import_module("torch"), TORCH_GPU if on_gpu else "cpu"
+    if on_gpu:
+        torch.cuda.empty_cache()
     work, module = problem.work, torch_module(torch, problem, device)
     lengths = None if work.lengths is None else torch.from_numpy(problem.lengths)
     weights = [getattr(module, name.replace("bias_l", "bias_ih_l")) for name in problem.model.params]
@@ -61,80 +64,40 @@ def _torch_calls(torch: Any, problem: Problem, device: str) -> Calls:
         return y.detach(), leaf.grad, *(value.grad for value in weights)
 
     without_gradients = torch.inference_mode()
-    return Calls(
+    calls = Calls(
         without_gradients(forward),
         train,
         without_gradients(module.__call__),
         load=lambda host: torch.from_numpy(host).to(device),
         fetch=lambda tensor: tensor.to("cpu").numpy(),
     )
-
-
-@contextlib.contextmanager
-def torch_with(threads: int) -> Iterator[Any]:
-    """PyTorch with so many threads."""
-    torch = import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield torch
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def torch_cpu(problem: Problem, threads: int) -> Iterator[Side]:
-    """PyTorch's nn.LSTM on the CPU; packed sequences for a ragged batch."""
-    with torch_with(threads) as torch:
-        yield side_of(problem, _torch_calls(torch, problem, "cpu"))
-
-
-@contextlib.contextmanager
-def torch_cuda(problem: Problem, threads: int, *, tf32: bool = False) -> Iterator[Side]:
-    """PyTorch's nn.LSTM on the GPU, which is cuDNN's, with TF32 if asked."""
-    torch = import_module("torch")
-    torch.cuda.empty_cache()
-    events = None if TORCH_GPU == "cpu" else SimpleNamespace(  # under CuPy's names; the tests have none
+    events = None if device == "cpu" else SimpleNamespace(  # under CuPy's names
         Event=lambda: torch.cuda.Event(enable_timing=True),
         get_current_stream=torch.cuda.current_stream,
         get_elapsed_time=lambda start, end: start.elapsed_time(end),
     )  # fmt: skip
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    yield side_of(problem, _torch_calls(torch, problem, TORCH_GPU), events, lambda: held("allow_tf32", tf32, *flags))
+    flags = [torch.backends.cudnn, torch.backends.cuda.matmul] if on_gpu else []
+    return side_of(problem, calls, events, lambda: held("allow_tf32", tf32, *flags))
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """Return the model as a graph of LSTM nodes and no more; the states are inputs and outputs when streaming."""
-    onnx, write = import_module("onnx"), import_module("fastlstm.interchange.onnx")
-    helper, work, cell = onnx.helper, problem.work, problem.model.cell
-    real, whole, state = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, [1, work.batch, work.hidden]
-    inputs: list[Any] = [("X", real, list(problem.x.shape))]
-    outputs: list[Any] = [("Y", real, None)]
-    nodes, constants, x = [], {"merged": np.array([0, 0, -1], np.int64)}, "X"
-    if work.lengths is not None:
-        inputs.append(("lengths", whole, [work.batch]))
-    if work.kind == "stream":
-        inputs += [("h", real, state), ("c", real, state)]
-        outputs += [("h_n", real, state), ("c_n", real, state)]
-    for layer in range(work.layers):
-        weights = write.node_inputs(cell, problem.model.params, layer)  # W, R, B
-        constants |= weights
-        names = [x, *weights, "lengths" if work.lengths is not None else ""]
-        names += ["h", "c"] if work.kind == "stream" else []
-        last = layer == work.layers - 1
-        found = [name for name, *_ in outputs] if last else [f"Y{layer}"]
-        nodes.append(helper.make_node("LSTM", names, found, **write.node_attributes(cell)))
-        if not last:  # (T, D, B, H) to (T, B, D * H)
-            x = f"X{layer + 1}"
-            nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"Z{layer}"], perm=[0, 2, 1, 3]))
-            nodes.append(helper.make_node("Reshape", [f"Z{layer}", "merged"], [x]))
-    graph = helper.make_graph(
-        nodes,
-        "lstm",
-        *([helper.make_tensor_value_info(*value) for value in ends] for ends in (inputs, outputs)),
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    """Return the LSTM nodes of our ONNX export, of fixed sizes; the states are inputs and outputs when streaming."""
+    work, onnx, file = problem.work, import_module("onnx"), io.BytesIO()
+    problem.model.to_onnx(file, state=work.kind == "stream", lengths=work.lengths is not None)
+    inputs = ["x", *["lengths"] * (work.lengths is not None)]
+    outputs = [f"Y{work.layers - 1}"]  # before it is transposed
+    if work.kind == "stream":  # of one layer, whose states need not be sliced and joined
+        inputs, outputs = [*inputs, "h0_0", "c0_0"], [*outputs, "h_n_0", "c_n_0"]
+    whole, sizes = onnx.load_model_from_string(file.getvalue()), {"T": work.steps, "B": work.batch}
+    for value in (*whole.graph.input, *whole.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in sizes:
+                dimension.dim_value = sizes[dimension.dim_param]
+    parts = import_module("onnx.utils").Extractor(onnx.shape_inference.infer_shapes(whole))
+    model = parts.extract_model(inputs, outputs)
+    for node in model.graph.node:
+        if node.op_type == "LSTM" and work.kind != "stream":
+            del node.output[1:]  # final states, which would be computed for nothing
     return bytes(model.SerializeToString())
 
 
@@ -147,7 +110,7 @@ def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]],
 
     def step(x: Any, state: Any) -> tuple[Array, Any]:
         h, c = state or (zero, zero)
-        _, h, c = run({"X": x, "h": h, "c": c})
+        _, h, c = run({"x": x, "h0_0": h, "c0_0": c})
         return h, (h, c)
 
     def fetch(found: Array) -> Array:  # Y is (T, D, B, H); OpenVINO's next call overwrites it
@@ -155,7 +118,7 @@ def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]],
         return found.copy() if work.kind == "stream" else found.transpose(0, 2, 1, 3).reshape(merged)
 
     # The graph takes a batch of one, where other libraries take an unbatched call.
-    return Calls(lambda x: run({"X": x, **feed})[0], lambda x, dy: None, step, lambda _: load(problem.x), fetch)
+    return Calls(lambda x: run({"x": x, **feed})[0], lambda x, dy: None, step, lambda _: load(problem.x), fetch)
 
 
 def onnx_calls(problem: Problem, threads: int) -> Calls:
@@ -168,14 +131,12 @@ def onnx_calls(problem: Problem, threads: int) -> Calls:
     return _graph_calls(problem, lambda feed: session.run(None, feed), lambda host: host)
 
 
-@contextlib.contextmanager
-def onnxruntime(problem: Problem, threads: int) -> Iterator[Side]:
+def onnxruntime(problem: Problem, threads: int) -> Side:
     """ONNX Runtime's LSTM operator on the CPU."""
-    yield side_of(problem, onnx_calls(problem, threads))
+    return side_of(problem, onnx_calls(problem, threads))
 
 
-@contextlib.contextmanager
-def openvino(problem: Problem, threads: int) -> Iterator[Side]:
+def openvino(problem: Problem, threads: int) -> Side:
     """OpenVINO on the same ONNX graph, held to float32."""
     hidden = {"openvino", "openvino_telemetry"}.isdisjoint(sys.modules)
     if hidden:  # without its telemetry, whose processes would run beside the next side's samples
@@ -194,7 +155,7 @@ def openvino(problem: Problem, threads: int) -> Iterator[Side]:
         request.infer()
         return [request.get_output_tensor(number).data for number in range(count)]
 
-    yield side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
+    return side_of(problem, _graph_calls(problem, run, lambda host: ov.Tensor(host, shared_memory=host is problem.x)))
 
 
 def _obstacle(backend: str) -> str | None:
@@ -228,7 +189,7 @@ def _is_persistent(work: Work) -> bool:
 class Contender(NamedTuple):
     """A library that computes works."""
 
-    build: Callable[[Problem, int], AbstractContextManager[Side]]  # given a number of threads
+    build: Callable[[Problem, int], Side]  # given a number of threads, to which those of torch and ours are set already
     device: str = "cpu"  # or cuda
     packages: tuple[str, ...] = ()  # that it needs, by the names that pip and import know
     able: Callable[[Work], bool] = lambda work: True  # whether it can do this work
@@ -240,45 +201,36 @@ CPU, CUDA, COPIES, BY_STEPS = "fastlstm", "fastlstm cuda", "fastlstm cuda with c
 OURS = (CPU, CUDA, COPIES)
 # Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
 _ON_GPU = Contender(sides.cuda, "cuda", obstacle=lambda: _obstacle("cuda"))
-_TORCH_ON_GPU = Contender(torch_cuda, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
+_cudnn_lstm = functools.partial(torch_lstm, on_gpu=True)
+_ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
+_TORCH_ON_GPU = Contender(_cudnn_lstm, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
     CPU: Contender(sides.cpu, obstacle=lambda: _obstacle("cpu")),
     CUDA: _ON_GPU,
     COPIES: _ON_GPU._replace(build=functools.partial(sides.cuda, copies=True)),
-    "torch": Contender(torch_cpu, packages=("torch",)),
+    "torch": Contender(torch_lstm, packages=("torch",)),
     "onnxruntime": Contender(onnxruntime, packages=("onnx", "onnxruntime"), able=_graph_is_able),
     "openvino": Contender(openvino, packages=("onnx", "openvino"), able=_graph_is_able),
     "torch cuda": _TORCH_ON_GPU,
-}
-"""What ``fastlstm bench`` measures by default."""
-
-_ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
-OF_GPU_TABLE = {
+    # For benchmarks/gpu.py alone: a product and a kernel each step, and products of rounded factors.
     BY_STEPS: _ON_GPU._replace(build=functools.partial(sides.cuda, by_steps=True), able=_is_persistent, tolerance=5e-4),
-    "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(torch_cuda, tf32=True), tolerance=2e-2),
+    "torch cuda TF32": _TORCH_ON_GPU._replace(build=functools.partial(_cudnn_lstm, tf32=True), tolerance=2e-2),
     f"{CUDA} TF32": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="tf32"), tolerance=2e-2),
     f"{CUDA} bfloat16": _ROUNDED._replace(build=functools.partial(sides.cuda, precision="bf16"), tolerance=2e-1),
 }
-"""For ``benchmarks/gpu.py`` alone: a product and a kernel each step, and products of rounded factors."""
-
-
-def contender(name: str) -> Contender:
-    """Return an entry of :data:`CONTENDERS` or :data:`OF_GPU_TABLE`."""
-    return CONTENDERS[name] if name in CONTENDERS else OF_GPU_TABLE[name]
+BY_DEFAULT = (*OURS, "torch", "onnxruntime", "openvino", "torch cuda")  # measured by ``fastlstm bench``
 
 
 def missing(name: str) -> str | None:
     """Say why a contender cannot run here, with the command that installs it; None if it can."""
-    lacking = [package for package in contender(name).packages if find_spec(package) is None]
-    return f"pip install {' '.join(lacking)}" if lacking else contender(name).obstacle()
+    lacking = [package for package in CONTENDERS[name].packages if find_spec(package) is None]
+    return f"pip install {' '.join(lacking)}" if lacking else CONTENDERS[name].obstacle()
 
 
 def chosen(names: str | None) -> list[str]:
     """Read ``--peers``: names with commas between them, 'none', or None for all; our own sides are always there."""
-    if names is None:
-        return list(CONTENDERS)
-    wanted = {name.strip() for name in names.split(",")} - {"none", ""}
-    if unknown := wanted - set(CONTENDERS):
-        known = ", ".join(name for name in CONTENDERS if name not in OURS)
+    wanted = set(BY_DEFAULT) if names is None else {name.strip() for name in names.split(",")} - {"none", ""}
+    if unknown := wanted - set(BY_DEFAULT):
+        known = ", ".join(name for name in BY_DEFAULT if name not in OURS)
         raise ArgumentError(f"there is no peer {', '.join(sorted(unknown))!r}; choose of {known}, or none")
-    return [name for name in CONTENDERS if name in wanted or name in OURS]
+    return [name for name in BY_DEFAULT if name in wanted or name in OURS]

@@ -1,14 +1,13 @@
 """The results as pictures, readable at the width of a README.
 
 ``peers`` shows whether fastlstm or another library is faster, ``gpu`` for which sizes a GPU is faster than the CPU.
-Each function returns a figure of Matplotlib, or the reason why there is none. :func:`draw` makes PNGs of both.
+Each function returns a figure of Matplotlib, or the reason why there is none.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,49 +18,37 @@ from fastlstm.bench import grid
 from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.report import amount, duels, machine_line
 from fastlstm.bench.results import Case, Results
+from fastlstm.bench.work import Work
 
-__all__ = ["PICTURES", "draw", "gpu", "peers", "write"]
+__all__ = ["gpu", "peers", "write"]
 
 KINDS = {"infer": "inference", "train": "training", "stream": "streaming"}
 COLOURS, MARKERS = ("#d1495b", "#edae49", "#66a182", "#8d6cab", "#777777"), "osD^v"
-MOST_ROWS = 24  # of the picture of peers
+MOST_ROWS = 26  # of the picture of peers
 WIDTH = 8.3  # inches, which are 913 pixels
 
 
-def draw(results: Results) -> dict[str, bytes | str]:
-    """Return each picture as a PNG, or the reason why there is none."""
-    try:
-        import_module("matplotlib")
-    except ImportError:
-        return dict.fromkeys(PICTURES, 'pictures need Matplotlib: pip install "fastlstm[bench]"')
-    found: dict[str, bytes | str] = {}
-    for name, make in PICTURES.items():
-        figure = make(results)
-        if not isinstance(figure, str):
-            figure.supxlabel(_only_text(machine_line(results).strip("*")), fontsize=6.5, color="0.4")
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=110)
-            figure = buffer.getvalue()
-        found[name] = figure
-    return found
-
-
 def write(results: Results, folder: Path) -> Iterator[str]:
-    """Write the pictures that there are; give a line for each."""
-    for name, made in draw(results).items():
-        if isinstance(made, bytes):
-            (folder / f"{name}.png").write_bytes(made)
-        yield f"wrote {folder / name}.png" if isinstance(made, bytes) else f"no picture {name}: {made}"
+    """Write both pictures as PNGs; give a line for each: its file, or the reason why there is none."""
+    try:
+        matplotlib = import_module("matplotlib")
+    except ImportError:
+        yield 'no pictures, which need Matplotlib: pip install "fastlstm[bench]"'
+        return
+    for name, make in (("peers", peers), ("gpu", gpu)):
+        with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in the name of a machine or of a side is none
+            figure = make(results)
+            if isinstance(figure, str):
+                yield f"no picture {name}: {figure}"
+                continue
+            figure.supxlabel(machine_line(results).strip("*"), fontsize=6.5, color="0.4")
+            figure.savefig(folder / f"{name}.png", dpi=110)
+        yield f"wrote {folder / name}.png"
 
 
 def _figure(height: float) -> Any:
-    """Return an empty figure with a canvas of its own, which leaves pyplot and its settings alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    """Return an empty figure that leaves pyplot and its settings alone."""
+    return import_module("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def peers(results: Results) -> Any:
@@ -79,11 +66,13 @@ def peers(results: Results) -> Any:
     for name, colour, marker in zip(dict.fromkeys(side for side, *_ in found), COLOURS, MARKERS, strict=False):
         spreads, heights = zip(*((ratio, at) for side, ratio, at in found if side == name), strict=True)
         panel.hlines(heights, [r.low for r in spreads], [r.high for r in spreads], color=colour, alpha=0.5)
-        panel.plot([r.middle for r in spreads], heights, marker, color=colour, label=_only_text(name))
-    _label_rows(panel, [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases])
-    ours = panel.twinx()
+        panel.plot([r.middle for r in spreads], heights, marker, color=colour, label=name)
+    names = [f"{KINDS.get(case.group, '')} {case.work.name if case.work else case.name}" for case in cases]
+    panel.set_yticks(range(len(cases)), names, fontsize=8)
+    panel.set_ylim(len(cases) - 0.4, -0.6)
+    ours = panel.secondary_yaxis("right")
     times = [amount(case.spread(CPU if CPU in case.values else CUDA).middle, case.unit) for case in cases]
-    _label_rows(ours, times)
+    ours.set_yticks(range(len(cases)), times, fontsize=8)
     ours.set_ylabel("time of fastlstm", fontsize=8)
     panel.set(xscale="log", xlim=(low, high), xlabel="time of the peer / time of fastlstm")
     ticks = [value for value in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= value <= high]
@@ -99,18 +88,10 @@ def peers(results: Results) -> Any:
 
 def _most_telling(cases: list[Case]) -> list[Case]:
     """Return at most MOST_ROWS cases by kind: those of the small grid, and those with the smallest ratios."""
-    if len(cases) <= MOST_ROWS:
-        return cases
     small = grid.works(grid.small, ("float32",), KINDS)
-    shown = [case for case in cases if case.work in small]
-    nearest = sorted(cases, key=lambda case: min(ratio.middle for _, _, ratio in duels([case])))
-    shown += [case for case in nearest if case not in shown][: max(4, MOST_ROWS - len(shown))]
-    return sorted((case for case in cases if case in shown), key=lambda case: [*KINDS, case.group].index(case.group))
-
-
-def _label_rows(panel: Any, labels: list[str]) -> None:
-    panel.set_yticks(range(len(labels)), labels, fontsize=8)
-    panel.set_ylim(len(labels) - 0.4, -0.6)
+    smallest = {case.name: min(ratio.middle for _, _, ratio in duels([case])) for case in cases}
+    first = sorted(cases, key=lambda case: (case.work not in small, smallest[case.name]))[:MOST_ROWS]
+    return sorted((case for case in cases if case in first), key=lambda case: [*KINDS, case.group].index(case.group))
 
 
 def gpu(results: Results) -> Any:
@@ -144,19 +125,10 @@ def gpu(results: Results) -> Any:
 
 
 def gpu_ratios(results: Results, kind: str, side: str) -> dict[tuple[int, int], float]:
-    """Return time on the CPU / time on the GPU by (B, H), of plain works with I = H; nothing below two of each."""
-    groups: dict[Any, dict[tuple[int, int], float]] = {}
+    """Return time on the CPU / time on the GPU by (B, H), of the first dtype; nothing below two of each."""
+    found: dict[tuple[int, int], float] = {}
     for case in results.cases:
         work, ratio = case.work, case.ratio(CPU, side)
-        if work and ratio and work.kind == kind and work.is_plain and work.inputs == work.hidden:
-            groups.setdefault((work.steps, work.dtype, case.threads), {})[work.batch, work.hidden] = ratio.middle
-    best = max(groups.values(), key=len, default={})
-    return best if all(len({key[n] for key in best}) >= 2 for n in (0, 1)) else {}
-
-
-def _only_text(words: str) -> str:
-    """Let no name of a machine or of a side be read as mathematics."""
-    return words.replace("$", r"\$")
-
-
-PICTURES: dict[str, Callable[[Results], Any]] = {"peers": peers, "gpu": gpu}
+        if work and ratio and work == Work(grid.MAP_STEPS, work.batch, work.hidden, work.hidden, work.dtype, kind):
+            found.setdefault((work.batch, work.hidden), ratio.middle)
+    return found if all(len({key[n] for key in found}) >= 2 for n in (0, 1)) else {}

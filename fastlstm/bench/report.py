@@ -6,19 +6,17 @@ listed; ``=`` is no difference.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import geometric_mean
-from typing import NamedTuple
 
 from fastlstm.bench.clock import Spread, verdict
 from fastlstm.bench.peers import COPIES, CPU, CUDA
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import KINDS
 
-__all__ = ["amount", "baseline", "duels", "line", "losses", "machine_line", "scores", "table", "text"]
+__all__ = ["amount", "cell", "duels", "is_peer", "line", "losses", "machine_line", "table", "text"]
 
 VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "CUDA", "driver", "cuDNN")
 PEERS = ("torch", "onnxruntime", "openvino")  # a side is a peer's if its name begins so
@@ -50,35 +48,28 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     return "\n".join(aligned)
 
 
-def baseline(side: str, case: Case) -> str | None:
-    """Return our side that a side is compared with: on the same device; of our own on a GPU, the CPU."""
-    ours = CUDA if "cuda" in side.split() and side not in (CUDA, COPIES) else CPU
-    return ours if side != ours and (ours in case.values or side in case.ratios) else None
-
-
 def is_peer(side: str) -> bool:
     """Whether a side is another library, which can win."""
     return side.startswith(PEERS)
 
 
 def ratio_of(case: Case, side: str) -> Spread | None:
-    """Return time of the side / time of ours."""
-    ours = baseline(side, case)
-    return case.ratio(side, ours) if ours else None
+    """Return time of the side / time of ours on the same device; our own on a GPU are compared with the CPU."""
+    ours = CUDA if "cuda" in side.split() and side not in (CUDA, COPIES) else CPU
+    return case.ratio(side, ours) if side != ours else None
 
 
-def cell(case: Case, side: str, *, time: bool = True) -> str:
+def cell(case: Case, side: str) -> str:
     """Return a side's median and its ratio to ours: bold where a peer wins, ``=`` where there is no difference."""
     if side not in case.values:
         return "not timed" if side in case.refused else "-"
     found, shown = ratio_of(case, side), amount(case.spread(side).middle, case.unit)
     if found is None:
         return shown
-    if not is_peer(side):
-        ratio = f"{found.middle:.2f}"
-    else:
-        ratio = {"faster": f"{found.middle:.2f}", "slower": f"**{found.middle:.2f}**"}.get(verdict(found), "=")
-    return f"{shown} ({ratio})" if time else ratio
+    ratio = f"{found.middle:.2f}"
+    if is_peer(side):
+        ratio = {"faster": ratio, "slower": f"**{ratio}**"}.get(verdict(found), "=")
+    return f"{shown} ({ratio})"
 
 
 def line(case: Case) -> str:
@@ -88,43 +79,23 @@ def line(case: Case) -> str:
 
 def table_of(results: Results, cases: Sequence[Case]) -> str:
     """Return the table of cases: ours, the share of the peak, the other sides, and facts."""
-    sides = list(dict.fromkeys(side for case in cases for side in case.values))
-    facts = list(dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")))
-    ours = next((side for side in (CPU, CUDA) if side in sides), None)
-    several = len({case.work.dtype for case in cases if case.work}) > 1
-
-    def name(case: Case) -> str:
-        if case.work is None or case.name != case.work.title:  # it has a name of its own
-            return case.name
-        return case.work.name + f", {case.work.dtype}" * several
-
-    def share(case: Case) -> str:
-        found = results.share_of_peak(case, ours) if ours else None
-        return "-" if found is None else f"{100 * found:.0f} %"
-
-    all_works = all(case.work and case.name == case.work.title for case in cases)
-    columns: list[tuple[str, Callable[[Case], str]]] = [("T,B,I,H" if all_works else "what", name)]
-    columns += [(side, functools.partial(cell, side=side)) for side in sides]
-    if any(share(case) != "-" for case in cases):
-        columns.insert(2, ("of peak", share))
-    columns += [(fact, functools.partial(_fact, name=fact)) for fact in facts]
-    return table([head for head, _ in columns], [[shown(case) for _, shown in columns] for case in cases])
-
-
-def _fact(case: Case, name: str) -> str:
-    value = case.facts.get(name)
-    unit = {"host": "s", "bytes": "bytes"}.get(name.replace(",", " ").split()[0])
-    return "-" if value is None else amount(value, unit) if unit and value >= 0 else f"{value:.4g}"
-
-
-class Score(NamedTuple):
-    """How ours stand with one peer over all cases: rows won, level and lost, and the geometric mean of the ratios."""
-
-    peer: str
-    won: int
-    level: int
-    lost: int
-    mean: float
+    works = [case.work for case in cases if case.work and case.name == case.work.title]
+    columns: dict[str, list[str]] = {}
+    if len(works) == len(cases):
+        several = len({work.dtype for work in works}) > 1
+        columns["T,B,I,H"] = [work.name + f", {work.dtype}" * several for work in works]
+    else:  # they have names of their own
+        columns["what"] = [case.name for case in cases]
+    for side in dict.fromkeys(side for case in cases for side in case.values):
+        columns[side] = [cell(case, side) for case in cases]
+        shares = [results.share_of_peak(case, side) for case in cases]
+        if side in (CPU, CUDA) and any(shares) and "of peak" not in columns:
+            columns["of peak"] = [f"{100 * share:.0f} %" if share else "-" for share in shares]
+    for fact in dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")):
+        unit = {"host": "s", "bytes": "bytes"}.get(fact.replace(",", " ").split()[0])
+        found = [case.facts.get(fact) for case in cases]
+        columns[fact] = ["-" if value is None else amount(value, unit) if unit else f"{value:.4g}" for value in found]
+    return table(list(columns), zip(*columns.values(), strict=True))
 
 
 def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
@@ -135,18 +106,6 @@ def duels(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Spread]]:
                 yield case, side, found
 
 
-def scores(cases: Iterable[Case]) -> list[Score]:
-    """Sum the cases up by peer."""
-    ratios: dict[str, list[Spread]] = {}
-    for _, side, found in duels(cases):
-        ratios.setdefault(side, []).append(found)
-    result = []
-    for side, spreads in ratios.items():
-        count, mean = Counter(map(verdict, spreads)), geometric_mean(found.middle for found in spreads)
-        result.append(Score(side, count["faster"], count["no difference"], count["slower"], mean))
-    return result
-
-
 def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
     """Return each case and peer where the peer is faster."""
     return [(case, side, found) for case, side, found in duels(cases) if verdict(found) == "slower"]
@@ -154,7 +113,7 @@ def losses(cases: Iterable[Case]) -> list[tuple[Case, str, Spread]]:
 
 def machine_line(results: Results) -> str:
     """Return the line under a table: the machine, the threads, the versions, and the day."""
-    machine: Mapping[str, str] = results.machine
+    machine = results.machine
     place = [machine[name] for name in ("processor", "GPU") if name in machine]
     versions = [f"{name} {machine[name].partition(' ')[0]}" for name in VERSIONS if name in machine]
     threads = f"{results.threads} thread{'s' if results.threads > 1 else ''} on each side"
@@ -172,33 +131,31 @@ def text(results: Results, *, list_losses: bool = True) -> Iterator[str]:
         title, cases = KINDS.get(group, group), [case for case in results.cases if case.group == group]
         yield f"{title[:1].upper()}{title[1:]}:" if title else ""
         yield table_of(results, cases)
-    yield from summary(results, list_losses=list_losses)
-
-
-def summary(results: Results, *, list_losses: bool = True) -> Iterator[str]:
-    """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
-    lines = []
-    for score in scores(results.cases):
-        count = score.won + score.level + score.lost
-        lines.append(
-            f"- against {score.peer}: faster in {score.won} of {count} rows, no difference in {score.level}, slower in"
-            f" {score.lost}; geometric mean of the ratios {score.mean:.2f}"
-        )
-    for case, side, found in losses(results.cases) if list_losses else ():
-        lines.append(
-            f"- LOSS at {case.name}: {side} {found.middle:.2f} (quartiles {found.low:.2f} to {found.high:.2f})"
-        )
-    facts = [fact for case in results.cases for fact in case.facts.items() if fact[0].startswith("first results")]
-    first = {name: max(value for other, value in facts if other == name) for name, _ in facts}
-    lines += [
-        f"- {fact}, compilation included: {amount(value)} at most; in no other figure" for fact, value in first.items()
-    ]
-    lines += [f"- {name} is not measured: {reason}" for name, reason in results.absent.items()]
-    for case in results.cases:
-        lines += [f"- {side} is not timed at {case.name}: {reason}" for side, reason in case.refused.items()]
-    lines += ["- Interrupted: this is what was measured until then."] if results.interrupted else []
-    if lines:
-        yield "\n".join(lines)
+    if lines := list(_summary(results, list_losses)):
+        yield "\n".join(f"- {line}" for line in lines)
     if results.steps:
         rows = [[step.get(key, "-") for key in ("name", "result", "seconds", "remark")] for step in results.steps]
         yield table(["step", "result", "seconds", "last line of its log"], rows, left=4)
+
+
+def _summary(results: Results, list_losses: bool) -> Iterator[str]:
+    """Say how it stands with each peer, losses one by one, what is missing and what was refused."""
+    found = list(duels(results.cases))
+    for peer in dict.fromkeys(side for _, side, _ in found):
+        ratios = [ratio for _, side, ratio in found if side == peer]
+        count, mean = Counter(map(verdict, ratios)), geometric_mean(ratio.middle for ratio in ratios)
+        yield (
+            f"against {peer}: faster in {count['faster']} of {len(ratios)} rows, no difference in"
+            f" {count['no difference']}, slower in {count['slower']}; geometric mean of the ratios {mean:.2f}"
+        )
+    for case, side, (low, middle, high) in losses(results.cases) if list_losses else ():
+        yield f"LOSS at {case.name}: {side} {middle:.2f} (quartiles {low:.2f} to {high:.2f})"
+    facts = [fact for case in results.cases for fact in case.facts.items() if fact[0].startswith("first results")]
+    for fact in dict(facts):
+        most = max(value for name, value in facts if name == fact)
+        yield f"{fact}, compilation included: {amount(most)} at most; in no other figure"
+    yield from (f"{name} is not measured: {reason}" for name, reason in results.absent.items())
+    for case in results.cases:
+        yield from (f"{side} is not timed at {case.name}: {reason}" for side, reason in case.refused.items())
+    if results.interrupted:
+        yield "Interrupted: this is what was measured until then."

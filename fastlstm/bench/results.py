@@ -6,16 +6,13 @@ shown.
 >>> case = Case("a loop", {"fastlstm": (1.0, 1.1, 1.0), "torch": (2.0, 2.2, 2.1)})
 >>> case.ratio("torch", "fastlstm")
 Spread(low=2.0, middle=2.0, high=2.05)
->>> results = Results("loop", {"processor": "some"}, threads=1, cases=(case,))
->>> read(text_of(results)) == results
-True
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from fastlstm.bench.clock import Spread, ratio, spread
 from fastlstm.bench.work import Work
 from fastlstm.errors import ResultsFileError
 
-__all__ = ["Case", "Results", "load", "read", "save", "text_of"]
+__all__ = ["Case", "Results", "load", "save"]
 
 FORMAT = "fastlstm results 2"
 
@@ -40,16 +37,11 @@ class Case:
     work: Work | None = None
     facts: Mapping[str, float] = field(default_factory=dict)  # such as an error, or seconds of the first results
     refused: Mapping[str, str] = field(default_factory=dict)  # sides that failed or computed something else, and why
-    ratios: Mapping[str, Spread] = field(default_factory=dict)  # to ours, where `values` do not have every round
 
     def __post_init__(self) -> None:
-        if self.unit not in ("s", "bytes") or self.threads < 1:
-            raise ResultsFileError(f"{self.name}: no unit {self.unit!r}, or {self.threads} threads")
-        counts = {len(values) for values in self.values.values()}
-        if len(counts) > 1 or 0 in counts:
-            raise ResultsFileError(f"{self.name}: the sides have different numbers of rounds, or none")
-        if not all(value > 0 for values in (*self.values.values(), *self.ratios.values()) for value in values):
-            raise ResultsFileError(f"{self.name}: a value is no positive number")
+        rounds = list(self.values.values())
+        if len(set(map(len, rounds))) > 1 or not all(values and min(values) > 0 for values in rounds):
+            raise ResultsFileError(f"{self.name}: each side has to have as many values, all of them above 0")
 
     def spread(self, side: str) -> Spread:
         """The median of a side's values, between their quartiles."""
@@ -57,8 +49,6 @@ class Case:
 
     def ratio(self, theirs: str, ours: str = "fastlstm") -> Spread | None:
         """Spread of theirs / ours over the rounds, None if either was not measured."""
-        if theirs in self.ratios and ours == "fastlstm":
-            return self.ratios[theirs]
         if theirs not in self.values or ours not in self.values:
             return None
         return ratio(self.values[theirs], self.values[ours])
@@ -68,7 +58,7 @@ class Case:
 class Results:
     """The results of one run."""
 
-    name: str  # of the file, without its suffix
+    name: str  # that of the file, without its suffix
     machine: Mapping[str, str]  # versions, processor and the like, by name
     threads: int  # that each side was given, unless a case says otherwise
     cases: tuple[Case, ...] = ()
@@ -79,10 +69,6 @@ class Results:
     made: str = ""  # when, in ISO 8601
     interrupted: bool = False  # by Ctrl-C
 
-    def with_case(self, case: Case) -> Results:
-        """Return the same and one more case."""
-        return replace(self, cases=(*self.cases, case))
-
     def share_of_peak(self, case: Case, side: str) -> float | None:
         """Return the share of the device's measured peak that a side reached."""
         peaks = self.peaks.get("cuda" if "cuda" in side.split() else "cpu", {})
@@ -91,49 +77,38 @@ class Results:
         return case.work.operations / case.spread(side).middle / peaks[case.work.dtype]
 
 
-def text_of(results: Results) -> str:
-    """Return the results as JSON text."""
-    content = {"format": FORMAT} | asdict(results)
-    cases = ",\n".join("  " + json.dumps(case, allow_nan=False) for case in content.pop("cases"))
-    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
-    return f'{head},\n "cases": [{cases and chr(10) + cases + chr(10) + " "}]\n}}\n'
-
-
 def save(path: Path, results: Results) -> None:
     """Write the file as a whole, under its own name: it is readable whenever this is interrupted."""
+    content = {"format": FORMAT} | asdict(results) | {"name": path.stem}
+    cases = ",\n".join("  " + json.dumps(case, allow_nan=False) for case in content.pop("cases"))
+    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
     part = path.with_name(path.name + ".part")
-    part.write_text(text_of(replace(results, name=path.stem)), encoding="utf-8")
+    part.write_text(f'{head},\n "cases": [{cases and chr(10) + cases + chr(10) + " "}]\n}}\n', encoding="utf-8")
     part.replace(path)
 
 
 def load(path: Path) -> Results:
-    """Read a file that :func:`save` wrote; ResultsFileError if it is broken or foreign."""
+    """Read a file that :func:`save` wrote; ResultsFileError if it is broken or foreign. Unknown fields are left out."""
     try:
-        return read(path.read_text(encoding="utf-8"))
-    except (ResultsFileError, UnicodeDecodeError) as error:
-        raise ResultsFileError(f"{path} holds no results: {error}") from error
-
-
-def read(text: str) -> Results:
-    """Read what :func:`text_of` made; ResultsFileError if it is anything else. Unknown fields are left out."""
-    try:
-        whole = json.loads(text)
+        whole = json.loads(path.read_text(encoding="utf-8"))
         if whole["format"] != FORMAT:
             raise ResultsFileError(f'no "format": "{FORMAT}"')
-        cases = tuple(Case(**_known(Case, _with_tuples(case))) for case in whole["cases"])
-        return Results(**_known(Results, whole) | {"cases": cases, "steps": tuple(whole["steps"])})
+        cases = tuple(_with(Case, case, **_tuples(case)) for case in whole["cases"])
+        found: Results = _with(Results, whole, name=path.stem, cases=cases, steps=tuple(whole["steps"]))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:  # and what these derive
-        raise ResultsFileError(f"{type(error).__name__}: {error}") from error
+        raise ResultsFileError(f"{path} holds no results: {type(error).__name__}: {error}") from error
+    return found
 
 
-def _known(kind: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {name: value for name, value in found.items() if name in names}
+def _with(kind: Any, found: Mapping[str, Any], **parts: Any) -> Any:
+    """Make a dataclass of JSON's fields, some of them replaced."""
+    return kind(**{field.name: found[field.name] for field in fields(kind) if field.name in found} | parts)
 
 
-def _with_tuples(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a case of JSON with tuples, a Work and Spreads."""
-    work = case["work"] and Work(**{**case["work"], "lengths": tuple(case["work"]["lengths"] or ()) or None})
+def _tuples(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what JSON does not keep of a case: the Work, and tuples."""
+    work = case["work"] and dict(case["work"])
+    if work and work["lengths"]:
+        work["lengths"] = tuple(work["lengths"])
     values = {side: tuple(map(float, given)) for side, given in case["values"].items()}
-    ratios = {side: Spread(*given) for side, given in case["ratios"].items()}
-    return {**case, "work": work or None, "values": values, "ratios": ratios}
+    return {"work": work and Work(**work), "values": values}

@@ -1,29 +1,27 @@
 """One measurement: build the sides of each work, compare their results, and time them in turn.
 
->>> results = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
->>> results.cases[0].spread("fastlstm").middle > 0
+>>> found = measure([Work(3, 2, 4, 8)], ["fastlstm"], threads=1, seconds=0.01)
+>>> found.cases[0].spread("fastlstm").middle > 0
 True
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
 
-from fastlstm.bench import clock, peaks, peers
+from fastlstm.bench import clock, peaks, peers, results
 from fastlstm.bench.clock import SideError
 from fastlstm.bench.results import Case, Results
-from fastlstm.bench.sides import Side
+from fastlstm.bench.sides import Side, with_threads
 from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.diagnostics import describe_for_others
 from fastlstm.errors import ArgumentError
@@ -31,22 +29,18 @@ from fastlstm.errors import ArgumentError
 __all__ = ["begin", "measure", "measure_case", "measure_sides"]
 
 EVERYBODY = "every side"  # is refused what does not fit in memory
-Builders = Mapping[str, Callable[[], AbstractContextManager[Side]]]
+Builders = Mapping[str, Callable[[], Side]]
 
 
-def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> tuple[Results, list[str]]:
-    """Return results without cases (the machine, what is missing), and which of the names can run here."""
+def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> Results:
+    """Return results without cases: the machine, the sides' versions, and which of these sides are absent."""
     machine = describe_for_others()  # starts a process, which has to be before some of the peers start their threads
     reasons = {side: peers.missing(side) for side in names}
-    here = [side for side, reason in reasons.items() if reason is None]
-    return Results(
-        name,
-        machine | {package: _version(package) for side in here for package in peers.contender(side).packages},
-        threads,
-        about=about,
-        absent={side: reason for side, reason in reasons.items() if reason is not None},
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-    ), here
+    absent = {side: reason for side, reason in reasons.items() if reason is not None}
+    packages = [package for side in reasons if side not in absent for package in peers.CONTENDERS[side].packages]
+    machine |= {package: _version(package) for package in packages}
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    return Results(name, machine, threads, about=about, absent=absent, made=made)
 
 
 def _version(package: str) -> str:
@@ -58,112 +52,100 @@ def _version(package: str) -> str:
 
 def measure(
     works: Sequence[Work],
-    names: Iterable[str],
+    names: Sequence[str],
     *,
     threads: int,
     seconds: float,
     ours_only: Sequence[Work] = (),
-    progress: Callable[[Iterable[Work]], Iterable[Work]] = iter,
-    keep: Callable[[Results], Any] = lambda results: None,
+    path: Path | None = None,
+    progress: Callable[[str], object] = str,
 ) -> Results:
     """Measure all works by the sides of these names, in at least so many seconds each, until Ctrl-C.
 
-    Parameters
-    ----------
-    ours_only : sequence of Work
-        The map of where a GPU pays: for our own sides, in a quarter of the time each, if there is a GPU.
-    progress : callable
-        Given the works, gives them one by one.
-    keep : callable
-        Called with the results after each work.
-
-    Raises
-    ------
-    ArgumentError
-        If seconds or threads make no sense.
+    `ours_only` is the map of where a GPU pays: for our own sides, in a quarter of the time each, if there is a GPU. The
+    file at `path` is written anew after each work; `progress` is called with a line of text before each. ArgumentError
+    if seconds or threads make no sense.
     """
-    if not 0 <= seconds < 1e9:
-        raise ArgumentError(f"seconds must be at least 0, got {seconds}")
-    if threads < 1:
-        raise ArgumentError(f"threads must be at least 1, got {threads}")
-    results, here = begin("bench", names, threads)
+    if not 0 <= seconds < 1e9 or threads < 1:
+        raise ArgumentError(f"seconds must be at least 0 and threads at least 1, got {seconds} and {threads}")
+    found = begin("bench", names, threads)
+    here = [name for name in names if name not in found.absent]
     plan = {work: (here, seconds) for work in works}
-    if any(peers.contender(name).device == "cuda" for name in here):
+    if any(peers.CONTENDERS[name].device == "cuda" for name in here):
         ours = [name for name in here if name in peers.OURS]
         plan |= {work: (ours, seconds / 4) for work in ours_only if work not in plan}
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
-    devices = dict.fromkeys(peers.contender(name).device for name in here if name in peers.OURS)
+    devices = dict.fromkeys(peers.CONTENDERS[name].device for name in here if name in peers.OURS)
     try:
-        results = replace(results, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
-        for work in progress(list(plan)):
-            results = results.with_case(measure_case(work, plan[work][0], threads, plan[work][1]))
-            keep(results)
+        found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
+        for number, (work, (sides, budget)) in enumerate(plan.items(), 1):
+            progress(f"{number} of {len(plan)}: {work.title}")
+            found = replace(found, cases=(*found.cases, measure_case(work, sides, threads, budget)))
+            if path:
+                results.save(path, found)
     except KeyboardInterrupt:  # the case that it cuts short is left out
-        results = replace(results, interrupted=True)
-    return results
+        found = replace(found, interrupted=True)
+    if path:
+        results.save(path, found)
+    return found
 
 
 def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> Case:
     """Measure one work by the sides that can do it."""
-    able = [name for name in names if peers.contender(name).able(work)]
+    able = {name: peers.CONTENDERS[name] for name in names if peers.CONTENDERS[name].able(work)}
     try:
         problem = Problem.of(work)
-        builders = {name: functools.partial(peers.contender(name).build, problem, threads) for name in able}
-        tolerances = {name: peers.contender(name).tolerance for name in able}
-        case = measure_sides(work.title, builders, work.dtype, seconds, tolerances)
+        builders = {name: functools.partial(side.build, problem, threads) for name, side in able.items()}
+        tolerances = {name: side.tolerance for name, side in able.items()}
+        case = measure_sides(work.title, builders, threads, seconds, tolerances, work.dtype)
     except MemoryError as error:
-        case = Case(work.title, {}, refused={EVERYBODY: f"not enough memory: {error}"})
-    return replace(case, work=work, threads=threads, group=work.kind)
+        case = Case(work.title, {}, threads=threads, refused={EVERYBODY: f"not enough memory: {error}"})
+    return replace(case, work=work, group=work.kind)
 
 
 def measure_sides(
     name: str,
     builders: Builders,
-    dtype: str,
+    threads: int,
     seconds: float,
     tolerances: Mapping[str, float | None] | None = None,
+    dtype: str = "float32",
 ) -> Case:
-    """Build sides, compare them with the first that can be built, and time those that agree, in turn.
+    """Build sides, compare them with the first that can be built, and time in turn those that agree and do not fail.
 
     A side whose tolerance is infinite is not compared: it is meant to compute something else. The case has the values;
     in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
     per call.
     """
-    refused: dict[str, str] = {}
-    built: dict[str, Side] = {}
-    facts: dict[str, float] = {}
+    refused, built, facts = dict[str, str](), dict[str, Side](), dict[str, float]()
     truth: tuple[Array, ...] | None = None
-    with contextlib.ExitStack() as stack:
+    with with_threads(threads, builders):
         for side, build in builders.items():
             try:
                 start = time.perf_counter()
-                made = stack.enter_context(build())
+                made = build()
                 found = made.outputs()
                 facts[f"first results, {side}"] = time.perf_counter() - start
                 truth = found if truth is None else truth
                 allowed = (tolerances or {}).get(side)
                 wrong = None if allowed == math.inf else clock.disagreement(truth, found, dtype, allowed)
-                if wrong is None:
-                    built[side] = made
-                else:
+                if wrong:
                     refused[side] = wrong
+                else:
+                    built[side] = made
                 made.host.clear()
                 del found
             except Exception as error:  # whatever it is, the other sides are measured
                 refused[side] = _words(error)
-        values = _timed(built, seconds, refused)
+        values: dict[str, tuple[float, ...]] | None = None
+        while values is None:
+            try:
+                values = clock.take_turns(built, seconds)
+            except SideError as error:
+                refused[str(error)] = _words(error.__cause__)
+                del built[str(error)]
         facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
-    return Case(name, values, facts=facts, refused=refused)
-
-
-def _timed(sides: dict[str, Side], seconds: float, refused: dict[str, str]) -> dict[str, tuple[float, ...]]:
-    """Time the sides in turn, and again without one that fails meanwhile."""
-    while True:
-        try:
-            return clock.take_turns(sides, seconds)
-        except SideError as error:
-            refused[error.side] = _words(error.__cause__)
-            sides = {name: side for name, side in sides.items() if name != error.side}
+    return Case(name, values, threads=threads, facts=facts, refused=refused)
 
 
 def _words(error: BaseException | None) -> str:

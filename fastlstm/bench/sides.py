@@ -1,21 +1,13 @@
 """The sides of a comparison, and those of fastlstm: on NumPy arrays, and on CuPy arrays.
 
-A library says in :class:`Calls` how it computes; :func:`side_of` makes a side of that and a problem. A context manager
-builds a side for a number of threads; leaving it restores what it has set for the whole process.
-
->>> from fastlstm.bench.work import Problem, Work
->>> with cpu(Problem.of(Work(5, 2, 3, 8)), threads=1) as side:
-...     y, = side.outputs()
-...     seconds = side.time(10)  # of each of ten calls in a row
->>> y.shape
-(5, 2, 8)
+A library says in :class:`Calls` how it computes; :func:`side_of` makes a side of that and a problem.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -27,7 +19,7 @@ import fastlstm
 from fastlstm.backends import threads as team
 from fastlstm.bench.work import Array, Problem
 
-__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "our_threads", "side_of"]
+__all__ = ["CHECKED_STEPS", "Calls", "Side", "cpu", "cuda", "event_seconds", "held", "side_of", "with_threads"]
 
 CHECKED_STEPS = 4  # of a stream, from a zero state, before it is timed
 
@@ -40,7 +32,7 @@ def host_seconds(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float] | None = None) -> float:
+def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float]) -> float:
     """Seconds of each of `count` calls in a row on the current stream, by CUDA events, gaps between launches included.
 
     The seconds of the host, which end before anything is waited for, are appended to `host`.
@@ -51,8 +43,7 @@ def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[flo
     begin = time.perf_counter()
     for _ in range(count):
         call()
-    if host is not None:
-        host.append((time.perf_counter() - begin) / count)
+    host.append((time.perf_counter() - begin) / count)
     end.record()
     end.synchronize()
     return float(cuda.get_elapsed_time(start, end)) / 1e3 / count
@@ -101,10 +92,7 @@ class Calls:
 
 
 def side_of(
-    problem: Problem,
-    calls: Calls,
-    events: Any = None,
-    setting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    problem: Problem, calls: Calls, events: Any = None, setting: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Side:
     """Make a side, timed by CUDA events where there are any; `setting` is held in each sample: sides take turns."""
     work, host = problem.work, list[float]()
@@ -117,27 +105,23 @@ def side_of(
         h, state = calls.step(x, state)
         return h
 
-    def results() -> list[Array]:
+    def outputs() -> tuple[Array, ...]:
         nonlocal state
-        if work.kind == "stream":
-            state = None
-            steps = [calls.fetch(step()) for _ in range(CHECKED_STEPS)]
-            return [np.stack(steps).reshape(CHECKED_STEPS, work.batch, -1)]
-        found = [calls.fetch(value) for value in (call() if work.kind == "train" else [call()])]
+        with setting():
+            if work.kind == "stream":
+                state = None
+                steps = [calls.fetch(step()) for _ in range(CHECKED_STEPS)]
+                return (np.stack(steps).reshape(CHECKED_STEPS, work.batch, -1),)
+            found = [calls.fetch(value) for value in (call() if work.kind == "train" else [call()])]
         if work.unbatched:  # y and dx; parameters have no batch
             found[:2] = [value.reshape(work.steps, 1, -1) for value in found[:2]]
-        return found
-
-    def outputs() -> tuple[Array, ...]:
-        with setting():
-            return tuple(results())
+        return tuple(found)
 
     def seconds(call: Callable[[], Any], count: int) -> float:
         with setting():
             return event_seconds(events, call, count, host) if events else host_seconds(call, count)
 
-    of_kind = {"infer": lambda: calls.infer(x), "train": lambda: calls.train(x, dy), "stream": step}
-    call = of_kind[work.kind]
+    call = {"infer": lambda: calls.infer(x), "train": lambda: calls.train(x, dy), "stream": step}[work.kind]
     return Side(call, outputs, seconds, host)
 
 
@@ -154,12 +138,12 @@ def held(name: str, value: Any, *places: Any) -> Iterator[None]:
             setattr(place, name, old)
 
 
-def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np) -> Calls:
-    """Our calls on arrays of NumPy or CuPy."""
+def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np, **options: Any) -> Calls:
+    """Our calls on arrays of NumPy or CuPy, with options of the forward pass."""
     lengths, streams = problem.lengths, problem.work.kind == "stream"
 
     def train(x: Any, dy: Any) -> tuple[Any, ...]:
-        y, _, tape = model.forward(x, lengths=lengths)
+        y, _, tape = model.forward(x, lengths=lengths, **options)
         grads = model.backward(tape, dy)
         return y, grads.x, *(grads.params[name] for name in model.params)
 
@@ -173,27 +157,33 @@ def _ours(problem: Problem, model: fastlstm.LSTM, xp: Any = np) -> Calls:
 
 
 @contextlib.contextmanager
-def our_threads(threads: int) -> Iterator[None]:
-    """Set our own number of threads; what was chosen before is restored, None being "as the machine has them"."""
-    before = team._chosen and team._chosen.threads
+def with_threads(threads: int, names: Iterable[str] = ()) -> Iterator[None]:
+    """Set the number of threads of fastlstm, and of PyTorch if a side has its name; restore what was set before."""
+    torch: Any = None
+    if any(name.startswith("torch") for name in names):
+        with contextlib.suppress(Exception):  # a library that is broken stops its own sides, and no others
+            torch = import_module("torch")
+    before = team._chosen and team._chosen.threads, torch and torch.get_num_threads()  # None: "as the machine has them"
     fastlstm.set_num_threads(threads)
+    if torch:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        fastlstm.set_num_threads(before)
+        fastlstm.set_num_threads(before[0])
+        if torch:
+            torch.set_num_threads(before[1])
 
 
-@contextlib.contextmanager
-def cpu(problem: Problem, threads: int, *, frozen: bool = True) -> Iterator[Side]:
+def cpu(problem: Problem, threads: int, *, frozen: bool = True, recompute: bool = False) -> Side:
     """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
-    with our_threads(threads):
-        yield side_of(problem, _ours(problem, problem.frozen_or_trained if frozen else problem.model))
+    model = problem.frozen_or_trained if frozen else problem.model
+    return side_of(problem, _ours(problem, model, recompute=recompute))
 
 
-@contextlib.contextmanager
 def cuda(
     problem: Problem, threads: int, *, copies: bool = False, by_steps: bool = False, precision: str = "float32"
-) -> Iterator[Side]:
+) -> Side:
     """Our library on the GPU, timed by CUDA events, on CuPy arrays that are there already.
 
     With `copies`, on NumPy arrays, timed by the host's clock; model and state stay on the GPU. With
@@ -205,6 +195,5 @@ def cuda(
     model.precision = precision
     calls = _ours(problem, model, cupy)
     if copies:
-        yield side_of(problem, calls.with_copies())
-    else:
-        yield side_of(problem, calls, cupy.cuda, lambda: held("FORCED", "step" if by_steps else plans.FORCED, plans))
+        return side_of(problem, calls.with_copies())
+    return side_of(problem, calls, cupy.cuda, lambda: held("FORCED", "step" if by_steps else plans.FORCED, plans))

@@ -47,10 +47,9 @@ class Work:
     unbatched: bool = False  # ours and torch get x as (T, I), or (I,) when streaming; B is 1
 
     def __post_init__(self) -> None:
-        if any(type(size) is not int or size < 1 for size in self.shape):
-            raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {self.shape}")
-        if type(self.layers) is not int or not 1 <= self.layers <= 99:
-            raise ArgumentError(f"layers must be an integer in 1..99, got {self.layers}")
+        if any(type(size) is not int or size < 1 for size in (*self.shape, self.layers)) or self.layers > 99:
+            words = f"{self.shape} and {self.layers}"
+            raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, and layers are 1 to 99, got {words}")
         rows = self.steps * self.batch
         if self.layers * (rows + self.hidden) * (self.inputs + self.hidden) > MOST_NUMBERS:
             raise ArgumentError(f"the shape {self.name} is more than a machine can hold")
@@ -60,19 +59,15 @@ class Work:
             raise ArgumentError(f"streaming takes T=1, no lengths and one direction, got {self.name}")
         if self.unbatched and (self.batch != 1 or self.lengths is not None):
             raise ArgumentError(f"an unbatched call has B=1 and no lengths, got {self.name}")
-        if self.lengths is not None and (
-            len(self.lengths) != self.batch or any(type(n) is not int or not 1 <= n <= self.steps for n in self.lengths)
-        ):
-            raise ArgumentError(f"lengths must be {self.batch} integers in 1..{self.steps}")
 
     @classmethod
     def parse(cls, text: str, dtype: str = "float32", kind: str = "infer", **options: Any) -> Work:
         """Read ``T,B,I,H``; T becomes 1 when streaming. ArgumentError if the text is anything else."""
-        parts = text.split(",")
-        if len(parts) != 4 or not all(part.strip().isdecimal() and len(part) < 16 for part in parts):
-            raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {text!r}")
-        steps, batch, inputs, hidden = map(int, parts)
-        return cls(1 if kind == "stream" and steps else steps, batch, inputs, hidden, dtype, kind, **options)
+        try:
+            steps, batch, inputs, hidden = map(int, text.split(","))
+        except ValueError as error:
+            raise ArgumentError(f"a shape is four integers of at least 1, T,B,I,H, got {text!r}") from error
+        return cls(min(steps, 1) if kind == "stream" else steps, batch, inputs, hidden, dtype, kind, **options)
 
     @classmethod
     def ragged(
@@ -111,16 +106,14 @@ class Work:
         return self.steps * self.batch if self.lengths is None else sum(self.lengths)
 
     @property
-    def recurrent_rows(self) -> int:
-        """Rows that have a state to multiply: the first step of a sequence has none, a step of a stream has one."""
-        return self.rows if self.kind == "stream" else self.rows - self.batch
-
-    @property
     def operations(self) -> int:
-        """Multiplications and additions of the matrix products that are needed; training has three times as many."""
-        directions = 1 + self.bidirectional
+        """Multiplications and additions of the matrix products that are needed; training has three times as many.
+
+        The first step of a sequence has no state to multiply, a step of a stream has one.
+        """
+        directions, recurrent = 1 + self.bidirectional, self.rows - self.batch * (self.kind != "stream")
         inputs_of_layers = directions * [self.inputs, *[directions * self.hidden] * (self.layers - 1)]
-        products = sum(self.rows * inputs + self.recurrent_rows * self.hidden for inputs in inputs_of_layers)
+        products = sum(self.rows * inputs + recurrent * self.hidden for inputs in inputs_of_layers)
         return 8 * self.hidden * products * (3 if self.kind == "train" else 1)
 
 
@@ -132,6 +125,7 @@ class Problem:
     model: LSTM  # its parameters are NumPy arrays
     x: Array  # (T, B, I)
     dy: Array  # (T, B, D * H), the output's gradient; zero past each sequence's length
+    lengths: Array | None  # (B,) int64
 
     @classmethod
     def of(cls, work: Work) -> Problem:
@@ -141,16 +135,12 @@ class Problem:
         model = LSTM(work.inputs, work.hidden, work.layers, **directions, seed=0)
         x = rng.standard_normal((work.steps, work.batch, work.inputs), np.float32).astype(work.dtype)
         dy = rng.standard_normal((work.steps, work.batch, model.cell.output_size), np.float32).astype(work.dtype)
-        if work.lengths is not None:
-            dy[np.arange(work.steps)[:, None] >= np.array(work.lengths)] = 0
-        return cls(work, model, x, dy)
+        lengths = None if work.lengths is None else np.array(work.lengths, np.int64)
+        if lengths is not None:
+            dy[np.arange(work.steps)[:, None] >= lengths] = 0
+        return cls(work, model, x, dy, lengths)
 
     @functools.cached_property
     def frozen_or_trained(self) -> LSTM:
         """The model, frozen unless it is trained: the parameters are constants for ONNX Runtime and OpenVINO, too."""
         return self.model if self.work.kind == "train" else self.model.freeze()
-
-    @property
-    def lengths(self) -> Array | None:
-        """The lengths as an array, (B,) int64, or None."""
-        return None if self.work.lengths is None else np.array(self.work.lengths, np.int64)

@@ -29,7 +29,7 @@ WORKS = (PLAIN, Work.ragged(6, 3, 8, 8), STREAM)
 def measured(tmp_path, monkeypatch):
     """Run the program on some works; its status, and the cases by name."""
     bench_data.without_pauses(monkeypatch)
-    monkeypatch.setattr(peers, "TORCH_GPU", "cuda")  # which an option changes
+    monkeypatch.setattr(peers, "TORCH_GPU", "cpu")
 
     def run_on(works, *more, **device):
         monkeypatch.setattr(gpu, "WORKS", works)
@@ -69,17 +69,13 @@ def test_the_file_is_written_after_each_case_and_lists_what_is_not_reached(measu
 
 
 def test_torch_does_the_same_work_and_a_difference_is_a_failure(measured, monkeypatch, capsys):
-    torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    status, cases = measured(WORKS, "--torch-device", "cpu")
+    pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
+    status, cases = measured(WORKS)
     for case in cases.values():
         rounded = () if case.work.kind == "stream" else gpu.ROUNDED
         assert status == 0 and {peers.CUDA, *gpu.THEIRS, *rounded} == set(case.values), case.refused
     monkeypatch.setitem(peers.CONTENDERS, "torch cuda", peers.CONTENDERS["torch cuda"]._replace(tolerance=1e-12))
-    assert measured([PLAIN], "--torch-device", "cpu")[0] == 1
-    assert "computes something else" in capsys.readouterr().err
-    torch.set_num_threads(threads)
+    assert measured([PLAIN])[0] == 1 and "computes something else" in capsys.readouterr().out
 
 
 def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_and_compared_too(measured, monkeypatch):
@@ -88,37 +84,31 @@ def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_and_compare
     status, cases = measured([long, STREAM, PLAIN], "--no-torch", **device)  # PLAIN has too few steps
     sides = [set(case.values) for case in cases.values()]
     assert status == 0 and sides == [{peers.CUDA, peers.BY_STEPS}, {peers.CUDA}, {peers.CUDA}] and plans.FORCED is None
-    wrong = peers.contender(peers.BY_STEPS)._replace(tolerance=1e-12)  # both paths sum in another order
-    monkeypatch.setitem(peers.OF_GPU_TABLE, peers.BY_STEPS, wrong)
+    wrong = peers.CONTENDERS[peers.BY_STEPS]._replace(tolerance=1e-12)  # both paths sum in another order
+    monkeypatch.setitem(peers.CONTENDERS, peers.BY_STEPS, wrong)
     assert measured([long], "--no-torch", **device)[0] == 1
 
 
 def test_a_case_that_fails_does_not_stop_the_next(measured, monkeypatch, capsys):
-    original = run.Problem.of
-
-    def of(work):
+    def of(work, original=run.Problem.of):
         if work.lengths:
-            raise MemoryError("Out of memory")
+            raise MemoryError("of course")
         return original(work)
 
     monkeypatch.setattr(run.Problem, "of", of)
     status, cases = measured([WORKS[1], PLAIN], "--no-torch")
     failed, last = cases.values()
-    assert status == 1 and "not enough memory" in failed.refused[run.EVERYBODY] and last.values
-    assert "ragged train float32: not enough memory" in capsys.readouterr().err
+    assert status == 1 and failed.refused == {run.EVERYBODY: "not enough memory: of course"} and last.values
+    assert f"ragged train float32: {run.EVERYBODY}: not enough memory" in capsys.readouterr().out
 
 
 def test_the_works_left_are_those_that_another_stage_has_not_measured(tmp_path):
-    def chosen(*more):
-        return gpu.chosen(gpu.parser().parse_args(["--out", "C.json", *more]))
-
-    done = tmp_path / "B.json"
-    given = ("--last-first", "--done", str(done))
-    assert chosen() == list(gpu.WORKS) and chosen(*given) == list(gpu.WORKS)[::-1]
-    first, failed, *left = gpu.WORKS
+    done, works = tmp_path / "B.json", list(gpu.WORKS)
+    assert gpu.left_of(works, None) == works and gpu.left_of(works, done) == works[::-1]
+    first, failed, *left = works
     values, refused = {peers.CUDA: (1.0,)}, {peers.CUDA: "no room"}
     gpu_common.update(done, [gpu.Case(first.title, values), gpu.Case(failed.title, {}, refused=refused)])
-    assert chosen(*given) == [failed, *left]
+    assert gpu.left_of(works, done) == [failed, *left]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])

@@ -42,9 +42,7 @@ def tiny(monkeypatch):
     for name in ("INFER", "SMALL", "TRAIN"):
         work = getattr(closed_loop, name)
         monkeypatch.setattr(closed_loop, name, small(work.steps, work.batch, 0, 0, kind=work.kind))
-    monkeypatch.setattr(
-        studies, "extra_bytes", lambda model, steps, *_, recompute=False, **__: 900 - 100 * recompute + steps
-    )
+    monkeypatch.setattr(studies, "extra_bytes", lambda model, steps, *_, recompute=False: 900 - 100 * recompute + steps)
     bench_data.without_pauses(monkeypatch)
 
 
@@ -77,10 +75,8 @@ def test_the_loop_feeds_the_output_back(torch, tiny):
 
 
 def test_the_loop_that_is_trained_differs_from_the_open_one(torch, tiny):
-    found = {
-        name: side.outputs()[0]
-        for name, side in closed_loop.training(Problem.of(closed_loop.TRAIN), 1, ["torch"]).items()
-    }
+    sides = closed_loop.training(Problem.of(closed_loop.TRAIN), 1, ["torch"])
+    found = {name: side.outputs()[0] for name, side in sides.items()}
     largest = np.abs(found[OURS]).max()
     for name in (closed_loop.NJIT, "torch"):
         np.testing.assert_allclose(found[name], found[OURS], atol=1e-5 * largest)
@@ -110,10 +106,8 @@ def test_a_start_is_cold_once_and_then_warm(monkeypatch):
     found = {name: case.values[OURS] for name, case in cases.items()}
     assert found["cold: training pass"] == (4.0, 4.0) and found["warm: training pass"] == (1.0, 1.0)
     assert found["cold: all three calls"] == (4.75, 4.75) and found["warm: import and calls"] == (2.75, 2.75)
-    for script, message in (
-        (FAKE.replace("0 if left.exists() else 3", "3"), "warm process compiled 3"),
-        ("1 / 0", "division"),
-    ):
+    always = FAKE.replace("0 if left.exists() else 3", "3")
+    for script, message in ((always, "warm process compiled 3"), ("1 / 0", "division")):
         monkeypatch.setattr(first_calls, "SCRIPTS", fakes | {OURS: script})
         with pytest.raises(RuntimeError, match=message):
             list(first_calls.start(1, 0.0, rounds=1))
@@ -148,27 +142,16 @@ def test_all_studies_are_run_in_a_process_each(monkeypatch):
 
 
 def test_two_versions_take_turns_and_every_round_is_kept(tmp_path, monkeypatch):
-    """The same version twice, with a worker of two cells whose times are made up."""
-    worker = """
-import json, sys
-print(json.dumps(["a step", "training"]), flush=True)
-for line in sys.stdin:
-    name, count = json.loads(line)
-    print(count * (0.002 if name == "training" else 0.001), flush=True)
-"""
-    monkeypatch.setattr(versions, "WORKER", worker)
+    """The same version twice, on one small shape."""
+    bench_data.without_pauses(monkeypatch)
+    monkeypatch.setattr(grid, "SMALL", dict.fromkeys(("infer", "train"), ((2, 1, 3, 4),)))
     monkeypatch.setattr(versions, "first_call", lambda python, what: 2.0)
     out = tmp_path / "versions.json"
-    given = [sys.executable, sys.executable, "--out", str(out), "--name", "old", "--threads", "1", "--processes", "2"]
-    assert versions.main([*given, "--seconds", "0"]) == 0
-    cases = {case.name: case for case in results.load(out).cases}
-    assert cases["training"].values["old"] == pytest.approx([0.002] * 2 * clock.FEWEST_ROUNDS)
-    assert cases["a step"].ratio("old").middle == 1.0 and cases["frozen step"].values[OURS] == (2.0, 2.0)
-
-
-def test_the_worker_of_a_version_has_every_cell(monkeypatch):
-    with monkeypatch.context() as small:
-        small.setattr(grid, "SMALL", {"infer": (((2, 1, 3, 4), {}),), "train": (((2, 1, 3, 4), {}),)})
-        with versions.version(sys.executable, 1) as cells:
-            assert {"frozen step (I,)", "batch_first", "inference 2,1,3,4", "training 2,1,3,4"} <= set(cells)
-            assert cells["step (1, I)"].time(3) > 0
+    given = [sys.executable, sys.executable, "--out", str(out), "--threads", "1", "--processes", "2", "--seconds", "0"]
+    assert versions.main(given) == 0
+    first, calls = {}, {}
+    for case in results.load(out).cases:
+        (first if case.group.startswith("first") else calls)[case.name] = case.values
+    assert {"frozen step (I,)", "batch_first", "inference 2,1,3,4", "training 2,1,3,4"} <= set(calls)
+    assert {len(values[name]) for values in calls.values() for name in (OURS, "old")} == {2 * clock.FEWEST_ROUNDS}
+    assert first["frozen step"] == {OURS: (2.0, 2.0), "old": (2.0, 2.0)}
