@@ -123,6 +123,8 @@ NOTES = (
     "A second variant of the cell is asked to compile in at most 2 s. One of the step takes 0.8 s; the first cell with"
     " phases (layer norm, projection, zoneout, recurrent dropout, RNN) takes 1.7 s forward and 2.4 s backward of CPU,"
     " once for all of them: they have drivers of their own. That was timed by itself and is in no file.",
+    "Peepholes of gates that a block of units shares take up to twice the time of plain peepholes: the cell's step runs"
+    " twice, and what a gate sees is summed unit by unit. That was timed by itself and is in no file.",
     "A short bidirectional call is asked to take at most 2 us more than a plain one, and takes 4: it is a second"
     " launch. That was timed by itself and is in no file.",
 )
