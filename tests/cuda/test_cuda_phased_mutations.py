@@ -23,6 +23,7 @@ def case(**fields):
 
 NORM = case(layer_norm=True, peephole=True, clip=0.5)
 PROJECTION = case(proj_size=3, peephole=True, cell_clip=0.3, merge="product")
+SHARED = case(peephole=True, block_size=2)
 BLOCKS = case(proj_size=2, block_size=2, coupled=True, clip=0.4)
 PAPER = case(proj_size=2, block_size=3, forget_gate=False, truncated=True, activations=("sigmoid", "1997", "1997"))
 RANDOM = case(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
@@ -70,9 +71,13 @@ SLIPS = {
     "gradient through the clip of c": (phased_cell, "abs(step.c) < cell_clip", "abs(step.c) < 99", PROJECTION),
     "blocks side by side": (phased_cell, "part.reshape(part.shape[0], -1, cell.block_size).sum(axis=2)",
                             "part.reshape(part.shape[0], cell.block_size, -1).sum(axis=1)", BLOCKS),
-    "o sees c before": (phased_cell, 'p["o"] * c if "o" in p', 'p["o"] * c_prev if "o" in p', NORM),
-    "dc without o's share": (phased_cell, 'dc = dc + da["o"] * p["o"]', "pass", NORM),
-    "dc before without peepholes": (phased_cell, "dc_prev = dc_prev + da[gate] * p[gate]", "pass", NORM),
+    "o sees c before": (phased_cell, 'p["o"] * c) if "o" in p', 'p["o"] * c_prev) if "o" in p', NORM),
+    "dc without o's share": (phased_cell, 'dc = dc + _over_blocks(xp, cell, da["o"]) * p["o"]', "pass", NORM),
+    "dc by one copy of o": (phased_cell, '_over_blocks(xp, cell, da["o"]) * p["o"]', 'da["o"] * p["o"]', SHARED),
+    "i sees one unit": (phased_cell, '_over_blocks(xp, cell, p["i"] * c_prev)', 'p["i"] * c_prev', SHARED),
+    "copies of a gate not summed": (phased_cell, "of_gate = _over_blocks(xp, cell, da[gate])", "of_gate = da[gate]",
+                                    SHARED),
+    "dc before without peepholes": (phased_cell, "dc_prev = dc_prev + of_gate * p[gate]", "pass", NORM),
     "dp of o with c before": (phased_cell, 'step.c if gate == "o" else step.c_prev', "step.c_prev", NORM),
     "candidate of 1997 halved": (phased_cell, "else 2 * xp.tanh(0.5 * a)", "else xp.tanh(0.5 * a)", PAPER),
     "its slope": (phased_cell, "(2 - s) * (2 + s) * 0.25", "1 - s * s", PAPER),
