@@ -275,7 +275,7 @@ FAMILY = [
     {"activations": ("hard_sigmoid", "softsign", "identity"), "clip": 0.6}, {"cell_clip": 0.3, "peephole": True},
     {"activations": ("sigmoid", "relu", "hard_sigmoid")}, {"proj_size": 3, "zoneout": (0.4, 0.4)},
     {"layer_norm": True, "recurrent_dropout": 0.4}, {"truncated": True}, {"reverse": True},
-    {"nonlinearity": "tanh"}, {"nonlinearity": "relu"},
+    {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}, {"peephole": True, "block_size": 2},
 ]  # fmt: skip
 
 

@@ -94,8 +94,8 @@ def joined(cell: Cell, da: dict[str, Array]) -> Array:
 
 def _over_blocks(cell: Cell, v: Array) -> Array:
     """Return for each unit the sum of `v` (B, H) over the units of its block."""
-    size = cell.block_size
-    return v if size == 1 else np.repeat(v.reshape(len(v), -1, size).sum(axis=2), size, axis=1)
+    size, blocks = cell.block_size, cell.hidden_size // cell.block_size
+    return v if size == 1 else np.repeat(v.reshape(len(v), blocks, size).sum(axis=2), size, axis=1)
 
 
 def normalise(v: Array, gain: Array) -> tuple[Array, Norm]:
