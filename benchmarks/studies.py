@@ -99,6 +99,7 @@ STEP_VARIANTS: dict[str, dict[str, Any]] = {
     "clips": {"clip": 3.0, "cell_clip": 3.0},
 }
 TRUNCATED, RNN_NAME, PROJECTED = "truncated", "plain RNN", "projection to H/2"
+SHARED = "peepholes of shared gates"
 PHASES: dict[str, dict[str, Any]] = {
     "layer norm": {"layer_norm": True},
     "zoneout": {"zoneout": (0.1, 0.1)},
@@ -108,7 +109,7 @@ PHASES: dict[str, dict[str, Any]] = {
 
 def family(threads: int, seconds: float) -> Iterator[Case]:
     """The family of cells against the plain LSTM of the same sizes, in float32: what a variant costs."""
-    fields = STEP_VARIANTS | {TRUNCATED: {"truncated": True}} | PHASES
+    fields = STEP_VARIANTS | {TRUNCATED: {"truncated": True}} | PHASES | {SHARED: {"peephole": True, "block_size": 2}}
     for shape, kind in itertools.product(((100, 32, 64, 128), (50, 64, 128, 256)), ("infer", "train")):
         plain = Problem.of(Work(*shape, kind=kind))
         inputs, hidden = plain.work.inputs, plain.work.hidden

@@ -51,7 +51,7 @@ def bench(options: argparse.Namespace) -> int:
         for folder in filter(None, (options.json and options.json.parent, options.plot)):
             folder.mkdir(parents=True, exist_ok=True)
         if options.json:
-            options.json.open("a").close()  # leaves what is there
+            options.json.open("a").close()  # which changes no file
     except OSError as error:
         raise ArgumentError(f"{error.filename}: {error.strerror}") from error
     found = run.measure(

@@ -64,10 +64,9 @@ def _column(width, gate, unit):
     return (unit // width * GATES + gate) * width + unit % width
 
 
-@routine
+@routine(inline=True)
 def _of_gate(da, row, gate, first, size):
     """Return the gradient by the gate of the block that begins at unit `first`: the sum over its copies."""
-    stay_outlined()
     width = lanes_of(da.start)
     part, part_row = strip(da, _column(width, gate, first))
     total = peek(offset(part, row * part_row))
@@ -119,7 +118,7 @@ def seen_back(layer, place, row):
 def add_seen(layer, own, low, high, first, last):
     """Add the gradients by the weights of a chunk's rows from `low` to `high`, for this thread's vectors of units."""
     stay_outlined()
-    width, units, size = layer.width, layer.units, layer.sees
+    width, units, size = lanes_of(own), layer.units, layer.sees  # a constant to the compiler: no divisions
     unit_first, unit_last = first * width, minimum(last * width, units)
     for row in range(low, high):
         for block_first in range(unit_first // size * size, unit_last, size):

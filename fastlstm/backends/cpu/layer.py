@@ -153,8 +153,8 @@ class LayerCall:
             )  # fmt: skip
             found = direction.named(grads)
         else:
-            shape, found = (rows.steps * rows.batch * input_gradient, size.inputs), {}
-            dx = new_array(shape, size.dtype, padded=rows.ragged)
+            count, found = rows.steps * rows.batch if input_gradient else 0, {}
+            dx = new_array((count, size.inputs), size.dtype, padded=rows.ragged)
             # One direction after the other: each adds to dx, and a second dx would exceed the promised memory.
             for d, direction in enumerate(self.directions):
                 grads = direction.backward(

@@ -222,7 +222,8 @@ class PhasedBackend(LayeredBackend):
         dy = as_plain(dy).reshape(-1, len(weights) * size.features)
         dh_n, dc_n = as_plain(dh_n), as_plain(dc_n)
         dh0, dc0 = np.empty(dh_n.shape, size.dtype), np.empty(dc_n.shape, size.dtype)
-        dx = new_array((steps * batch * input_gradient, size.inputs), size.dtype, padded=rows.ragged)
+        count = steps * batch if input_gradient else 0
+        dx = new_array((count, size.inputs), size.dtype, padded=rows.ragged)
         found, of_steps = [], []
         for d in range(len(weights)):
             by_steps = [np.zeros((steps * batch if keep_steps else 0, s.shape[2]), size.dtype) for s in (dh_n, dc_n)]
