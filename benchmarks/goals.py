@@ -19,6 +19,7 @@ from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
 
 OURS = studies.OURS
+LARGE = "50,64,512,512 infer float32"  # most of its time is arithmetic
 STEP = Work(1, 1, 32, 64, kind="stream")
 LOOPED = ("torch", loops.CELL, "onnxruntime")
 OLD = "55c5fee"  # of versions.json
@@ -90,7 +91,7 @@ GOALS = (
          lambda _, case: [1e6 * case.spread(OURS).middle]),
     Goal("a streaming step: ONNX Runtime's time / ours", 2.0, False, f"goals.*/{STEP.title}", ratio("onnxruntime")),
     Goal("ragged training: PyTorch's packed sequences / ours", 20.0, False, "goals.*ragged", ratio("torch")),
-    Goal("share of the peak, inference 50,64,512,512", 0.8, False, "goals.*/50,64,512,512 infer float32",
+    Goal("share of the peak, inference 50,64,512,512", 0.8, False, f"goals.*/{LARGE}",
          share_of_peak, min),
     Goal("ragged training / the same padded", 0.85, True, "ragged.*365", ratio(OURS, to=[studies.PADDED])),
     Goal("first calls with an empty kernel cache, seconds", 10.0, True, "start.*cold: all three calls", seconds),
@@ -129,6 +130,7 @@ NOTES = (
     " launch. That was timed by itself and is in no file.",
 )
 WINS = {
+    ("bench", LARGE): "Both are near the measured peak at this size, and which is ahead changes from run to run.",
     ("start", "cold"): "The first process compiles the kernels for its processor; PyTorch comes compiled.",
     ("start", "warm"): "The first call loads Numba and the compiled kernels; PyTorch has loaded its own in its import.",
 }
