@@ -29,7 +29,7 @@ OTHER_CASES = 44
 
 @pytest.fixture(scope="module")
 def goldens():
-    """Load the module that makes the cases from the values."""
+    """Load the module that makes the cases from the values; it opens its file when it is imported."""
     spec = importlib.util.spec_from_file_location("peer_goldens", FOLDER / "peer_goldens.py")
     module = importlib.util.module_from_spec(spec)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is not ours
@@ -37,7 +37,8 @@ def goldens():
         spec.loader.exec_module(module)
     finally:
         sys.dont_write_bytecode = before
-    return module
+    with module.DATA:  # or the garbage collector finds an open file, and the test that is running then fails
+        yield module
 
 
 @needs_goldens

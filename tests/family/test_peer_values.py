@@ -51,7 +51,8 @@ def assert_met(found, expected, tolerance=ALLOWED):
 
 def onnxruntime_case(case):
     """Read a case, called by its test and its number there: its attributes, inputs and outputs."""
-    data = np.load(FOLDER / "peer_goldens.npz")
+    with np.load(FOLDER / "peer_goldens.npz") as file:
+        data = dict(file)
     metas = json.loads(str(data["ort/meta"]))
     test, number = case.split("#")
     number = [n for n, meta in enumerate(metas) if meta["test"] == test][int(number) - 1]
