@@ -80,7 +80,7 @@ def section(found: Found) -> str:
             parts.append(report.machine_line(files[MAIN]))
         cases = (case for file in with_gpu for case in file.cases if case.work)
         if ratios := [ratio.middle for _, side, ratio in report.duels(cases) if side == "torch cuda"]:
-            mean, gpu = geometric_mean(ratios), with_gpu[0].machine["GPU"]
+            mean, gpu = geometric_mean(ratios), with_gpu[0].machine["GPU"].partition(",")[0]
             on_gpus.append(f"On {gpu}, the geometric mean of PyTorch's time / ours is {mean:.2f}.")
     parts.append(
         "In brackets: the peer's time / ours, **bold** where the peer is faster, `=` for no difference."

@@ -1,6 +1,8 @@
-"""The CUDA backend against ``torch.nn.LSTM`` (cuDNN) on one GPU; a stage's file is written after each case.
+"""A stage of ``.ci/gpu``: its table of the CUDA backend against ``torch.nn.LSTM`` (cuDNN), its file and its page.
 
-    python benchmarks/gpu.py --out OUTDIR/B.json --seconds 150
+    python benchmarks/gpu.py table --out OUTDIR/B.json --seconds 150
+    python benchmarks/gpu.py step OUTDIR/A.json NAME RESULT SECONDS REMARK  # note the end of a step
+    python benchmarks/gpu.py page OUTDIR/A.json OUTDIR/B.json  # print stages as Markdown
 
 Cases are measured as by ``fastlstm bench``: results are compared first, sides take turns. PyTorch is also timed with
 TF32, and our sequences with products in TF32 and bfloat16. Where a persistent kernel is planned
@@ -11,18 +13,18 @@ important cases come first; those that the time does not reach are listed.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpu_common
-
-from fastlstm.bench import grid, peers, report, run
-from fastlstm.bench.results import Case
+from fastlstm.bench import grid, peers, report, results, run
+from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
+from fastlstm.errors import ResultsFileError
 
 OURS, THEIRS = (peers.CUDA, peers.BY_STEPS), ("torch cuda", "torch cuda TF32")
 ROUNDED = (f"{peers.CUDA} TF32", f"{peers.CUDA} bfloat16")
@@ -52,7 +54,51 @@ WORKS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def load(path: Path) -> Results:
+    """Read a stage's file; empty results if it is missing or broken."""
+    try:
+        return results.load(path)
+    except (OSError, ResultsFileError):
+        return Results(path.stem, {}, threads=1)
+
+
+def begin(path: Path, names: Iterable[str]) -> Results:
+    """Return what a stage's file has so far, with the machine on which these sides are measured."""
+    before = load(path)
+    return replace(run.begin(path.stem, names, threads=1), cases=before.cases, steps=before.steps)
+
+
+def step(file: str, *parts: str) -> int:
+    """Note the end of a step."""
+    stage = load(Path(file))
+    new = dict(zip(("name", "result", "seconds", "remark"), parts, strict=True))
+    results.save(Path(file), replace(stage, steps=(*stage.steps, new)))
+    return 0
+
+
+def page(*files: str) -> int:
+    """Print stages as Markdown."""
+    stages = [load(Path(file)) for file in files]
+    print("\n\n".join(part for stage in stages for part in (f"### Stage {stage.name}", *report.text(stage))))
+    return 0
+
+
+def measured(works: list[Work], names: list[str], until: float) -> Iterator[Case]:
+    """Measure works, and refuse those that would begin after `until` of the monotonic clock."""
+    for work in works:
+        if time.monotonic() > until:
+            yield Case(work.title, {}, group=work.kind, work=work, refused={run.EVERYBODY: UNREACHED})
+        else:
+            yield run.measure_case(work, names, 1, SECONDS_OF_A_CASE)
+
+
+def left_of(works: list[Work], done: Path) -> list[Work]:
+    """Return the works that a stage's file lacks, in order; if it has none of them, begin with the last."""
+    there = {case.name for case in load(done).cases if peers.CUDA in case.values}
+    return [work for work in works if work.title not in there] if there else works[::-1]
+
+
+def table(*arguments: str) -> int:
     """Measure, and write the file; 1 if our side fails, or torch's float32 results are not ours."""
     parser = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
     add = parser.add_argument
@@ -62,36 +108,23 @@ def main(arguments: list[str] | None = None) -> int:
     add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
     add("--no-torch", action="store_true", help="time this library alone")
     options = parser.parse_args(arguments)
-    begin, measured, complaints = time.monotonic(), 0, list[str]()
+    until = time.monotonic() + options.seconds
+    works = grid.of_shapes(options.shape or (), ("float32",), ("infer", "train")) or list(WORKS)
+    if options.done:
+        works = left_of(works, options.done)
     asked = OURS if options.no_torch else (*OURS, *THEIRS, *ROUNDED)
-    names = [name for name in asked if peers.missing(name) is None]
-    gpu_common.update(options.out, machine=gpu_common.machine(with_torch="torch cuda" in names))
-    shapes = grid.of_shapes(options.shape or (), ("float32",), ("infer", "train"))
-    works = left_of(shapes or list(WORKS), options.done)
-    for work in works:
-        if time.monotonic() - begin > options.seconds:
-            break
-        case = run.measure_case(work, names, 1, SECONDS_OF_A_CASE)
-        gpu_common.update(options.out, [case])
-        print(report.line(case), flush=True)
-        wrong = [(side, reason) for side, reason in case.refused.items()
-                 if side in (*OURS, run.EVERYBODY) or (side == "torch cuda" and "computes" in reason)]  # fmt: skip
-        complaints += [f"{case.name}: {side}: {reason}" for side, reason in wrong]
-        measured += 1
-    late = {"refused": {run.EVERYBODY: UNREACHED}}
-    left = [Case(work.title, {}, group=work.kind, work=work, **late) for work in works[measured:]]
-    gpu_common.update(options.out, left)
-    print(*complaints, f"{measured} of {len(works)} cases measured", sep="\n")
-    return 1 if complaints else 0
-
-
-def left_of(works: list[Work], done: Path | None) -> list[Work]:
-    """Return the works that a stage's file lacks, in order; if it has none of them, begin with the last."""
-    stage = gpu_common.load(done) if done else None
-    measured = {case.name for case in stage.cases if peers.CUDA in case.values} if stage else set()
-    left = [work for work in works if work.title not in measured]
-    return left[::-1] if done and not measured else left
+    before = begin(options.out, asked)
+    names = [name for name in asked if name not in before.absent]
+    found = run.keep(before, measured(works, names, until), options.out, functools.partial(print, flush=True))
+    titles = {work.title for work in works}
+    reached = [case for case in found.cases if case.name in titles and UNREACHED not in case.refused.values()]
+    complaints = [
+        f"{case.name}: {side}: {reason}" for case in reached for side, reason in case.refused.items()
+        if side in (*OURS, run.EVERYBODY) or (side == "torch cuda" and "computes" in reason)
+    ]  # fmt: skip
+    print(*complaints, f"{len(reached)} of {len(works)} cases measured", sep="\n")
+    return 130 if found.interrupted else min(len(complaints), 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit({"table": table, "step": step, "page": page}[sys.argv[1]](*sys.argv[2:]))

@@ -29,7 +29,7 @@ from first_calls import start
 
 import fastlstm
 from fastlstm import LSTM, RNN
-from fastlstm.bench import grid, peers, report, results, run, sides
+from fastlstm.bench import grid, peers, report, run, sides
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import DTYPES, Problem, Work
@@ -274,16 +274,13 @@ def main(arguments: list[str] | None = None) -> int:
         given = ["--threads", str(options.threads), "--seconds", str(options.seconds)]
         given += ["--out", str(options.out)] if options.out else []
         return max(subprocess.run([sys.executable, __file__, name, *given], check=False).returncode for name in STUDIES)
-    study = STUDIES[options.study]
-    found: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")
-    for case in study(options.threads, options.seconds):
-        found = replace(found, cases=(*found.cases, case))
-        print(report.line(case), flush=True)
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            results.save(options.out / f"{options.study}.json", found)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    study, path = STUDIES[options.study], options.out and options.out / f"{options.study}.json"
+    begun: Results = run.begin(options.study, ON_CPU, options.threads, inspect.getdoc(study) or "")
+    found = run.keep(begun, study(options.threads, options.seconds), path, functools.partial(print, flush=True))
     print(found.about, *report.text(found), sep="\n\n")
-    return 0
+    return 130 if found.interrupted else 0
 
 
 if __name__ == "__main__":

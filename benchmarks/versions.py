@@ -16,12 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from first_calls import new_process
 
-from fastlstm.bench import clock, grid, results, run
+from fastlstm.bench import clock, grid, run
 from fastlstm.bench.peers import CPU
 from fastlstm.bench.results import Case
 from fastlstm.bench.sides import Side
@@ -132,6 +131,26 @@ def first_call(python: str, what: str) -> float:
         return float(new_process(python, FIRST, Path(cache), 1, what))
 
 
+def cases(pythons: dict[str, str], threads: list[int], processes: int, seconds: float) -> Iterator[Case]:
+    """Measure first calls, and then all cells, as often as there are pairs of processes."""
+    for what in ("inference", "training", "step", "frozen step") if processes else ():
+        values = {name: () for name in pythons}
+        for name, python in [*pythons.items()] * processes:
+            values[name] += (first_call(python, what),)
+        yield Case(what, values, group="first call, empty kernel cache, CPU time")
+    for count in threads:
+        cells: dict[str, dict[str, tuple[float, ...]]] = {}
+        for _ in range(processes):
+            with contextlib.ExitStack() as stack:
+                versions = {name: stack.enter_context(version(python, count)) for name, python in pythons.items()}
+                for cell in versions[CPU]:
+                    times = clock.take_turns({name: held[cell] for name, held in versions.items()}, seconds)
+                    before = cells.get(cell, dict.fromkeys(pythons, ()))
+                    cells[cell] = {name: before[name] + more for name, more in times.items()}
+        group = f"calls on {count} thread{'s' * (count > 1)}"
+        yield from (Case(cell, values, threads=count, group=group) for cell, values in cells.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -144,26 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seconds", type=float, default=0.5, help="for a cell of each pair of processes")
     options = parser.parse_args(arguments)
     pythons = {CPU: options.new, options.name: options.old}
-    found = run.begin(options.out.stem, [], max(options.threads), ABOUT)
-    for what in ("inference", "training", "step", "frozen step") if options.processes else ():
-        values = {name: () for name in pythons}
-        for name, python in [*pythons.items()] * options.processes:
-            values[name] += (first_call(python, what),)
-        case = Case(what, values, group="first call, empty kernel cache, CPU time")
-        found = replace(found, cases=(*found.cases, case))
-    for threads in options.threads:
-        group, cases = f"calls on {threads} thread{'s' * (threads > 1)}", dict[str, Case]()
-        for _ in range(options.processes):
-            with version(options.old, threads) as old, version(options.new, threads) as new:
-                for cell in new:
-                    sides = {CPU: new[cell], options.name: old[cell]}
-                    times = clock.take_turns(sides, options.seconds)
-                    if cell in cases:
-                        times = {name: cases[cell].values[name] + more for name, more in times.items()}
-                    cases[cell] = Case(cell, times, threads=threads, group=group)
-        found = replace(found, cases=(*found.cases, *cases.values()))
-    results.save(options.out, found)
-    return 0
+    measured = cases(pythons, options.threads, options.processes, options.seconds)
+    begun = run.begin(options.out.stem, [], max(options.threads), ABOUT)
+    return 130 if run.keep(begun, measured, options.out, print).interrupted else 0
 
 
 if __name__ == "__main__":

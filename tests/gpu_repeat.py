@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import gpu_common
+import gpu
 import numpy as np
 
 import fastlstm
-from fastlstm.bench.results import Case
+from fastlstm.bench import peers, run
+from fastlstm.bench.results import Case, Results
 
 # steps, batch, inputs, hidden, layers, bidirectional, ragged, peephole: wide and narrow loads, one and several slabs of
 # a sum; persistent kernels of one block a group, of a cluster, and of groups that exchange through memory
@@ -40,18 +42,21 @@ def main(arguments: list[str] | None = None) -> int:
     cupy = import_module("cupy")
     if options.no_pool:
         cupy.cuda.set_allocator(None)
-    if options.out:
-        gpu_common.update(options.out, machine=gpu_common.machine())
     passed = True
-    todo = [(case, dtype) for case in CASES for dtype in BOUNDS]
-    for case, dtype in todo:
-        differences, error = repeat(cupy, case, dtype, options.times)
-        passed &= not differences and error <= BOUNDS[dtype]
-        facts = {"repetitions": float(options.times), "not bit-identical": float(differences), "error": error}
-        print(f"{case} {dtype}: {differences} of {options.times} differ, error {error:.2e}", flush=True)
-        if options.out:
+
+    def cases() -> Iterator[Case]:
+        nonlocal passed
+        for case, dtype in [(case, dtype) for case in CASES for dtype in BOUNDS]:
+            differences, error = repeat(cupy, case, dtype, options.times)
+            passed &= not differences and error <= BOUNDS[dtype]
+            facts = {"repetitions": float(options.times), "not bit-identical": float(differences), "error": error}
+            print(f"{case} {dtype}: {differences} of {options.times} differ, error {error:.2e}", flush=True)
             finite = {name: value for name, value in facts.items() if np.isfinite(value)}
-            gpu_common.update(options.out, [Case(f"{case} {dtype}", {}, group="repetitions", facts=finite)])
+            yield Case(f"{case} {dtype}", {}, group="repetitions", facts=finite)
+
+    begun = gpu.begin(options.out, [peers.CUDA]) if options.out else Results("repetitions", {}, threads=1)
+    interrupted = run.keep(begun, cases(), options.out).interrupted
+    passed &= not interrupted
     print("every result is the first one, bit for bit" if passed else "NOT every result is as it should be")
     return 0 if passed else 1
 

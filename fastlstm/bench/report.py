@@ -18,7 +18,7 @@ from fastlstm.bench.work import KINDS
 
 __all__ = ["amount", "cell", "duels", "is_peer", "line", "losses", "machine_line", "table", "text"]
 
-VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "CUDA", "driver", "cuDNN")
+VERSIONS = ("python", "numpy", "numba", "torch", "onnxruntime", "openvino", "CuPy", "cuDNN")
 PEERS = ("torch", "onnxruntime", "openvino")  # a side is a peer's if its name begins so
 
 

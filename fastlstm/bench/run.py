@@ -11,14 +11,14 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fastlstm.bench import clock, peaks, peers, results
+from fastlstm.bench import clock, peaks, peers, report, results
 from fastlstm.bench.clock import SideError
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side, with_threads
@@ -26,7 +26,7 @@ from fastlstm.bench.work import Array, Problem, Work
 from fastlstm.diagnostics import describe_for_others
 from fastlstm.errors import ArgumentError
 
-__all__ = ["begin", "measure", "measure_case", "measure_sides"]
+__all__ = ["begin", "keep", "measure", "measure_case", "measure_sides"]
 
 EVERYBODY = "every side"  # is refused what does not fit in memory
 Builders = Mapping[str, Callable[[], Side]]
@@ -39,6 +39,10 @@ def begin(name: str, names: Iterable[str], threads: int, about: str = "") -> Res
     absent = {side: reason for side, reason in reasons.items() if reason is not None}
     packages = [package for side in reasons if side not in absent for package in peers.CONTENDERS[side].packages]
     machine |= {package: _version(package) for package in packages}
+    if "GPU" in machine:
+        machine["CuPy"] = import_module("cupy").__version__
+    if "torch cuda" in reasons and "torch cuda" not in absent:
+        machine["cuDNN"] = str(import_module("torch").backends.cudnn.version())
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return Results(name, machine, threads, about=about, absent=absent, made=made)
 
@@ -48,6 +52,25 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # installed under another name than the module's
         return str(getattr(import_module(package), "__version__", "of unknown version"))
+
+
+def keep(found: Results, cases: Iterable[Case], path: Path | None, show: Callable[[str], object] = str) -> Results:
+    """Add cases as they are measured, until Ctrl-C; the file at `path` is written anew after each.
+
+    A case takes the place of one of the same name in the same table. `show` is called with a line of text for each.
+    """
+    try:
+        for case in cases:
+            others = [other for other in found.cases if (other.group, other.name) != (case.group, case.name)]
+            found = replace(found, cases=(*others, case))
+            show(report.line(case))
+            if path:
+                results.save(path, found)
+    except KeyboardInterrupt:  # the case that it cuts short is left out
+        found = replace(found, interrupted=True)
+    if path:
+        results.save(path, found)
+    return found
 
 
 def measure(
@@ -76,18 +99,14 @@ def measure(
         plan |= {work: (ours, seconds / 4) for work in ours_only if work not in plan}
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
     devices = dict.fromkeys(peers.CONTENDERS[name].device for name in here if name in peers.OURS)
-    try:
-        found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
+    found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
+
+    def cases() -> Iterator[Case]:
         for number, (work, (sides, budget)) in enumerate(plan.items(), 1):
             progress(f"{number} of {len(plan)}: {work.title}")
-            found = replace(found, cases=(*found.cases, measure_case(work, sides, threads, budget)))
-            if path:
-                results.save(path, found)
-    except KeyboardInterrupt:  # the case that it cuts short is left out
-        found = replace(found, interrupted=True)
-    if path:
-        results.save(path, found)
-    return found
+            yield measure_case(work, sides, threads, budget)
+
+    return keep(found, cases(), path)
 
 
 def measure_case(work: Work, names: Iterable[str], threads: int, seconds: float) -> Case:

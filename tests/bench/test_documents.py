@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import bench_data
-import pytest
-from bench_data import case
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
-
 import figures
 import goals
+import pytest
 import studies
+from bench_data import case
 
 from fastlstm.bench import pictures, results
 from fastlstm.bench.work import Work
@@ -97,11 +93,11 @@ def test_goals_stand_beside_what_was_measured_and_a_miss_is_bold_with_its_reason
 
 def test_a_gpu_has_its_tables_and_a_sentence():
     cases = [case(Work(9, 9, 9, 9), {"fastlstm cuda": 1.0, "torch cuda": ratio}) for ratio in (1.0, 4.0)]
-    stage = bench_data.results(*cases, name="B", machine={"GPU": "a made-up GPU"}, steps=({"name": "table"},))
+    stage = bench_data.results(*cases, name="B", machine={"GPU": "a made-up GPU, driver 7"}, steps=({"name": "table"},))
     text = figures.section({"gpu": {"B": stage}})
     assert "On a made-up GPU, the geometric mean of PyTorch's time / ours is 2.00." in text
     tables = figures.tables({"gpu": {"B": stage}})
-    assert "| table" in tables and "*a made-up GPU; " in tables
+    assert "| table" in tables and "*a made-up GPU, driver 7; " in tables
 
 
 def test_the_command_writes_and_then_finds_nothing_to_do(tmp_path, monkeypatch, capsys):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import bench_data
 import cuda_row
+import gpu
 import pytest
 from host_cuda import FakeCupy, compiler
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
-
-import gpu
-import gpu_common
-
 from fastlstm.backends.cuda import plans
-from fastlstm.bench import peers, run
+from fastlstm.bench import peers, results, run
 from fastlstm.bench.work import Work
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -27,7 +21,7 @@ WORKS = (PLAIN, Work.ragged(6, 3, 8, 8), STREAM)
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Run the program on some works; its status, and the cases by name."""
+    """Run the program on some works; its status, and the cases."""
     bench_data.without_pauses(monkeypatch)
     monkeypatch.setattr(peers, "TORCH_GPU", "cpu")
 
@@ -36,8 +30,8 @@ def measured(tmp_path, monkeypatch):
         out = tmp_path / "B.json"
         out.unlink(missing_ok=True)
         with cuda_row.installed(FakeCupy(**device)):
-            status = gpu.main(["--out", str(out), *more])
-        return status, {case.name: case for case in gpu_common.load(out).cases}
+            status = gpu.table("--out", str(out), *more)
+        return status, results.load(out).cases
 
     return run_on
 
@@ -50,28 +44,18 @@ def test_the_table_begins_with_one_batch_at_all_sizes_and_one_of_each_other_kind
     assert any(work.layers == 2 and work.bidirectional for work in first) and any(work.lengths for work in first)
 
 
-def test_the_file_is_written_after_each_case_and_lists_what_is_not_reached(measured, monkeypatch):
-    written, update = [], gpu_common.update
-
-    def seen(path, *parts, **more):
-        update(path, *parts, **more)
-        written.append(len(gpu_common.load(path).cases))
-
-    monkeypatch.setattr(gpu_common, "update", seen)
-    status, cases = measured(WORKS, "--no-torch")
-    assert status == 0 and written == [0, 1, 2, 3, 3]
-    for case in cases.values():
-        assert set(case.values) == {peers.CUDA} and case.facts[f"host, {peers.CUDA}"] > 0
+def test_what_the_time_does_not_reach_is_listed_and_the_rest_has_the_seconds_of_the_host(measured, monkeypatch):
     ticks = iter([0.0, 1.0, 100.0])
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(ticks, 100.0))
-    _, cases = measured(WORKS, "--no-torch", "--seconds", "50")
-    assert [case.refused for case in cases.values()] == [{}, *2 * [{run.EVERYBODY: gpu.UNREACHED}]]
+    status, (first, *left) = measured(WORKS, "--no-torch", "--seconds", "50")
+    assert status == 0 and set(first.values) == {peers.CUDA} and first.facts[f"host, {peers.CUDA}"] > 0
+    assert [case.refused for case in left] == 2 * [{run.EVERYBODY: gpu.UNREACHED}]
 
 
 def test_torch_does_the_same_work_and_a_difference_is_a_failure(measured, monkeypatch, capsys):
     pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
     status, cases = measured(WORKS)
-    for case in cases.values():
+    for case in cases:
         rounded = () if case.work.kind == "stream" else gpu.ROUNDED
         assert status == 0 and {peers.CUDA, *gpu.THEIRS, *rounded} == set(case.values), case.refused
     monkeypatch.setitem(peers.CONTENDERS, "torch cuda", peers.CONTENDERS["torch cuda"]._replace(tolerance=1e-12))
@@ -82,7 +66,7 @@ def test_where_a_persistent_kernel_is_planned_the_step_path_is_timed_and_compare
     device = {"architecture": "80", "multiprocessors": 132}
     long = Work(4, 2, 8, 8, kind="train", bidirectional=True)
     status, cases = measured([long, STREAM, PLAIN], "--no-torch", **device)  # PLAIN has too few steps
-    sides = [set(case.values) for case in cases.values()]
+    sides = [set(case.values) for case in cases]
     assert status == 0 and sides == [{peers.CUDA, peers.BY_STEPS}, {peers.CUDA}, {peers.CUDA}] and plans.FORCED is None
     wrong = peers.CONTENDERS[peers.BY_STEPS]._replace(tolerance=1e-12)  # both paths sum in another order
     monkeypatch.setitem(peers.CONTENDERS, peers.BY_STEPS, wrong)
@@ -96,18 +80,18 @@ def test_a_case_that_fails_does_not_stop_the_next(measured, monkeypatch, capsys)
         return original(work)
 
     monkeypatch.setattr(run.Problem, "of", of)
-    status, cases = measured([WORKS[1], PLAIN], "--no-torch")
-    failed, last = cases.values()
+    status, (failed, last) = measured([WORKS[1], PLAIN], "--no-torch")
     assert status == 1 and failed.refused == {run.EVERYBODY: "not enough memory: of course"} and last.values
     assert f"ragged train float32: {run.EVERYBODY}: not enough memory" in capsys.readouterr().out
 
 
 def test_the_works_left_are_those_that_another_stage_has_not_measured(tmp_path):
     done, works = tmp_path / "B.json", list(gpu.WORKS)
-    assert gpu.left_of(works, None) == works and gpu.left_of(works, done) == works[::-1]
+    assert gpu.left_of(works, done) == works[::-1]
     first, failed, *left = works
     values, refused = {peers.CUDA: (1.0,)}, {peers.CUDA: "no room"}
-    gpu_common.update(done, [gpu.Case(first.title, values), gpu.Case(failed.title, {}, refused=refused)])
+    cases = gpu.Case(first.title, values), gpu.Case(failed.title, {}, refused=refused)
+    results.save(done, bench_data.results(*cases))
     assert gpu.left_of(works, done) == [failed, *left]
 
 
@@ -116,8 +100,7 @@ def test_a_step_is_noted_even_if_the_file_is_none(tmp_path, content, capsys):
     path = tmp_path / "B.json"
     if content is not None:
         path.write_text(content)
-    assert gpu_common.load(path) is None
-    assert gpu_common.main(["step", str(path), "check", "passed", "3", "fine"]) == 0
-    assert gpu_common.main(["page", str(path)]) == 0
+    assert gpu.step(str(path), "check", "passed", "3", "fine") == 0
+    assert gpu.page(str(path)) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("### Stage B") and re.search(r"\| check +\| passed +\| 3 ", printed)

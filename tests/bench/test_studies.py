@@ -5,15 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from pathlib import Path
 
 import bench_data
 import numpy as np
 import pytest
 
 pytest.importorskip("numba", reason="the CPU kernels need Numba")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
-
 import closed_loop
 import first_calls
 import studies

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import cuda_row
+import gpu_repeat
 import numpy as np
 import pytest
 from host_cuda import FakeCupy, compiler
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
-
-import gpu_common
-import gpu_repeat
+from fastlstm.bench import results
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -28,7 +23,7 @@ def test_repetitions_are_compared_bit_by_bit(xp, tmp_path, monkeypatch, capsys):
     out = tmp_path / "A.json"
     monkeypatch.setattr(gpu_repeat, "CASES", ((4, 3, 2, 8, 1, True, True, True), (1, 1, 1, 1, 1, False, False, False)))
     assert gpu_repeat.main(["--times", "2", "--out", str(out), "--no-pool"]) == 0
-    assert [case.facts["not bit-identical"] for case in gpu_common.load(out).cases] == [0, 0, 0, 0]
+    assert [case.facts["not bit-identical"] for case in results.load(out).cases] == [0, 0, 0, 0]
     assert "0 of 2 differ" in capsys.readouterr().out
     # One bit of one result of one repetition.
     calls, original = [], gpu_repeat.results
@@ -42,7 +37,7 @@ def test_repetitions_are_compared_bit_by_bit(xp, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_repeat, "results", flipped)
     assert gpu_repeat.main(["--times", "3", "--out", str(out)]) == 1
-    assert [case.facts["not bit-identical"] for case in gpu_common.load(out).cases] == [1, 0, 0, 0]
+    assert [case.facts["not bit-identical"] for case in results.load(out).cases] == [1, 0, 0, 0]
     # Wrong from the first result on.
     monkeypatch.setattr(gpu_repeat, "results", lambda *arguments: [2 * value for value in original(*arguments)][:1])
     monkeypatch.setattr(gpu_repeat, "BOUNDS", {"float32": 1e-9})

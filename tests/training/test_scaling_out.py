@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
+import scaling_out
 
 from fastlstm import LSTM
 from fastlstm.bench.work import Work
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the scripts there are no package
-
-import scaling_out
 
 
 def test_bytes_are_those_of_the_models_gradients():
