@@ -29,13 +29,13 @@ from first_calls import start
 
 import fastlstm
 from fastlstm import LSTM, RNN
-from fastlstm.bench import grid, peers, report, run, sides
+from fastlstm.bench import grid, peers, report, results, run, sides
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.sides import Side
 from fastlstm.bench.work import DTYPES, Problem, Work
 
 OURS = peers.CPU
-ON_CPU = tuple(name for name, contender in peers.CONTENDERS.items() if contender.device == "cpu")
+ON_CPU = tuple(name for name in peers.CONTENDERS if results.device_of(name) == "cpu")
 PADDED, RECOMPUTED, LIVE = "fastlstm, padded", "fastlstm, recompute", "fastlstm, not frozen"
 GROWING, FIXED, SAVED = "numbers per unit, step and sequence", "bytes that do not grow with T", "share of the memory"
 

@@ -88,4 +88,4 @@ def cuda(dtype: str, repeats: int = 10) -> float:
     cupy = import_module("cupy")
     a, b = (cupy.ones((CUDA_SIZE, CUDA_SIZE), dtype) for _ in range(2))
     cupy.matmul(a, b)
-    return 2.0 * CUDA_SIZE**3 / min(event_seconds(cupy.cuda, lambda: cupy.matmul(a, b), 1, []) for _ in range(repeats))
+    return 2.0 * CUDA_SIZE**3 / min(event_seconds(cupy.cuda, lambda: cupy.matmul(a, b), 1) for _ in range(repeats))

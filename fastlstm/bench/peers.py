@@ -190,7 +190,6 @@ class Contender(NamedTuple):
     """A library that computes works."""
 
     build: Callable[[Problem, int], Side]  # given a number of threads, to which those of torch and ours are set already
-    device: str = "cpu"  # or cuda
     packages: tuple[str, ...] = ()  # that it needs, by the names that pip and import know
     able: Callable[[Work], bool] = lambda work: True  # whether it can do this work
     obstacle: Callable[[], str | None] = lambda: None  # returns why it cannot run here though it is installed
@@ -200,10 +199,10 @@ class Contender(NamedTuple):
 CPU, CUDA, COPIES, BY_STEPS = "fastlstm", "fastlstm cuda", "fastlstm cuda with copies", "fastlstm cuda by steps"
 OURS = (CPU, CUDA, COPIES)
 # Sums of 131,072 products in another order explain an error of 5e-4; TF32 is a narrower format.
-_ON_GPU = Contender(sides.cuda, "cuda", obstacle=lambda: _obstacle("cuda"))
+_ON_GPU = Contender(sides.cuda, obstacle=lambda: _obstacle("cuda"))
 _cudnn_lstm = functools.partial(torch_lstm, on_gpu=True)
 _ROUNDED = _ON_GPU._replace(able=lambda work: work.kind != "stream")  # steps are computed in float32
-_TORCH_ON_GPU = Contender(_cudnn_lstm, "cuda", ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
+_TORCH_ON_GPU = Contender(_cudnn_lstm, ("torch",), obstacle=_no_gpu_for_torch, tolerance=5e-4)
 CONTENDERS = {
     CPU: Contender(sides.cpu, obstacle=lambda: _obstacle("cpu")),
     CUDA: _ON_GPU,

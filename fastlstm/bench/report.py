@@ -13,7 +13,7 @@ from statistics import geometric_mean
 
 from fastlstm.bench.clock import Spread, verdict
 from fastlstm.bench.peers import COPIES, CPU, CUDA
-from fastlstm.bench.results import Case, Results
+from fastlstm.bench.results import Case, Results, device_of
 from fastlstm.bench.work import KINDS
 
 __all__ = ["amount", "cell", "duels", "is_peer", "line", "losses", "machine_line", "table", "text"]
@@ -55,7 +55,7 @@ def is_peer(side: str) -> bool:
 
 def ratio_of(case: Case, side: str) -> Spread | None:
     """Return time of the side / time of ours on the same device; our own on a GPU are compared with the CPU."""
-    ours = CUDA if "cuda" in side.split() and side not in (CUDA, COPIES) else CPU
+    ours = CUDA if device_of(side) == "cuda" and side not in (CUDA, COPIES) else CPU
     return case.ratio(side, ours) if side != ours else None
 
 
@@ -92,7 +92,7 @@ def table_of(results: Results, cases: Sequence[Case]) -> str:
         if side in (CPU, CUDA) and any(shares) and "of peak" not in columns:
             columns["of peak"] = [f"{100 * share:.0f} %" if share else "-" for share in shares]
     for fact in dict.fromkeys(fact for case in cases for fact in case.facts if not fact.startswith("first results")):
-        unit = {"host": "s", "bytes": "bytes"}.get(fact.replace(",", " ").split()[0])
+        unit = "bytes" if fact.startswith("bytes") else ""
         found = [case.facts.get(fact) for case in cases]
         columns[fact] = ["-" if value is None else amount(value, unit) if unit else f"{value:.4g}" for value in found]
     return table(list(columns), zip(*columns.values(), strict=True))

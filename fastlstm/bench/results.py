@@ -20,9 +20,14 @@ from fastlstm.bench.clock import Spread, ratio, spread
 from fastlstm.bench.work import Work
 from fastlstm.errors import ResultsFileError
 
-__all__ = ["Case", "Results", "load", "save"]
+__all__ = ["Case", "Results", "device_of", "load", "save"]
 
 FORMAT = "fastlstm results 2"
+
+
+def device_of(side: str) -> str:
+    """Return where the side of this name computes: ``cpu`` or ``cuda``."""
+    return "cuda" if "cuda" in side.split() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Results:
 
     def share_of_peak(self, case: Case, side: str) -> float | None:
         """Return the share of the device's measured peak that a side reached."""
-        peaks = self.peaks.get("cuda" if "cuda" in side.split() else "cpu", {})
+        peaks = self.peaks.get(device_of(side), {})
         if case.work is None or case.work.dtype not in peaks or side not in case.values:
             return None
         return case.work.operations / case.spread(side).middle / peaks[case.work.dtype]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -94,11 +93,11 @@ def measure(
     found = begin("bench", names, threads)
     here = [name for name in names if name not in found.absent]
     plan = {work: (here, seconds) for work in works}
-    if any(peers.CONTENDERS[name].device == "cuda" for name in here):
+    if "cuda" in map(results.device_of, here):
         ours = [name for name in here if name in peers.OURS]
         plan |= {work: (ours, seconds / 4) for work in ours_only if work not in plan}
     dtypes = tuple(dict.fromkeys(work.dtype for work in plan))
-    devices = dict.fromkeys(peers.CONTENDERS[name].device for name in here if name in peers.OURS)
+    devices = dict.fromkeys(results.device_of(name) for name in here if name in peers.OURS)
     found = replace(found, peaks={device: peaks.of(device, threads, dtypes) for device in devices})
 
     def cases() -> Iterator[Case]:
@@ -133,8 +132,7 @@ def measure_sides(
     """Build sides, compare them with the first that can be built, and time in turn those that agree and do not fail.
 
     A side whose tolerance is infinite is not compared: it is meant to compute something else. The case has the values;
-    in its facts the seconds of each side's first results, building included, and of a side on a GPU the host's seconds
-    per call.
+    in its facts the seconds of each side's first results, building included.
     """
     refused, built, facts = dict[str, str](), dict[str, Side](), dict[str, float]()
     truth: tuple[Array, ...] | None = None
@@ -152,7 +150,6 @@ def measure_sides(
                     refused[side] = wrong
                 else:
                     built[side] = made
-                made.host.clear()
                 del found
             except Exception as error:  # whatever it is, the other sides are measured
                 refused[side] = _words(error)
@@ -163,7 +160,6 @@ def measure_sides(
             except SideError as error:
                 refused[str(error)] = _words(error.__cause__)
                 del built[str(error)]
-        facts |= {f"host, {side}": statistics.median(made.host) for side, made in built.items() if made.host}
     return Case(name, values, threads=threads, facts=facts, refused=refused)
 
 

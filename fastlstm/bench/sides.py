@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -32,18 +32,13 @@ def host_seconds(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def event_seconds(cuda: Any, call: Callable[[], Any], count: int, host: list[float]) -> float:
-    """Seconds of each of `count` calls in a row on the current stream, by CUDA events, gaps between launches included.
-
-    The seconds of the host, which end before anything is waited for, are appended to `host`.
-    """
+def event_seconds(cuda: Any, call: Callable[[], Any], count: int) -> float:
+    """Seconds of each of `count` calls in a row on the current stream, by CUDA events, with gaps between launches."""
     start, end = cuda.Event(), cuda.Event()
     cuda.get_current_stream().synchronize()
     start.record()
-    begin = time.perf_counter()
     for _ in range(count):
         call()
-    host.append((time.perf_counter() - begin) / count)
     end.record()
     end.synchronize()
     return float(cuda.get_elapsed_time(start, end)) / 1e3 / count
@@ -60,7 +55,6 @@ class Side:
     call: Callable[[], Any]  # computes it once; a stream continues from the state before
     outputs: Callable[[], tuple[Array, ...]]
     seconds: Callable[[Callable[[], Any], int], float] = host_seconds  # of each of so many calls in a row
-    host: list[float] = field(default_factory=list)  # on a GPU: seconds of the host per call, until it is launched
 
     def time(self, count: int) -> float:
         """Seconds of each of `count` calls in a row."""
@@ -95,7 +89,7 @@ def side_of(
     problem: Problem, calls: Calls, events: Any = None, setting: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Side:
     """Make a side, timed by CUDA events where there are any; `setting` is held in each sample: sides take turns."""
-    work, host = problem.work, list[float]()
+    work = problem.work
     given = [array[:, 0].copy() if work.unbatched else array for array in (problem.x, problem.dy)]
     x, dy = calls.load(given[0]), calls.load(given[1]) if work.kind == "train" else None
     state: Any = None
@@ -119,10 +113,10 @@ def side_of(
 
     def seconds(call: Callable[[], Any], count: int) -> float:
         with setting():
-            return event_seconds(events, call, count, host) if events else host_seconds(call, count)
+            return event_seconds(events, call, count) if events else host_seconds(call, count)
 
     call = {"infer": lambda: calls.infer(x), "train": lambda: calls.train(x, dy), "stream": step}[work.kind]
-    return Side(call, outputs, seconds, host)
+    return Side(call, outputs, seconds)
 
 
 @contextlib.contextmanager

@@ -44,11 +44,11 @@ def test_the_table_begins_with_one_batch_at_all_sizes_and_one_of_each_other_kind
     assert any(work.layers == 2 and work.bidirectional for work in first) and any(work.lengths for work in first)
 
 
-def test_what_the_time_does_not_reach_is_listed_and_the_rest_has_the_seconds_of_the_host(measured, monkeypatch):
+def test_what_the_time_does_not_reach_is_listed(measured, monkeypatch):
     ticks = iter([0.0, 1.0, 100.0])
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(ticks, 100.0))
     status, (first, *left) = measured(WORKS, "--no-torch", "--seconds", "50")
-    assert status == 0 and set(first.values) == {peers.CUDA} and first.facts[f"host, {peers.CUDA}"] > 0
+    assert status == 0 and set(first.values) == {peers.CUDA}
     assert [case.refused for case in left] == 2 * [{run.EVERYBODY: gpu.UNREACHED}]
 
 

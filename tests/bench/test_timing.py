@@ -248,7 +248,7 @@ def test_the_file_is_written_after_each_case_and_ctrl_c_keeps_those_before_it(ta
 def test_the_map_is_measured_only_where_there_is_a_gpu(table):
     extra = [Work(2, 2, 2, 2)]
     assert len(measured(["fastlstm"], ours_only=extra).cases) == 1
-    table["fastlstm cuda"] = contender(lambda: None, device="cuda")
+    table["fastlstm cuda"] = contender(lambda: None)
     table["peer"] = contender(lambda: None)
     found = measured(["fastlstm", "fastlstm cuda", "peer"], ours_only=extra)
     assert [list(case.values) for case in found.cases] == [[*table], ["fastlstm", "fastlstm cuda"]]
@@ -323,7 +323,7 @@ def test_the_gpu_is_measured_with_and_without_copies(gpu, kind):
         gpu.pool.copies.clear()
         side.call()
         assert bool(sum(gpu.pool.copies) >= problem.x.nbytes) == moved
-    assert device.time(2) > 0 and device.host[0] > 0
+    assert device.time(2) > 0
 
 
 # The peaks.
