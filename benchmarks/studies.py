@@ -55,10 +55,6 @@ def _case(name: str, builders: run.Builders, *given: Any, dtype: str = "float32"
     return _checked(run.measure_sides(name, builders, *given, dtype=dtype), **fields)
 
 
-def _work_case(work: Work, name: str, threads: int, seconds: float, names: tuple[str, ...] = ON_CPU) -> Case:
-    return _checked(run.measure_case(work, _here(names), threads, seconds), name=name, group="")
-
-
 def _on_cpu(threads: int, problems: Mapping[str, Problem]) -> run.Builders:
     """Return builders of our CPU side for problems by name."""
     return {name: functools.partial(sides.cpu, problem, threads) for name, problem in problems.items()}
@@ -71,7 +67,8 @@ def ragged(threads: int, seconds: float) -> Iterator[Case]:
     """
     shapes = grid.RAGGED, grid.RAGGED_GOAL
     for shape, (kind, words) in itertools.product(shapes, (("train", "a training pass"), ("infer", "inference"))):
-        yield _work_case(Work.ragged(*shape, kind=kind), f"{words}, T up to {shape[0]}", threads, seconds)
+        case = run.measure_case(Work.ragged(*shape, kind=kind), _here(), threads, seconds)
+        yield _checked(case, name=f"{words}, T up to {shape[0]}", group="")
     for shape in shapes:
         both = {OURS: Problem.of(Work.ragged(*shape)), PADDED: Problem.of(Work(*shape, kind="train"))}
         facts = {"share of the padded steps": both[OURS].work.rows / both[PADDED].work.rows}
@@ -183,8 +180,8 @@ def recompute(threads: int, seconds: float) -> Iterator[Case]:
 def growth(threads: int, seconds: float) -> Iterator[Case]:
     """A training pass in float32 over longer and longer sequences, B=4, I=8, H=16: the time has to be linear in T."""
     for steps in (512, 2048, 8192, 32768, 65536, 131072):
-        work = Work(steps, 4, 8, 16, kind="train")
-        yield _work_case(work, f"T={steps:,}", threads, seconds, (OURS, "torch"))
+        case = run.measure_case(Work(steps, 4, 8, 16, kind="train"), _here((OURS, "torch")), threads, seconds)
+        yield _checked(case, name=f"T={steps:,}", group="")
 
 
 FORGET_BIAS = 3.0  # as neuralhydrology initialises it: with 0, gradients of T=365 underflow

@@ -74,7 +74,7 @@ def cell(case: Case, side: str) -> str:
 
 def line(case: Case) -> str:
     """Return a case in one line, for a program that shows each case when it is done."""
-    return f"{case.name}: " + ", ".join(f"{side} {cell(case, side)}" for side in case.values)
+    return f"{case.name}: " + ", ".join(f"{side} {cell(case, side)}" for side in (*case.values, *case.refused))
 
 
 def table_of(results: Results, cases: Sequence[Case]) -> str:

@@ -44,12 +44,17 @@ def test_the_table_begins_with_one_batch_at_all_sizes_and_one_of_each_other_kind
     assert any(work.layers == 2 and work.bidirectional for work in first) and any(work.lengths for work in first)
 
 
-def test_what_the_time_does_not_reach_is_listed(measured, monkeypatch):
-    ticks = iter([0.0, 1.0, 100.0])
+def test_what_the_time_does_not_reach_is_listed_and_left_to_another_stage(measured, monkeypatch, tmp_path):
+    done, ticks = tmp_path / "B.json", iter([0.0, 1.0, 100.0])
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(ticks, 100.0))
     status, (first, *left) = measured(WORKS, "--no-torch", "--seconds", "50")
     assert status == 0 and set(first.values) == {peers.CUDA}
     assert [case.refused for case in left] == 2 * [{run.EVERYBODY: gpu.UNREACHED}]
+    done = done.rename(tmp_path / "done.json")
+    for works, message in ((WORKS[1:], "measured the rest"), (WORKS[::-1], "began with the last")):
+        _, cases = measured(WORKS, "--no-torch", "--done", str(done))
+        assert [case.work for case in cases if case.values] == list(works), message
+        done.unlink(missing_ok=True)  # a stage that has measured nothing
 
 
 def test_torch_does_the_same_work_and_a_difference_is_a_failure(measured, monkeypatch, capsys):
@@ -83,16 +88,6 @@ def test_a_case_that_fails_does_not_stop_the_next(measured, monkeypatch, capsys)
     status, (failed, last) = measured([WORKS[1], PLAIN], "--no-torch")
     assert status == 1 and failed.refused == {run.EVERYBODY: "not enough memory: of course"} and last.values
     assert f"ragged train float32: {run.EVERYBODY}: not enough memory" in capsys.readouterr().out
-
-
-def test_the_works_left_are_those_that_another_stage_has_not_measured(tmp_path):
-    done, works = tmp_path / "B.json", list(gpu.WORKS)
-    assert gpu.left_of(works, done) == works[::-1]
-    first, failed, *left = works
-    values, refused = {peers.CUDA: (1.0,)}, {peers.CUDA: "no room"}
-    cases = gpu.Case(first.title, values), gpu.Case(failed.title, {}, refused=refused)
-    results.save(done, bench_data.results(*cases))
-    assert gpu.left_of(works, done) == [failed, *left]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])

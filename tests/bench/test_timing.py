@@ -125,26 +125,17 @@ def test_a_pause_lasts_until_no_thread_works_but_not_for_ever(monkeypatch, share
     assert len(machine.log) == pauses and machine.now == 0.25 * pauses
 
 
-def test_sides_take_turns_after_a_pause_and_untimed_calls(monkeypatch):
+def test_sides_take_turns_after_a_pause_and_untimed_calls_and_a_sample_lasts_long_enough(monkeypatch):
     machine = Machine(monkeypatch)
-    seconds = clock.take_turns({name: machine.side(name, 2e-3) for name in "abc"}, 0.0)
-    expected = []
-    for order in ("abc", "bca", "cab"):
-        for name in order:
-            expected += ["pause", *[f"{name} x 1"] * 3]  # two calls of two milliseconds before it counts
+    durations = {"short": 8e-6, "middle": 2e-3, "long": 0.2}
+    seconds = clock.take_turns({name: machine.side(name, of_one) for name, of_one in durations.items()}, 0.0)
+    assert clock.SAMPLE <= 200 * durations["short"] <= 2 * clock.SAMPLE
+    # Samples of at least three milliseconds together before the one that counts, unless a call is long.
+    turns = {"short": 3 * ["short x 200"], "middle": 3 * ["middle x 1"], "long": ["long x 1"]}
+    rounds = [("short", "middle", "long"), ("middle", "long", "short"), ("long", "short", "middle")]
+    expected = [entry for order in rounds for name in order for entry in ("pause", *turns[name])]
     assert machine.log[machine.log.index("pause") :] == expected
-    assert seconds["a"] == pytest.approx([2e-3] * clock.FEWEST_ROUNDS)
-
-
-def test_a_sample_lasts_long_enough_and_a_long_call_needs_no_warm_up(monkeypatch):
-    machine = Machine(monkeypatch)
-    clock.take_turns({"short": machine.side("short", 1e-5), "long": machine.side("long", 0.2)}, 1.0)
-    turns = machine.log[machine.log.index("pause") :]
-    at = turns.index("long x 1")
-    assert turns[at - 1] == "pause" and turns[at + 1] == "pause"
-    calls = [int(entry.split()[-1]) for entry in turns if entry.startswith("short")]
-    assert set(calls) == {calls[0]} and clock.SAMPLE <= calls[0] * 1e-5 <= 2 * clock.SAMPLE
-    assert turns[1:].index("pause") - 1 >= clock.WARM / (calls[0] * 1e-5)  # untimed samples before the timed one
+    assert seconds["middle"] == pytest.approx([2e-3] * clock.FEWEST_ROUNDS)
 
 
 @pytest.mark.parametrize(("duration", "rounds"), [(0.01, 100), (0.5, clock.LEAST_ROUNDS), (5.0, clock.FEWEST_ROUNDS)])
