@@ -133,7 +133,7 @@ def inference(problem: Problem, threads: int, names: list[str]) -> dict[str, Sid
         infer_compiled(kit, drive, x, y, *np.zeros((4, 1, *shape), np.float32))
         return y
 
-    found = {CPU: looped(problem.frozen_or_trained.step, drive), NJIT: _side(in_njit, shape)}
+    found = {CPU: looped(problem.model.freeze().step, drive), NJIT: _side(in_njit, shape)}
     if "torch" in names:
         torch, weights = import_module("torch"), problem.model.to_torch_state_dict()
         cell, noises = torch.nn.LSTMCell(work.inputs, work.hidden), torch.from_numpy(drive)

@@ -24,10 +24,9 @@ from typing import Any
 from fastlstm.bench import grid, peers, report, results, run
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
-from fastlstm.errors import ResultsFileError
 
-OURS, THEIRS = (peers.CUDA, peers.BY_STEPS), ("torch cuda", "torch cuda TF32")
-ROUNDED = (f"{peers.CUDA} TF32", f"{peers.CUDA} bfloat16")
+OURS = (peers.CUDA, peers.BY_STEPS)  # which have to work
+SIDES = (*OURS, "torch cuda", "torch cuda TF32", f"{peers.CUDA} TF32", f"{peers.CUDA} bfloat16")
 SECONDS_OF_A_CASE = 1.5  # of timing
 UNREACHED = "the time ran out"
 
@@ -55,11 +54,8 @@ WORKS = (
 
 
 def load(path: Path) -> Results:
-    """Read a stage's file; empty results if it is missing or broken."""
-    try:
-        return results.load(path)
-    except (OSError, ResultsFileError):
-        return Results(path.stem, {}, threads=1)
+    """Read a stage's file; empty results if there is none yet."""
+    return results.load(path) if path.exists() else Results(path.stem, {}, threads=1)
 
 
 def begin(path: Path, names: Iterable[str]) -> Results:
@@ -92,12 +88,6 @@ def measured(works: list[Work], names: list[str], until: float) -> Iterator[Case
             yield run.measure_case(work, names, 1, SECONDS_OF_A_CASE)
 
 
-def left_of(works: list[Work], done: Path) -> list[Work]:
-    """Return the works that a stage's file lacks, in order; if it has none of them, begin with the last."""
-    there = {case.name for case in load(done).cases if peers.CUDA in case.values}
-    return [work for work in works if work.title not in there] if there else works[::-1]
-
-
 def table(*arguments: str) -> int:
     """Measure, and write the file; 1 if our side fails, or torch's float32 results are not ours."""
     parser = argparse.ArgumentParser(description="time the CUDA backend and torch.nn.LSTM")
@@ -106,15 +96,14 @@ def table(*arguments: str) -> int:
     add("--seconds", type=float, default=150.0, help="start no case after these; default: %(default)s")
     add("--done", type=Path, help="a stage's file: leave its cases out; if it has none, begin with the last ones")
     add("--shape", action="append", metavar="T,B,I,H", help="measure this instead of the table; repeatable")
-    add("--no-torch", action="store_true", help="time this library alone")
     options = parser.parse_args(arguments)
     until = time.monotonic() + options.seconds
     works = grid.of_shapes(options.shape or (), ("float32",), ("infer", "train")) or list(WORKS)
     if options.done:
-        works = left_of(works, options.done)
-    asked = OURS if options.no_torch else (*OURS, *THEIRS, *ROUNDED)
-    before = begin(options.out, asked)
-    names = [name for name in asked if name not in before.absent]
+        done = {case.name for case in load(options.done).cases if peers.CUDA in case.values}
+        works = [work for work in works if work.title not in done] if done else works[::-1]
+    before = begin(options.out, SIDES)
+    names = [name for name in SIDES if name not in before.absent]
     found = run.keep(before, measured(works, names, until), options.out, functools.partial(print, flush=True))
     titles = {work.title for work in works}
     reached = [case for case in found.cases if case.name in titles and UNREACHED not in case.refused.values()]

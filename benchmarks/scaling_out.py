@@ -63,7 +63,7 @@ def tables(results: Results) -> Iterator[str]:
     found: dict[str, list[tuple[Work, float]]] = {"train": [], "infer": []}
     for case in results.cases:
         work = case.work
-        if work and work.is_plain and work.kind in found and work.dtype == "float32" and work.batch >= 32:
+        if work and work.kind in found and work == Work(*work.shape, kind=work.kind) and work.batch >= 32:
             found[work.kind].append((work, case.spread("fastlstm").middle))
     rows = []
     for work, seconds in found["train"]:

@@ -170,8 +170,11 @@ def with_threads(threads: int, names: Iterable[str] = ()) -> Iterator[None]:
 
 
 def cpu(problem: Problem, threads: int, *, frozen: bool = True, recompute: bool = False) -> Side:
-    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false."""
-    model = problem.frozen_or_trained if frozen else problem.model
+    """Our library on NumPy arrays. The model is frozen, unless it is trained or `frozen` is false.
+
+    The parameters are constants for ONNX Runtime and OpenVINO, too.
+    """
+    model = problem.model.freeze() if frozen and problem.work.kind != "train" else problem.model
     return side_of(problem, _ours(problem, model, recompute=recompute))
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +82,6 @@ class Work:
         return self.steps, self.batch, self.inputs, self.hidden
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is one layer in one direction on a whole batch."""
-        return self.layers == 1 and not self.bidirectional and not self.unbatched and self.lengths is None
-
-    @property
     def name(self) -> str:
         """The shape as text, and what is special about the call."""
         words = [f"{self.layers} layers"] if self.layers > 1 else []
@@ -139,8 +133,3 @@ class Problem:
         if lengths is not None:
             dy[np.arange(work.steps)[:, None] >= lengths] = 0
         return cls(work, model, x, dy, lengths)
-
-    @functools.cached_property
-    def frozen_or_trained(self) -> LSTM:
-        """The model, frozen unless it is trained: the parameters are constants for ONNX Runtime and OpenVINO, too."""
-        return self.model if self.work.kind == "train" else self.model.freeze()

@@ -263,7 +263,7 @@ def test_the_real_programs_run_to_their_end_on_the_stand_in(tmp_path):
         "A", "B", "C",
         FASTLSTM_GPU_TESTS="tests/api/test_dropout.py -k cuda", FASTLSTM_GPU_TIMES="1", FASTLSTM_TEST_GPU="",
         FASTLSTM_GPU_LIMITS="A=160 repeat=60",  # compiling for the CPU takes longer than for a GPU
-        FASTLSTM_GPU_TABLE="--shape 3,2,4,4 --shape 3,3,4,4 --no-torch",
+        FASTLSTM_GPU_TABLE="--shape 3,2,4,4 --shape 3,3,4,4",
     )  # fmt: skip
     assert status == 0, output
     assert results == passed("A", "B", "C")

@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import bench_data
 import numpy as np
@@ -31,12 +32,21 @@ def everything():
 
 
 @pytest.mark.parametrize("made", [cpu_results(), gpu_results(), bench_data.results(), everything()])
-def test_a_file_returns_what_was_saved(made, tmp_path):
+def test_a_file_returns_what_was_saved_even_if_the_next_one_is_cut_short(made, tmp_path, monkeypatch):
     results.save(tmp_path / "x.json", made)
     assert results.load(tmp_path / "x.json") == dataclasses.replace(made, name="x")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     lines = (tmp_path / "x.json").read_text().splitlines()
     assert len([line for line in lines if '"values"' in line]) == len(made.cases)
+
+    def cut_short(path, text, **options):
+        path.write_bytes(text[:99].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(OSError, match="no space"):
+        results.save(tmp_path / "x.json", bench_data.results(case(WORK, {})))
+    assert results.load(tmp_path / "x.json") == dataclasses.replace(made, name="x")
 
 
 WHOLE = {"format": results.FORMAT} | dataclasses.asdict(everything())

@@ -167,15 +167,11 @@ def test_results_that_are_not_equal_are_named():
 # Whole runs.
 
 
-def contender(call, outputs=None, **fields):
+def contender(call=lambda: None, outputs=lambda y: y, **fields):
     """A side that computes as `call` does, and claims the right results unless told otherwise."""
 
     def build(problem, threads):
-        def results():
-            y, _ = problem.model(problem.x, lengths=problem.lengths)
-            return (y if outputs is None else outputs(y),)
-
-        return Side(call, results)
+        return Side(call, lambda: (outputs(problem.model(problem.x)[0]),))
 
     return Contender(build, **fields)
 
@@ -183,7 +179,7 @@ def contender(call, outputs=None, **fields):
 @pytest.fixture
 def table(monkeypatch):
     """Our side, whichever backend that is, and room for others."""
-    entries = {"fastlstm": contender(lambda: None)}
+    entries = {"fastlstm": contender()}
     monkeypatch.setattr(peers, "CONTENDERS", entries)
     return entries
 
@@ -199,8 +195,8 @@ def test_a_side_that_fails_or_computes_something_else_is_not_timed(table, monkey
     called, seen = [], set()
     table["wrong"] = contender(lambda: called.append(0), lambda y: y * np.float32(1.001))
     table["while timed"] = contender(fail)
-    table["at first"] = contender(lambda: None, lambda y: fail())
-    table["torch"] = contender(lambda: None, lambda y: import_module("torch"))
+    table["at first"] = contender(outputs=lambda y: fail())
+    table["torch"] = contender(outputs=lambda y: import_module("torch"))
     monkeypatch.setitem(sys.modules, "torch", None)  # whose import fails
     table["right"] = contender(lambda: seen.add(fastlstm.get_num_threads()))
     (case,) = measured([*table], threads=3).cases
@@ -212,8 +208,8 @@ def test_a_side_that_fails_or_computes_something_else_is_not_timed(table, monkey
 
 
 def test_missing_sides_are_listed_with_the_way_to_get_them(table):
-    table["other"] = contender(lambda: None, packages=("numpy", "fastlstm_no_such_package"))
-    table["gpu"] = contender(lambda: None, obstacle=lambda: "no GPU here")
+    table["other"] = contender(packages=("numpy", "fastlstm_no_such_package"))
+    table["gpu"] = contender(obstacle=lambda: "no GPU here")
     found = measured(["fastlstm", "other", "gpu"])
     assert found.absent == {"other": "pip install fastlstm_no_such_package", "gpu": "no GPU here"}
 
@@ -239,8 +235,8 @@ def test_the_file_is_written_after_each_case_and_ctrl_c_keeps_those_before_it(ta
 def test_the_map_is_measured_only_where_there_is_a_gpu(table):
     extra = [Work(2, 2, 2, 2)]
     assert len(measured(["fastlstm"], ours_only=extra).cases) == 1
-    table["fastlstm cuda"] = contender(lambda: None)
-    table["peer"] = contender(lambda: None)
+    table["fastlstm cuda"] = contender()
+    table["peer"] = contender()
     found = measured(["fastlstm", "fastlstm cuda", "peer"], ours_only=extra)
     assert [list(case.values) for case in found.cases] == [[*table], ["fastlstm", "fastlstm cuda"]]
 
