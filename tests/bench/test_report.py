@@ -33,7 +33,10 @@ def everything():
 
 @pytest.mark.parametrize("made", [cpu_results(), gpu_results(), bench_data.results(), everything()])
 def test_a_file_returns_what_was_saved_even_if_the_next_one_is_cut_short(made, tmp_path, monkeypatch):
+    (tmp_path / "x.json").touch()
+    empty = (tmp_path / "x.json").stat().st_ino
     results.save(tmp_path / "x.json", made)
+    assert (tmp_path / "x.json").stat().st_ino != empty, "written in place, not replaced as a whole"
     assert results.load(tmp_path / "x.json") == dataclasses.replace(made, name="x")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     lines = (tmp_path / "x.json").read_text().splitlines()

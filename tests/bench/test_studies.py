@@ -142,13 +142,15 @@ def test_two_versions_take_turns_and_every_round_is_kept(tmp_path, monkeypatch):
     """The same version twice, on one small shape."""
     bench_data.without_pauses(monkeypatch)
     monkeypatch.setattr(grid, "SMALL", dict.fromkeys(("infer", "train"), ((2, 1, 3, 4),)))
-    monkeypatch.setattr(versions, "first_call", lambda python, what: 2.0)
-    out = tmp_path / "versions.json"
-    given = [sys.executable, sys.executable, "--out", str(out), "--threads", "1", "--processes", "2", "--seconds", "0"]
+    old, out = tmp_path / "old", tmp_path / "versions.json"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setattr(versions, "first_call", lambda python, what: 2.0 if python == str(old) else 1.0)
+    given = [str(old), sys.executable, "--out", str(out), "--threads", "1", "--processes", "2", "--seconds", "0"]
     assert versions.main(given) == 0
     first, calls = {}, {}
     for case in results.load(out).cases:
         (first if case.group.startswith("first") else calls)[case.name] = case.values
     assert {"frozen step (I,)", "batch_first", "inference 2,1,3,4", "training 2,1,3,4"} <= set(calls)
     assert {len(values[name]) for values in calls.values() for name in (OURS, "old")} == {2 * clock.FEWEST_ROUNDS}
-    assert first["frozen step"] == {OURS: (2.0, 2.0), "old": (2.0, 2.0)}
+    assert first["frozen step"] == {OURS: (1.0, 1.0), "old": (2.0, 2.0)}
