@@ -33,7 +33,7 @@ def tiny(monkeypatch):
     def small(steps, batch, inputs, hidden, *more, **options):
         return Work(min(steps, 3), min(batch, 2), 4, 16, *more, **options)
 
-    small.ragged = lambda *shape, **options: Work.ragged(4, 3, 2, 8, **options)
+    small.ragged = lambda *shape, kind="train": Work(3, 2, 4, 16, kind=kind, lengths=(3, 2))
     monkeypatch.setattr(studies, "Work", small)
     monkeypatch.setattr(closed_loop, "STEPS", 3)
     for name in ("INFER", "SMALL", "TRAIN"):
@@ -55,7 +55,14 @@ def test_a_study_measures_all_sides_in_the_same_rounds(torch, tiny, name):
     for case in cases:
         assert OURS in case.values and not case.refused, case
         assert (studies.PADDED if "padded" in case.name else OTHERS.get(name, "torch")) in case.values
+        assert case.facts.get("share of the padded steps", 0.0) < 1, "what is called padded is ragged, too"
     assert torch.get_num_threads() == before
+
+
+def test_a_study_ends_where_our_own_side_fails(tiny, monkeypatch):
+    monkeypatch.setattr(studies.sides, "cpu", lambda *given, **options: 1 / 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        next(studies.freeze(1, 0.0))
 
 
 def test_the_loop_feeds_the_output_back(torch, tiny):
