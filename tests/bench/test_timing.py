@@ -246,11 +246,19 @@ def test_the_map_is_measured_only_where_there_is_a_gpu(table):
 
 @needs_kernels
 @pytest.mark.parametrize("work", VARIANTS, ids=lambda work: work.title)
-def test_every_peer_computes_every_variant_and_threads_are_restored(work):
+def test_every_peer_computes_every_variant_with_as_many_threads_which_are_restored(work, monkeypatch):
     names = [name for name in ("fastlstm", "torch", "onnxruntime") if peers.missing(name) is None]
     counts = [fastlstm.get_num_threads] + [import_module("torch").get_num_threads] * ("torch" in names)
     before = [count() for count in counts]
+    seen = []
+
+    def side_of(*given):
+        seen.extend(count() for count in counts)
+        return sides.side_of(*given)
+
+    monkeypatch.setattr(peers, "side_of", side_of)
     case = run.measure_case(work, names, max(before) + 1, 0.0)
+    assert set(seen) == ({max(before) + 1} if len(names) > 1 else set())
     assert list(case.values) == [name for name in names if peers.CONTENDERS[name].able(work)], case.refused
     assert [count() for count in counts] == before
 
