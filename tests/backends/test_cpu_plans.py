@@ -175,8 +175,10 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() == 7
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", "many")
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
-    fastlstm.set_num_threads(None)
+    with pytest.warns(UserWarning, match="FASTLSTM_NUM_THREADS='many' is ignored"):
+        fastlstm.set_num_threads(None)
     assert fastlstm.get_num_threads() >= 1
+    monkeypatch.delenv("FASTLSTM_NUM_THREADS")
 
 
 UNIT = 5e-3  # seconds: calls that are neither short nor long
