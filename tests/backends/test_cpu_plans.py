@@ -311,11 +311,11 @@ def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
             for steps in (15, 16):
                 for _ in range(5):
                     lstm(np.zeros((steps, 40, 34), np.float32))
-                    for rivals in trials._rivals.values():
-                        rivals.fastest, rivals.tries = len(rivals.seconds) - 1, 0
+                    for record in trials._records.values():
+                        record.fastest, record.tries = len(record.seconds) - 1, 0
     finally:
         fastlstm.set_num_threads(None)
-    assert sorted(len(rivals.seconds) for rivals in trials._rivals.values()) == [2, 3]
+    assert sorted(len(record.seconds) for record in trials._records.values()) == [2, 3]
 
 
 def test_several_threads_pick_at_once():
@@ -342,7 +342,7 @@ def test_kinds_of_calls_are_not_remembered_without_end():
     trials = Trials()
     for kind in range(10 * trials.KINDS):
         trials.report(kind, trials.pick(kind, 2), 1.0)
-    assert len(trials._rivals) <= trials.KINDS + 1
+    assert len(trials._records) <= trials.KINDS + 1
     trials.report("forgotten meanwhile", 0, 1.0)
 
 
