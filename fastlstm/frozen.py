@@ -54,7 +54,7 @@ class FrozenParams(dict[str, Array]):
         super().__init__((name, _read_only(value)) for name, value in self.arrays.items())
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise FrozenError("the parameters of a frozen model cannot change: lstm.to(numpy) copies it to one whose can")
+        raise FrozenError("the parameters of a frozen model cannot change, those of its copy lstm.to(numpy) can")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 

@@ -24,7 +24,7 @@ __all__ = ["Gradients", "Tape", "lstm_backward", "lstm_forward"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Tape:
-    """What a forward pass leaves for its backward pass; opaque, and unchanged by it."""
+    """The tape of a forward pass, for its backward pass, which does not change it; opaque."""
 
     call: Call
     record: Any

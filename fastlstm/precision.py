@@ -19,7 +19,7 @@ class HasPrecision:
 
     @property
     def precision(self) -> str:
-        """What the matrix products of a float32 model on a GPU may round their factors to.
+        """The format to which matrix products of a float32 model on a GPU may round their factors.
 
         ``float32``, by default: nothing. ``tf32``: 11 significant bits, as ``torch.backends.cudnn.allow_tf32`` has
         cuDNN do. ``bf16``: 8. Sums, the cell state, the gates, all results and all gradients are float32 in any case.

@@ -30,7 +30,7 @@ class Report(NamedTuple):
 
 
 def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loops: bool = False) -> Report:
-    """Compile every kernel that later processes need, or find it on disk.
+    """Compile every kernel that later processes need, or find it on disk, and have all in one folder.
 
     Each kind of call is made once on a small model. That is enough: there is one kernel for long calls, one for short
     calls and one for cells with phases, such as layer norm and projections, and each serves all sizes. Left out are the
@@ -65,7 +65,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loop
     if problem is not None:  # no kernel would be kept on disk
         return Report({}, {}, 0.0, "none", problem)
     start, before = time.perf_counter(), _counts(jit.KERNELS)
-    with warnings.catch_warnings(), use_backend("cpu"):
+    with warnings.catch_warnings(), use_backend("cpu"), cache.gather():
         warnings.simplefilter("ignore", KernelCacheWarning)  # the report has it
         for dtype in dtypes:
             _run(dtype, train, step)
@@ -77,7 +77,7 @@ def warm(dtypes: Sequence[str], *, train: bool = False, step: bool = False, loop
         jit.compile_for(import_module("fastlstm.kernels.cpu.thread_team").run_records, records)
     compiled, loaded = (after - past for after, past in zip(_counts(jit.KERNELS), before, strict=True))
     where = ", ".join(map(str, cache.used)) or cache.describe()
-    return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem)
+    return Report(dict(compiled), dict(loaded), time.perf_counter() - start, where, cache.problem or cache.elsewhere())
 
 
 def _counts(kernels: Sequence[Any]) -> tuple[Counter[str], Counter[str]]:

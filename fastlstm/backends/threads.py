@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,10 @@ _held: list[int] = []  # limits of the calls of `at_most` that are not over
 def _look() -> None:
     """Read the limits from the environment and the system."""
     global _chosen, _least  # noqa: PLW0603
-    given = number_in(os.environ.get("FASTLSTM_NUM_THREADS", ""))
+    text = os.environ.get("FASTLSTM_NUM_THREADS", "")
+    given = number_in(text)
+    if text and given is None:
+        warnings.warn(f"FASTLSTM_NUM_THREADS={text!r} is ignored: it is not an integer of at least 1", stacklevel=3)
     _chosen = None if given is None else Limit(given, f"FASTLSTM_NUM_THREADS={given}")
     _least = min(limits(os.environ, cgroup_cpus()), default=None)
 

@@ -77,6 +77,7 @@ def run(options: Options) -> DemoResult:
         f"  {name:30}" + "".join(f"{curves[name][lead]:8.2f}" for lead in leads) + f"{score:8.2f}"
         for name, score in scores.items()
     ]
+    lines.append("  (analogues, a strong baseline, search all training data for each forecast; the others are naive)")
     return DemoResult("\n".join(lines), scores, (picture, *files))
 
 

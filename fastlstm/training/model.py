@@ -30,7 +30,7 @@ OUTPUTS = ("last", "mean", "sequence")
 
 
 class ModelTape(NamedTuple):
-    """What :meth:`Model.forward` leaves for :meth:`Model.backward`."""
+    """The tape of a model, from :meth:`Model.forward` for :meth:`Model.backward`."""
 
     tapes: tuple[Tape, ...]  # one for each LSTM
     features: Array  # what the heads read: (B, D*H), or shaped as the last LSTM's output

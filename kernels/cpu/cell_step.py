@@ -51,7 +51,7 @@ OWN, COUPLED, NONE = 0, 1, 2  # forget gates: with rows of its own, 1 - i, or 1
 
 
 class Variant(NamedTuple):
-    """What the routines of a cell are compiled for."""
+    """The properties that the routines of a cell are compiled for."""
 
     peephole: bool = False
     forget: int = OWN

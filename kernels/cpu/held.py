@@ -4,6 +4,9 @@ Numba passes a named tuple field by field: with some forty, the calls of routine
 of the time to compile it. A record that is held has the same attributes, each loaded where it is read. Nothing
 changes it afterwards.
 
+Python hands a kernel its arrays one by one, and its numbers and addresses in one array of integers: Numba takes 1.2 us
+to unpack 24 arrays, 2.7 us if they are in a named tuple, and a whole step of a small model takes 2.4.
+
 A record with a field ``numbers``, a pointer to integers such as a call's settings, has each of these as an attribute,
 too: what the module of the record has a constant for, in capitals, which says its place.
 """

@@ -56,7 +56,14 @@ def _host_vector_bytes() -> int:
     return 32 if features.get("avx2") and features.get("fma") else 16
 
 
-VECTOR_BYTES = int(os.environ.get("FASTLSTM_VECTOR_BYTES") or _host_vector_bytes())
+def _vector_bytes() -> int:
+    given = os.environ.get("FASTLSTM_VECTOR_BYTES") or str(_host_vector_bytes())
+    if given not in {"16", "32", "64"}:
+        raise BackendError(f"FASTLSTM_VECTOR_BYTES must be 16, 32 or 64, got {given!r}")
+    return int(given)
+
+
+VECTOR_BYTES = _vector_bytes()
 
 # --- compiling ----------------------------------------------------------------------------------------------
 

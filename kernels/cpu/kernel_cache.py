@@ -80,6 +80,7 @@ def _absolute(paths: Iterator[Path]) -> Iterator[Path]:
 # Read from in turn, and written to the first that can be: NUMBA_CACHE_DIR, beside the kernels, the user's own.
 folders: tuple[Path, ...] = tuple(_absolute(_candidates())) if SOURCES else ()
 used: dict[Path, None] = {}  # the folders from which kernels were read or into which they were written, in order
+gathering = False  # whether a kernel that is read from a later folder is also written to the first, see `gather`
 problem: str | None = None  # why kernels are not kept, once a save has failed; no further one is tried then
 
 
@@ -104,6 +105,12 @@ def describe() -> str:
     return f"none: {problem or 'no folder can be written'}, so kernels are compiled in every process"
 
 
+def elsewhere() -> str | None:
+    """Say where kernels are that are not in the folder of ``NUMBA_CACHE_DIR``, None if it has them or is not set."""
+    others = [path for path in used if config.CACHE_DIR and path != folders[0]]
+    return f"{folders[0].parent} cannot be written; they are in {', '.join(map(str, others))}" if others else None
+
+
 def read(name: str, key: bytes) -> bytes | None:
     """Return the content of the file `name` if it was written with the same key and is undamaged, else None."""
     for candidate in folders:
@@ -113,9 +120,23 @@ def read(name: str, key: bytes) -> bytes | None:
         start = len(_MAGIC) + _DIGEST
         payload = found[start:]
         if hashlib.sha256(key + payload).digest() == found[len(_MAGIC) : start]:
-            used[candidate] = None
+            if gathering and candidate != folders[0] == folder():
+                write(name, key, payload)
+            else:
+                used[candidate] = None
             return payload
     return None
+
+
+@contextlib.contextmanager
+def gather() -> Iterator[None]:
+    """Have all kernels that are read or written in the first folder, if it can be, so that it can be copied alone."""
+    global gathering  # noqa: PLW0603
+    gathering = True
+    try:
+        yield
+    finally:
+        gathering = False
 
 
 def _content(path: Path) -> bytes | None:

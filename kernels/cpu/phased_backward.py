@@ -79,7 +79,7 @@ class _Numbers(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What the parts of the driver work on, to be held: pointers to rows."""
+    """The arguments of the parts of the driver, to be held: pointers to rows."""
 
     numbers: Any  # of the call
     cell: Any  # of the first block

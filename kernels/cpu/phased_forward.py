@@ -6,8 +6,8 @@ For at most MC rows at a time, a step computes
 
 1. the pre-activations: input products, for the rows of several steps together where each step has few, and recurrent
    products; with layer norm, both are normalised, row by row;
-2. the cell: c, and the output of the cell, by the routines of ``cell_step.py``, after what gates see of blocks
-   (``shared_peepholes.py``); or h of the plain RNN;
+2. the cell: c, and the output of the cell, by the routines of ``cell_step.py``, after the peephole inputs of
+   shared gates (``shared_peepholes.py``); or h of the plain RNN;
 3. the projection, if there is one;
 4. zoneout of h, the output, and the h that the next step multiplies.
 
@@ -88,7 +88,7 @@ class _Numbers(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What the parts of the driver work on, to be held: pointers to rows; those of scratch are this thread's."""
+    """The arguments of the parts of the driver, to be held: pointers to rows; those of scratch are this thread's."""
 
     numbers: Any  # of the call
     cell: Any  # of the first block

@@ -1,4 +1,4 @@
-"""Kernels that use no private part of Numba, for releases that ``jit.py`` does not know."""
+"""Kernels that use no private part of Numba, for releases that ``private_numba.py`` does not know."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ SETTINGS = ADDRESSES + CELL
 
 
 class _Layer(NamedTuple):
-    """What the parts of the driver work on: sizes, and pointers to rows."""
+    """The arguments of the parts of the driver: sizes, and pointers to rows."""
 
     cell: Any  # of the first block
     hidden: Any  # H

@@ -37,7 +37,7 @@ SETTINGS = ADDRESSES + CELL
 
 
 class _Layer(NamedTuple):
-    """What the parts of the driver work on: sizes, and pointers to rows."""
+    """The arguments of the parts of the driver: sizes, and pointers to rows."""
 
     cell: Any  # of the first block
     unpacked: Any  # the weights as given, if they are used so
@@ -62,7 +62,7 @@ class _Layer(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """What one thread computes."""
+    """The share of one thread."""
 
     row_first: Any
     row_last: Any

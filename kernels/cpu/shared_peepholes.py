@@ -1,7 +1,7 @@
-"""Peepholes of gates that a block of S units shares: such a gate sees the cell states of the whole block.
+"""Peepholes of gates that a block of S units shares: their inputs are the cell states of the whole block.
 
-The routines of ``cell_step.py`` have one vector of units, and see none of it. So the drivers of cells with phases add
-what a gate sees to its pre-activations before the cell step, and take the gradients back after it. Every unit of a
+The routines of ``cell_step.py`` have one vector of units, not a whole block. So the drivers of cells with phases add
+the peephole inputs to the pre-activations before the cell step, and take their gradients after it. Every unit of a
 block has a copy of its gate, with the same pre-activations; the gradient of the gate is the sum over the copies.
 
 ``phased_forward.py`` and ``phased_backward.py`` say what all shapes are, and what a `layer` is; ``layer.sees`` is S.
@@ -21,7 +21,7 @@ _I, _F, _O = 0, 1, 3  # gates, the third of which has the third row of weights
 
 @routine
 def seen(layer, c_prev, a, c):
-    """Add what its gates see to the pre-activations of a row.
+    """Add the peephole inputs to the pre-activations of a row.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def seen(layer, c_prev, a, c):
     a : pointer, IN and OUT
         (Up/V, 4, V).
     c : pointer, OUT
-        (Up,) the cell states after it, which the output gates see.
+        (Up,) the cell states after it, the peephole inputs of output gates.
     """
     stay_outlined()
     width, units = lanes_of(a), layer.units
@@ -46,7 +46,7 @@ def seen(layer, c_prev, a, c):
 
 @routine
 def _add(layer, a, gate, number, c):
-    """Add to the pre-activations of one gate what it sees in `c`, by row `number` of the weights."""
+    """Add to the pre-activations of one gate its peephole input from `c`, by row `number` of the weights."""
     stay_outlined()
     width, weights = lanes_of(a), offset(layer.cell.own, number * layer.units)
     for first in range(0, layer.units, layer.sees):
@@ -78,7 +78,7 @@ def _of_gate(da, row, gate, first, size):
 
 @routine
 def seen_by_output_back(layer, here, place, row):
-    """Add the gradient by c that comes from what output gates see to ``layer.d_row``."""
+    """Add the gradient by c through the peepholes of output gates to ``layer.d_row``."""
     stay_outlined()
     width, units, weights = layer.width, layer.units, offset(layer.cell.own, 2 * layer.units)
     zero = fill(layer.d_row, 0.0)
@@ -102,7 +102,7 @@ def seen_by_output_back(layer, here, place, row):
 
 @routine
 def seen_back(layer, place, row):
-    """Add the gradient by the c before the step that comes from what input and forget gates saw of it."""
+    """Add the gradient by the c before the step through the peepholes of input and forget gates."""
     stay_outlined()
     weights = layer.cell.own
     for first in range(0, layer.units, layer.sees):
@@ -118,7 +118,7 @@ def seen_back(layer, place, row):
 def add_seen(layer, own, low, high, first, last):
     """Add the gradients by the weights of a chunk's rows from `low` to `high`, for this thread's vectors of units."""
     stay_outlined()
-    width, units, size = lanes_of(own), layer.units, layer.sees  # a constant to the compiler: no divisions
+    width, units, size = lanes_of(own), layer.units, layer.sees  # `width` is a constant: no divisions by it
     unit_first, unit_last = first * width, minimum(last * width, units)
     for row in range(low, high):
         for block_first in range(unit_first // size * size, unit_last, size):
@@ -130,12 +130,12 @@ def add_seen(layer, own, low, high, first, last):
                 at = row * layer.blocks + block
                 c_prev = peek(offset(layer.c_rows, at * width + lane))
                 c = peek(offset(layer.tape, (at * TAPE + TAPE - 1) * width + lane))
-                _gain(offset(own, unit), i * c_prev)
-                _gain(offset(own, units + unit), f * c_prev)
-                _gain(offset(own, 2 * units + unit), o * c)
+                _add_to(offset(own, unit), i * c_prev)
+                _add_to(offset(own, units + unit), f * c_prev)
+                _add_to(offset(own, 2 * units + unit), o * c)
 
 
 @routine(inline=True)
-def _gain(place, value):
-    """Add to one number."""
+def _add_to(place, value):
+    """Add a value to the number at a place."""
     poke(place, peek(place) + value)

@@ -1,4 +1,4 @@
-"""One layer over a few rows, forward and backward: the driver for small batches and streaming.
+"""One layer over a small batch, forward and backward: the driver for short calls and streaming.
 
 It uses unpacked weights, because packing them takes longer than a step, or the packed weights of a frozen model.
 Training, forward and backward, is for one step or a few, as in online learning. Inference may have a team, each of
@@ -59,7 +59,7 @@ SETTINGS = ADDRESSES + CELL
 
 
 class _Layer(NamedTuple):
-    """What the parts of the driver work on: sizes, and pointers to rows."""
+    """The arguments of the parts of the driver: sizes, and pointers to rows."""
 
     cell: Any  # of the first block
     inputs: Any  # I
@@ -95,7 +95,7 @@ def small_forward(
     team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,
 ):
-    """Run one layer over a few rows, on unpacked weights."""
+    """Run one layer over a small batch, on unpacked weights."""
     if not (_are_weights(weight_ih, weight_hh, bias, own, settings) and _fit(x, h0, c0, y, h_n, c_n, settings)):
         return False
     if thread == 0:
@@ -123,7 +123,7 @@ def small_forward_packed(
     team,  # (1 + rows, 8), IN and OUT: see thread_team.py
     thread,
 ):
-    """Run one layer over a few rows, or several layers over one step, on packed weights."""
+    """Run one layer over a small batch, or several layers over one step, on packed weights."""
     layers = settings[LAYERS]
     if not _fit(x, h0, c0, y, h_n, c_n, settings) or (layers > 1 and x.shape[0] != h0.shape[1]):
         return False
@@ -161,7 +161,7 @@ def small_forward_taped(
     settings,  # (SETTINGS,), IN
     team,  # (2, 8), of one thread
 ):
-    """Run one layer over a few rows, as :func:`small_forward` does, and keep what the backward pass needs."""
+    """Run one layer over a small batch, as :func:`small_forward` does, and keep what the backward pass needs."""
     if not (_are_weights(weight_ih, weight_hh, bias, own, settings) and _fit(x, h0, c0, y, h_n, c_n, settings)):
         return False
     layer = _layer(
@@ -295,7 +295,7 @@ def small_backward(
     da,  # (T * B, 4H) scratch
     settings,  # (SETTINGS,), IN
 ):
-    """Back-propagate through one layer over a few rows.
+    """Back-propagate through one layer over a small batch.
 
     Weights are checked as in the forward pass; all else is as that, or the caller in Python, has made it.
     """

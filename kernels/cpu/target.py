@@ -115,7 +115,7 @@ class _Hardware(CPUHardware):
 
 
 class Dispatcher(CPUDispatcher):
-    """What is compiled for this target."""
+    """A function compiled for this target."""
 
     def _compilation_chain_init_hook(self) -> None:
         """Look for no extensions of Numba that are installed."""

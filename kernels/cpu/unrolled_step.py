@@ -55,7 +55,7 @@ _ROWS_OF_A_HALF = 8  # below, the rows of half a block do not fill the microkern
 
 
 class _Step(NamedTuple):
-    """What the layers of a step work on; a layer's states lie `stride` elements after those of the one below."""
+    """The arguments of the layers of a step; a layer's states lie `stride` elements after those of the one below."""
 
     batch: Any  # B
     x: Any  # (B, I)

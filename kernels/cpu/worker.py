@@ -16,10 +16,10 @@ Each worker has a mailbox, int64 words in two cache lines that are never freed. 
 ``UNSTARTED``  no thread has come yet            ``IDLE``, by the thread; of two threads the second one ends
 ``IDLE``       awake, looks for work             ``CLAIMED``, by a caller; ``ASLEEP``, by the worker;
                                                  ``ENDING``, when the interpreter exits
-``ASLEEP``     sleeps at its lock, or is about   ``CALLED``, by a caller, who then releases the lock once
+``ASLEEP``     sleeps at its lock, or is about   ``CALLED``, by a caller, which then releases the lock once
                to
-``CALLED``     is to wake; a caller waits        ``CLAIMED``, by the worker; ``ABSENT``, by this caller, who
-                                                 has waited long enough
+``CALLED``     is to wake; a caller waits        ``CLAIMED``, by the worker; ``ABSENT``, by this caller,
+                                                 after it has waited long enough
 ``ABSENT``     not there: wakes too late, has    ``IDLE``, by the worker
                ended, or is the parent's
 ``CLAIMED``    awake, belongs to a caller        ``RUNNING``, by this caller

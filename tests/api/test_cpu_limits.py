@@ -54,7 +54,7 @@ def machine(monkeypatch):
         ({"quota": 1.0, "OMP_NUM_THREADS": "2"}, 1, "a cgroup's quota of 1 CPUs"),
         ({"quota": 1.0, "OMP_NUM_THREADS": "1", "FASTLSTM_NUM_THREADS": "12"}, 12, "FASTLSTM_NUM_THREADS=12"),
         *(
-            ({"OMP_NUM_THREADS": wrong, "NUMBA_NUM_THREADS": wrong, "FASTLSTM_NUM_THREADS": wrong}, 8, CORES)
+            ({"OMP_NUM_THREADS": wrong, "NUMBA_NUM_THREADS": wrong}, 8, CORES)
             for wrong in ("", "0", "-2", "many", "1.5", "0x2", "\u0663", "9" * 40, ",3", "3;4")
         ),
     ],
@@ -62,6 +62,12 @@ def machine(monkeypatch):
 )
 def test_the_least_limit_holds_unless_fastlstm_s_own_says_otherwise(machine, given, expected, reason):
     assert machine(8, **given) == (expected, reason)
+
+
+@pytest.mark.parametrize("wrong", ["0", "-2", "many", "1.5", "\u0663", "9" * 40])
+def test_a_wrong_number_of_our_own_is_ignored_with_a_warning(machine, wrong):
+    with pytest.warns(UserWarning, match="FASTLSTM_NUM_THREADS=.*is ignored"):
+        assert machine(8, FASTLSTM_NUM_THREADS=wrong) == (8, CORES)
 
 
 def test_set_num_threads_holds_until_the_default_is_restored(machine):

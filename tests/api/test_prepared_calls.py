@@ -108,7 +108,7 @@ def test_the_second_call_enters_no_checks_and_gives_what_a_first_one_gives(backe
         assert "array" in entered
         assert list(found) == list(expected)
         assert_identical(host(backend, found), host(backend, expected))
-        # What a caller gets he may do with as he likes; those of a caller with other axes are views.
+        # Returned arrays belong to the caller; with other axes they are views.
         assert not (model.batched and not model.batch_first) or all(v.flags.c_contiguous for v in found.values())
 
 

@@ -175,8 +175,10 @@ def test_the_number_of_threads_is_remembered_and_forgotten(any_number_of_threads
     assert fastlstm.get_num_threads() == 7
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", "many")
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
-    fastlstm.set_num_threads(None)
+    with pytest.warns(UserWarning, match="FASTLSTM_NUM_THREADS='many' is ignored"):
+        fastlstm.set_num_threads(None)
     assert fastlstm.get_num_threads() >= 1
+    monkeypatch.delenv("FASTLSTM_NUM_THREADS")
 
 
 UNIT = 5e-3  # seconds: calls that are neither short nor long
@@ -309,11 +311,11 @@ def test_calls_with_other_plans_are_of_another_kind(monkeypatch):
             for steps in (15, 16):
                 for _ in range(5):
                     lstm(np.zeros((steps, 40, 34), np.float32))
-                    for rivals in trials._rivals.values():
-                        rivals.fastest, rivals.tries = len(rivals.seconds) - 1, 0
+                    for record in trials._records.values():
+                        record.fastest, record.tries = len(record.seconds) - 1, 0
     finally:
         fastlstm.set_num_threads(None)
-    assert sorted(len(rivals.seconds) for rivals in trials._rivals.values()) == [2, 3]
+    assert sorted(len(record.seconds) for record in trials._records.values()) == [2, 3]
 
 
 def test_several_threads_pick_at_once():
@@ -340,7 +342,7 @@ def test_kinds_of_calls_are_not_remembered_without_end():
     trials = Trials()
     for kind in range(10 * trials.KINDS):
         trials.report(kind, trials.pick(kind, 2), 1.0)
-    assert len(trials._rivals) <= trials.KINDS + 1
+    assert len(trials._records) <= trials.KINDS + 1
     trials.report("forgotten meanwhile", 0, 1.0)
 
 

@@ -115,7 +115,7 @@ def test_a_worker_is_kept_off_the_core_from_which_it_is_called():
 @needs_cores
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 def test_a_worker_keeps_to_the_cores_of_its_caller(pause, monkeypatch):
-    """Also one that is still awake from a call by somebody who had other cores."""
+    """Also one that is still awake from a call by a thread with other cores."""
     monkeypatch.setattr(thread_pool, "_CALLS_BETWEEN_PLACINGS", 0)
     allowed = os.sched_getaffinity(0)
     team_of(2)

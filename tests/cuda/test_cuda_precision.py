@@ -1,4 +1,4 @@
-"""precision="tf32" and "bf16": what they round, what they leave, and who says so; on the stand-in for a GPU.
+"""precision="tf32" and "bf16": which products they round, and where this is shown; on the stand-in for a GPU.
 
 How far results may be from the reference follows from the formats. That products do round is seen where one product
 decides the result: there it is that of rounded factors, to the last bits of float32.

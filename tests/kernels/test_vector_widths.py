@@ -76,5 +76,17 @@ def test_narrower_vectors_give_the_float64_reference(width, dtype):
     assert int(done.stdout) > 100
 
 
+@pytest.mark.parametrize("wrong", ["wide", "24", "0"])
+def test_a_width_that_there_is_not_is_refused(wrong):
+    if BackendUnderTest("cpu").missing:
+        pytest.skip(str(BackendUnderTest("cpu").missing))
+    code = "import numpy, fastlstm; fastlstm.LSTM(1, 1)(numpy.zeros((1, 1, 1), 'f'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTLSTM_VECTOR_BYTES": wrong},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert f"BackendError: FASTLSTM_VECTOR_BYTES must be 16, 32 or 64, got '{wrong}'" in done.stderr
+
+
 if __name__ == "__main__":
     sys.stdout.write(str(compare(sys.argv[1])))

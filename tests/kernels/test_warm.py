@@ -78,10 +78,9 @@ def package(tmp_path_factory):
 
 
 def warm(package, cache, *options, **more):
-    code = "import sys; from fastlstm.cli import main; sys.exit(main())"
     environment = variables(package, cache) | {"FASTLSTM_QUIET": ""} | more
     return subprocess.run(
-        [sys.executable, "-c", code, "warm", *options], env=environment,
+        [sys.executable, "-m", "fastlstm", "warm", *options], env=environment,
         cwd=package, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -136,6 +135,28 @@ def test_a_warmed_folder_serves_where_nothing_can_be_written(package, warmed, tm
             path.chmod(0o500)
     used, stderr = start(package, tmp_path / "cache", shut + USE, "float64")
     assert set(used["misses"].values()) == {0} and stderr == ""
+
+
+def test_the_folder_is_complete_where_kernels_were_found_in_another(package, warmed, tmp_path):
+    home = tmp_path / "home" / "fastlstm"
+    home.mkdir(parents=True)
+    (folder,) = warmed("float64")[0].iterdir()
+    shutil.copytree(folder, home / folder.name)
+    done = warm(package, tmp_path / "cache", "--dtype", "float64", XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0 and "\n0 compiled" in done.stdout, done.stdout + done.stderr
+    (found,) = (tmp_path / "cache").iterdir()
+    assert {path.name for path in found.iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_it_fails_if_the_folder_that_was_asked_for_cannot_be_written(package, warmed, tmp_path):
+    home = tmp_path / "home" / "fastlstm"
+    home.mkdir(parents=True)
+    (folder,) = warmed("float64")[0].iterdir()
+    shutil.copytree(folder, home / folder.name)
+    (tmp_path / "file").touch()
+    done = warm(package, tmp_path / "file" / "x", "--dtype", "float64", XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert done.returncode == 1
+    assert "cannot be written; they are in" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("why", ["full", "plain"])

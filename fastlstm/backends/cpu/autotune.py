@@ -37,82 +37,82 @@ class Trials:
     NOTED = 16  # between trials, one of so many short calls is timed: timing each would slow them down
     BETTER = 0.95  # a trial wins with at most this share of the time
     SUSPECT = 1.5  # the fastest takes so many times what another once took: try the other at once
-    HOPELESS = 4.0  # a trial ends with a call that takes so many times as long,
+    TOO_SLOW = 4.0  # a trial ends with a call that takes so many times as long,
     LONG = 0.02  # or that loses at all, if it takes so many seconds: its noise is small, and three calls cost much
     SHARE = 0.02  # of the time, which trials may lose at most; it sets the calls before the next trial
     KINDS = 256  # kinds of calls that are remembered
 
     def __init__(self) -> None:
-        self._rivals: dict[Hashable, _Rivals] = {}
+        self._records: dict[Hashable, _Record] = {}
 
-    def pick(self, kind: Hashable, ways: int) -> int:
-        """Return the number of the candidate, of `ways` candidates, for a call of this kind; 0 for the first call."""
-        if len(self._rivals) > self.KINDS:
-            self._rivals.clear()
-        rivals = self._rivals.get(kind)
-        if rivals is None:
-            rivals = self._rivals[kind] = _Rivals(ways, self.FIRST_REST)
-        if not rivals.tries and rivals.calls >= rivals.rest and rivals.is_known():
-            rivals.trying, rivals.tries, rivals.warming = rivals.next_to_try(), self.CALLS, self.WARMING
-        return rivals.trying if rivals.tries else rivals.fastest
+    def pick(self, kind: Hashable, candidates: int) -> int:
+        """Return the number of one of so many candidates for a call of this kind; 0 for the first call."""
+        if len(self._records) > self.KINDS:
+            self._records.clear()
+        record = self._records.get(kind)
+        if record is None:
+            record = self._records[kind] = _Record(candidates, self.FIRST_REST)
+        if not record.tries and record.calls >= record.rest and record.is_known():
+            record.trying, record.tries, record.warming = record.next_to_try(), self.CALLS, self.WARMING
+        return record.trying if record.tries else record.fastest
 
-    def report(self, kind: Hashable, way: int, seconds: float, rows: int = 1) -> None:
+    def report(self, kind: Hashable, candidate: int, seconds: float, rows: int = 1) -> None:
         """Record the time of a call with `rows` rows."""
-        rivals = self._rivals.get(kind)
-        if rivals is None:  # cleared by another thread
+        record = self._records.get(kind)
+        if record is None:  # cleared by another thread
             return
         is_short, is_long = seconds < self.SHORT, seconds >= self.LONG
         seconds /= rows  # calls of one kind differ in their number of rows
-        if is_short and rivals.warming > 0 and rivals.tries and way == rivals.trying:
-            rivals.warming -= 1
+        if is_short and record.warming > 0 and record.tries and candidate == record.trying:
+            record.warming -= 1
             return
         # Not the first call after a trial, because a worker may have fallen asleep in it.
-        if is_short and not rivals.tries and (rivals.calls + 1) % self.NOTED:
-            rivals.calls += 1
+        if is_short and not record.tries and (record.calls + 1) % self.NOTED:
+            record.calls += 1
             return
-        rivals.note(way, seconds)
-        if rivals.tries and way == rivals.trying:
-            rivals.tries = max(0, rivals.tries - 1)  # another thread's call may have been the last
-            best = min(rivals.medians[:way] + rivals.medians[way + 1 :])
-            hopeless = seconds > (1.0 / self.BETTER if is_long else self.HOPELESS) * best
-            if hopeless:
-                rivals.tries = 0
-                rivals.forget_all_but(way, seconds)
-            if not rivals.tries:
-                won = rivals.medians[way] < self.BETTER * rivals.medians[rivals.fastest]
-                calls = (1 if hopeless else self.CALLS) + (self.WARMING if is_short else 0)
+        record.note(candidate, seconds)
+        if record.tries and candidate == record.trying:
+            record.tries = max(0, record.tries - 1)  # another thread's call may have been the last
+            best = min(record.medians[:candidate] + record.medians[candidate + 1 :])
+            too_slow = seconds > (1.0 / self.BETTER if is_long else self.TOO_SLOW) * best
+            if too_slow:
+                record.tries = 0
+                record.forget_all_but(candidate, seconds)
+            if not record.tries:
+                won = record.medians[candidate] < self.BETTER * record.medians[record.fastest]
+                calls = (1 if too_slow else self.CALLS) + (self.WARMING if is_short else 0)
                 # The loss in calls of the fastest, whose time may be 0 on a coarse clock.
-                lost = calls * (rivals.medians[way] / best - 1.0) if best else 0.0
-                rivals.fastest = way if won else rivals.fastest
-                rivals.calls, rivals.lost = 0, 0 if won else rivals.lost + 1
-                rest = max(min(2 * rivals.rest, self.LONGEST_REST), int(lost / self.SHARE))
-                rivals.rest = self.FIRST_REST if won else rest
+                lost = calls * (record.medians[candidate] / best - 1.0) if best else 0.0
+                record.fastest = candidate if won else record.fastest
+                record.calls, record.lost = 0, 0 if won else record.lost + 1
+                rest = max(min(2 * record.rest, self.LONGEST_REST), int(lost / self.SHARE))
+                record.rest = self.FIRST_REST if won else rest
         else:
-            rivals.calls += 1
-        if math.inf in rivals.medians or rivals.medians[rivals.fastest] > self.SUSPECT * min(rivals.medians):
-            rivals.calls = rivals.rest
+            record.calls += 1
+        if math.inf in record.medians or record.medians[record.fastest] > self.SUSPECT * min(record.medians):
+            record.calls = record.rest
 
 
-class _Rivals:
+class _Record:
     """Times of the last calls of one kind, for each candidate, and the state of the trials."""
 
-    def __init__(self, ways: int, rest: int) -> None:
-        self.seconds: list[deque[float]] = [deque(maxlen=Trials.CALLS) for _ in range(ways)]
-        self.medians = [math.inf] * ways
+    def __init__(self, candidates: int, rest: int) -> None:
+        self.seconds: list[deque[float]] = [deque(maxlen=Trials.CALLS) for _ in range(candidates)]
+        self.medians = [math.inf] * candidates
         self.fastest = 0
         self.rest, self.calls, self.lost = rest, 0, 0
         self.trying, self.tries, self.warming = 0, 0, 0
 
-    def note(self, way: int, seconds: float) -> None:
+    def note(self, candidate: int, seconds: float) -> None:
         """Record a call."""
-        self.seconds[way].append(seconds)
-        known = sorted(self.seconds[way])  # once: another thread's call may change them meanwhile
-        self.medians[way] = known[(len(known) - 1) // 2]
+        self.seconds[candidate].append(seconds)
+        known = sorted(self.seconds[candidate])  # once: another thread's call may change them meanwhile
+        self.medians[candidate] = known[(len(known) - 1) // 2]
 
-    def forget_all_but(self, way: int, seconds: float) -> None:
+    def forget_all_but(self, candidate: int, seconds: float) -> None:
         """Replace the times of a candidate by one call."""
-        self.seconds[way] = deque([seconds], maxlen=Trials.CALLS)
-        self.medians[way] = seconds
+        self.seconds[candidate] = deque([seconds], maxlen=Trials.CALLS)
+        self.medians[candidate] = seconds
 
     def is_known(self) -> bool:
         """Say whether the fastest has been timed for CALLS calls."""
@@ -120,8 +120,8 @@ class _Rivals:
 
     def next_to_try(self) -> int:
         """Choose the next trial: an untried candidate, one that seems faster than the fastest, or each in turn."""
-        others = [way for way in range(len(self.medians)) if way != self.fastest]
-        unknown = [way for way in others if not self.seconds[way]]
+        others = [candidate for candidate in range(len(self.medians)) if candidate != self.fastest]
+        unknown = [candidate for candidate in others if not self.seconds[candidate]]
         best = min(others, key=self.medians.__getitem__)
         if unknown or self.medians[best] < self.medians[self.fastest] / Trials.SUSPECT:
             return unknown[0] if unknown else best

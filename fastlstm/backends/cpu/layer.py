@@ -24,7 +24,7 @@ __all__ = ["LayerCall", "LayerTape"]
 
 
 class LayerTape(NamedTuple):
-    """What one layer leaves on the tape."""
+    """The tape of one layer."""
 
     x: Array  # (T, B, I), the input itself
     rows: Rows

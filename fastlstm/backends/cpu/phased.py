@@ -110,7 +110,7 @@ def _unfolded(cell: Cell, params: Params) -> Params:
 
 
 class DirectionTape(NamedTuple):
-    """What one direction leaves on the tape."""
+    """The tape of one direction."""
 
     gates: Array  # (N, Up/V, 5, V): i, f, g, o, c; of a plain RNN (0, Up/V, 0, V)
     h_rows: Array  # (N, h_row): the h before each row's step, as it is multiplied
@@ -120,7 +120,7 @@ class DirectionTape(NamedTuple):
 
 
 class LayerTape(NamedTuple):
-    """What one layer leaves on the tape."""
+    """The tape of one layer."""
 
     given: Given
     x: Array  # (T, B, I)

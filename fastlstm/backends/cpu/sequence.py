@@ -34,7 +34,7 @@ _EXACT_ROWS = 1024
 
 
 class DirectionTape(NamedTuple):
-    """What one direction leaves on the tape."""
+    """The tape of one direction."""
 
     gates: Array  # (N, Hp/V, 5, V): i, f, g, o, c; or (N, Hp/V, 1, V): c alone
     h_rows: Array  # (N, Hp): the h before each row's step

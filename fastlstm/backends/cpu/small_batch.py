@@ -1,4 +1,4 @@
-"""The arguments of the kernels for small batches: short calls, streaming, and training on a few rows."""
+"""The arguments of the kernels for small batches: short calls, streaming, and training on them."""
 
 from __future__ import annotations
 

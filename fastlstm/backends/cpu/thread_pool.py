@@ -85,7 +85,7 @@ class _Worker:
         self.words[LOCK], self.words[PATIENCE] = lock, _PATIENCE
         self.calls = 0  # of kernels, until it is looked again where the caller may run
         self.cores: set[int] = set()  # it may be woken on, as far as this was set,
-        self.allowed: set[int] = set()  # which was for a caller who may run on these
+        self.allowed: set[int] = set()  # the cores of the caller that it was last for
 
 
 # A team of one thread, number 0. All such calls share it: nothing is written there.

@@ -58,7 +58,7 @@ MOST_ROWS_OF_A_STEP = 64
 
 @dataclass(frozen=True)
 class LayerTape:
-    """What one layer leaves on the tape."""
+    """The tape of one layer."""
 
     x: Array  # (T, B, I), the input itself
     rows: Rows

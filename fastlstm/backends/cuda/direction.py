@@ -24,7 +24,7 @@ __all__ = ["DirectionsTape", "directions_backward", "directions_forward"]
 
 @dataclass(frozen=True)
 class DirectionsTape:
-    """What K directions that run at once leave on the tape, by packed rows (see ``Packing.step_rows``)."""
+    """The tape of K directions that run at once, by packed rows (see ``Packing.step_rows``)."""
 
     gates: Array  # (K, N, 4H): i, f, g, o
     c: Array  # (K, B + N, H): the initial states, sorted, then c of each row

@@ -50,7 +50,7 @@ def is_phased(cell: Cell) -> bool:
 
 
 class OneStep(NamedTuple):
-    """What one time step leaves on the tape, beside the rows of all steps."""
+    """The tape of one time step, beside the rows of all steps."""
 
     cell: StepTape | None  # None of a plain RNN
     squashed: Array  # (B, H): the activated c; h of a plain RNN
@@ -59,7 +59,7 @@ class OneStep(NamedTuple):
 
 @dataclass(frozen=True)
 class DirectionTape:
-    """What one direction leaves on the tape."""
+    """The tape of one direction."""
 
     steps: dict[int, OneStep]  # by time
     h_rows: Array  # (T, B, P): the h before each step, as it is multiplied
@@ -70,7 +70,7 @@ class DirectionTape:
 
 @dataclass(frozen=True)
 class PhasedTape:
-    """What one layer leaves on the tape."""
+    """The tape of one layer."""
 
     given: Given
     x: Array  # (T, B, I), zero in the padding

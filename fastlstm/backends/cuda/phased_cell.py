@@ -20,14 +20,14 @@ EPSILON = 1e-5  # of layer norm, as in torch.nn.LayerNorm
 
 
 class Norm(NamedTuple):
-    """What the backward pass of a layer norm needs."""
+    """The tape of a layer norm."""
 
     normalised: Array  # (..., R)
     scale: Array  # (..., 1), one over the standard deviation
 
 
 class StepTape(NamedTuple):
-    """What the cell of one time step leaves on the tape; (B, H) each."""
+    """The tape of the cell of one time step; (B, H) each."""
 
     gates: dict[str, Array]  # activated: i, f, g, o; f is missing where it is 1
     seen: dict[str, Array]  # the pre-activations that the clip has seen, if there is one

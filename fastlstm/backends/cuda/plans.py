@@ -41,7 +41,7 @@ CLUSTERS_FROM, MOST_OF_A_CLUSTER = 90, 8  # compute capability, and blocks that 
 
 
 class Limits(NamedTuple):
-    """What a device has."""
+    """The capabilities of a device."""
 
     architecture: int  # compute capability, 90 for 9.0
     multiprocessors: int

@@ -41,7 +41,7 @@ __all__ = ["BACKEND", "ReferenceBackend", "merged", "unmerged"]
 
 @dataclass(frozen=True)
 class LayerTape:
-    """What one layer leaves on the tape."""
+    """The tape of one layer."""
 
     given: Given
     x: Array  # (T, B, I), zero past each length
@@ -292,7 +292,7 @@ def _without_padding(step: Step) -> Step:
 
 @dataclass(frozen=True)
 class RnnStep:
-    """What one time step of a plain RNN leaves on the tape."""
+    """The tape of one time step of a plain RNN."""
 
     t: int
     active: Array  # (B, 1) bool

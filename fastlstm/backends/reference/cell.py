@@ -31,7 +31,7 @@ class Gates(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """What the backward pass of a layer norm needs."""
+    """The tape of a layer norm."""
 
     normalised: Array  # (B, R)
     scale: Array  # (B, 1), one over the standard deviation
@@ -113,7 +113,7 @@ def normalise_backward(d: Array, norm: Norm, gain: Array) -> Array:
 
 @dataclass(frozen=True)
 class Step:
-    """What one time step leaves on the tape."""
+    """The tape of one time step."""
 
     t: int
     active: Array  # (B, 1) bool, the sequences that are long enough to have this step
