@@ -20,6 +20,7 @@ import goals
 import scaling_out
 
 from fastlstm.bench import pictures, report, results
+from fastlstm.bench.clock import verdict
 from fastlstm.bench.peers import CPU
 from fastlstm.bench.results import Case, Results
 from fastlstm.bench.work import Work
@@ -47,14 +48,15 @@ def tables(found: Found) -> str:
     parts = [
         "# Results",
         "Made by `python benchmarks/figures.py` from the files in `benchmarks/results`. The method is described in"
-        " `fastlstm/bench/clock.py`. Behind a peer's time stands that time / ours: above 1 fastlstm is faster, **bold**"
+        " `fastlstm/bench/clock.py`. Behind a peer's time stands its ratio to ours, the median over rounds in which"
+        " both were timed in turn, which may differ from the ratio of the medians: above 1 fastlstm is faster, **bold**"
         " is where the peer is, `=` is no difference.",
     ]
     for machine, files in found.items():
         parts.append(f"## {machine}")
         if rows := list(goals.rows(files)):
             parts.append("Goals: **bold** misses. Two values are of one thread and of two.")
-            parts += [report.table(["goal", "asked", "measured", "why it is missed"], rows, left=4), *goals.NOTES]
+            parts += [report.table(["goal", "asked", "measured", "why it is missed"], rows, left=4)]
         for picture in sorted((RESULTS / machine).glob("*.png")):
             parts.append(f"![{picture.stem}](results/{machine}/{picture.name})")
         for name, file in files.items():
@@ -92,8 +94,8 @@ def section(found: Found) -> str:
 def _rows(files: Mapping[str, Results]) -> Iterator[tuple[str, Case]]:
     cases = {case.work: case for case in files[MAIN].cases}
     yield from ((words, cases[work]) for words, work in ROWS.items() if work in cases)
-    others = [(found.middle, case.name, case) for case, _, found in report.duels(cases.values())
-              if case.work not in ROWS.values()]  # fmt: skip
+    others = [(verdict(found) != "slower", found.middle, case.name, case)  # those that win before those that draw
+              for case, _, found in report.duels(cases.values()) if case.work not in ROWS.values()]  # fmt: skip
     if others:
         *_, worst = min(others)
         yield f"{pictures.KINDS[worst.group]}, the peers' best other size", worst

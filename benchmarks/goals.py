@@ -22,7 +22,7 @@ OURS = studies.OURS
 LARGE = "50,64,512,512 infer float32"  # most of its time is arithmetic
 STEP = Work(1, 1, 32, 64, kind="stream")
 LOOPED = ("torch", loops.CELL, "onnxruntime")
-OLD = "55c5fee"  # of versions.json
+OLD, CALL = "55c5fee", "call (10, 4, I)"  # of versions.json
 Values = Callable[[Results, Case], Iterable[float]]  # of a case
 
 
@@ -66,6 +66,26 @@ def ratio(*theirs: str, to: Sequence[str] = (OURS,)) -> Values:
     return lambda _, case: [r.middle for side in theirs for other in to if (r := case.ratio(side, other))]
 
 
+def more_than(name: str) -> Values:
+    """Return our microseconds beyond those of another case of the group."""
+
+    def found(results: Results, case: Case) -> list[float]:
+        others = [other for other in results.cases if other.group == case.group and other.name == name]
+        return [1e6 * (case.spread(OURS).middle - other.spread(OURS).middle) for other in others]
+
+    return found
+
+
+def beside(name: str) -> Values:
+    """Return our time / that of another case of the group."""
+
+    def found(results: Results, case: Case) -> list[float]:
+        others = [other for other in results.cases if other.group == case.group and other.name == name]
+        return [case.spread(OURS).middle / other.spread(OURS).middle for other in others]
+
+    return found
+
+
 def seconds(_: Results, case: Case) -> list[float]:
     """Return our seconds."""
     return [case.spread(OURS).middle]
@@ -76,6 +96,9 @@ HANDED = "On one thread the same shapes are level, so what is lost is in handing
 NORMED = "Layer norm goes over each row three times more, and keeps nine more numbers a unit for training."
 SEEN = "The cell's step runs twice in each direction of time, and what a gate sees is summed unit by unit."
 COMPILED = "What remains is LLVM's optimisation and code generation of the kernels themselves."
+PHASED = "Cells with phases have drivers of their own, compiled once for all of them, backward the longer one."
+BOTH = "Most of it is the second direction's computation."
+ORDERED = "Lengths are checked and put in order in each call, and rows of the batch are found through an index."
 SMALL = "With few units the step is mostly the LSTM at its usual speed; what PyTorch does around it both sides share."
 ONE_THREAD = "One thread is near the measured peak at this size, and so is PyTorch."
 INFER, TRAIN = r"goals.*/[\d,]+ infer float32", r"goals.*/[\d,]+ train float32"
@@ -119,16 +142,27 @@ GOALS = (
     Goal(f"first call, CPU time / {OLD}, least", 0.6, True, "versions/first", FIRST, min, COMPILED),
     Goal(f"shapes: {OLD} / ours, geometric mean", 0.98, False, SHAPES, ratio(OLD), mean, HANDED),
     Goal(f"shapes: {OLD} / ours, least", 0.93, False, SHAPES, ratio(OLD), min, HANDED),
+    Goal(f"frozen step: {OLD} / ours", 1.0, False, r"versions/calls.*/frozen step \(1", ratio(OLD), min, CHECKED),
     Goal(f"`step`: {OLD} / ours", 1.0, False, "versions/calls.*/step", ratio(OLD), min, CHECKED),
     Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls.*one step", ratio(OLD), min, CHECKED),
+    Goal("frozen step of 2 layers / 2 models by hand", 1.15, True, "versions/calls.*2 layers",
+         beside("frozen step, 2 models")),
+    Goal("frozen step of 3 layers / 3 models by hand", 1.15, True, "versions/calls.*3 layers",
+         beside("frozen step, 3 models")),
+    Goal("a step of 2 layers: ONNX Runtime's time / ours", 1.0, False, "bench/stream/.*2 layers", ratio("onnxruntime")),
+    Goal("unbatched frozen step, microseconds more than a batch of one", 1.0, True, r"versions/calls.*/frozen step \(I",
+         more_than("frozen step (1, I)")),
+    Goal("`batch_first`, microseconds more", 2.0, True, "versions/calls.*/batch_first", more_than(CALL)),
+    Goal("`functional.lstm_forward`, microseconds more than `forward`", 2.0, True, "versions/calls.*/functional",
+         more_than("forward")),
+    Goal("ragged, microseconds more", 2.0, True, "versions/calls.*/ragged", more_than(CALL), max, ORDERED),
+    Goal("bidirectional, microseconds more", 2.0, True, "versions/calls.*/bidirectional", more_than(CALL), max, BOTH),
+    Goal("a second variant of the step, CPU seconds to compile", 2.0, True, "versions/first.*clip", seconds),
+    Goal("the first cell with phases, inference, CPU seconds to compile", 2.0, True, "versions/first.*inference.*norm",
+         seconds, max, PHASED),
+    Goal("the first cell with phases, training, CPU seconds to compile", 2.0, True, "versions/first.*training.*norm",
+         seconds, max, PHASED),
 )  # fmt: skip
-NOTES = (
-    "A second variant of the cell is asked to compile in at most 2 s. One of the step takes 0.8 s; the first cell with"
-    " phases (layer norm, projection, zoneout, recurrent dropout, RNN) takes 1.7 s forward and 2.4 s backward of CPU,"
-    " once for all of them: they have drivers of their own. That was timed by itself and is in no file.",
-    "A short bidirectional call is asked to take at most 2 us more than a plain one, and takes 4: it is a second"
-    " launch. That was timed by itself and is in no file.",
-)
 WINS = {
     ("bench", LARGE): "Both are near the measured peak at this size, and which is ahead changes from run to run.",
     ("start", "cold"): "The first process compiles the kernels for its processor; PyTorch comes compiled.",

@@ -49,12 +49,26 @@ def inference(model, x, lengths=None):
 def training(model, x, dy, lengths=None):
     return lambda: model.backward(model.forward(x, lengths=lengths)[2], dy)
 
+def by_hand(models, x):
+    states, h = [], x
+    for model in models:
+        h, state = model.step(h)
+        states.append(state)
+    def call():
+        h = x
+        for model, state in zip(models, states):
+            h, _ = model.step(h, state)
+    return call
+
 plain, few = LSTM(32, 64, seed=0), x(10, 4, 32)
 cells = {
     "frozen step (1, I)": step(plain.freeze(), x(1, 32)),
     "step (1, I)": step(plain, x(1, 32)),
     "frozen step (I,)": step(plain.freeze(), x(32)),
+    "frozen step, 2 layers": step(LSTM(32, 64, 2, seed=0).freeze(), x(1, 32)),
     "frozen step, 3 layers": step(LSTM(32, 64, 3, seed=0).freeze(), x(1, 32)),
+    "frozen step, 2 models": by_hand([LSTM(i, 64, seed=0).freeze() for i in (32, 64)], x(1, 32)),
+    "frozen step, 3 models": by_hand([LSTM(i, 64, seed=0).freeze() for i in (32, 64, 64)], x(1, 32)),
     "call (10, 4, I)": inference(plain, few),
     "batch_first": inference(LSTM(32, 64, batch_first=True, seed=0), x(4, 10, 32)),
     "unbatched": inference(plain, x(10, 32)),
@@ -84,25 +98,35 @@ for line in sys.stdin:
     print(time.perf_counter() - start, flush=True)
 """
 
+FIRST_CALLS = "inference", "training", "step", "frozen step"
+SECOND_CALLS = "inference, then clip", "inference, then layer_norm", "training, then layer_norm"
 FIRST = """
 import sys, time
 import numpy as np
 import fastlstm
-start = time.process_time()
 try:  # kernels that stand beside the source from other runs are not to be found
     from fastlstm.kernels.cpu import kernel_cache
     kernel_cache.folders = kernel_cache.folders[:1]
 except (ImportError, AttributeError):  # a version that looks in one folder only
     pass
-what = sys.argv[2]
-model, x = fastlstm.LSTM(32, 64, seed=0), np.ones((40, 8, 32), np.float32)
-if what == "inference":
-    model(x)
-elif what == "training":
-    y, _, tape = model.forward(x)
-    model.backward(tape, y)
-else:
-    (model.freeze() if what == "frozen step" else model).step(x[0, :1])
+what, _, variant = sys.argv[2].partition(", then ")
+x = np.ones((40, 8, 32), np.float32)
+
+def call(**options):
+    model = fastlstm.LSTM(32, 64, seed=0, **options)
+    if what == "inference":
+        model(x)
+    elif what == "training":
+        y, _, tape = model.forward(x)
+        model.backward(tape, y)
+    else:
+        (model.freeze() if what == "frozen step" else model).step(x[0, :1])
+
+start = time.process_time()
+call()
+if variant:
+    start = time.process_time()
+    call(**{variant: 3.0 if variant == "clip" else True})
 print(time.process_time() - start)
 """
 
@@ -133,9 +157,10 @@ def first_call(python: str, what: str) -> float:
 
 def cases(pythons: dict[str, str], threads: list[int], processes: int, seconds: float) -> Iterator[Case]:
     """Measure first calls, and then all cells, as often as there are pairs of processes."""
-    for what in ("inference", "training", "step", "frozen step") if processes else ():
-        values = {name: () for name in pythons}
-        for name, python in [*pythons.items()] * processes:
+    for what in (*FIRST_CALLS, *SECOND_CALLS) if processes else ():
+        here = pythons if what in FIRST_CALLS else {CPU: pythons[CPU]}  # the old version may not know the variant
+        values = {name: () for name in here}
+        for name, python in [*here.items()] * processes:
             values[name] += (first_call(python, what),)
         yield Case(what, values, group="first call, empty kernel cache, CPU time")
     for count in threads:

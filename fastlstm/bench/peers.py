@@ -86,8 +86,9 @@ def onnx_model(problem: Problem) -> bytes:
     problem.model.to_onnx(file, state=work.kind == "stream", lengths=work.lengths is not None)
     inputs = ["x", *["lengths"] * (work.lengths is not None)]
     outputs = [f"Y{work.layers - 1}"]  # before it is transposed
-    if work.kind == "stream":  # of one layer, whose states need not be sliced and joined
-        inputs, outputs = [*inputs, "h0_0", "c0_0"], [*outputs, "h_n_0", "c_n_0"]
+    if work.kind == "stream":  # the states of each layer, before they are joined
+        inputs += [f"{name}0_{layer}" for layer in range(work.layers) for name in "hc"]
+        outputs += [f"{name}_n_{layer}" for layer in range(work.layers) for name in "hc"]
     whole, sizes = onnx.load_model_from_string(file.getvalue()), {"T": work.steps, "B": work.batch}
     for value in (*whole.graph.input, *whole.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
@@ -107,11 +108,11 @@ def _graph_calls(problem: Problem, run: Callable[[dict[str, Any]], list[Array]],
     if work.lengths is not None:
         feed["lengths"] = load(np.array(work.lengths, np.int32))
     zero = np.zeros((1, work.batch, work.hidden), np.float32)
+    names = [f"{name}0_{layer}" for layer in range(work.layers) for name in "hc"]
 
     def step(x: Any, state: Any) -> tuple[Array, Any]:
-        h, c = state or (zero, zero)
-        _, h, c = run({"x": x, "h0_0": h, "c0_0": c})
-        return h, (h, c)
+        _, *state = run({"x": x, **dict(zip(names, state or [zero] * len(names), strict=True))})
+        return state[-2], state
 
     def fetch(found: Array) -> Array:  # Y is (T, D, B, H); OpenVINO's next call overwrites it
         merged = work.steps, work.batch, -1
@@ -174,8 +175,8 @@ def _no_gpu_for_torch() -> str | None:
 
 
 def _graph_is_able(work: Work) -> bool:
-    """Whether the graph of :func:`onnx_model` can do this work: it has the states of one layer."""
-    return work.kind != "train" and work.dtype == "float32" and not (work.kind == "stream" and work.layers > 1)
+    """Whether the graph of :func:`onnx_model` can do this work."""
+    return work.kind != "train" and work.dtype == "float32"
 
 
 def _is_persistent(work: Work) -> bool:

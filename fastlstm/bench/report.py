@@ -66,7 +66,7 @@ def cell(case: Case, side: str) -> str:
     found, shown = ratio_of(case, side), amount(case.spread(side).middle, case.unit)
     if found is None:
         return shown
-    ratio = f"{found.middle:.2f}"
+    ratio = f"{found.middle:.2f}" if found.middle >= 0.1 else f"{found.middle:.2g}"
     if is_peer(side):
         ratio = {"faster": ratio, "slower": f"**{ratio}**"}.get(verdict(found), "=")
     return f"{shown} ({ratio})"

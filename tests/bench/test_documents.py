@@ -46,7 +46,7 @@ def test_the_readme_shows_the_worst_row_and_the_first_calls():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 8 and rows[2][0] == "one step, streaming" and rows[2][-1] == "2 s (2.00)"
     assert rows[-2] == ["training, the peers' best other size", "9,9,9,9", "1 s", "500 ms (**0.50**)"]
-    assert rows[-1] == ["first calls ever, which compile", "", "6 s", "250 ms (**0.04**)"]
+    assert rows[-1] == ["first calls ever, which compile", "", "6 s", "250 ms (**0.042**)"]
     assert "made up, 2 of 2 cores usable; 2 threads on each side" in text and figures.NO_GPU in text
 
 
@@ -75,6 +75,9 @@ def test_goals_stand_beside_what_was_measured_and_a_miss_is_bold_with_its_reason
     first = [case(name, {OURS: new, goals.OLD: 2.0}, group="first call") for name, new in (("a", 1.0), ("b", 1.5))]
     times = {1: 1.0, 2: 0.875}  # of the old version, by the number of threads
     old = [case("inference 1,2,3,4", {OURS: 1.0, goals.OLD: times[n]}, group=f"calls on {n}") for n in times]
+    first.append(case("inference, then layer_norm", {OURS: 2.5}, group="first call"))
+    micro = {goals.CALL: 10e-6, "ragged": 15e-6, "frozen step, 2 layers": 3e-6, "frozen step, 2 models": 4e-6}
+    old += [case(name, {OURS: value}, group="calls on 1") for name, value in micro.items()]
     files = {name: bench_data.results(*table, name=name) for name in ("goals-1-thread", "goals-2-threads")}
     files |= {"versions": bench_data.results(*first, *old, name="versions"), "start": start()}
     rows = {row[0]: row[2:] for row in goals.rows(files)}
@@ -85,6 +88,9 @@ def test_goals_stand_beside_what_was_measured_and_a_miss_is_bold_with_its_reason
     assert rows["ragged training: PyTorch's packed sequences / ours"] == ["40.00 / 40.00", ""]
     assert rows[f"first call, CPU time / {goals.OLD}, most"] == ["**0.75**", goals.COMPILED]
     assert rows[f"first call, CPU time / {goals.OLD}, least"] == ["0.50", ""]
+    assert rows["the first cell with phases, inference, CPU seconds to compile"] == ["**2.50**", goals.PHASED]
+    assert rows["ragged, microseconds more"] == ["**5.00**", goals.ORDERED]
+    assert rows["frozen step of 2 layers / 2 models by hand"] == ["0.75", ""]
     assert rows[f"shapes: {goals.OLD} / ours, least"] == ["1.00 / **0.88**", goals.HANDED]
     files["start"] = start(11.0)
     with pytest.raises(ValueError, match="first calls with an empty kernel cache"):
