@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from fastlstm import checks, dispatch
 from fastlstm.backends.base import Array, Dropout, Params, State, Unrolled
@@ -26,7 +26,20 @@ from fastlstm.cell import Cell, integer
 from fastlstm.errors import ArgumentError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["Run", "RunBackward", "RunGradients", "begin", "check_direction", "draws", "positive"]
+__all__ = ["Run", "RunBackward", "RunGradients", "StaysHere", "begin", "check_direction", "draws", "positive"]
+
+
+class StaysHere:
+    """What keeps addresses of its own memory: a copy, in this process or another, would use the original's."""
+
+    _instead = ""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        name = type(self).__name__.partition("_")[0].lower()
+        reason = "belongs to the process that made it: it can be neither pickled nor copied"
+        raise ArgumentError(f"a {name} {reason}{self._instead}")
+
+    __reduce__ = __copy__ = __deepcopy__ = _refuse
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -48,7 +61,7 @@ class RunGradients:
         return f"<Gradients by the initial state and {len(self.params)} parameters>"
 
 
-class Run:
+class Run(StaysHere):
     """Steps of a model, each of which may depend on the one before; made by :meth:`fastlstm.LSTM.unroll`.
 
     One thread at a time may use it.
@@ -142,7 +155,7 @@ class Run:
         return f"<Run of B={self.batch}, {self.taken} of {self.steps} steps taken>"
 
 
-class RunBackward:
+class RunBackward(StaysHere):
     """The way back through a run, from its last step to its first; made by :meth:`Run.backward`.
 
     Attributes

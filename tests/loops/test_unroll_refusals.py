@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from unroll_tools import given, model_of
@@ -64,6 +67,21 @@ def test_parameters_of_nan_have_not_changed(backend):
     lstm = model_of(backend, np.float32, 3, 6)
     lstm.params["bias_l0"][0] = np.nan
     lstm.unroll(steps=1, batch=2).backward().finish()
+
+
+@pytest.mark.parametrize("options", [{}, {"zoneout": (0.1, 0.1)}], ids=str)
+def test_a_run_is_neither_pickled_nor_copied(backend, options):
+    lstm = model_of(backend, np.float32, 3, 6, **options)
+    x, _, dy, _ = given(lstm, backend, 1, 2)
+    run = lstm.unroll(steps=1, batch=2)
+    run.step(x[0])
+    back = run.backward()
+    for each, name in ((run, "run"), (back, "runbackward")):
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy, lambda one: copy.deepcopy({"one": one})):
+            with pytest.raises(ArgumentError, match=f"a {name} belongs to the process"):
+                copied(each)
+    back.step(dy[0])
+    back.finish()
 
 
 def test_a_bidirectional_model_is_refused(backend):
