@@ -30,7 +30,7 @@ from fastlstm.backends.cpu.phased_sizes import (
     size_of,
 )  # fmt: skip
 from fastlstm.backends.cpu.rows import Rows
-from fastlstm.backends.cpu.weights import frozen_arrays
+from fastlstm.backends.cpu.weights import again, frozen_arrays
 from fastlstm.backends.cpu.workspace import SCRATCH, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import (
@@ -54,6 +54,7 @@ from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu import state_masks
 from fastlstm.kernels.cpu.cell_step import TAPE
+from fastlstm.kernels.cpu.jit import VECTOR_BYTES
 from fastlstm.parameters import GATES
 
 __all__ = ["PHASED", "PhasedBackend", "is_phased"]
@@ -135,6 +136,9 @@ class PhasedBackend(LayeredBackend):
 
     name = "cpu"
     xp = np
+
+    def __reduce__(self) -> Any:
+        return again, (VECTOR_BYTES, PhasedBackend)
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
