@@ -49,12 +49,12 @@ class RunGradients:
     Attributes
     ----------
     state : tuple of array
-        ``(dh0, dc0)``, by the initial states, (L, B, H) each.
+        ``(dh0, dc0)``, by the initial states, (L, B, H) each; of a plain RNN dh0 alone.
     params : dict of str to array
         By each parameter, under its name.
     """
 
-    state: State
+    state: Any
     params: Params
 
     def __repr__(self) -> str:
@@ -113,17 +113,18 @@ class Run(StaysHere):
         return y
 
     @property
-    def state(self) -> State:
-        """The state ``(h, c)`` after the last step, (L, B, H) each; copies."""
-        return self._unrolled.state()
+    def state(self) -> Any:
+        """The state ``(h, c)`` after the last step, (L, B, H) each; of a plain RNN h alone; copies."""
+        return _of_caller(self._model.cell, self._unrolled.state())
 
-    def backward(self, dstate: tuple[Array | None, Array | None] | None = None) -> RunBackward:
+    def backward(self, dstate: Any = None) -> RunBackward:
         """Start the way back, once; no further step can be taken then.
 
         Parameters
         ----------
         dstate : tuple of array, optional
-            ``(dh_n, dc_n)``, the loss's gradients by the state after the last step; either may be None.
+            ``(dh_n, dc_n)``, the loss's gradients by the state after the last step; either may be None. For a plain
+            RNN dh_n alone.
 
         Raises
         ------
@@ -134,7 +135,10 @@ class Run(StaysHere):
         """
         if self._has_turned:
             raise ArgumentError("the run's way back has begun already")
-        dh, dc = checks.state_gradient(self._model.cell, dstate, self.batch, self._like)
+        cell: Cell = self._model.cell
+        if cell.nonlinearity and dstate is not None:
+            dstate = checks.h_alone("dstate", dstate), None
+        dh, dc = checks.state_gradient(cell, dstate, self.batch, self._like)
         self.check_parameters()
         self._unrolled.begin_back(dh, dc)
         self._has_turned = True
@@ -199,12 +203,13 @@ class RunBackward(StaysHere):
         return dx
 
     @property
-    def state(self) -> State:
+    def state(self) -> Any:
         """The gradients ``(dh, dc)`` by the state before the step that was taken back last, (L, B, H) each; copies.
 
-        That h is counted as the model's own state alone, without its part in the output of the step before.
+        That h is counted as the model's own state alone, without its part in the output of the step before. Of a plain
+        RNN dh alone.
         """
-        return self._unrolled.state_gradient()
+        return _of_caller(self._run._model.cell, self._unrolled.state_gradient())
 
     def finish(self) -> RunGradients:
         """Return the gradients by the initial state and by the parameters, which are one product over all steps.
@@ -221,6 +226,11 @@ class RunBackward(StaysHere):
 
     def __repr__(self) -> str:
         return f"<RunBackward of B={self._run.batch}, {self.left} of {self._run.taken} steps left>"
+
+
+def _of_caller(cell: Cell, pair: State) -> Any:
+    """Return a state as the model takes and returns it: that of a plain RNN, which has no c, as h alone."""
+    return pair[0] if cell.nonlinearity else pair
 
 
 def positive(name: str, value: Any) -> int:
