@@ -213,7 +213,7 @@ class Recurrent(Stored, HasPrecision):
         Memory for all steps is allocated and the weights are packed once. Take the steps with ``run.step(x_t)``, and
         then ``back = run.backward()``, ``back.step(dh_t)`` from the last to the first, and ``back.finish()``: see
         :class:`fastlstm.unroll.Run` and :class:`fastlstm.unroll.RunBackward`. To truncate the gradient to windows,
-        start a new run from ``run.state``. Dropout between layers is that of :meth:`forward`.
+        start a new run from ``run.state``. All random masks are those of :meth:`forward`.
 
         Parameters
         ----------

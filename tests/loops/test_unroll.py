@@ -47,16 +47,22 @@ def test_nothing_given_counts_as_zero(backend, dtype, bias):
     assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)
 
 
-def test_dropout_masks_are_those_of_a_whole_call(backend, dtype):
-    lstm = model_of(backend, dtype, 3, 6, 3, dropout=0.4)
+ALL_RANDOM = {name: value for _, options in RANDOM_HERE for name, value in options.items()}
+MASKS = [{"dropout": 0.4}, *(options for _, options in RANDOM_HERE), ALL_RANDOM,
+         {"dropout": 0.4, "proj_size": 2, "layer_norm": True} | ALL_RANDOM]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+def test_masks_are_those_of_a_whole_call(backend, dtype, options):
+    lstm = model_of(backend, dtype, 3, 6, 3, **options)
     same, problem = copy.copy(lstm), given(lstm, backend, 5, 4)
     found = by_steps(lstm, backend, *problem)
     assert_close("agreement", found, at_once(same, backend, *problem), backend=backend.name, dtype=dtype)
     assert normalised_error(found["y"], by_steps(lstm, backend, *problem)["y"]) > 1e-3, "the next run draws other masks"
 
 
-@pytest.mark.parametrize(("variant", "options"), RANDOM_HERE, ids=lambda value: value if type(value) is str else "")
-def test_masks_within_a_layer_are_drawn_and_kept_for_the_way_back(backend, variant, options):
+@pytest.mark.parametrize("options", [*(options for _, options in RANDOM_HERE), ALL_RANDOM], ids=str)
+def test_masks_within_a_layer_are_drawn_and_kept_for_the_way_back(backend, options):
     lstm = model_of(backend, np.float64, 3, 6, 2, **options)
     x, state, dy, _ = given(lstm, backend, 4, 2)
 
