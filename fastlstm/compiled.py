@@ -52,7 +52,8 @@ from fastlstm.backends.cpu.kit import (
     make_kit,
 )
 from fastlstm.backends.cpu.numba_calls import in_python, tell
-from fastlstm.errors import ArgumentError, DTypeError, ShapeError
+from fastlstm.cell import float_dtype
+from fastlstm.errors import ArgumentError, ShapeError
 from fastlstm.kernels.cpu.atomics import pointer_at
 from fastlstm.kernels.cpu.jit import caller
 from fastlstm.kernels.cpu.unrolled_step import LEFT, MASKS, TAKEN, UNDRAWN
@@ -364,7 +365,4 @@ def c_step(dtype: Any) -> Any:
         Its attribute `address` is the function's, and `ctypes` the function for ctypes, which takes addresses as
         integers. That can be called in nopython mode, too.
     """
-    found = np.dtype(dtype)
-    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise DTypeError(f"dtype must be float32 or float64, got {found}")
-    return _c_function(found)
+    return _c_function(float_dtype(dtype))

@@ -26,7 +26,9 @@ from fastlstm.cell import Cell, integer
 from fastlstm.errors import ArgumentError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["Run", "RunBackward", "RunGradients", "StaysHere", "begin", "check_direction", "draws", "positive"]
+__all__ = [
+    "Run", "RunBackward", "RunGradients", "StaysHere", "begin", "check_direction", "check_room", "draws", "positive",
+]  # fmt: skip
 
 
 class StaysHere:
@@ -243,10 +245,21 @@ def positive(name: str, value: Any) -> int:
 
 def check_direction(cell: Cell) -> None:
     """Refuse a model that needs the whole sequence."""
-    if cell.bidirectional or getattr(cell, "reverse", False):
+    if cell.bidirectional:
         raise ArgumentError(
-            "a bidirectional LSTM cannot be unrolled step by step: its reverse direction starts at the sequence's end"
+            "a bidirectional model cannot be run step by step: its reverse direction starts at the sequence's end"
         )
+    if cell.reverse:
+        raise ArgumentError("a model with reverse=True cannot be run step by step: it starts at the sequence's end")
+
+
+def check_room(cell: Cell, steps: int, batch: int) -> None:
+    """Refuse a run whose memory no machine can address."""
+    # A step keeps x, and in each layer h, c, five values of each cell in whole vectors, and two masks. Of a few steps
+    # there are up to three times as many: in whole chunks, and one more.
+    numbers = cell.input_size + cell.num_layers * 9 * (cell.hidden_size + 16)
+    if 3 * steps * batch * numbers * cell.dtype.itemsize > sys.maxsize:
+        raise ArgumentError(f"steps and batch are too large: {shown(steps)} and {shown(batch)} cannot be addressed")
 
 
 def draws(cell: Cell) -> bool:
@@ -260,8 +273,7 @@ def begin(model: Any, state: State | None, steps: Any, batch: Any, dropout: Drop
     cell: Cell = model.cell
     check_direction(cell)
     steps, batch = positive("steps", steps), positive("batch", batch)
-    if steps * batch * max(cell.input_size, cell.hidden_size) * cell.num_layers * cell.dtype.itemsize > sys.maxsize:
-        raise ArgumentError(f"steps and batch are too large: {shown(steps)} and {shown(batch)} cannot be addressed")
+    check_room(cell, steps, batch)
     params = checks.params(cell, model.params)
     like = params["weight_hh_l0"]
     h0, c0 = checks.state(cell, state, batch, like)

@@ -10,7 +10,7 @@ import pytest
 from harness import BackendUnderTest
 
 import fastlstm
-from fastlstm import LSTM, ArgumentError, BackendError, DTypeError, ShapeError
+from fastlstm import LSTM, RNN, ArgumentError, BackendError, DTypeError, ShapeError
 
 if BackendUnderTest("cpu").missing:
     pytest.skip(str(BackendUnderTest("cpu").missing), allow_module_level=True)
@@ -31,6 +31,18 @@ def test_a_cell_without_a_compiled_step_is_refused(options):
 def test_a_bidirectional_model_is_refused():
     with pytest.raises(ArgumentError, match="bidirectional"):
         LSTM(3, 6, bidirectional=True, seed=0).compiled()
+
+
+@pytest.mark.parametrize("model", [LSTM, RNN])
+def test_a_model_backwards_in_time_is_refused(model):
+    with pytest.raises(ArgumentError, match="a model with reverse=True cannot"):
+        model(3, 6, reverse=True, seed=0).compiled()
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_a_plain_rnn_is_refused(nonlinearity):
+    with pytest.raises(ArgumentError, match=r"no step of a plain RNN: use rnn.step or rnn.unroll"):
+        RNN(3, 6, nonlinearity=nonlinearity, seed=0).compiled()
 
 
 def test_masks_of_dropout_that_are_not_drawn_are_refused():
@@ -275,6 +287,24 @@ def test_odd_sizes_of_a_tape_are_refused():
     for sizes in ((0, 1), (1, 0), (1.5, 2), (True, 2), (None, 1)):
         with pytest.raises(ArgumentError, match="must be an integer"):
             kit.tape(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(10**15, 10**6), (10**15, 100), (10**17, 1), (1, 10**17), (2**62, 2**62)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}], ids=str)
+def test_a_tape_that_no_machine_can_address_is_refused(sizes, options):
+    kit = model_of(np.float32, 3, 6, 2, **options).compiled()
+    with pytest.raises(ArgumentError, match="steps and batch are too large"):
+        kit.tape(*sizes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros(5, np.float32), np.zeros((1, 240), np.float32), None, 3], ids=lambda wrong: str(np.shape(wrong))
+)
+def test_gradients_of_another_size_have_no_names(wrong):
+    kit = model_of(np.float32, 3, 6).compiled()
+    assert kit.parameters == 240
+    with pytest.raises(ShapeError, match="a number for each parameter"):
+        kit.named(wrong)
 
 
 def test_a_kit_stays_in_its_process():

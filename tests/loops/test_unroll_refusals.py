@@ -90,6 +90,20 @@ def test_a_bidirectional_model_is_refused(backend):
         lstm.unroll(steps=3, batch=2)
 
 
+def test_a_model_backwards_in_time_is_refused(backend):
+    lstm = model_of(backend, np.float32, 3, 6, reverse=True)
+    with pytest.raises(ArgumentError, match="a model with reverse=True cannot"):
+        lstm.unroll(steps=3, batch=2)
+
+
+@pytest.mark.parametrize("sizes", [(10**15, 10**6), (10**15, 100), (10**17, 1), (1, 10**17), (2**62, 2**62)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"proj_size": 2}], ids=str)
+def test_a_run_that_no_machine_can_address_is_refused(backend, sizes, options):
+    lstm = model_of(backend, np.float32, 3, 6, 2, **options)
+    with pytest.raises(ArgumentError, match="steps and batch are too large"):
+        lstm.unroll(steps=sizes[0], batch=sizes[1])
+
+
 @pytest.mark.parametrize("name", ["steps", "batch"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None, "3", 10**400], ids=lambda value: repr(value)[:8])
 def test_odd_sizes_are_refused(backend, name, value):

@@ -24,14 +24,14 @@ from fastlstm.backends.cpu.thread_pool import NO_TEAM, own_team
 from fastlstm.backends.cpu.weights import size_of
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import VARIANTS, Cell
-from fastlstm.errors import ArgumentError, DTypeError, shown
+from fastlstm.errors import ArgumentError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu import kernel_cache
 from fastlstm.kernels.cpu import unrolled_back as back
 from fastlstm.kernels.cpu import unrolled_step as forth
 from fastlstm.kernels.cpu.jit import VECTOR_BYTES, address_of
 from fastlstm.mask_keys import MaskKeys
-from fastlstm.unroll import StaysHere, check_direction, positive
+from fastlstm.unroll import StaysHere, check_direction, check_room, positive
 
 __all__ = [
     "DROPOUT", "FINISH", "KIT", "KIT_OF_RUN", "NUMBER", "OWN_PLACE", "STAMP", "STEP", "STEP_BACK", "STEP_TAPED", "TAPE",
@@ -82,6 +82,7 @@ _AS_ARGUMENT = "; compiled code has to take it as an argument"
 
 class _KitMethods(StaysHere):
     record: Array
+    parameters: int
     _instead = _AS_ARGUMENT
 
     def __copy__(self) -> Any:
@@ -111,6 +112,7 @@ class _KitMethods(StaysHere):
         With `threads`, each call is shared by as many at most: worth it for a large model or batch, not under prange.
         """
         steps, batch, threads = positive("steps", steps), positive("batch", batch), positive("threads", threads)
+        check_room(self.cell, steps, batch)
         sizes = tuple(size_of(self.cell, layer) for layer in range(self.cell.num_layers))
         team = _team(threads)
         masks = unroll.new_masks(self.cell, steps, batch)
@@ -146,10 +148,12 @@ class _KitMethods(StaysHere):
 
     def gradients(self) -> Array:
         """Allocate an array for :func:`finish`: a number for each parameter, with rows for all gates."""
-        return np.empty(self.parameters, self.cell.dtype)  # type: ignore[attr-defined]
+        return np.empty(self.parameters, self.cell.dtype)
 
     def named(self, gradients: Array) -> dict[str, Array]:
         """Return what :func:`finish` wrote by name: views, unless gates share or lack rows."""
+        if getattr(gradients, "shape", None) != (self.parameters,):
+            raise ShapeError("gradients must have a number for each parameter, such as kit.gradients()")
         return unroll.named_gradients(self.cell, gradients)
 
     def __repr__(self) -> str:
@@ -190,6 +194,8 @@ KIT, TAPE = _class_named(f"Kit_{STAMP}"), _class_named(f"Tape_{STAMP}")
 def make_kit(cell: Cell, params: FrozenParams, keys: MaskKeys) -> Any:
     """Pack a model's weights for compiled code: see :meth:`fastlstm.LSTM.compiled`."""
     check_direction(cell)
+    if cell.nonlinearity:
+        raise ArgumentError("compiled code has no step of a plain RNN: use rnn.step or rnn.unroll")
     if not unroll.can_unroll(cell):
         names = ["peephole and block_size together"] if cell.sees_blocks else []
         others = VARIANTS.keys() - unroll.IN_THE_STEP
