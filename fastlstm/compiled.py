@@ -17,11 +17,14 @@
 
 Training is the same as with ``lstm.unroll``, on a `tape` that ``kit.tape(steps, batch)`` makes once: :func:`step_taped`
 for t = 0, 1, ..., then :func:`step_back` from the last t to 0, and :func:`finish`. A model with dropout between its
-layers needs ``kit.draw(tape)`` before each run, which Python calls. The functions allocate nothing and
-need no lock of the interpreter; under ``prange``, each iteration has arrays, or a tape, of its own. They are called by
-their addresses, which the kit holds: a caller compiles in little more than its own time, and a caller that is cached
-on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type contains a stamp of fastlstm's
-sources, so that such a caller is compiled again for another version.
+layers needs ``kit.draw(tape)`` before each run, which Python calls. The functions allocate nothing and need no lock of
+the interpreter. They are called by their addresses, which the kit holds: a caller compiles in little more than its own
+time, and a caller that is cached on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type
+contains a stamp of fastlstm's sources, so that such a caller is compiled again for another version.
+
+Under ``prange``, each iteration has arrays, or a tape, of its own. The tapes are a list, such as ``numba.typed.List``:
+Numba takes no tuple of them there. It raises an error under ``prange``, such as ShapeError, as the cause of a
+SystemError.
 
 Kits and tapes are arguments of the caller. Numba would freeze a global or closed-over one to a constant, whose
 addresses are wrong in the next process that loads the caller from a cache: each function raises ArgumentError then.
@@ -352,7 +355,7 @@ def c_step(dtype: Any) -> Any:
                   T *y, T *h_next, T *c_next);
 
     where T is float or double, ``record`` is ``kit.record.ctypes.data``, and the arrays are those of :func:`step`. It
-    checks nothing. The kit has to be kept as long as it is called.
+    checks nothing. The kit has to be kept as long as it is called, and its address is that of this process.
 
     Parameters
     ----------
@@ -364,5 +367,29 @@ def c_step(dtype: Any) -> Any:
     CFunc
         Its attribute `address` is the function's, and `ctypes` the function for ctypes, which takes addresses as
         integers. That can be called in nopython mode, too.
+
+    Raises
+    ------
+    DTypeError
+        If `dtype` is neither.
+
+    Examples
+    --------
+    As other languages call it, by a pointer to the function and pointers to the numbers:
+
+    >>> import ctypes
+    >>> import numpy as np
+    >>> from fastlstm import LSTM, compiled
+    >>> lstm = LSTM(input_size=3, hidden_size=8, seed=0)
+    >>> kit, batch = lstm.compiled(), 2
+    >>> x, y = np.ones((batch, 3), np.float32), np.empty((batch, 8), np.float32)
+    >>> h, c, h_next, c_next = np.zeros((4, 1, batch, 8), np.float32)
+    >>> floats, words = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int64)
+    >>> prototype = ctypes.CFUNCTYPE(None, words, ctypes.c_int64, floats, floats, floats, floats, floats, floats)
+    >>> c_function = prototype(compiled.c_step(np.float32).address)
+    >>> pointers = [array.ctypes.data_as(floats) for array in (x, h, c, y, h_next, c_next)]
+    >>> c_function(kit.record.ctypes.data_as(words), batch, *pointers)
+    >>> np.array_equal(y, lstm.freeze().step(x)[0])
+    True
     """
     return _c_function(float_dtype(dtype))
