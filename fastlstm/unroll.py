@@ -11,6 +11,13 @@
         dx = back.step(dh)  # the loss's gradient by h of step t to that by its x
         dh = ...            # what dx means for the h before, and the loss's own part
     grads = back.finish()
+
+On the CPU, the memory of a run is allocated once and the weights are packed once; a step back computes the gradients by
+the gates, the states and the input alone, and ``finish`` those by the weights, one product over all steps. Otherwise
+each step is a call of its own, with a tape of its own: each step back then adds its part of the gradients by the
+weights, and ``finish`` returns the sums, in more time. That is so on CuPy arrays, on the backend ``reference``, and for
+`RNN`, `layer_norm`, `proj_size`, `recurrent_dropout`, `zoneout`, and `peephole` with `block_size`. The results are the
+same.
 """
 
 from __future__ import annotations
@@ -214,7 +221,10 @@ class RunBackward(StaysHere):
         return _of_caller(self._run._model.cell, self._unrolled.state_gradient())
 
     def finish(self) -> RunGradients:
-        """Return the gradients by the initial state and by the parameters, which are one product over all steps.
+        """Return the gradients by the initial state and by the parameters.
+
+        Those by the weights are one product over all steps, except where each step is a call of its own: see
+        :mod:`fastlstm.unroll`.
 
         Raises
         ------

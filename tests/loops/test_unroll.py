@@ -11,6 +11,7 @@ from tolerances import assert_close, assert_identical, normalised_error
 from unroll_tools import at_once, by_steps, given, model_of, named
 from variants import DETERMINISTIC, RANDOM_HERE, test_every_variant_has_an_example  # noqa: F401
 
+from fastlstm import unroll
 from fastlstm.training import SGD, clip_by_global_norm, join
 
 NEEDS_CPU = pytest.mark.skipif(bool(BackendUnderTest("cpu").missing), reason=str(BackendUnderTest("cpu").missing))
@@ -190,3 +191,14 @@ def test_steps_are_bit_identical_to_a_frozen_model_s(dtype, sizes, options):
         np.testing.assert_array_equal(of_frozen.step(x_t), y)
         for found, expected in zip(run.state, state, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+@NEEDS_CPU
+def test_the_documentation_names_the_variants_whose_steps_are_calls_of_their_own():
+    from fastlstm.backends.cpu.unroll import can_unroll
+
+    cells = {name: model_of(BackendUnderTest("cpu"), np.float32, 3, 6, **options).cell
+             for name, options in DETERMINISTIC + RANDOM_HERE}  # fmt: skip
+    named_here = {name for name in cells if f"`{name}`" in unroll.__doc__} | {"peepholes of shared gates"}
+    others = {name for name, cell in cells.items() if not can_unroll(cell)}
+    assert others == named_here - {"peephole", "block_size"} and "`peephole` with `block_size`" in unroll.__doc__
