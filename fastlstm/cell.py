@@ -13,7 +13,7 @@ import numpy as np
 
 from fastlstm.errors import ArgumentError, DTypeError, refused, shown
 
-__all__ = ["PRECISIONS", "Cell", "integer", "real"]
+__all__ = ["PRECISIONS", "Cell", "float_dtype", "integer", "real"]
 
 MAX_LAYERS = 2**20  # more are a mistake, and their names alone would fill the memory
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -158,7 +158,7 @@ class Cell:
         for check, names in checks.items():
             for name in names:
                 object.__setattr__(self, name, check(name, getattr(self, name)))
-        object.__setattr__(self, "dtype", _float_dtype(self.dtype))
+        object.__setattr__(self, "dtype", float_dtype(self.dtype))
         _one_of("merge", self.merge, MERGES)
         _one_of("precision", self.precision, PRECISIONS)
         if self.nonlinearity is not None:
@@ -372,7 +372,8 @@ def _probability(name: str, value: Any) -> float:
     return number
 
 
-def _float_dtype(value: Any) -> np.dtype[Any]:
+def float_dtype(value: Any) -> np.dtype[Any]:
+    """Return float32 or float64 in native byte order, or refuse what is given."""
     try:
         if value is None:
             raise TypeError("NumPy takes None for float64")

@@ -14,7 +14,7 @@ from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["array", "dropout_seed", "flag", "lengths", "params", "resets", "state", "state_gradient"]
+__all__ = ["array", "dropout_seed", "flag", "h_alone", "lengths", "params", "resets", "state", "state_gradient"]
 
 
 def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
@@ -126,6 +126,13 @@ def state(cell: Cell, given: Any, batch: int | None, like: Array) -> tuple[Array
 def state_gradient(cell: Cell, given: Any, batch: int | None, like: Array) -> tuple[Array | None, Array | None]:
     """Check the gradients `(dh_n, dc_n)` of the final states; either may be None."""
     return _pair("dstate", ("dh_n", "dc_n"), cell, given, batch, like, optional=True)
+
+
+def h_alone(name: str, given: Any) -> Any:
+    """Refuse a pair where a plain RNN takes h alone; what is no array is refused with the other arguments."""
+    if isinstance(given, tuple | list):
+        raise ArgumentError(f"{name} of a plain RNN is one array, of h, got {shown(given)}")
+    return given
 
 
 def _pair(

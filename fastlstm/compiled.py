@@ -17,11 +17,17 @@
 
 Training is the same as with ``lstm.unroll``, on a `tape` that ``kit.tape(steps, batch)`` makes once: :func:`step_taped`
 for t = 0, 1, ..., then :func:`step_back` from the last t to 0, and :func:`finish`. A model with dropout between its
-layers needs ``kit.draw(tape)`` before each run, which Python calls. The functions allocate nothing and
-need no lock of the interpreter; under ``prange``, each iteration has arrays, or a tape, of its own. They are called by
-their addresses, which the kit holds: a caller compiles in little more than its own time, and a caller that is cached
-on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type contains a stamp of fastlstm's
-sources, so that such a caller is compiled again for another version.
+layers needs ``kit.draw(tape)`` before each run, which Python calls. The functions allocate nothing and need no lock of
+the interpreter. They are called by their addresses, which the kit holds: a caller compiles in little more than its own
+time, and a caller that is cached on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type
+contains a stamp of fastlstm's sources, so that such a caller is compiled again for another version.
+
+Under ``prange``, each iteration has arrays, or a tape, of its own. The tapes are a list, such as ``numba.typed.List``:
+Numba takes no tuple of them there. It raises an error under ``prange``, such as ShapeError, as the cause of a
+SystemError.
+
+Kits and tapes are arguments of the caller. Numba would freeze a global or closed-over one to a constant, whose
+addresses are wrong in the next process that loads the caller from a cache: each function raises ArgumentError then.
 
 Shapes are checked at each call. Arrays are C-contiguous and of the model's dtype, which Numba checks when it compiles.
 """
@@ -35,9 +41,22 @@ import numpy as np
 from numba import cfunc, extending, njit
 from numba import types as numba_types
 
-from fastlstm.backends.cpu.kit import FINISH, STEP, STEP_BACK, STEP_TAPED, make_kit
+from fastlstm.backends.cpu.kit import (
+    DROPOUT,
+    FINISH,
+    KIT_OF_RUN,
+    NUMBER,
+    OWN_PLACE,
+    STEP,
+    STEP_BACK,
+    STEP_TAPED,
+    TAPE_DROPOUT,
+    TAPE_PLACE,
+    make_kit,
+)
 from fastlstm.backends.cpu.numba_calls import in_python, tell
-from fastlstm.errors import ArgumentError, DTypeError, ShapeError
+from fastlstm.cell import float_dtype
+from fastlstm.errors import ArgumentError, ShapeError
 from fastlstm.kernels.cpu.atomics import pointer_at
 from fastlstm.kernels.cpu.jit import caller
 from fastlstm.kernels.cpu.unrolled_step import LEFT, MASKS, TAKEN, UNDRAWN
@@ -89,7 +108,7 @@ def step(kit: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any) -> 
     ShapeError
         If a shape does not fit.
     ArgumentError
-        If what is written overlaps what is still read.
+        If what is written overlaps what is still read, or the kit is not an argument of the caller.
     numba.TypingError
         When the caller is compiled, if an array has another dtype or layout.
     """
@@ -97,6 +116,7 @@ def step(kit: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any) -> 
 
 
 def _step(kit: Any, x: Any, h: Any, c: Any, y: Any, h_next: Any, c_next: Any) -> None:
+    _check_kit(kit)
     record, inputs, hidden, layers, _ = kit
     batch, state = x[1], (layers, x[1], hidden)
     if x[2] != inputs:
@@ -140,7 +160,8 @@ def step_taped(kit: Any, tape: Any, t: int, x: Any, y: Any) -> None:
     Raises
     ------
     ArgumentError
-        If `t` is not the step that is next, the tape is not of this kit, or the masks of dropout are not drawn.
+        If `t` is not the step that is next; the tape is of other sizes or another dropout than the kit, or its run of
+        another kit; the masks of dropout are not drawn; or kit or tape is not an argument of the caller.
     ShapeError
         If a shape does not fit.
     """
@@ -148,22 +169,28 @@ def step_taped(kit: Any, tape: Any, t: int, x: Any, y: Any) -> None:
 
 
 def _step_taped(kit: Any, tape: Any, t: Any, x: Any, y: Any) -> None:
-    _check_tape(kit, tape)
+    _check_kit(kit)
+    _check_place(tape)
     record, steps, batch, size = tape[0], tape[2], tape[3], tape[6]
+    if t != 0 and (t != record[TAKEN] or record[LEFT] != -1):
+        raise ArgumentError("t must be 0, which starts a new run, or the step after the last one")
+    if t == 0:
+        _check_tape(kit, tape)
+    else:
+        _check_run(kit, record)
     if x[1:3] != (batch, kit[1]):
         raise ShapeError("x must have shape (B, I), with the B of the tape")
     if y[1:3] != (batch, kit[2]):
         raise ShapeError("y must have shape (B, H), with the B of the tape")
     if _overlap(x[0], y[0], x[3], y[3]):
         raise ArgumentError("y must not overlap x")
-    if t != 0 and (t != record[TAKEN] or record[LEFT] != -1):
-        raise ArgumentError("t must be 0, which starts a new run, or the step after the last one")
     if t >= steps:
         raise ArgumentError("the tape has no room for another step")
     if t == 0:
         if record[UNDRAWN]:
             raise ArgumentError("the masks of dropout have to be drawn before each run: kit.draw(tape)")
         record[TAKEN], record[LEFT], record[UNDRAWN] = 0, -1, record[MASKS] != 0
+        record[KIT_OF_RUN] = kit[0][NUMBER]
         for n in range(size):
             tape[7][n] = tape[8][n] = 0
     _call(record[STEP_TAPED], (kit[0], record, x[0], y[0], tape[9], 0))
@@ -175,7 +202,7 @@ def step_back(kit: Any, tape: Any, t: int, dh: Any, dx: Any) -> None:
     Parameters
     ----------
     kit : Kit
-        That of the run.
+        That of the run: after a change of the parameters, a new kit begins a new run.
     tape : Tape
         Its `dh` and `dc` are the loss's gradients by the states after step t, and then by those before. They are zero
         when the way back begins, unless they were set after the first step.
@@ -190,7 +217,7 @@ def step_back(kit: Any, tape: Any, t: int, dh: Any, dx: Any) -> None:
     Raises
     ------
     ArgumentError
-        If `t` is not the step that is next, or the tape is not of this kit.
+        If `t` is not the step that is next, the run is of another kit, or kit or tape is not an argument of the caller.
     ShapeError
         If a shape does not fit.
     """
@@ -198,17 +225,19 @@ def step_back(kit: Any, tape: Any, t: int, dh: Any, dx: Any) -> None:
 
 
 def _step_back(kit: Any, tape: Any, t: Any, dh: Any, dx: Any) -> None:
-    _check_tape(kit, tape)
+    _check_kit(kit)
+    _check_place(tape)
     record, batch = tape[0], tape[3]
+    left = record[LEFT] if record[LEFT] != -1 else record[TAKEN]
+    if left == 0 or t != left - 1:
+        raise ArgumentError("t must be the last step of the run, and then the one before the last")
+    _check_run(kit, record)
     if dh[1:3] != (batch, kit[2]):
         raise ShapeError("dh must have shape (B, H), with the B of the tape")
     if dx[1:3] != (batch, kit[1]):
         raise ShapeError("dx must have shape (B, I), with the B of the tape")
     if _overlap(dh[0], dx[0], dh[3], dx[3]):
         raise ArgumentError("dx must not overlap dh")
-    left = record[LEFT] if record[LEFT] != -1 else record[TAKEN]
-    if left == 0 or t != left - 1:
-        raise ArgumentError("t must be the last step of the run, and then the one before the last")
     record[LEFT] = left
     _call(record[STEP_BACK], (kit[0], record, dh[0], dx[0], tape[9], 0))
 
@@ -219,6 +248,7 @@ def finish(kit: Any, tape: Any, gradients: Any) -> None:
     Parameters
     ----------
     kit : Kit
+        That of the run.
     tape : Tape
         Of which all steps have been taken back.
     gradients : array, (P,), OUT
@@ -228,7 +258,7 @@ def finish(kit: Any, tape: Any, gradients: Any) -> None:
     Raises
     ------
     ArgumentError
-        If steps are left, or the tape is not of this kit.
+        If steps are left, the run is of another kit, or kit or tape is not an argument of the caller.
     ShapeError
         If `gradients` has another size.
     """
@@ -236,19 +266,44 @@ def finish(kit: Any, tape: Any, gradients: Any) -> None:
 
 
 def _finish(kit: Any, tape: Any, gradients: Any) -> None:
-    _check_tape(kit, tape)
-    if gradients[1] != kit[4]:
-        raise ShapeError("gradients must have a number for each parameter, such as kit.gradients()")
+    _check_kit(kit)
+    _check_place(tape)
     if tape[0][LEFT] != 0:
         raise ArgumentError("not all steps have been taken back")
+    _check_run(kit, tape[0])
+    if gradients[1] != kit[4]:
+        raise ShapeError("gradients must have a number for each parameter, such as kit.gradients()")
     _call(tape[0][FINISH], (kit[0], tape[0], gradients[0], tape[9], 0))
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
+def _check_kit(kit: Any) -> None:
+    """Refuse a kit that Numba has frozen to a constant: its addresses may be those of another process."""
+    if kit[0][OWN_PLACE] != _number(kit[0]):
+        raise ArgumentError("the kit is a global or closed-over variable of compiled code: pass it as an argument")
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _check_place(tape: Any) -> None:
+    """Refuse a tape that Numba has frozen to a constant, which cannot be written."""
+    if tape[0][TAPE_PLACE] != _number(tape[0]):
+        raise ArgumentError("the tape is a global or closed-over variable of compiled code: pass it as an argument")
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _check_tape(kit: Any, tape: Any) -> None:
-    """Refuse a tape of a model of other sizes."""
+    """Refuse a tape of a model of other sizes or dropout."""
     if tape[1] != kit[1] or tape[4] != kit[3] or tape[5] != kit[2]:
         raise ArgumentError("the tape is of another kit's sizes")
+    if tape[0][TAPE_DROPOUT] != kit[0][DROPOUT]:
+        raise ArgumentError("the tape was made for another dropout than the kit's: make it by this kit's tape()")
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _check_run(kit: Any, record: Any) -> None:
+    """Refuse another kit than that of step 0: its weights may be others."""
+    if record[KIT_OF_RUN] != kit[0][NUMBER]:
+        raise ArgumentError("the tape is of another kit's run: a run has one kit from step 0 to finish")
 
 
 tell(step, _step, x=(2, False), h=(3, False), c=(3, False), y=(2, True), h_next=(3, True), c_next=(3, True))
@@ -300,7 +355,7 @@ def c_step(dtype: Any) -> Any:
                   T *y, T *h_next, T *c_next);
 
     where T is float or double, ``record`` is ``kit.record.ctypes.data``, and the arrays are those of :func:`step`. It
-    checks nothing. The kit has to be kept as long as it is called.
+    checks nothing. The kit has to be kept as long as it is called, and its address is that of this process.
 
     Parameters
     ----------
@@ -312,8 +367,29 @@ def c_step(dtype: Any) -> Any:
     CFunc
         Its attribute `address` is the function's, and `ctypes` the function for ctypes, which takes addresses as
         integers. That can be called in nopython mode, too.
+
+    Raises
+    ------
+    DTypeError
+        If `dtype` is neither.
+
+    Examples
+    --------
+    As other languages call it, by a pointer to the function and pointers to the numbers:
+
+    >>> import ctypes
+    >>> import numpy as np
+    >>> from fastlstm import LSTM, compiled
+    >>> lstm = LSTM(input_size=3, hidden_size=8, seed=0)
+    >>> kit, batch = lstm.compiled(), 2
+    >>> x, y = np.ones((batch, 3), np.float32), np.empty((batch, 8), np.float32)
+    >>> h, c, h_next, c_next = np.zeros((4, 1, batch, 8), np.float32)
+    >>> floats, words = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int64)
+    >>> prototype = ctypes.CFUNCTYPE(None, words, ctypes.c_int64, floats, floats, floats, floats, floats, floats)
+    >>> c_function = prototype(compiled.c_step(np.float32).address)
+    >>> pointers = [array.ctypes.data_as(floats) for array in (x, h, c, y, h_next, c_next)]
+    >>> c_function(kit.record.ctypes.data_as(words), batch, *pointers)
+    >>> np.array_equal(y, lstm.freeze().step(x)[0])
+    True
     """
-    found = np.dtype(dtype)
-    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise DTypeError(f"dtype must be float32 or float64, got {found}")
-    return _c_function(found)
+    return _c_function(float_dtype(dtype))

@@ -210,10 +210,10 @@ class Recurrent(Stored, HasPrecision):
     def unroll(self, state: State | None = None, *, steps: int, batch: int) -> Run:
         """Begin a closed loop for training: time steps, each of whose inputs may depend on the output before.
 
-        Memory for all steps is allocated and the weights are packed once. Take the steps with ``run.step(x_t)``, and
-        then ``back = run.backward()``, ``back.step(dh_t)`` from the last to the first, and ``back.finish()``: see
-        :class:`fastlstm.unroll.Run` and :class:`fastlstm.unroll.RunBackward`. To truncate the gradient to windows,
-        start a new run from ``run.state``. Dropout between layers is that of :meth:`forward`.
+        Take the steps with ``run.step(x_t)``, and then ``back = run.backward()``, ``back.step(dh_t)`` from the last to
+        the first, and ``back.finish()``: see :class:`fastlstm.unroll.Run` and :class:`fastlstm.unroll.RunBackward`, and
+        :mod:`fastlstm.unroll` for what is done once for all steps. To truncate the gradient to windows,
+        start a new run from ``run.state``. All random masks are those of :meth:`forward`.
 
         Parameters
         ----------

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from fastlstm import checks
 from fastlstm.backends.base import Array
 from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, shown
 from fastlstm.functional import Gradients, Tape
 from fastlstm.recurrent import Recurrent
+from fastlstm.unroll import Run
 
 __all__ = ["RNN"]
 
@@ -21,7 +23,7 @@ class RNN(Recurrent):
     .. math:: h_t = \phi(W_{ih} x_t + W_{hh} h_{t-1} + b)
 
     with tanh or relu for :math:`\phi` (Elman 1990). Where an LSTM takes and returns a pair (h, c), it takes and returns
-    h alone: ``y, h_n = rnn(x, h0)``, ``grads.state`` and `dstate`.
+    h alone: ``y, h_n = rnn(x, h0)``, ``grads.state``, `dstate`, and ``run.state`` of :meth:`unroll`.
 
     Parameters
     ----------
@@ -110,7 +112,7 @@ class RNN(Recurrent):
         input_gradient: bool = True,
     ) -> Gradients:
         """Back-propagate: see :meth:`fastlstm.LSTM.backward`; all gradients of states are by h."""
-        pair = None if dstate is None else (self._given("dstate", dstate), None)
+        pair = None if dstate is None else (checks.h_alone("dstate", dstate), None)
         grads = super().backward(
             tape, dy, pair, keep_state_gradients=keep_state_gradients, input_gradient=input_gradient
         )
@@ -123,16 +125,15 @@ class RNN(Recurrent):
         h, (h_n, _) = super().step(x_t, self._pair("state", state))
         return h, h_n
 
-    def _given(self, name: str, h: Any) -> Array:
-        if isinstance(h, tuple | list):
-            raise ArgumentError(f"{name} of a plain RNN is one array, of h, got {shown(h)}")
-        return h
+    def unroll(self, state: Array | None = None, *, steps: int, batch: int) -> Run:
+        """Begin a closed loop: see :meth:`fastlstm.LSTM.unroll`; each state, and each gradient by one, is h alone."""
+        return super().unroll(self._pair("state", state), steps=steps, batch=batch)
 
     def _pair(self, name: str, h: Any) -> tuple[Array, Array] | None:
         """Return a state with a c that has no features, as the backends take it."""
         if h is None:
             return None
-        h = self._given(name, h)
+        h = checks.h_alone(name, h)
         shape = getattr(h, "shape", None)
         if not shape:
             raise ArgumentError(f"{name} of a plain RNN must be an array, got {shown(h)}")

@@ -11,6 +11,13 @@
         dx = back.step(dh)  # the loss's gradient by h of step t to that by its x
         dh = ...            # what dx means for the h before, and the loss's own part
     grads = back.finish()
+
+On the CPU, the memory of a run is allocated once and the weights are packed once; a step back computes the gradients by
+the gates, the states and the input alone, and ``finish`` those by the weights, one product over all steps. Otherwise
+each step is a call of its own, with a tape of its own: each step back then adds its part of the gradients by the
+weights, and ``finish`` returns the sums, in more time. That is so on CuPy arrays, on the backend ``reference``, and for
+`RNN`, `layer_norm`, `proj_size`, `recurrent_dropout`, `zoneout`, and `peephole` with `block_size`. The results are the
+same.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from fastlstm import checks, dispatch
 from fastlstm.backends.base import Array, Dropout, Params, State, Unrolled
@@ -26,7 +33,22 @@ from fastlstm.cell import Cell, integer
 from fastlstm.errors import ArgumentError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["Run", "RunBackward", "RunGradients", "begin", "check_direction", "draws", "positive"]
+__all__ = [
+    "Run", "RunBackward", "RunGradients", "StaysHere", "begin", "check_direction", "check_room", "draws", "positive",
+]  # fmt: skip
+
+
+class StaysHere:
+    """What keeps addresses of its own memory: a copy, in this process or another, would use the original's."""
+
+    _instead = ""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        name = type(self).__name__.partition("_")[0].lower()
+        reason = "belongs to the process that made it: it can be neither pickled nor copied"
+        raise ArgumentError(f"a {name} {reason}{self._instead}")
+
+    __reduce__ = __copy__ = __deepcopy__ = _refuse
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -36,19 +58,19 @@ class RunGradients:
     Attributes
     ----------
     state : tuple of array
-        ``(dh0, dc0)``, by the initial states, (L, B, H) each.
+        ``(dh0, dc0)``, by the initial states, (L, B, H) each; of a plain RNN dh0 alone.
     params : dict of str to array
         By each parameter, under its name.
     """
 
-    state: State
+    state: Any
     params: Params
 
     def __repr__(self) -> str:
         return f"<Gradients by the initial state and {len(self.params)} parameters>"
 
 
-class Run:
+class Run(StaysHere):
     """Steps of a model, each of which may depend on the one before; made by :meth:`fastlstm.LSTM.unroll`.
 
     One thread at a time may use it.
@@ -100,17 +122,18 @@ class Run:
         return y
 
     @property
-    def state(self) -> State:
-        """The state ``(h, c)`` after the last step, (L, B, H) each; copies."""
-        return self._unrolled.state()
+    def state(self) -> Any:
+        """The state ``(h, c)`` after the last step, (L, B, H) each; of a plain RNN h alone; copies."""
+        return _of_caller(self._model.cell, self._unrolled.state())
 
-    def backward(self, dstate: tuple[Array | None, Array | None] | None = None) -> RunBackward:
+    def backward(self, dstate: Any = None) -> RunBackward:
         """Start the way back, once; no further step can be taken then.
 
         Parameters
         ----------
         dstate : tuple of array, optional
-            ``(dh_n, dc_n)``, the loss's gradients by the state after the last step; either may be None.
+            ``(dh_n, dc_n)``, the loss's gradients by the state after the last step; either may be None. For a plain
+            RNN dh_n alone.
 
         Raises
         ------
@@ -121,7 +144,10 @@ class Run:
         """
         if self._has_turned:
             raise ArgumentError("the run's way back has begun already")
-        dh, dc = checks.state_gradient(self._model.cell, dstate, self.batch, self._like)
+        cell: Cell = self._model.cell
+        if cell.nonlinearity and dstate is not None:
+            dstate = checks.h_alone("dstate", dstate), None
+        dh, dc = checks.state_gradient(cell, dstate, self.batch, self._like)
         self.check_parameters()
         self._unrolled.begin_back(dh, dc)
         self._has_turned = True
@@ -142,7 +168,7 @@ class Run:
         return f"<Run of B={self.batch}, {self.taken} of {self.steps} steps taken>"
 
 
-class RunBackward:
+class RunBackward(StaysHere):
     """The way back through a run, from its last step to its first; made by :meth:`Run.backward`.
 
     Attributes
@@ -186,15 +212,19 @@ class RunBackward:
         return dx
 
     @property
-    def state(self) -> State:
+    def state(self) -> Any:
         """The gradients ``(dh, dc)`` by the state before the step that was taken back last, (L, B, H) each; copies.
 
-        That h is counted as the model's own state alone, without its part in the output of the step before.
+        That h is counted as the model's own state alone, without its part in the output of the step before. Of a plain
+        RNN dh alone.
         """
-        return self._unrolled.state_gradient()
+        return _of_caller(self._run._model.cell, self._unrolled.state_gradient())
 
     def finish(self) -> RunGradients:
-        """Return the gradients by the initial state and by the parameters, which are one product over all steps.
+        """Return the gradients by the initial state and by the parameters.
+
+        Those by the weights are one product over all steps, except where each step is a call of its own: see
+        :mod:`fastlstm.unroll`.
 
         Raises
         ------
@@ -210,6 +240,11 @@ class RunBackward:
         return f"<RunBackward of B={self._run.batch}, {self.left} of {self._run.taken} steps left>"
 
 
+def _of_caller(cell: Cell, pair: State) -> Any:
+    """Return a state as the model takes and returns it: that of a plain RNN, which has no c, as h alone."""
+    return pair[0] if cell.nonlinearity else pair
+
+
 def positive(name: str, value: Any) -> int:
     """Check a number of steps or sequences."""
     number = integer(value)
@@ -220,10 +255,21 @@ def positive(name: str, value: Any) -> int:
 
 def check_direction(cell: Cell) -> None:
     """Refuse a model that needs the whole sequence."""
-    if cell.bidirectional or getattr(cell, "reverse", False):
+    if cell.bidirectional:
         raise ArgumentError(
-            "a bidirectional LSTM cannot be unrolled step by step: its reverse direction starts at the sequence's end"
+            "a bidirectional model cannot be run step by step: its reverse direction starts at the sequence's end"
         )
+    if cell.reverse:
+        raise ArgumentError("a model with reverse=True cannot be run step by step: it starts at the sequence's end")
+
+
+def check_room(cell: Cell, steps: int, batch: int) -> None:
+    """Refuse a run whose memory no machine can address."""
+    # A step keeps x, and in each layer h, c, five values of each cell in whole vectors, and two masks. Of a few steps
+    # there are up to three times as many: in whole chunks, and one more.
+    numbers = cell.input_size + cell.num_layers * 9 * (cell.hidden_size + 16)
+    if 3 * steps * batch * numbers * cell.dtype.itemsize > sys.maxsize:
+        raise ArgumentError(f"steps and batch are too large: {shown(steps)} and {shown(batch)} cannot be addressed")
 
 
 def draws(cell: Cell) -> bool:
@@ -237,8 +283,7 @@ def begin(model: Any, state: State | None, steps: Any, batch: Any, dropout: Drop
     cell: Cell = model.cell
     check_direction(cell)
     steps, batch = positive("steps", steps), positive("batch", batch)
-    if steps * batch * max(cell.input_size, cell.hidden_size) * cell.num_layers * cell.dtype.itemsize > sys.maxsize:
-        raise ArgumentError(f"steps and batch are too large: {shown(steps)} and {shown(batch)} cannot be addressed")
+    check_room(cell, steps, batch)
     params = checks.params(cell, model.params)
     like = params["weight_hh_l0"]
     h0, c0 = checks.state(cell, state, batch, like)

@@ -47,6 +47,13 @@ def forth_and_back(kit, tape, x, dy, y, dx, dh, dc, gradients):
     compiled.finish(kit, tape, gradients)
 
 
+@njit(parallel=True)
+def train_at_once(kit, tapes, x, dy, y, dx, zero, gradients):
+    """Run n has arrays x[n], dy[n], ..., and a tape of its own."""
+    for n in prange(x.shape[0]):
+        forth_and_back(kit, tapes[n], x[n], dy[n], y[n], dx[n], zero, zero, gradients[n])
+
+
 def model_of(dtype, inputs, hidden, layers=1, **options):
     """A model whose biases and peepholes are drawn, too."""
     lstm, rng = LSTM(inputs, hidden, layers, dtype=dtype, seed=0, **options), np.random.default_rng(1)

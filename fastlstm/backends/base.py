@@ -69,11 +69,14 @@ class BackwardResult(NamedTuple):
 class Dropout:
     """The source of the random masks of one forward pass: equal keys give equal masks on every backend.
 
-    The key also determines the masks of recurrent dropout and zoneout, whose probabilities stand in the cell.
+    The key also determines the masks of recurrent dropout and zoneout, whose probabilities stand in the cell. A call
+    for one layer and some steps of a longer pass says which, so that it draws its part of the masks of the whole.
     """
 
     probability: float  # of dropout between layers, 0 for none
     key: int
+    layer: int = 0  # of the whole: the first of the call
+    steps: int = 0  # of the whole, before those of the call
 
 
 class RefusedError(Exception):

@@ -308,6 +308,8 @@ def dropout_mask(xp: Any, dropout: Dropout, layer: int, like: Array) -> Array:
 # The purpose of a mask inside a layer: the last number of its key.
 RECURRENT, ZONEOUT_C, ZONEOUT_H = 1, 2, 3
 
+_GOLDEN = 0x9E3779B97F4A7C15  # by which the state of the generator grows with each output
+
 
 def kept_mask(xp: Any, probability: float, key: list[int], shape: tuple[int, ...], dtype: Any) -> Array:
     """Draw an inverted-dropout mask: 0 with this probability, else 1/(1-p)."""
@@ -335,14 +337,20 @@ def chosen(xp: Any, probability: float, key: list[int], shape: tuple[int, ...], 
         The position of the first element, to draw a part of a mask.
     """
     size = math.prod(shape)
-    bits = xp.arange(first + 1, first + size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + mask_start(key)
+    bits = xp.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + mask_start(key, first)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     uniform = ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
     return (uniform < probability).reshape(shape)
 
 
-def mask_start(key: list[int]) -> np.uint64:
-    """Return the state of the generator before its first output, for the key of a mask."""
-    start: np.uint64 = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return start
+def mask_start(key: list[int], first: int = 0) -> np.uint64:
+    """Return the state of the generator before an output, for the key of a mask."""
+    start = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return np.uint64((start + first * _GOLDEN) % 2**64)
+
+
+def mask_key(given: Given, direction: int, kind: int) -> list[int]:
+    """Return the key of a mask inside a layer."""
+    assert given.draws is not None
+    return [given.draws.key, given.draws.layer + given.layer, direction, kind]

@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from fastlstm.backends.base import Array, Backend, Dropout, Params, Signature
 from fastlstm.backends.layers import dropout_mask
 from fastlstm.cell import Cell
-from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
 from fastlstm.parameters import direction_names
 
@@ -31,28 +28,6 @@ class _Layer:
         self.params = {name: params[of_model] for name, of_model in self.names.items()}
         self.call = backend.prepare(self.cell, Signature(1, batch, True, False))
         self.tapes: list[Any] = []
-
-
-class _Draws:
-    """Where the masks inside the layers come from, for a cell that has such: each call draws by a key of its own.
-
-    A mask of recurrent dropout is the same in all steps of a run, so its key is that of the layer. Zoneout draws anew
-    in each step, so its key is that of the layer and the step.
-    """
-
-    def __init__(self, cell: Cell, dropout: Dropout | None) -> None:
-        recurrent, zoneout = getattr(cell, "recurrent_dropout", 0.0) > 0, max(getattr(cell, "zoneout", (0.0,))) > 0
-        if recurrent and zoneout:
-            raise ArgumentError("unroll() cannot draw masks of recurrent_dropout and zoneout together: use one of them")
-        self._key = dropout.key if dropout is not None and (recurrent or zoneout) else None
-        self._by_step = zoneout
-
-    def of(self, layer: int, t: int) -> Dropout | None:
-        """Return the key for one layer and step; None if nothing is drawn."""
-        if self._key is None:
-            return None
-        entropy = [self._key, layer, t] if self._by_step else [self._key, layer]
-        return Dropout(0.0, int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 class Stepwise:
@@ -84,7 +59,7 @@ class Stepwise:
         self._y_shape = (1, batch, cell.output_size)
         self._dtype = cell.dtype
         self._masks: list[Array | None] = [None] * cell.num_layers
-        self._draws = _Draws(cell, dropout)
+        self._key = None if dropout is None else dropout.key
         if dropout is not None and dropout.probability:
             like = xp.empty((steps, batch, cell.output_size), cell.dtype)
             for number in range(1, cell.num_layers):
@@ -102,8 +77,10 @@ class Stepwise:
             mask = self._masks[number]
             if mask is not None:
                 x = x * mask[self._taken : self._taken + 1]
+            # The masks within the layers are those of a call for the whole sequence, too.
+            draws = None if self._key is None else Dropout(0.0, self._key, number, self._taken)
             x, self._h[number], self._c[number], tape = layer.call.forward(
-                layer.params, x, self._h[number], self._c[number], None, self._draws.of(number, self._taken), False
+                layer.params, x, self._h[number], self._c[number], None, draws, False
             )
             layer.tapes.append(tape)
         self._taken += 1

@@ -6,7 +6,7 @@ be saved to a file and continued in another process, to the last bit: results of
 whichever other streams a stream is computed with.
 
 >>> import numpy as np
->>> from fastlstm import LSTM
+>>> from fastlstm import LSTM, DTypeError, ModelFileError, ShapeError
 >>> streams = Streams(LSTM(input_size=2, hidden_size=4, seed=0))
 >>> found = streams.step({"Neckar": np.ones(2, np.float32), "Fils": np.zeros(2, np.float32)})
 >>> found["Neckar"].shape, sorted(streams)
@@ -19,13 +19,14 @@ whichever other streams a stream is computed with.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastlstm import LSTM
+from fastlstm import LSTM, DTypeError, ModelFileError, ShapeError
 
 __all__ = ["Streams"]
 
@@ -45,7 +46,7 @@ class Streams:
         self.lstm = lstm.freeze()
         self._columns: dict[str, int] = {}
         self._free: list[int] = []
-        self._h, self._c = self._states(0), self._states(0)  # (L, columns, H)
+        self._h, self._c = self._states(0)  # (L, columns, H) each
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -73,7 +74,7 @@ class Streams:
         )
         known = [name for name in inputs if name in self._columns]
         new = [name for name in inputs if name not in self._columns]
-        h, c = self._states(len(inputs)), self._states(len(inputs))
+        h, c = self._states(len(inputs))
         places = [place for place, name in enumerate(inputs) if name in self._columns]
         columns = [self._columns[name] for name in known]
         h[:, places], c[:, places] = self._h[:, columns], self._c[:, columns]
@@ -100,11 +101,30 @@ class Streams:
 
     @classmethod
     def load(cls, lstm: LSTM, path: str | os.PathLike[str]) -> Streams:
-        """Continue the streams of a file."""
+        """Continue the streams of a file.
+
+        Raises
+        ------
+        ModelFileError
+            If it is not what :meth:`save` writes.
+        ShapeError, DTypeError
+            If its states are those of a model of other sizes, or of another dtype.
+        """
         streams = cls(lstm)
-        with np.load(path, allow_pickle=False) as saved:
-            names, streams._h, streams._c = saved["names"], saved["h"], saved["c"]
-        streams._columns = {str(name): column for column, name in enumerate(names)}
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+                names, *states = [saved[name] for name in ("names", "h", "c")]
+            columns = {str(name): column for column, name in enumerate(names)}
+            if len(columns) != len(names):
+                raise ValueError("a name is there twice")
+        except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise ModelFileError(f"{os.fspath(path)} is no file of streams: {error}") from error
+        for name, found, expected in zip("hc", states, streams._states(len(columns)), strict=True):
+            if found.shape != expected.shape:
+                raise ShapeError(f"{name} in the file has shape {found.shape}, and the model needs {expected.shape}")
+            if found.dtype != expected.dtype:
+                raise DTypeError(f"{name} in the file is {found.dtype}, and the model {expected.dtype}")
+        streams._columns, (streams._h, streams._c) = columns, states
         return streams
 
     def _open(self, name: str) -> None:
@@ -112,9 +132,11 @@ class Streams:
             columns = self._h.shape[1]
             more = max(16, columns)  # doubled, so that a column is moved a few times at most
             self._free = list(range(columns + more - 1, columns - 1, -1))
-            self._h, self._c = (np.concatenate([s, self._states(more)], axis=1) for s in (self._h, self._c))
+            before = self._h, self._c
+            self._h, self._c = map(np.hstack, zip(before, self._states(more), strict=True))
         self._columns[name] = self._free.pop()
 
-    def _states(self, columns: int) -> Array:
+    def _states(self, columns: int) -> tuple[Array, Array]:
         cell = self.lstm.cell
-        return np.zeros((cell.num_layers, columns, cell.hidden_size), cell.dtype)
+        h, c = (np.zeros((cell.num_layers, columns, size), cell.dtype) for size in (cell.h_size, cell.c_size))
+        return h, c

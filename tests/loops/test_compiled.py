@@ -14,7 +14,17 @@ import fastlstm
 if BackendUnderTest("cpu").missing:
     pytest.skip(str(BackendUnderTest("cpu").missing), allow_module_level=True)
 
-from loop_tools import STEP_VARIANTS, arrays, closed_loop, forth_and_back, model_of, one_simulation, simulate_at_once
+from loop_tools import (
+    STEP_VARIANTS,
+    arrays,
+    closed_loop,
+    forth_and_back,
+    model_of,
+    one_simulation,
+    simulate_at_once,
+    train_at_once,
+)
+from numba.typed import List
 
 from fastlstm import compiled
 
@@ -66,6 +76,37 @@ def test_iterations_of_prange_run_simulations_of_their_own(dtype):
         one_simulation(kit, x[n], expected[n], 30)
     np.testing.assert_array_equal(found, expected)
     assert len({row.tobytes() for row in found}) == 16
+
+
+# Numba warns that lists of Python will go, and of the index that it makes itself for a typed one.
+@pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPendingDeprecationWarning")
+@pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaTypeSafetyWarning")
+@pytest.mark.parametrize("list_of", [list, List], ids=["list", "typed list"])
+def test_iterations_of_prange_train_on_tapes_of_their_own(list_of):
+    dtype = np.float32
+    lstm, rng = model_of(dtype, 3, 20, 2), np.random.default_rng(5)
+    kit, zero = lstm.compiled(), np.zeros((2, 2, 20), dtype)
+    x, dy = (rng.uniform(-1, 1, (16, 7, 2, size)).astype(dtype) for size in (3, 20))
+    found, expected = (
+        {"y": np.empty_like(dy), "dx": np.empty_like(x), "gradients": np.empty((16, kit.parameters), dtype)}
+        for _ in range(2)
+    )
+    tapes = list_of([kit.tape(7, 2) for _ in range(16)])
+    for _ in range(2):  # a tape serves many runs
+        train_at_once(kit, tapes, x, dy, found["y"], found["dx"], zero, found["gradients"])
+    tape = kit.tape(7, 2)
+    for n in range(16):
+        here = [expected[name][n] for name in ("y", "dx")]
+        forth_and_back(kit, tape, x[n], dy[n], *here, zero, zero, expected["gradients"][n])
+    assert_identical(found, expected)
+    assert len({row.tobytes() for row in found["gradients"]}) == 16
+
+
+def test_an_error_under_prange_is_the_cause_of_a_system_error():
+    kit, y = model_of(np.float32, 3, 20).compiled(), np.empty((4, 2, 20), np.float32)
+    with pytest.raises(SystemError) as caught:
+        simulate_at_once(kit, np.ones((4, 2, 5), np.float32), y, 3)
+    assert isinstance(caught.value.__cause__, fastlstm.ShapeError)
 
 
 @pytest.mark.parametrize("options", STEP_VARIANTS)

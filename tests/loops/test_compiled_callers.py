@@ -134,8 +134,8 @@ def test_the_step_is_a_c_function(dtype, layers):
 
 
 def test_a_c_function_of_another_dtype_is_refused():
-    for dtype in (np.float16, np.int64):
-        with pytest.raises(DTypeError):
+    for dtype in (np.float16, np.int64, "foo", None, int, [1]):
+        with pytest.raises(DTypeError, match="dtype must be float32 or float64"):
             compiled.c_step(dtype)
 
 

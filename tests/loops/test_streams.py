@@ -7,7 +7,7 @@ import pytest
 from harness import BackendUnderTest
 from own_process import run_script
 
-from fastlstm import LSTM, ShapeError
+from fastlstm import LSTM, DTypeError, ModelFileError, ShapeError
 from fastlstm.demo.streams import Streams
 
 if BackendUnderTest("cpu").missing:
@@ -106,3 +106,64 @@ def test_saved_states_are_continued_bit_identically_in_another_process(dtype, tm
             np.testing.assert_array_equal(later["h"][:, column], streams._h[:, streams._columns[name]])
             np.testing.assert_array_equal(later["c"][:, column], streams._c[:, streams._columns[name]])
     assert [file.name for file in tmp_path.iterdir() if file.name.endswith(".new")] == []
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [((3, 7, 2), ShapeError), ((3, 6, 1), ShapeError), ((3, 6, 2, np.float64), DTypeError)],
+    ids=["units", "layers", "dtype"],
+)
+def test_states_of_another_model_are_refused(tmp_path, other, error):
+    streams = Streams(LSTM(3, 6, 2, seed=0))
+    streams.step({name: np.ones(3, np.float32) for name in "abc"})
+    streams.save(tmp_path / "states.npz")
+    sizes, dtype = other[:3], other[3] if other[3:] else np.float32
+    with pytest.raises(error, match="in the file"):
+        Streams.load(LSTM(*sizes, dtype=dtype, seed=0), tmp_path / "states.npz")
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"no file of NumPy's",
+    "half": None,
+    "one array": np.zeros(3),
+    "no states": {"names": np.array(["a"])},
+    "one number": {"names": np.array("a"), "h": np.zeros((1, 1, 6)), "c": np.zeros((1, 1, 6))},
+    "a name twice": {"names": np.array(["a", "a"]), "h": np.zeros((1, 2, 6)), "c": np.zeros((1, 2, 6))},
+    "objects": {"names": np.array(["a", None]), "h": np.zeros((1, 2, 6)), "c": np.zeros((1, 2, 6))},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_no_file_of_streams_is_refused(tmp_path, what):
+    lstm, path, content = LSTM(3, 6, seed=0), tmp_path / "states.npz", BROKEN[what]
+    if what == "half":
+        streams = Streams(lstm)
+        streams.step({"a": np.ones(3, np.float32)})
+        streams.save(path)
+        path.write_bytes(path.read_bytes()[:300])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with open(path, "wb") as file:
+            np.savez(file, **content) if isinstance(content, dict) else np.save(file, content)
+    with pytest.raises(ModelFileError, match="is no file of streams"):
+        Streams.load(lstm, path)
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Streams.load(LSTM(3, 6, seed=0), tmp_path / "states.npz")
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 2}, {"layer_norm": True}], ids=str)
+def test_streams_of_a_variant_have_the_bits_that_each_has_alone(tmp_path, options):
+    rng, lstm = np.random.default_rng(0), LSTM(3, 6, 2, seed=0, **options)
+    streams, alone = Streams(lstm), Alone(lstm)
+    for names in (["a", "b"], ["b", "c", "a"]):
+        inputs = news(rng, names, 3, np.float32)
+        found, expected = streams.step(inputs), alone.step(inputs)
+        for name in names:
+            np.testing.assert_array_equal(found[name], expected[name])
+        streams.save(tmp_path / "states.npz")
+        streams = Streams.load(lstm, tmp_path / "states.npz")

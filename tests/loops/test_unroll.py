@@ -11,6 +11,7 @@ from tolerances import assert_close, assert_identical, normalised_error
 from unroll_tools import at_once, by_steps, given, model_of, named
 from variants import DETERMINISTIC, RANDOM_HERE, test_every_variant_has_an_example  # noqa: F401
 
+from fastlstm import unroll
 from fastlstm.training import SGD, clip_by_global_norm, join
 
 NEEDS_CPU = pytest.mark.skipif(bool(BackendUnderTest("cpu").missing), reason=str(BackendUnderTest("cpu").missing))
@@ -47,16 +48,22 @@ def test_nothing_given_counts_as_zero(backend, dtype, bias):
     assert_close("agreement", found, expected, backend=backend.name, dtype=dtype)
 
 
-def test_dropout_masks_are_those_of_a_whole_call(backend, dtype):
-    lstm = model_of(backend, dtype, 3, 6, 3, dropout=0.4)
+ALL_RANDOM = {name: value for _, options in RANDOM_HERE for name, value in options.items()}
+MASKS = [{"dropout": 0.4}, *(options for _, options in RANDOM_HERE), ALL_RANDOM,
+         {"dropout": 0.4, "proj_size": 2, "layer_norm": True} | ALL_RANDOM]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+def test_masks_are_those_of_a_whole_call(backend, dtype, options):
+    lstm = model_of(backend, dtype, 3, 6, 3, **options)
     same, problem = copy.copy(lstm), given(lstm, backend, 5, 4)
     found = by_steps(lstm, backend, *problem)
     assert_close("agreement", found, at_once(same, backend, *problem), backend=backend.name, dtype=dtype)
     assert normalised_error(found["y"], by_steps(lstm, backend, *problem)["y"]) > 1e-3, "the next run draws other masks"
 
 
-@pytest.mark.parametrize(("variant", "options"), RANDOM_HERE, ids=lambda value: value if type(value) is str else "")
-def test_masks_within_a_layer_are_drawn_and_kept_for_the_way_back(backend, variant, options):
+@pytest.mark.parametrize("options", [*(options for _, options in RANDOM_HERE), ALL_RANDOM], ids=str)
+def test_masks_within_a_layer_are_drawn_and_kept_for_the_way_back(backend, options):
     lstm = model_of(backend, np.float64, 3, 6, 2, **options)
     x, state, dy, _ = given(lstm, backend, 4, 2)
 
@@ -184,3 +191,14 @@ def test_steps_are_bit_identical_to_a_frozen_model_s(dtype, sizes, options):
         np.testing.assert_array_equal(of_frozen.step(x_t), y)
         for found, expected in zip(run.state, state, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+@NEEDS_CPU
+def test_the_documentation_names_the_variants_whose_steps_are_calls_of_their_own():
+    from fastlstm.backends.cpu.unroll import can_unroll
+
+    cells = {name: model_of(BackendUnderTest("cpu"), np.float32, 3, 6, **options).cell
+             for name, options in DETERMINISTIC + RANDOM_HERE}  # fmt: skip
+    named_here = {name for name in cells if f"`{name}`" in unroll.__doc__} | {"peepholes of shared gates"}
+    others = {name for name, cell in cells.items() if not can_unroll(cell)}
+    assert others == named_here - {"peephole", "block_size"} and "`peephole` with `block_size`" in unroll.__doc__

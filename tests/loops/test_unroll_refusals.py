@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from unroll_tools import given, model_of
@@ -66,10 +69,39 @@ def test_parameters_of_nan_have_not_changed(backend):
     lstm.unroll(steps=1, batch=2).backward().finish()
 
 
+@pytest.mark.parametrize("options", [{}, {"zoneout": (0.1, 0.1)}], ids=str)
+def test_a_run_is_neither_pickled_nor_copied(backend, options):
+    lstm = model_of(backend, np.float32, 3, 6, **options)
+    x, _, dy, _ = given(lstm, backend, 1, 2)
+    run = lstm.unroll(steps=1, batch=2)
+    run.step(x[0])
+    back = run.backward()
+    for each, name in ((run, "run"), (back, "runbackward")):
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy, lambda one: copy.deepcopy({"one": one})):
+            with pytest.raises(ArgumentError, match=f"a {name} belongs to the process"):
+                copied(each)
+    back.step(dy[0])
+    back.finish()
+
+
 def test_a_bidirectional_model_is_refused(backend):
     lstm = model_of(backend, np.float32, 3, 6, bidirectional=True)
     with pytest.raises(ArgumentError, match="bidirectional"):
         lstm.unroll(steps=3, batch=2)
+
+
+def test_a_model_backwards_in_time_is_refused(backend):
+    lstm = model_of(backend, np.float32, 3, 6, reverse=True)
+    with pytest.raises(ArgumentError, match="a model with reverse=True cannot"):
+        lstm.unroll(steps=3, batch=2)
+
+
+@pytest.mark.parametrize("sizes", [(10**15, 10**6), (10**15, 100), (10**17, 1), (1, 10**17), (2**62, 2**62)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"proj_size": 2}], ids=str)
+def test_a_run_that_no_machine_can_address_is_refused(backend, sizes, options):
+    lstm = model_of(backend, np.float32, 3, 6, 2, **options)
+    with pytest.raises(ArgumentError, match="steps and batch are too large"):
+        lstm.unroll(steps=sizes[0], batch=sizes[1])
 
 
 @pytest.mark.parametrize("name", ["steps", "batch"])

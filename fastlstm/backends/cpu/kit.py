@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import re
+import weakref
 from collections import namedtuple
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,20 +24,39 @@ from fastlstm.backends.cpu.thread_pool import NO_TEAM, own_team
 from fastlstm.backends.cpu.weights import size_of
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import VARIANTS, Cell
-from fastlstm.errors import ArgumentError
+from fastlstm.errors import ArgumentError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu import kernel_cache
 from fastlstm.kernels.cpu import unrolled_back as back
 from fastlstm.kernels.cpu import unrolled_step as forth
 from fastlstm.kernels.cpu.jit import VECTOR_BYTES, address_of
 from fastlstm.mask_keys import MaskKeys
-from fastlstm.unroll import check_direction, positive
+from fastlstm.unroll import StaysHere, check_direction, check_room, positive
 
-__all__ = ["FINISH", "KIT", "STAMP", "STEP", "STEP_BACK", "STEP_TAPED", "TAPE", "make_kit"]
+__all__ = [
+    "DROPOUT", "FINISH", "KIT", "KIT_OF_RUN", "NUMBER", "OWN_PLACE", "STAMP", "STEP", "STEP_BACK", "STEP_TAPED", "TAPE",
+    "TAPE_DROPOUT", "TAPE_PLACE", "make_kit",
+]  # fmt: skip
 
-# Places of addresses of functions, after what `unrolled_step.py` knows: in a kit's record, and in a tape's.
-STEP = forth.KIT
-STEP_TAPED, STEP_BACK, FINISH = range(forth.TAPED, forth.TAPED + 3)
+# What callers read in the records, after what `unrolled_step.py` knows: addresses of functions; where the record itself
+# is, since Numba freezes a global kit or tape to a constant, a copy in the caller's code and in its cache, whose
+# addresses another process does not have; the number of a kit, and in a tape that of the run's kit, 0 before the first
+# run; and the bits of the probability of dropout between layers, 0.0 for none.
+STEP, OWN_PLACE, NUMBER, DROPOUT = range(forth.KIT, forth.KIT + 4)
+STEP_TAPED, STEP_BACK, FINISH, TAPE_PLACE, KIT_OF_RUN, TAPE_DROPOUT = range(forth.TAPED, forth.TAPED + 6)
+
+_numbers = itertools.count(1)  # not the address of a record: memory that is freed is used again
+
+
+class _Model(NamedTuple):
+    """What the methods of a kit need of its model."""
+
+    cell: Cell
+    keys: MaskKeys
+
+
+# By the number of a kit, as long as its record lives: Numba makes a new tuple of the same record when it returns a kit.
+_models: dict[int, _Model] = {}
 
 
 def _make_stamp() -> str:
@@ -55,22 +76,32 @@ FIELDS_OF_KIT = "inputs", "hidden", "layers", "parameters", "record", "weights",
 FIELDS_OF_TAPE = "inputs", "steps", "batch", "record", "h", "c", "dh", "dc", "team", "masks"
 
 
-class _Here:
-    """What keeps addresses of this process: it can be neither pickled nor copied."""
+# Numba pickles what a cached function closes over.
+_AS_ARGUMENT = "; compiled code has to take it as an argument"
 
-    def __reduce__(self) -> NoReturn:
-        raise ArgumentError(f"a {type(self).__name__.partition('_')[0].lower()} belongs to the process that made it")
+
+class _KitMethods(StaysHere):
+    record: Array
+    parameters: int
+    _instead = _AS_ARGUMENT
 
     def __copy__(self) -> Any:
-        return self
+        return self  # it does not change
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
 
+    @property
+    def _model(self) -> _Model:
+        found = _models.get(int(self.record[NUMBER]))
+        if found is None:
+            raise ArgumentError("this is a constant of compiled code, whose kit is gone: pass the kit as an argument")
+        return found
 
-class _KitMethods(_Here):
-    cell: Cell
-    keys: MaskKeys  # of the model
+    @property
+    def cell(self) -> Cell:
+        """The model's description."""
+        return self._model.cell
 
     def tape(self, steps: int, batch: int, *, threads: int = 1) -> Any:
         """Allocate the memory of a run for training, to be used for any number of runs.
@@ -81,6 +112,7 @@ class _KitMethods(_Here):
         With `threads`, each call is shared by as many at most: worth it for a large model or batch, not under prange.
         """
         steps, batch, threads = positive("steps", steps), positive("batch", batch), positive("threads", threads)
+        check_room(self.cell, steps, batch)
         sizes = tuple(size_of(self.cell, layer) for layer in range(self.cell.num_layers))
         team = _team(threads)
         masks = unroll.new_masks(self.cell, steps, batch)
@@ -89,7 +121,9 @@ class _KitMethods(_Here):
         made.dh[...] = made.dc[...] = 0
         made.record[forth.UNDRAWN] = masks is not None
         functions = forth.unrolled_step_taped, back.unrolled_back, back.unrolled_finish
-        record = np.append(made.record, [_function_address(function, self.cell.dtype) for function in functions])
+        addresses = [_function_address(function, self.cell.dtype) for function in functions]
+        record = np.append(made.record, [*addresses, 0, 0, self.record[DROPOUT]])
+        record[TAPE_PLACE] = unroll.address_of(record)
         no_masks = np.empty((0, 0, 0, 0), self.cell.dtype)
         arrays = made.h, made.c, made.dh, made.dc, team, no_masks if masks is None else masks
         return TAPE(self.cell.input_size, steps, batch, record, *arrays)
@@ -99,26 +133,36 @@ class _KitMethods(_Here):
 
         They are those of the model's next ``forward`` or ``unroll``. A model without dropout needs none.
         """
-        if tape.masks.size == 0:
-            return
-        if tape.masks.shape != (self.cell.num_layers - 1, tape.steps, tape.batch, self.cell.hidden_size):
+        if not isinstance(tape, TAPE):
+            raise ArgumentError(f"draw() takes a tape, from kit.tape(), got {shown(tape)}")
+        cell, keys = self._model
+        if tape.dh.shape != (cell.num_layers, tape.batch, cell.hidden_size) or tape.inputs != cell.input_size:
             raise ArgumentError("the tape is of another kit's sizes")
-        unroll.draw(tape.masks, Dropout(self.cell.dropout, self.keys.take()))
-        tape.record[forth.UNDRAWN] = 0
+        if tape.dh.dtype != cell.dtype:
+            raise DTypeError(f"the tape is of {tape.dh.dtype}, the kit of {cell.dtype}")
+        if tape.record[TAPE_DROPOUT] != self.record[DROPOUT]:
+            raise ArgumentError("the tape was made for another dropout than the kit's: make it by this kit's tape()")
+        if tape.masks.size:
+            unroll.draw(tape.masks, Dropout(cell.dropout, keys.take()))
+            tape.record[forth.UNDRAWN] = 0
 
     def gradients(self) -> Array:
         """Allocate an array for :func:`finish`: a number for each parameter, with rows for all gates."""
-        return np.empty(self.parameters, self.cell.dtype)  # type: ignore[attr-defined]
+        return np.empty(self.parameters, self.cell.dtype)
 
     def named(self, gradients: Array) -> dict[str, Array]:
         """Return what :func:`finish` wrote by name: views, unless gates share or lack rows."""
+        if getattr(gradients, "shape", None) != (self.parameters,):
+            raise ShapeError("gradients must have a number for each parameter, such as kit.gradients()")
         return unroll.named_gradients(self.cell, gradients)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.layers} layers, I={self.inputs}, H={self.hidden}>"  # type: ignore[attr-defined]
 
 
-class _TapeMethods(_Here):
+class _TapeMethods(StaysHere):
+    _instead = _AS_ARGUMENT
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: T={self.steps}, B={self.batch}>"  # type: ignore[attr-defined]
 
@@ -150,6 +194,8 @@ KIT, TAPE = _class_named(f"Kit_{STAMP}"), _class_named(f"Tape_{STAMP}")
 def make_kit(cell: Cell, params: FrozenParams, keys: MaskKeys) -> Any:
     """Pack a model's weights for compiled code: see :meth:`fastlstm.LSTM.compiled`."""
     check_direction(cell)
+    if cell.nonlinearity:
+        raise ArgumentError("compiled code has no step of a plain RNN: use rnn.step or rnn.unroll")
     if not unroll.can_unroll(cell):
         names = ["peephole and block_size together"] if cell.sees_blocks else []
         others = VARIANTS.keys() - unroll.IN_THE_STEP
@@ -158,11 +204,14 @@ def make_kit(cell: Cell, params: FrozenParams, keys: MaskKeys) -> Any:
             f"compiled code has no step of a cell with {', '.join(names)}: use lstm.step or lstm.unroll"
         )
     made = unroll.kit_of(cell, params)
-    record = np.append(made.record, _function_address(forth.unrolled_step, cell.dtype))
+    number = next(_numbers)
+    dropout = np.float64(cell.dropout if cell.num_layers > 1 else 0.0).view(np.int64)
+    record = np.append(made.record, [_function_address(forth.unrolled_step, cell.dtype), 0, number, dropout])
+    record[OWN_PLACE] = unroll.address_of(record)
+    _models[number] = _Model(cell, keys)
+    weakref.finalize(record, _models.pop, number).atexit = False
     sizes = cell.input_size, cell.hidden_size, cell.num_layers, unroll.size_of_gradients(cell)
-    kit = KIT(*sizes, record, *made.kept)
-    kit.cell, kit.keys = cell, keys
-    return kit
+    return KIT(*sizes, record, *made.kept)
 
 
 def _function_address(function: Any, dtype: Any) -> int:

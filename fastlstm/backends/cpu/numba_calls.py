@@ -31,6 +31,8 @@ def _check_types(name: str, kit: Any, tape: Any, arrays: dict[str, tuple[Any, in
         if value is not None and getattr(value, "instance_class", None) is not known:
             raise TypingError(f"fastlstm.compiled.{name} takes {what}, got {value}")
     dtype = kit.types[kit.fields.index("weights")].dtype
+    if tape is not None and (of_tape := tape.types[tape.fields.index("h")].dtype) != dtype:
+        raise TypingError(f"fastlstm.compiled.{name}: the tape is of {of_tape}, the kit of {dtype}")
     for array, (kind, ndim, is_output) in arrays.items():
         fits = (
             isinstance(kind, types.Array) and kind.ndim == ndim and kind.dtype == dtype and kind.layout == "C"

@@ -30,7 +30,7 @@ from fastlstm.backends.cpu.phased_sizes import (
     size_of,
 )  # fmt: skip
 from fastlstm.backends.cpu.rows import Rows
-from fastlstm.backends.cpu.weights import frozen_arrays
+from fastlstm.backends.cpu.weights import again, frozen_arrays
 from fastlstm.backends.cpu.workspace import SCRATCH, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import (
@@ -43,6 +43,7 @@ from fastlstm.backends.layers import (
     LayerResult,
     StackTape,
     Weights,
+    mask_key,
     mask_start,
 )  # fmt: skip
 from fastlstm.backends.plain_arrays import as_plain
@@ -54,6 +55,7 @@ from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu import state_masks
 from fastlstm.kernels.cpu.cell_step import TAPE
+from fastlstm.kernels.cpu.jit import VECTOR_BYTES
 from fastlstm.parameters import GATES
 
 __all__ = ["PHASED", "PhasedBackend", "is_phased"]
@@ -74,18 +76,21 @@ def is_phased(cell: Cell) -> bool:
     return has_phase and all(name in _PHASES + _OTHERS for name in fields)
 
 
-def _mask_numbers(first: int, given: Given, direction: int) -> dict[int, int]:
+def _mask_numbers(first: int, given: Given, direction: int, batch: int) -> dict[int, int]:
     """Return the numbers that determine the masks, by their places in the settings, of which they begin at `first`."""
     cell, draws = given.cell, given.draws
     found: dict[int, int] = {}
+    # The last is the mask's numbers a step.
     kinds = (
-        (ZONEOUT_C, state_masks.ZONE_C, state_masks.START_C, state_masks.THRESHOLD_C, cell.zoneout[0]),
-        (ZONEOUT_H, state_masks.ZONE_H, state_masks.START_H, state_masks.THRESHOLD_H, cell.zoneout[1]),
-        (RECURRENT, state_masks.RECURRENT, state_masks.START_R, state_masks.THRESHOLD_R, cell.recurrent_dropout),
-    )
-    for kind, what, start, threshold, probability in kinds:
+        (ZONEOUT_C, state_masks.ZONE_C, state_masks.START_C, state_masks.THRESHOLD_C, cell.zoneout[0],
+         batch * cell.c_size),
+        (ZONEOUT_H, state_masks.ZONE_H, state_masks.START_H, state_masks.THRESHOLD_H, cell.zoneout[1],
+         batch * cell.h_size),
+        (RECURRENT, state_masks.RECURRENT, state_masks.START_R, state_masks.THRESHOLD_R, cell.recurrent_dropout, 0),
+    )  # fmt: skip
+    for kind, what, start, threshold, probability, a_step in kinds:
         if probability and draws:
-            key = mask_start([draws.key, given.layer, direction, kind])
+            key = mask_start(mask_key(given, direction, kind), draws.steps * a_step)
             found |= {
                 first + what: state_masks.DRAWN, first + start: int(key.astype(np.int64)),
                 first + threshold: math.ceil(probability * 2**53),
@@ -135,6 +140,9 @@ class PhasedBackend(LayeredBackend):
 
     name = "cpu"
     xp = np
+
+    def __reduce__(self) -> Any:
+        return again, (VECTOR_BYTES, PhasedBackend)
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
@@ -264,7 +272,7 @@ def _forward(
         forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.COLUMN: direction * size.features,
         forth.CLEAR: int(rows.ragged and is_to_be_cleared(y)), forth.PACK: 1, forth.Y_ROW: y.shape[1],
         forth.HAS_RESETS: int(resets.size > 0),
-    } | _mask_numbers(forth.MASKS, given, direction)  # fmt: skip
+    } | _mask_numbers(forth.MASKS, given, direction, rows.batch)  # fmt: skip
     kept = weights.kept
     found = None if kept is None else kept.get(_PACKED)
     workspace = packed_workspace(size)
@@ -314,7 +322,7 @@ def _backward(
         back.CHUNK: chunk_of_size(size, rows.longest, rows.batch), back.DY_ROW: dy.shape[1],
         back.HAS_DY: int(dy.size > 0), back.HAS_STEPS: int(by_steps[0].size > 0),
         back.HAS_RESETS: int(tape.resets.size > 0),
-    } | _mask_numbers(back.MASKS, given, direction)  # fmt: skip
+    } | _mask_numbers(back.MASKS, given, direction, rows.batch)  # fmt: skip
     p = parameters
     arguments = (
         p.weight_ih, p.weight_hh, p.own, p.weight_hr, p.gains, p.norm_c, _rates(given.cell),

@@ -16,12 +16,13 @@ from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.small_batch import Inference
 from fastlstm.backends.cpu.state_gradients import backward_with_steps
 from fastlstm.backends.cpu.thread_pool import NO_TEAM
-from fastlstm.backends.cpu.weights import PACKED, Packed, frozen_arrays, packed_model
+from fastlstm.backends.cpu.weights import PACKED, Packed, again, frozen_arrays, packed_model
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import StackTape, dropout_mask
 from fastlstm.backends.plain_arrays import are_native, as_plain
 from fastlstm.cell import Cell
 from fastlstm.frozen import FrozenParams
+from fastlstm.kernels.cpu.jit import VECTOR_BYTES
 from fastlstm.kernels.cpu.small_batch import small_forward, small_forward_packed
 from fastlstm.parameters import shapes
 
@@ -61,6 +62,9 @@ class PreparedCall:
         self._launch: Any = None  # prepared at the first call: it compiles
         self._x_shape, self._y_shape = (self.rows.count, cell.input_size), (self.rows.count, cell.hidden_size)
         self._sequence_shape = signature.steps, signature.batch, cell.hidden_size
+
+    def __reduce__(self) -> Any:
+        return again, (VECTOR_BYTES, PreparedCall, self.cell, self.signature)
 
     def forward(
         self,

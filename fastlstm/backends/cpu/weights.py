@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,16 +12,27 @@ from fastlstm.backends.base import Array, Params
 from fastlstm.backends.cpu.workspace import one_block
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.cell import Cell
+from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu.cell_step import COUPLED, GATES, NONE, OWN, Variant, cell_addresses
+from fastlstm.kernels.cpu.jit import VECTOR_BYTES
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_packing import pack_weights
 from fastlstm.parameters import PEEPHOLES, direction_names
 
-__all__ = ["PACKED", "Packed", "Size", "frozen_arrays", "packed_model", "size_of", "variant_of"]
+__all__ = ["PACKED", "Packed", "Size", "again", "frozen_arrays", "packed_model", "size_of", "variant_of"]
 
 # Under these keys they are kept with weights that never change.
 PACKED, UNFOLDED = "packed for the CPU backend", "with rows for all gates, for the CPU backend"
+
+
+def again(vector_bytes: int, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Make anew what was pickled with a tape, and holds addresses of the process that pickled it."""
+    if vector_bytes != VECTOR_BYTES:
+        raise ArgumentError(
+            f"the tape was made with vectors of {vector_bytes} bytes, and here they have {VECTOR_BYTES}"
+        )
+    return make(*arguments)
 
 
 class Size(NamedTuple):

@@ -35,6 +35,7 @@ from fastlstm.backends.layers import (
     Weights,
     chosen,
     kept_mask,
+    mask_key,
 )
 from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.cell import VARIANTS, Cell
@@ -89,8 +90,9 @@ class _Run:
         self.recurrent: Array | None = None  # (B, P), multiplies h before weight_hh
         if given.draws and self.cell.recurrent_dropout:
             self.recurrent = kept_mask(
-                self.xp, self.cell.recurrent_dropout, self._key(RECURRENT), (batch, self.cell.h_size), self.cell.dtype
-            )
+                self.xp, self.cell.recurrent_dropout, mask_key(given, direction, RECURRENT),
+                (batch, self.cell.h_size), self.cell.dtype,
+            )  # fmt: skip
 
     def times(self, steps: int) -> Sequence[int]:
         """Return the time steps in the order of computation."""
@@ -140,11 +142,9 @@ class _Run:
 
     def _chosen(self, kind: int, t: int, shape: tuple[int, ...]) -> Array:
         probability, size = self.cell.zoneout[kind - ZONEOUT_C], shape[0] * shape[1]
-        return chosen(self.xp, probability, self._key(kind), shape, t * size)
-
-    def _key(self, kind: int) -> list[int]:
         assert self.given.draws is not None
-        return [self.given.draws.key, self.given.layer, self.direction, kind]
+        first = (self.given.draws.steps + t) * size
+        return chosen(self.xp, probability, mask_key(self.given, self.direction, kind), shape, first)
 
 
 def phased_forward(

@@ -20,6 +20,7 @@ from fastlstm.backends.layers import (
     Weights,
     chosen,
     kept_mask,
+    mask_key,
 )  # fmt: skip
 from fastlstm.backends.reference.cell import (
     ACTIVATIONS,
@@ -141,15 +142,15 @@ def _draws(given: Given, direction: int, batch: int, dtype: Any) -> _Draws:
     cell, draws = given.cell, given.draws
     recurrent: Array | float = 1
     if draws and cell.recurrent_dropout:
-        key = [draws.key, given.layer, direction, RECURRENT]
+        key = mask_key(given, direction, RECURRENT)
         recurrent = kept_mask(np, cell.recurrent_dropout, key, (batch, cell.h_size), dtype)
 
     def keeps(kind: int, t: int, like: Array) -> Array:
         probability = cell.zoneout[kind - ZONEOUT_C]
         if not draws:
             return np.full(like.shape, probability, dtype)
-        key = [draws.key, given.layer, direction, kind]
-        return chosen(np, probability, key, like.shape, t * like.size).astype(dtype)
+        key = mask_key(given, direction, kind)
+        return chosen(np, probability, key, like.shape, (draws.steps + t) * like.size).astype(dtype)
 
     def zoneout(kind: int, t: int, old: Array, new: Array) -> Array:
         if not cell.zoneout[kind - ZONEOUT_C]:
