@@ -18,6 +18,7 @@ import pytest
 
 from fastlstm import LSTM, ArgumentError, DTypeError
 from fastlstm.training import Adam, Linear, Model, allreduce, fit
+from fastlstm.training.reduction import broadcast
 
 PROGRAM = Path(__file__).parent / "mpi_program.py"
 # Gradients of a batch as a sum of two or three parts, in float64, through 60 steps of Adam.
@@ -97,6 +98,21 @@ def test_allreduce_is_the_weighted_mean(dtype, size):
             # Two products, a sum and a division.
             np.testing.assert_allclose(result[name], expected, rtol=4 * np.finfo(dtype).eps, atol=0)
             np.testing.assert_array_equal(result[name], found[0][name])
+
+
+def test_gradients_meet_by_name_in_any_order(dtype):
+    def run(comm):
+        grads = {"b": np.full(3, 100, dtype), "a": np.ones(2, dtype), "c": np.full((1, 2), 10, dtype)}
+        params = {name: value + comm.rank for name, value in grads.items()}
+        names = list(grads) if comm.rank == 0 else ["c", "a", "b"]
+        found = allreduce({name: grads[name] for name in names}, comm)
+        broadcast({name: params[name] for name in names}, comm)
+        assert list(found) == names
+        return found, params
+
+    for found in (values for result in in_threads(2, run) for values in result):
+        for name, value in {"a": 1, "b": 100, "c": 10}.items():
+            np.testing.assert_array_equal(found[name], np.full_like(found[name], value))
 
 
 def test_nothing_counts_anywhere():
