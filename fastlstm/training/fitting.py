@@ -12,6 +12,7 @@ from fastlstm.backends.base import Array
 from fastlstm.cell import real
 from fastlstm.errors import ArgumentError, BackendError, shown
 from fastlstm.training import arguments
+from fastlstm.training.agreement import fingerprint
 from fastlstm.training.history import History
 from fastlstm.training.loop import SCHEDULES, Loss, Run
 from fastlstm.training.losses import mean_squared_error
@@ -100,8 +101,10 @@ def fit(
         ``callback(model, history)``, called after each epoch; the run stops if it returns True.
     comm : mpi4py.MPI.Comm, optional
         Train in all processes of a communicator. Each is given the same data and takes its part of each batch, the
-        gradients are averaged by :func:`allreduce`, and the parameters and the seed are those of process 0. The losses
-        are those of one process, but for rounding; dropout masks are others. An exception in one process ends the job.
+        gradients are averaged by :func:`allreduce`, and the parameters, the seed and the rates of a schedule are those
+        of process 0. The losses are those of one process, but for rounding; dropout masks are others. Data and options
+        other than `progress`, `callback` and `seed` must be the same everywhere, which is checked: the data by a
+        checksum, of more than 1 GiB by that of evenly spaced parts. An exception in one process ends the job.
 
     Returns
     -------
@@ -127,7 +130,7 @@ def fit(
     True
     """
     checked_comm(comm, "Allreduce", "Bcast", "bcast", "allgather", "Abort", "Get_rank", "Get_size", optional=True)
-    with refuse_together(comm):
+    with refuse_together(comm) as common:
         run = Run(
             model=_model(model),
             losses=_losses(model, loss),
@@ -145,6 +148,8 @@ def fit(
         )
         rng = parameters.generator(seed)
         data, held_out = _samples(model, x, y, lengths, mask, loss_arrays), _other_data(model, validation)
+        if comm is not None and comm.Get_size() > 1:
+            common.update(fingerprint(run, data, held_out, validation))
     with abort_on_error(comm):
         rng = run.same_generator(rng)
         if held_out is None and validation is not None:

@@ -180,7 +180,8 @@ class Run:
     def _factor(self, epoch: int) -> float:
         if isinstance(self.schedule, str):
             return SCHEDULES[self.schedule](epoch / self.epochs)
-        return arguments.number("schedule's result", self.schedule(epoch), least=0.0)
+        factor = arguments.number("schedule's result", self.schedule(epoch), least=0.0)
+        return factor if self.comm is None else float(self.comm.bcast(factor, 0))
 
     @contextlib.contextmanager
     def _leaving_rate_and_keys(self) -> Iterator[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fastlstm.training.scaler import Moments, Scaler
 __all__ = ["Batch", "Samples"]
 
 PIECE = 256  # samples that are looked at together in the checks
+LARGE = 2**30  # bytes of inputs beyond which `contents` has only some of the pieces: some seconds to sum up
 
 
 class Batch(NamedTuple):
@@ -226,9 +228,26 @@ class Samples:
                 if not (least >= 0 and total < np.inf):
                     raise ArgumentError("mask must have finite weights of at least zero")
 
-    def _pieces(self) -> Iterator[Batch]:
-        for chosen in self.batches(np.arange(self.count), PIECE):
+    def _pieces(self, step: int = 1) -> Iterator[Batch]:
+        for chosen in itertools.islice(self.batches(np.arange(self.count), PIECE), None, None, step):
             yield self.batch(chosen)
+
+    def contents(self) -> Iterator[tuple[str, Array]]:
+        """Yield what has an influence, piece by piece with its name: neither padding nor targets that do not count.
+
+        Of data of more than LARGE bytes these are only some pieces, evenly spaced.
+        """
+        size = sum(value.nbytes for value in self.x) if self.listed else self.x.nbytes
+        for batch in self._pieces(max(1, -(-size // LARGE))):
+            yield "x", self._inside(batch)
+            for name, target in batch.targets.items():
+                yield "y" if self.model.single_head else f"y of {name}", _counted(target, batch)
+            if self.mask is not None and batch.mask is not None:
+                yield "mask", batch.mask
+        if self.lengths is not None:
+            yield "lengths", self.lengths
+        for name, value in self.arrays.items():
+            yield f"loss_arrays {name}", value
 
     def _inside(self, batch: Batch) -> Array:
         """Return the inputs within their sequences, (positions, I)."""
