@@ -228,6 +228,23 @@ class Samples:
                 if not (least >= 0 and total < np.inf):
                     raise ArgumentError("mask must have finite weights of at least zero")
 
+    def check_classes(self, name: str, label: str) -> None:
+        """Look for classes outside 0..K-1 in the integer targets of a head, where they count.
+
+        Raises
+        ------
+        ArgumentError
+            If there is one.
+        """
+        classes = self.model.heads[name].params["weight"].shape[0]
+        first = self.y[name][0] if isinstance(self.y[name], list) else self.y[name]
+        if first.dtype.kind not in "iu" or first.ndim > 1 + (self.stepwise and not self.listed):
+            return
+        for batch in self._pieces():
+            target = _counted(batch.targets[name], batch)
+            if bool(((target < 0) | (target >= classes)).any()):
+                raise ArgumentError(f"{label} must be in 0..K-1 = 0..{classes - 1} at every position that counts")
+
     def _pieces(self, step: int = 1) -> Iterator[Batch]:
         for chosen in itertools.islice(self.batches(np.arange(self.count), PIECE), None, None, step):
             yield self.batch(chosen)
