@@ -44,6 +44,9 @@ def refuse_together(comm: Any) -> Iterator[dict[str, str]]:
         yield common
     except Exception as caught:
         error = caught
+    except BaseException:  # such as SystemExit: it is not one argument that does not fit
+        _end_job(comm)
+        raise
     gathered = comm.allgather((None if error is None else f"{type(error).__name__}: {error}", common))
     if error is not None:
         raise error
@@ -71,10 +74,16 @@ def abort_on_error(comm: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if comm is not None and comm.Get_size() > 1:
-            print(f"fastlstm: process {comm.Get_rank()} fails, which ends the job", file=sys.stderr)  # noqa: T201
-            traceback.print_exc()
-            sys.stderr.flush()
-            time.sleep(SECONDS_TO_FORWARD)
-            comm.Abort(1)
+        _end_job(comm)
         raise
+
+
+def _end_job(comm: Any) -> None:
+    """End the processes that would wait for this one, which is handling an exception."""
+    if comm is None or comm.Get_size() == 1:
+        return
+    print(f"fastlstm: process {comm.Get_rank()} fails, which ends the job", file=sys.stderr)  # noqa: T201
+    traceback.print_exc()
+    sys.stderr.flush()
+    time.sleep(SECONDS_TO_FORWARD)
+    comm.Abort(1)

@@ -212,7 +212,7 @@ class Samples:
                 raise ArgumentError("x has NaN or infinite values within the sequences: fill them first")
             for name, target in batch.targets.items():
                 xp = array_namespace(target)
-                if target.dtype.kind == "f" and not bool(xp.isfinite(_counted(target, batch)).all()):
+                if target.dtype.kind == "f" and not bool(xp.isfinite(_counted(target, batch.mask)).all()):
                     raise ArgumentError(
                         f"y{'' if self.model.single_head else f' of {name}'} has NaN or infinite values at positions"
                         " that count: leave them out by a mask"
@@ -240,8 +240,10 @@ class Samples:
         first = self.y[name][0] if isinstance(self.y[name], list) else self.y[name]
         if first.dtype.kind not in "iu" or first.ndim > 1 + (self.stepwise and not self.listed):
             return
-        for batch in self._pieces():
-            target = _counted(batch.targets[name], batch)
+        for chosen in self.batches(np.arange(self.count), PIECE):
+            lengths = None if self.lengths is None else self.lengths[chosen]
+            steps = self.steps if lengths is None else int(lengths.max(initial=0))
+            target = _counted(self._positions(self.y[name], chosen, steps), self._mask(chosen, lengths, steps)[0])
             if bool(((target < 0) | (target >= classes)).any()):
                 raise ArgumentError(f"{label} must be in 0..K-1 = 0..{classes - 1} at every position that counts")
 
@@ -258,7 +260,7 @@ class Samples:
         for batch in self._pieces(max(1, -(-size // LARGE))):
             yield "x", self._inside(batch)
             for name, target in batch.targets.items():
-                yield "y" if self.model.single_head else f"y of {name}", _counted(target, batch)
+                yield "y" if self.model.single_head else f"y of {name}", _counted(target, batch.mask)
             if self.mask is not None and batch.mask is not None:
                 yield "mask", batch.mask
         if self.lengths is not None:
@@ -283,7 +285,7 @@ class Samples:
             for batch in self._pieces():
                 add(moments["x"], self._inside(batch))
                 for name in scaled:
-                    target = _counted(batch.targets[name], batch)
+                    target = _counted(batch.targets[name], batch.mask)
                     add(moments[name], target.reshape(-1, columns[name]))
         xp, arrays = array_namespace(self.like), {}
         for name, found in moments.items():
@@ -313,8 +315,6 @@ def _with_columns(name: str, value: Array, shape: tuple[int, ...], columns: int)
     raise ShapeError(f"{name} must have shape {(*shape, columns)}, or {shape} for classes, got {tuple(value.shape)}")
 
 
-def _counted(values: Array, batch: Batch) -> Array:
+def _counted(values: Array, mask: Array | None) -> Array:
     """Return the values at the positions that count, one after another."""
-    if batch.mask is None:
-        return values
-    return values[batch.mask > 0]
+    return values if mask is None else values[mask > 0]

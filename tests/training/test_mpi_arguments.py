@@ -170,3 +170,10 @@ def test_processes_of_mpi_neither_hang_nor_come_apart():
         (one, _), (other, _) = found[case]
         name = "lstm (LSTM" if case == "hidden_size" else f"{case} ("
         assert one == other and one.startswith("ArgumentError: processes 0 and 1") and name in one, found[case]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the wheels of MPI have no mpiexec there")
+def test_a_process_that_exits_during_the_checks_ends_the_job():
+    status, output, errors, _ = mpiexec(PROGRAM, 2, "exit", seconds=60)
+    assert status != 0 and output == ""
+    assert "process 1 leaves" in errors and "fastlstm: process 1 fails, which ends the job" in errors
