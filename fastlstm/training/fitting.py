@@ -201,12 +201,13 @@ def _losses(model: Model, given: Any) -> dict[str, Loss]:
 
 def _optimiser(model: Model, given: Any) -> Optimiser:
     if given is None:
-        return Adam(model)
+        given = Adam(model)
     if not isinstance(given, Optimiser):
         raise ArgumentError(f"optimiser must be one such as Adam(model, lr=1e-3), got {shown(given)}")
     params = given.params
     if params.keys() != model.params.keys() or any(params[name] is not value for name, value in model.params.items()):
         raise ArgumentError("optimiser must be one of this model, such as Adam(model, lr=1e-3)")
+    given.check()
     return given
 
 

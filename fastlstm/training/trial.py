@@ -32,16 +32,21 @@ def check_losses(run: Run, data: Samples, kind: str) -> None:
         If a loss does not take its arguments, returns no pair, a class is out of range, or no position counts.
     """
     for name, loss in run.losses.items():
-        _check_signature(_label("loss", run, name), loss, data.arrays)
+        head, of = ("" if run.model.single_head else f" of {name}"), ("validation's " if kind == "validation" else "")
+        _check_signature(f"loss{head}", loss, data.arrays)
         if _function(loss) is softmax_cross_entropy:
-            data.check_classes(name, _label("y", run, name))
+            data.check_classes(name, f"{of}y{head}")
     batches = _counting(data, run.batch_size, kind)
     everywhere = data.arrays and any(_is_ours(loss) for loss in run.losses.values())
     for number, batch in enumerate(batches):
         if number and not everywhere:
             break
-        with np.errstate(all="ignore"):  # large targets that are not scaled yet
-            run.loss(batch, _zeros(run, batch))
+        try:
+            with np.errstate(all="ignore"):  # large targets that are not scaled yet
+                run.loss(batch, _zeros(run, batch))
+        except Exception as error:
+            error.add_note(f"fastlstm: the loss was tried on the {kind} data")
+            raise
 
 
 def check_counts(data: Samples, size: int, kind: str) -> None:
@@ -58,10 +63,6 @@ def _counting(data: Samples, size: int, kind: str) -> Iterator[Batch]:
             yield data.batch(chosen)
     if not found:
         raise ArgumentError(f"no position of the {kind} data counts: the mask and the lengths leave out all of them")
-
-
-def _label(kind: str, run: Run, name: str) -> str:
-    return kind if run.model.single_head else f"{kind} of {name}"
 
 
 def _function(loss: Loss) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from fit_problems import build, params_of, problem
 
 from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError, ShapeError
-from fastlstm.training import Adam, fit, mean_squared_error, nash_sutcliffe_loss, softmax_cross_entropy
+from fastlstm.training import Adam, Model, fit, mean_squared_error, nash_sutcliffe_loss, softmax_cross_entropy
 
 
 @pytest.fixture
@@ -152,6 +152,26 @@ def test_a_class_that_does_not_count_may_be_out_of_range():
         mask=mask,
         validation={"x": X, "y": y, "mask": mask},
     )
+
+
+def test_the_data_set_is_named():
+    loss, wrong = softmax_cross_entropy, np.full(6, 5)
+    with pytest.raises(ArgumentError, match=r"^validation's y must"):
+        fit(build(outputs=3), X, CLASSES, loss=loss, validation=(X, wrong))
+    with pytest.raises(DTypeError) as caught:
+        fit(build(), X, Y, validation=(X, Y.astype(int)))
+    assert "validation data" in caught.value.__notes__[0]
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_any_work(monkeypatch):
+    frozen, lost = build().freeze(), build()
+    optimiser = Adam(lost)
+    lost.heads["head"].params = {"weight": lost.heads["head"].params["weight"]}
+    monkeypatch.setattr(Model, "forward", lambda *args, **options: pytest.fail("runs"))
+    with pytest.raises(ArrayTypeError, match="read-only"):
+        fit(frozen, X, Y)
+    with pytest.raises(ArgumentError, match="optimiser"):
+        fit(lost, X, Y, optimiser=optimiser)
 
 
 def test_the_dtype_in_the_message_is_the_one_that_was_given():

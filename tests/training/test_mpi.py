@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mpi_jobs import in_threads, mpiexec
 
-from fastlstm import LSTM, ArgumentError, DTypeError
+from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError
 from fastlstm.training import Adam, Linear, Model, allreduce, fit
 from fastlstm.training.reduction import broadcast
 
@@ -118,6 +118,11 @@ def test_a_refusal_in_one_process_is_one_in_all():
     assert isinstance(found[1], DTypeError)
     for other in (found[0], found[2]):
         assert isinstance(other, ArgumentError) and "process 1" in str(other) and "float32" in str(other)
+
+
+def test_all_processes_refuse_a_frozen_model():
+    found = in_threads(2, lambda comm: fit(build("last").freeze(), np.zeros((4, 6, 3)), np.zeros((6, 1)), comm=comm))
+    assert [type(error) for error in found] == [ArrayTypeError] * 2, found
 
 
 def test_one_message_a_step():
