@@ -71,7 +71,10 @@ ERRORS = {
     "nothing counts": ({"mask": np.zeros(6, bool)}, ArgumentError),
     "nothing counts, of weights": ({"mask": np.zeros(6)}, ArgumentError),
     "nothing counts for validation": ({"validation": {"x": X, "y": Y, "mask": np.zeros(6, bool)}}, ArgumentError),
-    "nothing counts in a share": ({"mask": np.arange(6) == 0, "validation": 0.5}, ArgumentError),
+    "nothing counts in a share, 0": ({"mask": np.arange(6) == 0, "validation": 0.5, "seed": 0}, ArgumentError),
+    "nothing counts in a share, 1": ({"mask": np.arange(6) == 1, "validation": 0.5, "seed": 0}, ArgumentError),
+    "nothing counts in a share, 2": ({"mask": np.arange(6) == 2, "validation": 0.5, "seed": 0}, ArgumentError),
+    "nothing counts in a share, 3": ({"mask": np.arange(6) == 3, "validation": 0.5, "seed": 0}, ArgumentError),
     "optimiser of another model": ({"optimiser": Adam(OTHER)}, ArgumentError),
     "optimiser class": ({"optimiser": Adam}, ArgumentError),
     "no epochs": ({"epochs": 0}, ArgumentError),
@@ -138,6 +141,11 @@ def test_a_class_out_of_range_is_found_before_the_first_step(where, kind, output
     for name, value in model.params.items():
         np.testing.assert_array_equal(value, before[name])
     fit(model, x, pair[0], loss=loss, epochs=1, validation=(x, pair[0]))
+
+
+def test_integers_with_an_axis_of_classes_are_weights_of_these():
+    weights = np.eye(3, dtype=int)[CLASSES] * 5
+    fit(build(outputs=3), X, weights, loss=softmax_cross_entropy, epochs=1, validation=(X, weights))
 
 
 def test_a_class_that_does_not_count_may_be_out_of_range():

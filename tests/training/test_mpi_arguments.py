@@ -49,6 +49,12 @@ def with_scaler(mean):
     return model
 
 
+def with_tied_heads():
+    model = build()
+    model.heads["b"].params["weight"] = model.heads["a"].params["weight"]
+    return model
+
+
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(5, COUNT, 3))
 Y = {"a": X[-1, :, :1].copy(), "b": X[0, :, :1].copy()}
@@ -81,6 +87,7 @@ CASES = {
     "output": ({}, {"model": lambda: build(output="mean")}, "output ('last' and 'mean')"),
     "scaling": ({}, {"model": lambda: build(scale=True)}, "scale (False and True)"),
     "order of the heads": ({}, {"model": lambda: build(heads=("b", "a"))}, "heads (a, b and b, a)"),
+    "tied parameters": ({}, {"model": with_tied_heads}, "shape (1, 4), the same as a.weight)"),
     "scaler": ({"model": lambda: with_scaler(0.0)}, {"model": lambda: with_scaler(1.0)}, "scaler (float64 of CRC-32"),
     "no scaler yet": ({"model": lambda: with_scaler(0.0)}, {"model": lambda: build(scale=True)}, "scaler (float64 of"),
     "validation": ({}, {"validation": 0.3}, "validation (None and 0.3)"),

@@ -244,6 +244,14 @@ def test_options_that_change_after_fitting_wait_for_the_next_fit(changed, channe
     np.testing.assert_array_equal(forecaster.predict(), expected)
 
 
+def test_a_series_that_changes_after_fitting_has_no_influence():
+    series = np.sin(np.arange(60.0))
+    forecaster = LSTMForecaster(5, 3, LSTMRegressor(**SMALL, epochs=1)).fit(series)
+    expected = forecaster.predict()
+    series[:] = 9
+    np.testing.assert_array_equal(forecaster.predict(), expected)
+
+
 def test_a_series_of_other_channels_is_refused():
     series = np.sin(np.arange(120.0)).reshape(60, 2)
     forecaster = LSTMForecaster(5, 3, LSTMRegressor(**SMALL, epochs=1)).fit(series)
