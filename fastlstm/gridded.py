@@ -15,6 +15,7 @@ it is computed, by any scheduler, and of an xarray.DataArray with either in it. 
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -57,7 +58,8 @@ def predict(
     time, feature : str
         Names of dimensions of a DataArray.
     output : str
-        Name of the dimension of the results that has outputs in place of features.
+        Name of the dimension of the results that has outputs in place of features; it may be that of the features,
+        whose coordinates the results do not have.
     threads : int
         The most threads of one block's computation. A worker runs several blocks at once, so that it is one.
     batch : int
@@ -77,6 +79,8 @@ def predict(
     frozen = _frozen(model)
     threads = arguments.count("threads", threads, least=1)
     batch = arguments.count("batch", batch, least=1)
+    if not isinstance(output, str):
+        raise ArgumentError(f"output must be a string, got {shown(output)}")
     xarray = sys.modules.get("xarray")
     if xarray is None or not isinstance(data, xarray.DataArray):
         return _of_array(frozen, data, threads, batch)
@@ -88,10 +92,12 @@ def predict(
     others = [name for name in data.dims if name not in (time, feature)]
     if output in (*others, time):
         raise ArgumentError(f"data has a dimension {output!r}: give another name for output")
+    kept = [*others, time] if _sizes(frozen)[3] else others
+    coords = {name: values for name, values in data.coords.items() if set(values.dims) <= set(kept)}
+    if output in coords:
+        raise ArgumentError(f"data has a coordinate {output!r}: give another name for output")
     found = _of_array(frozen, data.transpose(*others, time, feature).data, threads, batch)
-    dims = [*others, time, output] if found.ndim == data.ndim else [*others, output]
-    coords = {name: values for name, values in data.coords.items() if set(values.dims) <= set(dims)}
-    return xarray.DataArray(found, dims=dims, coords=coords)
+    return xarray.DataArray(found, dims=[*kept, output], coords=coords)
 
 
 def _frozen(model: Any) -> LSTM | Model:
@@ -153,7 +159,7 @@ def _block(data: Array, model: LSTM | Model, threads: int, batch: int) -> Array:
     """Run the model over a block (..., T, I), some series at a time."""
     dtype, features, outputs, stepwise = _sizes(model)
     steps = data.shape[-2]
-    rows = data.reshape(-1, steps, features)
+    rows = data.reshape(math.prod(data.shape[:-2]), steps, features)  # -1 would not do for no time steps
     shape = (len(rows), steps, outputs) if stepwise else (len(rows), outputs)
     found = np.empty(shape, dtype)
     with at_most(threads):

@@ -5,7 +5,8 @@ They need scikit-learn: ``pip install "fastlstm[sklearn]"``. X may be
 - an array (n, T, C) of n sequences with T time steps and C channels; with ``channels_first=True`` (n, C, T), the layout
   of sktime and aeon;
 - a list of n sequences of different lengths, (T_i, C) each; with ``channels_first=True`` (C, T_i);
-- a table (n, T), or a list of 1-D sequences: one channel. What scikit-learn calls a feature is then a time step.
+- a list of n 1-D arrays (T_i,), of one length or several: one channel;
+- a table (n, T): one channel, too. What scikit-learn calls a feature is then a time step, of which there are always T.
 
 >>> import numpy as np
 >>> from fastlstm.sklearn import LSTMClassifier
@@ -50,6 +51,7 @@ from fastlstm.training import (
     mean_squared_error,
     sequence_input,
     softmax_cross_entropy,
+    windows,
 )
 
 __all__ = ["LSTMClassifier", "LSTMForecaster", "LSTMRegressor"]
@@ -85,12 +87,15 @@ _PARAMETERS = """
         What is computed in; float32 takes half the time.
     random_state : int, RandomState or None
         Determines initial parameters, order of the sequences, and dropout masks.
-    verbose : bool
-        Whether to show a progress bar."""
+    verbose : bool or int
+        Whether to show a progress bar; any number above 0 does."""
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
     """The common part of classifier and regressor: options, the reading of X, and training."""
+
+    n_features_in_: int
+    _table: bool
 
     def __init__(
         self,
@@ -111,7 +116,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         patience: int | None = None,
         dtype: str = "float64",
         random_state: Any = None,
-        verbose: bool = False,
+        verbose: bool | int = False,
     ) -> None:
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -132,7 +137,10 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         self.verbose = verbose
 
     def _sequences(self, X: Any, y: Any = None, *, first: bool) -> tuple[Any, Any]:
-        """Return X as (n, T, C) or a list of (T_i, C), and y; in the first call, remember how many features there are.
+        """Return X as (n, T, C) or a list of (T_i, C), and y.
+
+        The first call remembers how many features there are, and whether X is a table: then a list of 1-D arrays is
+        a table in later calls, too, and otherwise it has sequences, also if all have the same length or it has one.
 
         Raises
         ------
@@ -140,9 +148,14 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             If they do not fit, ValueError where scikit-learn's own check says so.
         """
         channels_first = checks.flag("channels_first", self.channels_first)
-        dtype = _dtype(self.dtype)
-        listed = sequence_input.listed(X)
-        if listed is None and sequence_input.axes(X) != 3:
+        dtype = _dtype(self.dtype) if first else self.model_.dtype
+        listed = sequence_input.listed(X, table=not first and self._table)
+        table = listed is None and sequence_input.axes(X) != 3
+        if first:
+            self._table = table
+        elif table and not self._table and self.n_features_in_ == 1:
+            return check_array(X, dtype=dtype)[..., None], None
+        if table:
             if y is None:
                 return validate_data(self, X, dtype=dtype, reset=first)[..., None], None
             X, y = validate_data(self, X, y, dtype=dtype, reset=first, multi_output=True, y_numeric=False)
@@ -152,11 +165,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             found = found.swapaxes(1, 2) if channels_first else found
             features, count = found.shape[2], len(found)
         else:
-            found = [sequence_input.one(k, one, dtype, channels_first) for k, one in enumerate(listed)]
+            found = sequence_input.arrays(listed, dtype, channels_first)
             features, count = found[0].shape[1], len(found)
-            for k, one in enumerate(found):
-                if one.shape[1] != features:
-                    raise ShapeError(f"X[{k}] must have {features} channels as X[0], got {one.shape[1]}")
         if first:
             self.n_features_in_ = features
             self.__dict__.pop("feature_names_in_", None)
@@ -174,6 +184,9 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         features = (x[0] if isinstance(x, list) else x).shape[-1]
         if self.output not in ("last", "mean"):
             raise ArgumentError(f"output must be 'last' or 'mean', got {shown(self.output)}")
+        rate = arguments.number("learning_rate", self.learning_rate, least=0.0)
+        verbose = self.verbose  # scikit-learn's own take numbers, too
+        verbose = bool(verbose) if isinstance(verbose, bool | np.bool_) else arguments.count("verbose", verbose) > 0
         draw = check_random_state(self.random_state)
         seeds = [int(seed) for seed in draw.randint(2**31 - 1, size=3)]
         lstm = LSTM(
@@ -184,8 +197,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         model = Model(lstm, head, output=self.output, scale=True)
         self.history_: History = fit(
             model, x, y, loss=loss, epochs=self.epochs, batch_size=self.batch_size, schedule=self.schedule,
-            optimiser=AdamW(model, lr=self.learning_rate, weight_decay=self.weight_decay), clip_norm=self.clip_norm,
-            validation=self.validation, patience=self.patience, seed=seeds[2], progress=self.verbose,
+            optimiser=AdamW(model, lr=rate, weight_decay=self.weight_decay), clip_norm=self.clip_norm,
+            validation=self.validation, patience=self.patience, seed=seeds[2], progress=verbose,
         )  # fmt: skip
         self.model_ = model
         return self
@@ -226,7 +239,7 @@ class LSTMRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]  # noqa: 
         output: str = "last", channels_first: bool = False, loss: str = "squared", epochs: int = 100,
         batch_size: int = 32, learning_rate: float = 0.01, weight_decay: float = 0.0, schedule: str = "cosine",
         clip_norm: float | None = 1.0, validation: float | None = None, patience: int | None = None,
-        dtype: str = "float64", random_state: Any = None, verbose: bool = False,
+        dtype: str = "float64", random_state: Any = None, verbose: bool | int = False,
     ) -> None:  # fmt: skip
         super().__init__(
             hidden_size, num_layers, bidirectional=bidirectional, dropout=dropout, output=output,
@@ -324,6 +337,8 @@ class LSTMForecaster(BaseEstimator):  # type: ignore[misc]
     ----------
     regressor_ : LSTMRegressor
         The trained regressor.
+    window_, horizon_ : int
+        What it was trained for: later changes of `window` and `horizon` count from the next `fit` on.
 
     Examples
     --------
@@ -343,48 +358,33 @@ class LSTMForecaster(BaseEstimator):  # type: ignore[misc]
         """Train on one series, (T,) or (T, C); y is ignored."""
         from sklearn.base import clone
 
-        series = self._series(X, arguments.count("horizon", self.horizon, least=1))
+        window = arguments.count("window", self.window, least=1)
+        horizon = arguments.count("horizon", self.horizon, least=1)
+        series = windows.series(X, window + horizon)
         if self.regressor is not None and not isinstance(self.regressor, LSTMRegressor):
             raise ArgumentError(f"regressor must be an LSTMRegressor, got {shown(self.regressor)}")
         regressor = LSTMRegressor() if self.regressor is None else clone(self.regressor)
-        self.n_features_in_, self._one = series.shape[1], np.ndim(X) == 1
-        self._last = series[-self.window :]
-        windows, targets = self._windows(series)
-        self.regressor_ = regressor.set_params(channels_first=False).fit(windows, targets.reshape(len(targets), -1))
+        x, targets = windows.split(series, window, horizon)
+        regressor.set_params(channels_first=False).fit(x, targets.reshape(len(targets), -1))
+        # All at once: after an error, what was trained before is still whole.
+        self.regressor_, self.window_, self.horizon_ = regressor, window, horizon
+        self.n_features_in_, self._one, self._last = series.shape[1], np.ndim(X) == 1, series[-window:].copy()
         return self
 
     def predict(self, X: Any = None) -> Array:
         """Return what comes after a series, by default that of the training: (horizon,) or (horizon, C)."""
         check_is_fitted(self, "regressor_")
-        series = self._last if X is None else self._series(X, 0)
-        found: Array = self.regressor_.predict(series[None, -self.window :]).reshape(self.horizon, -1)
+        series = self._last if X is None else windows.series(X, self.window_, self.n_features_in_)
+        found: Array = self.regressor_.predict(series[None, -self.window_ :]).reshape(self.horizon_, -1)
         return found[:, 0] if self._one else found
 
     def score(self, X: Any, y: Any = None) -> float:
         """Return the coefficient of determination of all forecasts within a series, the mean over its channels."""
         check_is_fitted(self, "regressor_")
-        windows, targets = self._windows(self._series(X, self.horizon))
+        series = windows.series(X, self.window_ + self.horizon_, self.n_features_in_)
+        x, targets = windows.split(series, self.window_, self.horizon_)
         channels = targets.shape[2]
-        return float(r2_score(targets.reshape(-1, channels), self.regressor_.predict(windows).reshape(-1, channels)))
-
-    def _series(self, X: Any, more: int) -> Array:
-        """Check a series of at least a window and some more values; return it as (T, C)."""
-        window = arguments.count("window", self.window, least=1)
-        series = check_array(X, ensure_2d=False, allow_nd=True, dtype=np.float64)
-        series = series[:, None] if series.ndim == 1 else series
-        if series.ndim != 2 or len(series) < window + more:
-            raise ShapeError(f"a series must have shape (T,) or (T, C) with T >= {window + more}, got {np.shape(X)}")
-        known = getattr(self, "n_features_in_", series.shape[1])
-        if not more and series.shape[1] != known:
-            raise ShapeError(f"the series must have {known} channels as that of the training, got {series.shape[1]}")
-        found: Array = series
-        return found
-
-    def _windows(self, series: Array) -> tuple[Array, Array]:
-        """Return all windows (n, window, C), and the values after each, (n, horizon, C)."""
-        size = self.window + self.horizon
-        views = np.lib.stride_tricks.sliding_window_view(series, size, axis=0).swapaxes(1, 2)
-        return views[:, : self.window], views[:, self.window :]
+        return float(r2_score(targets.reshape(-1, channels), self.regressor_.predict(x).reshape(-1, channels)))
 
 
 def _dtype(given: Any) -> Any:

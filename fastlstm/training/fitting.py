@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastlstm.backends.base import Array
 from fastlstm.cell import real
 from fastlstm.errors import ArgumentError, BackendError, shown
 from fastlstm.training import arguments
+from fastlstm.training.agreement import fingerprint
 from fastlstm.training.history import History
 from fastlstm.training.loop import SCHEDULES, Loss, Run
 from fastlstm.training.losses import mean_squared_error
@@ -19,6 +21,7 @@ from fastlstm.training.model import Model
 from fastlstm.training.optimisers import Adam, Optimiser
 from fastlstm.training.processes import abort_on_error, checked_comm, refuse_together
 from fastlstm.training.samples import Samples
+from fastlstm.training.trial import check_counts, check_losses
 
 __all__ = ["fit"]
 
@@ -67,7 +70,7 @@ def fit(
     loss : function, or mapping of str to function by head
         ``loss(prediction, target, mask, **arrays) -> value, gradient``, such as :func:`mean_squared_error`, a
         ``functools.partial`` of one, or your own. It gets (B, K), or (T, B, K) for outputs at each step. Those of
-        several heads are added.
+        several heads are added. Each is tried before the run, on a batch of each data set with a prediction of zeros.
     loss_arrays : mapping of str to array (N, ...), optional
         More arguments of the loss, of which it gets the batch's part: ``{"deviation": s}`` for
         :func:`nash_sutcliffe_loss`.
@@ -100,8 +103,10 @@ def fit(
         ``callback(model, history)``, called after each epoch; the run stops if it returns True.
     comm : mpi4py.MPI.Comm, optional
         Train in all processes of a communicator. Each is given the same data and takes its part of each batch, the
-        gradients are averaged by :func:`allreduce`, and the parameters and the seed are those of process 0. The losses
-        are those of one process, but for rounding; dropout masks are others. An exception in one process ends the job.
+        gradients are averaged by :func:`allreduce`, and the parameters, the seed and the rates of a schedule are those
+        of process 0. The losses are those of one process, but for rounding; dropout masks are others. Data and options
+        other than `progress`, `callback` and `seed` must be the same everywhere, which is checked: the data by a
+        checksum, of more than 1 GiB by that of evenly spaced parts. An exception in one process ends the job.
 
     Returns
     -------
@@ -111,7 +116,9 @@ def fit(
     Raises
     ------
     ArgumentError, ShapeError, DTypeError, ArrayTypeError
-        Before any work, if an argument does not fit; from the loss, before any parameter has changed.
+        Before any work, if an argument does not fit, a class is out of range, or no position counts. What `schedule`,
+        `callback` or a loss of your own raises later ends the run, with the parameters of the last step and their
+        scaler.
     BackendError
         If `progress` is asked for and tqdm is not installed.
 
@@ -127,7 +134,7 @@ def fit(
     True
     """
     checked_comm(comm, "Allreduce", "Bcast", "bcast", "allgather", "Abort", "Get_rank", "Get_size", optional=True)
-    with refuse_together(comm):
+    with refuse_together(comm) as common:
         run = Run(
             model=_model(model),
             losses=_losses(model, loss),
@@ -145,13 +152,35 @@ def fit(
         )
         rng = parameters.generator(seed)
         data, held_out = _samples(model, x, y, lengths, mask, loss_arrays), _other_data(model, validation)
+        check_losses(run, data, "training")
+        if held_out is not None:
+            check_losses(run, held_out, "validation")
+        if comm is not None and comm.Get_size() > 1:
+            common.update(fingerprint(run, data, held_out, validation))
     with abort_on_error(comm):
         rng = run.same_generator(rng)
-        if held_out is None and validation is not None:
+    if held_out is None and validation is not None:
+        with refuse_together(comm):
             data, held_out = _divided(data, float(validation), rng)
-        if model.scale and model.scaler is None:
-            model.scaler = data.measure()
+            check_counts(data, run.batch_size, "training")
+            check_counts(held_out, run.batch_size, "validation")
+    with abort_on_error(comm), _measured(run, data):
         return run.train(data, held_out, rng)
+
+
+@contextlib.contextmanager
+def _measured(run: Run, data: Samples) -> Iterator[None]:
+    """Measure the data if the model needs a scaler; one that no step was made with does not stay after an error."""
+    model, steps = run.model, run.optimiser.steps
+    fresh = model.scale and model.scaler is None
+    if fresh:
+        model.scaler = data.measure()
+    try:
+        yield
+    except BaseException:
+        if fresh and run.optimiser.steps == steps:
+            model.scaler = None
+        raise
 
 
 def _model(given: Any) -> Model:
@@ -172,12 +201,13 @@ def _losses(model: Model, given: Any) -> dict[str, Loss]:
 
 def _optimiser(model: Model, given: Any) -> Optimiser:
     if given is None:
-        return Adam(model)
+        given = Adam(model)
     if not isinstance(given, Optimiser):
         raise ArgumentError(f"optimiser must be one such as Adam(model, lr=1e-3), got {shown(given)}")
     params = given.params
     if params.keys() != model.params.keys() or any(params[name] is not value for name, value in model.params.items()):
         raise ArgumentError("optimiser must be one of this model, such as Adam(model, lr=1e-3)")
+    given.check()
     return given
 
 

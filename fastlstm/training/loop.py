@@ -94,7 +94,7 @@ class Run:
         value, grads = 0.0, None
         if batch is not None:
             prediction, tape = self.model.forward(batch.x, batch.lengths, recompute=self.recompute)
-            value, dprediction = self._loss(batch, prediction)
+            value, dprediction = self.loss(batch, prediction)
             grads = dict(self.model.backward(tape, dprediction))
         weight = 0.0 if batch is None else batch.weight
         if self.comm is not None:
@@ -117,13 +117,13 @@ class Run:
         batch = data.batch(chosen)
         return batch if batch.weight > 0 else None
 
-    def _loss(self, batch: Batch, prediction: Any) -> tuple[float, Any]:
+    def loss(self, batch: Batch, prediction: Any) -> tuple[float, Any]:
         """Return the sum of the heads' losses, and its gradients by their predictions."""
         swap = self.model.batch_first and self.model.output == "sequence"
         total, gradients = 0.0, {}
         for name, found in self.model.by_head("prediction", prediction).items():
             target = batch.targets[name]
-            if self.model.scaler is not None:
+            if self.model.scaler is not None and target.dtype.kind == "f":  # integers are classes
                 target = self.model.scaler.scale(name, target)
             result = self.losses[name](found.swapaxes(0, 1) if swap else found, target, batch.mask, **batch.arrays)
             if not isinstance(result, tuple) or len(result) != 2:
@@ -151,7 +151,7 @@ class Run:
         for chosen in data.batches(np.arange(data.count), self.batch_size):
             batch = self._part(data, chosen)
             if batch is not None:
-                total += self._loss(batch, self.model(batch.x, batch.lengths))[0] * batch.weight
+                total += self.loss(batch, self.model(batch.x, batch.lengths))[0] * batch.weight
                 weights += batch.weight
         if self.comm is not None:
             sums = np.array([total, weights])
@@ -180,7 +180,8 @@ class Run:
     def _factor(self, epoch: int) -> float:
         if isinstance(self.schedule, str):
             return SCHEDULES[self.schedule](epoch / self.epochs)
-        return arguments.number("schedule's result", self.schedule(epoch), least=0.0)
+        factor = arguments.number("schedule's result", self.schedule(epoch), least=0.0)
+        return factor if self.comm is None else float(self.comm.bcast(factor, 0))
 
     @contextlib.contextmanager
     def _leaving_rate_and_keys(self) -> Iterator[float]:

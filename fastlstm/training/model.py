@@ -46,7 +46,8 @@ class Model:
     lstm : LSTM, or list of LSTM
         The recurrent part. Of several, each reads the outputs of the one before.
     head : Linear, or mapping of str to Linear
-        What turns features into predictions. Of several, each has its own prediction and target, under its name.
+        What turns features into predictions. Of several, each is another object, with its own prediction and target
+        under its name.
     output : {"last", "mean", "sequence"}
         What the heads read: each sequence's last hidden state (with both directions, the end of each), the mean of its
         outputs, or the output at each time step.
@@ -269,7 +270,7 @@ class Model:
         if self.output == "mean":
             return y.sum(axis=self._time) * self._shares(y, lengths)
         last = h_n[-self._directions :]  # (D, B, H)
-        return last.swapaxes(0, 1).reshape(last.shape[1], -1)
+        return last.swapaxes(0, 1).reshape(last.shape[1], len(last) * last.shape[2])
 
     def _spread(self, dfeatures: Array, tape: ModelTape) -> tuple[Array | None, Any]:
         """Bring the gradient by the features back to the last LSTM's output, or to its final states."""
@@ -281,7 +282,8 @@ class Model:
             return xp.broadcast_to(dy, tape.shape), None  # what it says past each length is ignored
         last = list(self.lstms.values())[-1].cell
         directions = self._directions
-        halves = dfeatures.reshape(len(dfeatures), directions, -1).swapaxes(0, 1)  # (D, B, H)
+        size = dfeatures.shape[1] // directions  # -1 would not do for a batch of none
+        halves = dfeatures.reshape(len(dfeatures), directions, size).swapaxes(0, 1)  # (D, B, H)
         dh = xp.zeros((last.num_layers * directions, *halves.shape[1:]), dtype=dfeatures.dtype)
         dh[-directions:] = halves
         return None, (dh, None)

@@ -93,6 +93,16 @@ class Optimiser:
         for name, grad in sums.items():
             self._update(name, params[name], grad)
 
+    def check(self) -> None:
+        """Check that a step can be made.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DTypeError, ArrayTypeError
+            If the parameters are read-only, as those of a frozen model, or others than the optimiser has a state for.
+        """
+        self._current_params()
+
     def _update(self, name: str, param: Array, grad: Array) -> None:
         raise NotImplementedError
 

@@ -36,6 +36,8 @@ def named_heads(given: Any) -> dict[str, Linear]:
                 f" {model_file.LONGEST_NAME} of them, and neither 'x' nor 'scaler' nor start with 'lstm',"
                 f" got {shown(name)}"
             )
+    if len({id(head) for head in given.values()}) != len(given):
+        raise ArgumentError("the same Linear has two names in the mapping of heads: make a copy of it")
     return dict(given)
 
 
@@ -52,9 +54,9 @@ def check_sizes(lstms: dict[str, LSTM], heads: dict[str, Linear]) -> None:
             raise ShapeError(f"{name} must have an input_size of {size}, got {lstm.cell.input_size}")
         size = lstm.cell.output_size
     for name, head in heads.items():
-        weight = head.params["weight"]
-        arguments.same_library(f"head {name}", weight, "the LSTM's weight", first.params["weight_ih_l0"])
+        weight, label = head.params["weight"], name if name == "head" else f"head {name}"
+        arguments.same_library(label, weight, "the LSTM's weight", first.params["weight_ih_l0"])
         if weight.dtype != first.cell.dtype:
-            raise DTypeError(f"head {name} is {weight.dtype}, but the LSTM is {first.cell.dtype}")
+            raise DTypeError(f"{label} is {weight.dtype}, but the LSTM is {first.cell.dtype}")
         if weight.shape[1] != size:
-            raise ShapeError(f"head {name} must have {size} in_features, got {weight.shape[1]}")
+            raise ShapeError(f"{label} must have {size} in_features, got {weight.shape[1]}")

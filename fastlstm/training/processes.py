@@ -16,6 +16,7 @@ __all__ = ["abort_on_error", "checked_comm", "refuse_together"]
 # Between the message of a process that fails and the end of its job: time for mpiexec to forward the message. Without,
 # a job on a busy machine was seen to end without any.
 SECONDS_TO_FORWARD = 0.5
+MOST_SHOWN = 4  # differences in a message; the others are counted
 
 
 def checked_comm(comm: Any, *methods: str, optional: bool = False) -> None:
@@ -29,22 +30,42 @@ def checked_comm(comm: Any, *methods: str, optional: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def refuse_together(comm: Any) -> Iterator[None]:
-    """Raise in all processes if one of them raises, so that no other goes on to wait for it."""
+def refuse_together(comm: Any) -> Iterator[dict[str, str]]:
+    """Raise in all processes if one of them raises, so that no other goes on to wait for it.
+
+    Yield a mapping for what must be the same in all processes. If it is not, all raise.
+    """
+    common: dict[str, str] = {}
     if comm is None:
-        yield
+        yield common
         return
     error = None
     try:
-        yield
+        yield common
     except Exception as caught:
         error = caught
-    refusals = comm.allgather(None if error is None else f"{type(error).__name__}: {error}")
+    except BaseException:  # such as SystemExit: it is not one argument that does not fit
+        _end_job(comm)
+        raise
+    gathered = comm.allgather((None if error is None else f"{type(error).__name__}: {error}", common))
     if error is not None:
         raise error
-    for rank, refusal in enumerate(refusals):
+    for rank, (refusal, _) in enumerate(gathered):
         if refusal is not None:
             raise ArgumentError(f"process {rank} of the communicator cannot train: {refusal}")
+    if different := differences([other for _, other in gathered]):
+        raise ArgumentError(f"{different}; all need the same, and each takes its part of each batch of the whole data")
+
+
+def differences(found: list[dict[str, str]]) -> str:
+    """Say in what the mapping of a process differs from that of process 0; nothing if all are the same."""
+    for rank, other in enumerate(found):
+        names = [name for name in found[0] | other if found[0].get(name) != other.get(name)]
+        if names:
+            pairs = [f"{name} ({found[0].get(name)} and {other.get(name)})" for name in names[:MOST_SHOWN]]
+            more = f", and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+            return f"processes 0 and {rank} of the communicator have different arguments: {', '.join(pairs)}{more}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -53,10 +74,16 @@ def abort_on_error(comm: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if comm is not None and comm.Get_size() > 1:
-            print(f"fastlstm: process {comm.Get_rank()} fails, which ends the job", file=sys.stderr)  # noqa: T201
-            traceback.print_exc()
-            sys.stderr.flush()
-            time.sleep(SECONDS_TO_FORWARD)
-            comm.Abort(1)
+        _end_job(comm)
         raise
+
+
+def _end_job(comm: Any) -> None:
+    """End the processes that would wait for this one, which is handling an exception."""
+    if comm is None or comm.Get_size() == 1:
+        return
+    print(f"fastlstm: process {comm.Get_rank()} fails, which ends the job", file=sys.stderr)  # noqa: T201
+    traceback.print_exc()
+    sys.stderr.flush()
+    time.sleep(SECONDS_TO_FORWARD)
+    comm.Abort(1)

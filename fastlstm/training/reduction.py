@@ -19,13 +19,13 @@ __all__ = ["allreduce", "broadcast"]
 def allreduce(grads: Mapping[str, Array] | Any, comm: Any, weight: float = 1.0) -> dict[str, Array]:
     """Average gradients over all processes of an MPI communicator, by one call of ``Allreduce``.
 
-    All arrays go into one buffer on the host, in their own dtype, with the weight as its last number::
+    All arrays go into one buffer on the host, sorted by name, in their own dtype, with the weight as its last number::
 
         grad = sum over processes (weight * grad) / sum over processes (weight)
 
     If each process has a part of a batch and a loss that is a mean, the weights are the number of positions that count
     in each part; the result is the gradient of the mean over the whole batch. A process with nothing to add has a
-    weight of zero. All processes must call it, with the same names and shapes, and all get the same result.
+    weight of zero. All processes must call it, with the same names, in any order, and shapes; all get the same result.
 
     Parameters
     ----------
@@ -89,10 +89,14 @@ def broadcast(params: Mapping[str, Array], comm: Any) -> None:
 
 
 def _flat(arrays: Mapping[str, Array], dtype: np.dtype[Any], more: int) -> np.ndarray[Any, Any]:
-    """Return all numbers in one buffer on the host, with room for some more at its end."""
+    """Return all numbers in one buffer on the host, sorted by name, with room for some more at its end.
+
+    The order of a mapping may differ between processes; that of its names does not.
+    """
     buffer = np.empty(sum(int(value.size) for value in arrays.values()) + more, dtype)
     position = 0
-    for value in arrays.values():
+    for name in sorted(arrays):
+        value = arrays[name]
         host = value if kind_of("gradient", value).library == "numpy" else value.get()
         buffer[position : position + host.size] = host.ravel()
         position += host.size
@@ -100,10 +104,11 @@ def _flat(arrays: Mapping[str, Array], dtype: np.dtype[Any], more: int) -> np.nd
 
 
 def _apart(buffer: np.ndarray[Any, Any], like: Mapping[str, Array]) -> dict[str, Array]:
-    """Take a buffer apart into arrays of the shapes and the library of `like`."""
-    position, found = 0, {}
-    for name, value in like.items():
+    """Take a buffer of :func:`_flat` apart into arrays of the shapes, the library and the order of `like`."""
+    position, found = 0, dict[str, Array]()
+    for name in sorted(like):
+        value = like[name]
         part = buffer[position : position + value.size].reshape(value.shape)
         found[name] = array_namespace(value).array(part)
         position += value.size
-    return found
+    return {name: found[name] for name in like}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fastlstm.training.scaler import Moments, Scaler
 __all__ = ["Batch", "Samples"]
 
 PIECE = 256  # samples that are looked at together in the checks
+LARGE = 2**30  # bytes of inputs beyond which `contents` has only some of the pieces: some seconds to sum up
 
 
 class Batch(NamedTuple):
@@ -210,7 +212,7 @@ class Samples:
                 raise ArgumentError("x has NaN or infinite values within the sequences: fill them first")
             for name, target in batch.targets.items():
                 xp = array_namespace(target)
-                if target.dtype.kind == "f" and not bool(xp.isfinite(_counted(target, batch)).all()):
+                if target.dtype.kind == "f" and not bool(xp.isfinite(_counted(target, batch.mask)).all()):
                     raise ArgumentError(
                         f"y{'' if self.model.single_head else f' of {name}'} has NaN or infinite values at positions"
                         " that count: leave them out by a mask"
@@ -226,9 +228,45 @@ class Samples:
                 if not (least >= 0 and total < np.inf):
                     raise ArgumentError("mask must have finite weights of at least zero")
 
-    def _pieces(self) -> Iterator[Batch]:
+    def check_classes(self, name: str, label: str) -> None:
+        """Look for classes outside 0..K-1 in the integer targets of a head, where they count.
+
+        Raises
+        ------
+        ArgumentError
+            If there is one.
+        """
+        classes = self.model.heads[name].params["weight"].shape[0]
+        first = self.y[name][0] if isinstance(self.y[name], list) else self.y[name]
+        if first.dtype.kind not in "iu" or first.ndim > 1 + (self.stepwise and not self.listed):
+            return
         for chosen in self.batches(np.arange(self.count), PIECE):
+            lengths = None if self.lengths is None else self.lengths[chosen]
+            steps = self.steps if lengths is None else int(lengths.max(initial=0))
+            target = _counted(self._positions(self.y[name], chosen, steps), self._mask(chosen, lengths, steps)[0])
+            if bool(((target < 0) | (target >= classes)).any()):
+                raise ArgumentError(f"{label} must be in 0..K-1 = 0..{classes - 1} at every position that counts")
+
+    def _pieces(self, step: int = 1) -> Iterator[Batch]:
+        for chosen in itertools.islice(self.batches(np.arange(self.count), PIECE), None, None, step):
             yield self.batch(chosen)
+
+    def contents(self) -> Iterator[tuple[str, Array]]:
+        """Yield what has an influence, piece by piece with its name: neither padding nor targets that do not count.
+
+        Of data of more than LARGE bytes these are only some pieces, evenly spaced.
+        """
+        size = sum(value.nbytes for value in self.x) if self.listed else self.x.nbytes
+        for batch in self._pieces(max(1, -(-size // LARGE))):
+            yield "x", self._inside(batch)
+            for name, target in batch.targets.items():
+                yield "y" if self.model.single_head else f"y of {name}", _counted(target, batch.mask)
+            if self.mask is not None and batch.mask is not None:
+                yield "mask", batch.mask
+        if self.lengths is not None:
+            yield "lengths", self.lengths
+        for name, value in self.arrays.items():
+            yield f"loss_arrays {name}", value
 
     def _inside(self, batch: Batch) -> Array:
         """Return the inputs within their sequences, (positions, I)."""
@@ -247,7 +285,7 @@ class Samples:
             for batch in self._pieces():
                 add(moments["x"], self._inside(batch))
                 for name in scaled:
-                    target = _counted(batch.targets[name], batch)
+                    target = _counted(batch.targets[name], batch.mask)
                     add(moments[name], target.reshape(-1, columns[name]))
         xp, arrays = array_namespace(self.like), {}
         for name, found in moments.items():
@@ -277,8 +315,6 @@ def _with_columns(name: str, value: Array, shape: tuple[int, ...], columns: int)
     raise ShapeError(f"{name} must have shape {(*shape, columns)}, or {shape} for classes, got {tuple(value.shape)}")
 
 
-def _counted(values: Array, batch: Batch) -> Array:
+def _counted(values: Array, mask: Array | None) -> Array:
     """Return the values at the positions that count, one after another."""
-    if batch.mask is None:
-        return values
-    return values[batch.mask > 0]
+    return values if mask is None else values[mask > 0]

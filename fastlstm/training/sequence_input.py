@@ -8,22 +8,25 @@ import numpy as np
 
 from fastlstm.errors import ArgumentError, DTypeError, ShapeError
 
-__all__ = ["axes", "listed", "one"]
+__all__ = ["arrays", "axes", "listed"]
 
 Array = np.ndarray[Any, Any]
 
 
-def listed(x: Any) -> list[Any] | None:
-    """Return a list of sequences as one, or None if `x` is one array, or what scikit-learn makes one of."""
+def listed(x: Any, table: bool = False) -> list[Any] | None:
+    """Return a list of sequences as one, or None if `x` is one array, or what scikit-learn makes one of.
+
+    With `table`, a list of 1-D arrays of one length is a table, too: its arrays are rows.
+    """
     of_objects = isinstance(x, np.ndarray) and x.dtype == object and x.ndim == 1
     if not (of_objects or isinstance(x, list | tuple)) or not len(x):
         return None
     found = list(x)
     if not all(hasattr(sequence, "shape") for sequence in found):
         return None
-    if all(len(sequence.shape) == 2 for sequence in found) or len({sequence.shape for sequence in found}) > 1:
+    if len({sequence.shape for sequence in found}) > 1:
         return found
-    return None
+    return found if len(found[0].shape) == 2 or (len(found[0].shape) == 1 and not table) else None
 
 
 def axes(x: Any) -> int | None:
@@ -37,7 +40,17 @@ def axes(x: Any) -> int | None:
     return found
 
 
-def one(number: int, sequence: Any, dtype: np.dtype[Any], channels_first: bool) -> Array:
+def arrays(listed: list[Any], dtype: np.dtype[Any], channels_first: bool) -> list[Array]:
+    """Return sequences as arrays (T_i, C) in `dtype`, of which all have as many channels C as the first."""
+    found = [_one(k, sequence, dtype, channels_first) for k, sequence in enumerate(listed)]
+    features = found[0].shape[1]
+    for k, sequence in enumerate(found):
+        if sequence.shape[1] != features:
+            raise ShapeError(f"X[{k}] must have {features} channels as X[0], got {sequence.shape[1]}")
+    return found
+
+
+def _one(number: int, sequence: Any, dtype: np.dtype[Any], channels_first: bool) -> Array:
     """Return a sequence as (T, C) in `dtype`."""
     try:
         found: Array = np.asarray(sequence, dtype=dtype)

@@ -87,16 +87,15 @@ def test_the_seed_determines_everything(rng):
 
 def test_a_share_for_validation_takes_each_sequence_once(rng):
     x, _ = problem(rng)
-    seen = {"train": set(), "validate": set()}
+    seen = {"check_losses": set(), "_step": set(), "_validate": set()}
 
     def watch(prediction, target, mask=None):
-        kind = "train" if sys._getframe(2).f_code.co_name == "_step" else "validate"
-        seen[kind] |= set(target[:, 0].tolist())
+        seen[sys._getframe(2).f_code.co_name] |= set(target[:, 0].tolist())
         return mean_squared_error(prediction, target, mask)
 
     fit(build(), x, np.arange(20.0), epochs=1, batch_size=4, validation=0.25, seed=0, loss=watch)
-    assert len(seen["validate"]) == 5 and len(seen["train"]) == 15
-    assert seen["train"] | seen["validate"] == set(range(20))
+    assert len(seen["_validate"]) == 5 and len(seen["_step"]) == 15
+    assert seen["_step"] | seen["_validate"] == set(range(20))
 
 
 def test_the_callback_stops_and_sees_each_epoch(rng):

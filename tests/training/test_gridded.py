@@ -83,6 +83,46 @@ def test_dimensions_may_stand_in_any_order(rng, dims, lazy, output):
     np.testing.assert_array_equal(one.values, found.values[0, 0])
 
 
+@pytest.mark.parametrize("kind", ["last", "mean", "sequence", "LSTM"])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("shape", [(5, 6, 0, 3), (0, 6, 4, 3), (0, 6, 0, 3), (0, 3)])
+def test_no_time_steps_and_no_series(shape, lazy, kind):
+    model = LSTM(3, 2, seed=0) if kind == "LSTM" else build(kind)
+    data = np.zeros(shape, np.float32)
+    found = predict(model, da.from_array(data, chunks=-1) if lazy else data)
+    stepwise = kind in ("sequence", "LSTM")
+    assert found.shape == (*shape[:-2], *shape[-2:-1] * stepwise, 2)
+    if not stepwise:
+        bias = np.broadcast_to(model.params["head.bias"], found.shape)
+        np.testing.assert_array_equal(np.asarray(found), bias)
+
+
+@pytest.mark.parametrize("output", ["last", "sequence"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_outputs_may_take_the_name_of_the_features(rng, lazy, output):
+    model, data = build(output), grid(rng)
+    named = xr.DataArray(
+        data, dims=["lat", "lon", "time", "feature"],
+        coords={"feature": ["a", "b", "c"], "unit": ("feature", ["mm", "K", "m"]), "time": np.arange(12),
+                "weight": (("time", "feature"), np.ones((12, 3))), "lat": np.arange(7), "member": 3},
+    )  # fmt: skip
+    for name in ("feature", "unit", "flow"):
+        found = predict(model, named.chunk(lat=2) if lazy else named, output=name)
+        assert found.dims == ("lat", "lon", *("time",) * (output == "sequence"), name)
+        assert set(found.coords) == {"lat", "member", *("time",) * (output == "sequence")}
+        np.testing.assert_array_equal(found.isel({name: 0}).values, predict(model, data)[..., 0])
+
+
+def test_output_is_checked_before_any_work(monkeypatch):
+    monkeypatch.setattr("fastlstm.gridded._of_array", lambda *args: pytest.fail("computes"))
+    data = xr.DataArray(DATA, dims=["n", "time", "feature"], coords={"output": 3.0, "flow": ("n", np.arange(4.0))})
+    stacked = xr.DataArray(DATA.reshape(2, 2, 12, 3), dims=["output", "b", "time", "feature"]).stack(n=("output", "b"))
+    for given, output in ((data, "output"), (data, "flow"), (stacked, "output"), (stacked, "n"), (data, None),
+                          (data, 3), (DATA, None), (DATA, ["a"])):  # fmt: skip
+        with pytest.raises(ArgumentError, match=r"output|flow|'n'"):
+            predict(build(), given, output=output)
+
+
 def test_a_nan_stays_in_its_series(rng):
     model, data = build(), grid(rng)
     expected = predict(model, data)

@@ -103,6 +103,29 @@ def test_padding_has_no_influence(rng, output):
     assert np.isfinite(expected).all()
 
 
+VARIANTS = [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 3}, {"layer_norm": True},
+            {"peephole": True, "block_size": 2, "bidirectional": True}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("steps", "batch"), [(5, 0), (0, 3), (0, 0)])
+def test_no_sequences_and_no_steps_give_empty_or_initial_predictions(steps, batch, output, batch_first, options):
+    lstm = LSTM(3, 4, batch_first=batch_first, seed=0, **options)
+    model = Model(lstm, Linear(lstm.cell.output_size, 2, seed=1), output=output)
+    x = np.zeros((batch, steps, 3) if batch_first else (steps, batch, 3), np.float32)
+    shape = (*x.shape[:2], 2) if output == "sequence" else (batch, 2)
+    frozen = model.freeze()
+    found, tape = model.forward(x)
+    for value in (found, model(x), model.predict(x), model.predict(x, [0] * batch), frozen(x), frozen.predict(x)):
+        assert value.shape == shape
+        np.testing.assert_array_equal(value, np.broadcast_to(model.params["head.bias"], shape))
+    grads = model.backward(tape, np.ones(shape, np.float32))
+    assert {name: grads[name].shape for name in grads} == {name: value.shape for name, value in model.params.items()}
+    np.testing.assert_array_equal(grads["head.bias"], np.full(2, np.prod(shape[:-1]), np.float32))
+
+
 def test_parameters_of_parts_with_equal_names_do_not_clash():
     model = build(several=True)
     names = list(model.params)
@@ -129,6 +152,7 @@ ERRORS = {
     "empty list": (lambda: Model([], HEAD), ArgumentError),
     "a linear layer for an lstm": (lambda: Model(HEAD, HEAD), ArgumentError),
     "one lstm twice": (lambda: Model([LSTM(5, 5)] * 2, HEAD), ArgumentError),
+    "one head under two names": (lambda: Model(LSTM_, {"a": HEAD, "b": HEAD}), ArgumentError),
     "no head": (lambda: Model(LSTM_, None), ArgumentError),
     "no heads": (lambda: Model(LSTM_, {}), ArgumentError),
     "head of another size": (lambda: Model(LSTM_, Linear(4, 1)), ShapeError),
@@ -163,6 +187,16 @@ def test_bad_input_raises_a_typed_error(case):
     with pytest.raises(error) as caught:
         call()
     assert type(caught.value) is error and re.search(r"\w{3}", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [(Linear(4, 1), "head must have 5 in_features"), ({"flow": Linear(4, 1)}, "head flow must have 5 in_features"),
+     (Linear(5, 1, dtype="float64"), "head is float64"), ({"b": Linear(5, 1, dtype="f8")}, "head b is float64")],
+)  # fmt: skip
+def test_messages_name_a_head_once(head, message):
+    with pytest.raises((ShapeError, DTypeError), match=f"^{message}"):
+        Model(LSTM_, head)
 
 
 @pytest.mark.skipif(bool(cuda_row.missing()), reason=str(cuda_row.missing()))

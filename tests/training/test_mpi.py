@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mpi_jobs import in_threads, mpiexec
 
-from fastlstm import LSTM, ArgumentError, DTypeError
+from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError
 from fastlstm.training import Adam, Linear, Model, allreduce, fit
+from fastlstm.training.reduction import broadcast
 
 PROGRAM = Path(__file__).parent / "mpi_program.py"
 # Gradients of a batch as a sum of two or three parts, in float64, through 60 steps of Adam.
 SAME = {"rtol": 1e-9, "atol": 1e-12}
-
-
-class ThreadComm:
-    """A communicator of mpi4py's interface, whose processes are threads."""
-
-    class Job:
-        def __init__(self, size):
-            self.size, self.slots = size, [None] * size
-            self.barrier = threading.Barrier(size, timeout=60)
-            self.messages = 0
-
-    def __init__(self, job, rank):
-        self.job, self.rank = job, rank
-
-    def Get_rank(self):
-        return self.rank
-
-    def Get_size(self):
-        return self.job.size
-
-    def allgather(self, value):
-        self.job.slots[self.rank] = value
-        self.job.barrier.wait()
-        found = copy.deepcopy(self.job.slots)  # as a message: nothing is shared
-        self.job.barrier.wait()
-        return found
-
-    def bcast(self, value, root=0):
-        return self.allgather(value)[root]
-
-    def Bcast(self, buffer, root=0):
-        buffer[:] = self.allgather(buffer.copy())[root]
-
-    def Allreduce(self, send, receive):
-        self.job.messages += self.rank == 0
-        receive[:] = sum(self.allgather(send.copy()))
-
-    def Abort(self, code):
-        self.job.barrier.abort()
-
-
-def in_threads(size, work):
-    """Call ``work(comm)`` in each of some threads; return what each returned or raised."""
-    job, found = ThreadComm.Job(size), [None] * size
-
-    def run(rank):
-        try:
-            found[rank] = work(ThreadComm(job, rank))
-        except BaseException as error:
-            found[rank] = error
-
-    threads = [threading.Thread(target=run, args=[rank]) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -97,6 +36,21 @@ def test_allreduce_is_the_weighted_mean(dtype, size):
             # Two products, a sum and a division.
             np.testing.assert_allclose(result[name], expected, rtol=4 * np.finfo(dtype).eps, atol=0)
             np.testing.assert_array_equal(result[name], found[0][name])
+
+
+def test_gradients_meet_by_name_in_any_order(dtype):
+    def run(comm):
+        grads = {"b": np.full(3, 100, dtype), "a": np.ones(2, dtype), "c": np.full((1, 2), 10, dtype)}
+        params = {name: value + comm.rank for name, value in grads.items()}
+        names = list(grads) if comm.rank == 0 else ["c", "a", "b"]
+        found = allreduce({name: grads[name] for name in names}, comm)
+        broadcast({name: params[name] for name in names}, comm)
+        assert list(found) == names
+        return found, params
+
+    for found in (values for result in in_threads(2, run) for values in result):
+        for name, value in {"a": 1, "b": 100, "c": 10}.items():
+            np.testing.assert_array_equal(found[name], np.full_like(found[name], value))
 
 
 def test_nothing_counts_anywhere():
@@ -166,6 +120,11 @@ def test_a_refusal_in_one_process_is_one_in_all():
         assert isinstance(other, ArgumentError) and "process 1" in str(other) and "float32" in str(other)
 
 
+def test_all_processes_refuse_a_frozen_model():
+    found = in_threads(2, lambda comm: fit(build("last").freeze(), np.zeros((4, 6, 3)), np.zeros((6, 1)), comm=comm))
+    assert [type(error) for error in found] == [ArrayTypeError] * 2, found
+
+
 def test_one_message_a_step():
     x = np.zeros((4, 12, 3))
     jobs = []
@@ -181,34 +140,11 @@ def test_one_message_a_step():
 # mpiexec
 
 
-def mpiexec(size, *arguments, seconds=120):
-    """Run the program in some processes; return its exit status, output and errors, and how long it took."""
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
-    beside = Path(sys.executable).parent / "mpiexec"
-    launcher = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if launcher is None:
-        pytest.skip("there is no mpiexec: pip install mpich")
-    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
-    command = [launcher, "-n", str(size), sys.executable, "-P", PROGRAM, *arguments]
-    begin = time.monotonic()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, errors = process.communicate()
-            pytest.fail(f"hangs: no end within {seconds} s\n{output}\n{errors}")
-    return process.returncode, output, errors, time.monotonic() - begin
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="the wheels of MPI have no mpiexec there")
 def test_two_processes_of_mpi_have_the_losses_of_one():
     results = []
     for size in (1, 2):
-        status, output, errors, _ = mpiexec(size)
+        status, output, errors, _ = mpiexec(PROGRAM, size)
         assert status == 0, errors
         results.append(json.loads(output))
     one, two = results
@@ -230,7 +166,7 @@ def test_two_processes_of_mpi_have_the_losses_of_one():
     ids=["exception", "kill", "bad input"],
 )
 def test_a_process_that_fails_ends_the_job_with_a_message(trouble, message):
-    status, output, errors, _ = mpiexec(2, trouble, seconds=90)
+    status, output, errors, _ = mpiexec(PROGRAM, 2, trouble, seconds=90)
     assert status != 0
     assert re.search(message, output + errors), (status, output, errors)
     assert '"loss"' not in output

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 from sklearn.base import clone
 from sklearn.metrics import r2_score
-from sklearn.model_selection import GridSearchCV, TimeSeriesSplit, cross_val_score
+from sklearn.model_selection import GridSearchCV, LeaveOneOut, TimeSeriesSplit, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -23,6 +23,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from fastlstm import ArgumentError, DTypeError, ShapeError
 from fastlstm.sklearn import LSTMClassifier, LSTMForecaster, LSTMRegressor
 from fastlstm.training import Model
+from fastlstm.training.windows import split
 
 SMALL = {"hidden_size": 8, "random_state": 0}
 # float64 sums over six steps in another order.
@@ -91,6 +92,42 @@ def test_sequences_of_different_lengths(rng):
     assert equal.predict([x[:3] for x in X]).shape == (200,)  # all of one length, in a list
 
 
+@pytest.mark.parametrize("kind", ["list", "objects", "series"])
+def test_one_dimensional_sequences_have_one_channel_whatever_their_lengths(rng, kind):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+
+    def given(lengths):
+        found = [rng.normal(size=length) for length in lengths]
+        if kind == "series":
+            return [pandas.Series(one) for one in found]
+        objects = np.empty(len(found), object)
+        objects[:] = found
+        return objects if kind == "objects" else found
+
+    for lengths in ((5, 6, 7), (5, 5, 5), (5,)):
+        X, y = given(lengths), np.arange(float(len(lengths)))
+        regressor = LSTMRegressor(hidden_size=2, epochs=1, random_state=0).fit(X, y)
+        assert regressor.n_features_in_ == 1
+        for others in ((5,), (6, 6), (4, 9, 9), (5, 5, 5)):
+            Z = given(others)
+            columns = [np.asarray(one)[:, None] for one in Z]
+            np.testing.assert_allclose(regressor.predict(Z), regressor.predict(columns), **SAME)
+            if len(set(others)) == 1:
+                np.testing.assert_allclose(regressor.predict(np.stack(list(Z))), regressor.predict(columns), **SAME)
+    X, y = given((5, 5, 6, 7)), np.arange(4.0)
+    assert cross_val_predict(LSTMRegressor(hidden_size=2, epochs=1), X, y, cv=LeaveOneOut()).shape == (4,)
+
+
+def test_a_model_of_a_table_reads_lists_of_rows_as_a_table(rng):
+    table, y = rng.normal(size=(9, 6)), np.arange(9.0)
+    regressor = LSTMRegressor(hidden_size=2, epochs=1, random_state=0).fit(table, y)
+    assert regressor.n_features_in_ == 6
+    np.testing.assert_array_equal(regressor.predict(list(table)), regressor.predict(table))
+    for wrong in ([table[0, :5]], [table[0], table[0, :5]], table[:, :5]):
+        with pytest.raises(ValueError, match="expecting 6"):
+            regressor.predict(wrong)
+
+
 def test_classes_are_the_users_labels(rng):
     X, y = ragged(rng, 200)
     labels = np.array(["down", "level", "up"])[np.digitize(y, [-0.7, 0.7])]
@@ -157,6 +194,13 @@ def test_the_random_state_determines_the_result(rng):
     assert (first != other).any()
 
 
+def test_a_dtype_that_changes_after_fitting_waits_for_the_next_fit(rng):
+    X, y = sequences(rng)
+    regressor = LSTMRegressor(**SMALL, epochs=1).fit(X, y)
+    expected = regressor.predict(X)
+    np.testing.assert_array_equal(regressor.set_params(dtype="float32").predict(X), expected)
+
+
 # Forecasts
 
 
@@ -176,10 +220,44 @@ def test_a_forecaster_continues_a_series(rng):
 
 
 def test_windows_are_followed_by_their_targets():
-    forecaster = LSTMForecaster(3, 2)
-    windows, targets = forecaster._windows(np.arange(14.0).reshape(7, 2))
+    windows, targets = split(np.arange(14.0).reshape(7, 2), 3, 2)
     assert windows[:, :, 0].tolist() == [[0, 2, 4], [2, 4, 6], [4, 6, 8]]
     assert targets[:, :, 1].tolist() == [[7, 9], [9, 11], [11, 13]]
+
+
+@pytest.mark.parametrize("changed", [{"horizon": 2}, {"window": 3}, {"window": 9, "horizon": 4}, {"horizon": 0}])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_options_that_change_after_fitting_wait_for_the_next_fit(changed, channels):
+    series = np.sin(np.arange(60.0))[:, None] + np.arange(channels) * 1000
+    series = series[:, 0] if channels == 1 else series
+    forecaster = LSTMForecaster(5, 3, LSTMRegressor(**SMALL, epochs=2)).fit(series)
+    expected, of_others, score = forecaster.predict(), forecaster.predict(series[:20]), forecaster.score(series)
+    forecaster.set_params(**changed)
+    np.testing.assert_array_equal(forecaster.predict(), expected)
+    np.testing.assert_array_equal(forecaster.predict(series[:20]), of_others)
+    assert forecaster.score(series) == score
+    if changed != {"horizon": 0}:
+        assert len(forecaster.fit(series).predict()) == forecaster.horizon
+        return
+    with pytest.raises(ArgumentError):
+        forecaster.fit(series[:30])
+    np.testing.assert_array_equal(forecaster.predict(), expected)
+
+
+def test_a_series_that_changes_after_fitting_has_no_influence():
+    series = np.sin(np.arange(60.0))
+    forecaster = LSTMForecaster(5, 3, LSTMRegressor(**SMALL, epochs=1)).fit(series)
+    expected = forecaster.predict()
+    series[:] = 9
+    np.testing.assert_array_equal(forecaster.predict(), expected)
+
+
+def test_a_series_of_other_channels_is_refused():
+    series = np.sin(np.arange(120.0)).reshape(60, 2)
+    forecaster = LSTMForecaster(5, 3, LSTMRegressor(**SMALL, epochs=1)).fit(series)
+    for call in (forecaster.predict, forecaster.score):
+        with pytest.raises(ShapeError, match="2 channels"):
+            call(series[:, :1])
 
 
 def test_grid_search_over_a_forecaster(rng):
@@ -219,6 +297,24 @@ ERRORS = {
     "a series of three axes": (LSTMForecaster(window=2), X3, None, ShapeError),
     "a classifier that forecasts": (LSTMForecaster(2, 1, LSTMClassifier()), X3[:, 0], None, ArgumentError),
 }
+
+
+@pytest.mark.parametrize("verbose", [True, False, 0, 1, 10, np.bool_(True), np.int64(1)])
+def test_verbose_is_a_bool_or_a_number(rng, verbose, capsys):
+    X, y = sequences(rng)
+    LSTMRegressor(hidden_size=2, epochs=1, verbose=verbose).fit(X, y)
+    assert ("training" in capsys.readouterr().err) == bool(verbose)
+
+
+@pytest.mark.parametrize("option", ["verbose", "learning_rate", "hidden_size", "num_layers", "dropout", "epochs",
+                                    "batch_size", "weight_decay", "clip_norm", "validation", "patience", "schedule",
+                                    "dtype", "output", "channels_first", "bidirectional", "loss"])  # fmt: skip
+@pytest.mark.parametrize("wrong", ["wrong", -1, 1.5j])
+def test_the_message_names_the_option_that_was_given(rng, option, wrong):
+    X, y = sequences(rng)
+    options = {"hidden_size": 2, "epochs": 1, "validation": 0.2, option: wrong}
+    with pytest.raises((ArgumentError, DTypeError), match=option):
+        LSTMRegressor(**options).fit(X, y)
 
 
 @pytest.mark.parametrize("case", ERRORS)
