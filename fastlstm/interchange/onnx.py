@@ -17,7 +17,7 @@ from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ModelFileError, ShapeError, shown
 from fastlstm.interchange.gates import Part, assemble, blocks, refuse_variants
 from fastlstm.interchange.onnx_graph import Node, folder_of, lstm_nodes
-from fastlstm.interchange.source import HostArray, Source, broken_if, need, with_source
+from fastlstm.interchange.source import HostArray, Source, broken_if, check_readable, need, with_source
 from fastlstm.interchange.torch import add
 
 __all__ = ["from_onnx", "node_attributes", "node_inputs", "write_onnx"]
@@ -49,6 +49,7 @@ def from_onnx(source: Any, node: str | Sequence[str] | None = None) -> tuple[Cel
     onnx = need("onnx", "onnx")
     if isinstance(source, onnx.ModelProto):
         return _of_model(source, None, names)
+    check_readable("source", source, "an onnx.ModelProto")
 
     def read(opened: Source) -> tuple[Cell, dict[str, HostArray], bool]:
         opened.file.seek(0)
