@@ -81,7 +81,8 @@ class Exchange(Recurrent):
         activations: tuple[str, str, str] | None = None,
         merge: str | None = None,
         batch_first: bool = True,
-        dropout: float = 0.0,
+        dropout: float | None = None,
+        recurrent_dropout: float | None = None,
         seed: Any = None,
     ) -> Self:
         """Build a model from an ``LSTM`` or ``Bidirectional(LSTM)`` layer of Keras, or from stacked ones.
@@ -100,7 +101,10 @@ class Exchange(Recurrent):
             Weights without a configuration take Keras's defaults: sigmoid, tanh and "concat".
         batch_first : bool
             True, as in Keras.
-        dropout, seed
+        dropout, recurrent_dropout : float, optional
+            As in the constructor. By default they are read from the configuration, too: `dropout` from the ``Dropout``
+            layers between stacked layers. Weights without a configuration have none.
+        seed
             As in the constructor.
 
         Raises
@@ -113,13 +117,20 @@ class Exchange(Recurrent):
             If the file is damaged or foreign.
         OSError
             If the file cannot be opened.
+
+        Notes
+        -----
+        What affects training only and has no counterpart is not read: a layer's own `dropout`, which Keras applies to
+        the input of that layer; regularisers and constraints; ``Dropout`` layers with a `noise_shape`. Both libraries
+        drop the same entries of h at each step of a sequence, before the recurrent product; Keras draws one mask for
+        each gate, fastlstm one for all gates.
         """
         from fastlstm.interchange import keras
 
         fields = {"activations": activations, "merge": merge}
         given = {name: value for name, value in fields.items() if value is not None}
-        cell, params = keras.from_keras(source, layer, **given)
-        return cls._read(replace(cell, dropout=dropout), params, batch_first, seed)
+        cell, params = keras.from_keras(source, layer, dropout=dropout, recurrent_dropout=recurrent_dropout, **given)
+        return cls._read(cell, params, batch_first, seed)
 
     def to_keras(self, path: str | os.PathLike[str] | None = None) -> list[list[Any]]:
         """Return the weights as Keras has them, and write them to a file if there is a `path`.
@@ -144,6 +155,12 @@ class Exchange(Recurrent):
             If h5py is missing.
         OSError
             If the file cannot be written.
+
+        Notes
+        -----
+        A ``.keras`` file has the dropout, as ``Dropout`` layers, and the recurrent dropout, for which Keras draws one
+        mask for each gate, fastlstm one for all gates. A truncated gradient, which affects training only, is not
+        exported.
         """
         from fastlstm.interchange import keras
 

@@ -1,14 +1,26 @@
-"""Files of Keras 2, written without it."""
+"""Keras itself, where it is installed, and files of Keras 2, written without it."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: the extra keras")
+
+
+@functools.cache
+def import_keras():
+    """Import Keras on PyTorch; without either, the test is skipped."""
+    pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
+    if "keras" not in sys.modules:
+        os.environ.setdefault("KERAS_BACKEND", "torch")
+    return pytest.importorskip("keras", reason="the oracle is missing: keras is not installed")
 
 
 def weights(inputs=3, hidden=4, dtype=np.float32, seed=0, bias=True):

@@ -16,6 +16,7 @@ bmipy is optional: the class derives from its ``Bmi`` if it is installed. PyYAML
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,9 @@ class RunFolder:
         self.attributes: list[str] = sorted(config.get("static_attributes") or [])
         (self.target,) = config["target_variables"]
         self.clips = self.target in (config.get("clip_targets_to_zero") or [])
-        files = sorted(folder.glob("model_epoch*.pt"))
-        if not files:
-            raise ModelFileError(f"{str(folder)!r} has no model_epoch*.pt")
-        self.lstm = LSTM.load_torch(files[-1], prefix="lstm.").freeze()
-        head = load_arrays(files[-1], "head.net.0.")
+        weights = _last_epoch(folder)
+        self.lstm = LSTM.load_torch(weights, prefix="lstm.").freeze()
+        head = load_arrays(weights, "head.net.0.")
         self.weight, self.bias = head["weight"], head["bias"]  # (1, H), (1,)
         center, scale = (_of_variables(scaler, f"xarray_feature_{name}") for name in ("center", "scale"))
         self.center, self.scale = (_row(values, self.inputs) for values in (center, scale))
@@ -99,6 +98,15 @@ class RunFolder:
         h, state = self.lstm.step(x, state)
         found = (h @ self.weight.T + self.bias)[:, 0] * self.target_scale + self.target_center
         return (np.maximum(found, 0.0) if self.clips else found), state
+
+
+def _last_epoch(folder: Path) -> Path:
+    """Return the weights of the last epoch; their numbers have at least three digits, and four from 1000 on."""
+    matches = ((re.fullmatch(r"model_epoch(\d+)\.pt", path.name), path) for path in folder.glob("model_epoch*.pt"))
+    epochs = {int(match[1]): path for match, path in matches if match}
+    if not epochs:
+        raise ModelFileError(f"{str(folder)!r} has no model_epoch*.pt")
+    return epochs[max(epochs)]
 
 
 def _yaml(path: Path) -> Any:

@@ -204,8 +204,12 @@ class _Reader(NamedTuple):
         own = [gate for gate in order if gate != "g"]
         peephole = stacked[3] if len(stacked) > 3 else None
         if peephole is not None:
-            found += [None] * (3 - len(found))
-            found.append(blocks(_array("peephole", peephole, 2), own, [g for g in self.wanted if g != "g"]))
+            peephole = _array("peephole", peephole, 2)
+            if len(peephole) != len(own):  # `blocks` would leave out the rows that are too many
+                raise ShapeError(
+                    f"the peephole weights must have one row for each of {', '.join(own)}, got shape {peephole.shape}"
+                )
+            found.append(blocks(peephole, own, [g for g in self.wanted if g != "g"]))
         return Part(*found)  # type: ignore[arg-type]
 
     def _rows(self, value: Any, count: int) -> HostArray:
@@ -229,12 +233,16 @@ class _Reader(NamedTuple):
 
     def _of_mapping(self, given: Mapping[Any, Any]) -> Part:
         names = self._names(list(given))
+        if self.interleaved:
+            raise ArgumentError("interleaved=True is for stacked gates, but a mapping gives the arrays of each gate")
         if self.order is not None and self._names(list(self.order)) != names:
             raise ArgumentError(f"order is {shown(self.order)}, but the mapping has its gates in the order {names}")
         values = dict(zip(names, given.values(), strict=True))
         for name, value in values.items():
             if not isinstance(value, tuple | list) or not 2 <= len(value) <= 4:
                 raise ArgumentError(f"gate {name} must be (W, U), (W, U, b) or (W, U, b, p), got {shown(type(value))}")
+        if len(values["g"]) > 3 and values["g"][3] is not None:
+            raise ArgumentError("gate g has a fourth array, but g has no peephole; if these are two biases, add them")
         columns = []
         for k, (role, axes) in enumerate((("W", 2), ("U", 2), ("b", 1), ("p", 1))):
             gates = [name for name in self.wanted if not (role == "p" and name == "g")]

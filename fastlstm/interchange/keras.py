@@ -10,6 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,28 +20,42 @@ from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ArrayTypeError, ModelFileError, shown
 from fastlstm.interchange.gates import Part, assemble, refuse_variants
 from fastlstm.interchange.keras_file import Layer, layers_of
-from fastlstm.interchange.source import HostArray, Source, broken_if, need, with_source
+from fastlstm.interchange.source import HostArray, Source, broken_if, check_readable, need, with_source
 
 __all__ = ["from_keras", "to_keras", "write_keras"]
 
 ACTIVATIONS = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu", "softsign": "softsign", "linear": "identity"}
 MERGES = {"concat": "concat", "sum": "sum", "ave": "mean", "mul": "product"}
-KNOWN = ("activations", "merge")  # the variants that Keras has too
+# The variants that Keras has too, and one that affects training only.
+KNOWN = ("activations", "merge", "recurrent_dropout", "truncated")
 VERSION = "3.0.0"  # of Keras, whose format is written
 
 
 def from_keras(
-    source: Any, layer: str | Sequence[str] | None = None, **given: Any
+    source: Any,
+    layer: str | Sequence[str] | None = None,
+    *,
+    dropout: float | None = None,
+    recurrent_dropout: float | None = None,
+    **given: Any,
 ) -> tuple[Cell, dict[str, HostArray]]:
     """Turn a Keras layer, or stacked ones, into a model: see ``LSTM.from_keras``.
 
     `given` are the fields of the cell that weights alone do not show, and that a configuration must agree with.
     """
+    rates = {"dropout": dropout, "recurrent_dropout": recurrent_dropout}
     if isinstance(source, list | tuple):
         if layer is not None:
             raise ArgumentError("layer chooses a layer of a file; weights are those of one layer, or a list of layers")
         layers = list(source) if source and isinstance(source[0], list | tuple) else [source]
-        return _of_arrays([list(weights) for weights in layers], "the given weights", **given)
+        known = {name: rate for name, rate in rates.items() if rate is not None}
+        return _of_arrays([list(weights) for weights in layers], "the given weights", **given, **known)
+    if hasattr(source, "get_weights"):
+        raise ArgumentError(
+            f"source is an object of Keras, {type(source).__qualname__}: pass layer.get_weights() of an LSTM layer, or"
+            " a list of these for stacked layers, or the path of a file"
+        )
+    check_readable("source", source, "a list of arrays such as layer.get_weights()")
     names = [layer] if isinstance(layer, str) else layer
     if names is not None and not (isinstance(names, list | tuple) and names and all(isinstance(n, str) for n in names)):
         raise ArgumentError(f"layer must be a name or a list of names, got {shown(layer)}")
@@ -50,12 +65,24 @@ def from_keras(
             return read_undamaged(opened)
 
     def read_undamaged(opened: Source) -> tuple[Cell, dict[str, HostArray]]:
-        chosen = _chosen(layers_of(opened), names, opened.name)
+        layers = layers_of(opened)
+        chosen = _chosen(layers, names, opened.name)
         fields = [_fields(entry, given) for entry in chosen]
+        both = [entry.name for entry in chosen if entry.class_name == "Bidirectional"]
+        if 0 < len(both) < len(chosen):
+            raise ArgumentError(
+                f"the layers differ in their directions: of {', '.join(entry.name for entry in chosen)}, only"
+                f" {', '.join(both)} is Bidirectional; read them one by one"
+            )
         if any(other != fields[0] for other in fields):
             raise ArgumentError("the layers differ in their activations or merge modes: read them one by one")
         what = "layer " + " and ".join(entry.name for entry in chosen)
-        return _of_arrays([entry.weights() for entry in chosen], what, **fields[0])
+        read_rates = {
+            "dropout": lambda: [_dropout_between(layers, *pair) for pair in pairwise(chosen)],
+            "recurrent_dropout": lambda: [_recurrent_dropout(entry) for entry in chosen],
+        }
+        used = {name: _one_rate(name, read_rates[name]()) if r is None else r for name, r in rates.items()}
+        return _of_arrays([entry.weights() for entry in chosen], what, **fields[0], **used)
 
     return with_source(source, read)
 
@@ -76,6 +103,37 @@ def _chosen(layers: Sequence[Layer], names: Sequence[str] | None, where: str) ->
             )
         found += matches
     return found
+
+
+def _dropout_between(layers: Sequence[Layer], first: Layer, second: Layer) -> float:
+    """Return the probability that Dropout layers between two layers drop a number; 0 if the file does not join them."""
+    by_name, dropped, found = {layer.name: layer for layer in layers}, 0.0, second
+    for _ in layers:  # which ends where a damaged configuration has a cycle
+        if len(found.inputs) != 1 or found.inputs[0] not in by_name:
+            return 0.0
+        if found.inputs[0] == first.name:
+            return dropped
+        found = by_name[found.inputs[0]]
+        # With a noise_shape, one number of the mask is used for several steps or units, which fastlstm does not have.
+        if found.class_name == "Dropout" and found.config and not found.config.get("noise_shape"):
+            rate = float(found.config.get("rate", 0.0))
+            dropped += rate - dropped * rate
+    return 0.0
+
+
+def _recurrent_dropout(layer: Layer) -> float:
+    """Return the recurrent dropout of a layer's configuration."""
+    inner = layer.config or {}
+    if layer.class_name == "Bidirectional":
+        inner = (inner.get("layer") or {}).get("config", {})
+    return float(inner.get("recurrent_dropout") or 0.0)
+
+
+def _one_rate(name: str, found: Sequence[float]) -> float:
+    if len(set(found)) > 1:
+        rates = ", ".join(f"{rate:g}" for rate in found)
+        raise ArgumentError(f"the layers differ in their {name} ({rates}), but a model has one: pass {name}=")
+    return found[0] if found else 0.0
 
 
 def _is_lstm(layer: Layer) -> bool:
@@ -229,7 +287,7 @@ def _config(cell: Cell) -> dict[str, Any]:
         own = {
             "name": _layer_name(number), "units": cell.hidden_size, "activation": names[candidate],
             "recurrent_activation": names[gates], "use_bias": cell.bias, "return_sequences": True,
-            "dtype": cell.dtype.name,
+            "recurrent_dropout": cell.recurrent_dropout, "dtype": cell.dtype.name,
         }  # fmt: skip
         if number and cell.dropout:
             layers.append(_described("Dropout", {"name": f"dropout_{number}", "rate": cell.dropout}))

@@ -31,6 +31,7 @@ class Layer(NamedTuple):
     """A layer that may be an LSTM, or a wrapper of one.
 
     `config` is None in a file that has weights alone. `weights` reads the arrays, in the order of ``get_weights()``.
+    `inputs` names the layers that feed it, as far as the configuration says so.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layer(NamedTuple):
     config: dict[str, Any] | None
     version: str | None  # of Keras
     weights: Callable[[], list[HostArray]]
+    inputs: tuple[str, ...] = ()
 
 
 def layers_of(source: Source) -> list[Layer]:
@@ -148,17 +150,27 @@ def _of_archive(source: Source) -> list[Layer]:
     with broken_if("its config.json"):
         found = list(_configured(config))
     return [
-        Layer(layer["config"]["name"], layer["class_name"], layer["config"], version, _by_path(file, paths, layer))
-        for layer, paths in found
+        Layer(
+            layer["config"]["name"],
+            layer["class_name"],
+            layer["config"],
+            version,
+            _by_path(file, paths, layer),
+            inputs,
+        )
+        for layer, paths, inputs in found
     ]
 
 
 def _configured(
     model: Mapping[str, Any], paths: tuple[str, ...] = ("",)
-) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Walk the layers of a configuration, with the places where each one's weights may be stored."""
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]]:
+    """Walk the layers of a configuration, with the places where each one's weights may be stored, and its inputs."""
     used: dict[str, int] = {}
+    before: tuple[str, ...] = ()
     for layer in _layers_in(model):
+        inputs = before if model["class_name"] == "Sequential" else _feeding(layer.get("inbound_nodes"))
+        before = (layer["config"]["name"],) if isinstance(layer["config"], dict) else ()
         name = _snake_case(layer["class_name"])
         number = used[name] = used.get(name, -1) + 1
         own = f"{name}_{number}" if number else name
@@ -166,7 +178,22 @@ def _configured(
         if layer["class_name"] in _MODELS:
             yield from _configured(layer, tuple(f"{path}/" for path in inner))
         else:
-            yield layer, inner
+            yield layer, inner, inputs
+
+
+def _feeding(nodes: Any) -> tuple[str, ...]:
+    """Name the layers whose outputs a layer of a functional model reads, from its ``inbound_nodes``."""
+    found: list[str] = []
+    waiting = [nodes]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, list) and [type(item) for item in node[:3]] == [str, int, int]:
+            found.append(node[0])  # the name, the number of the call and that of the output: a "keras_history"
+        elif isinstance(node, list):
+            waiting += node
+    return tuple(dict.fromkeys(found))
 
 
 def _layers_in(model: Mapping[str, Any]) -> list[Any]:
@@ -220,29 +247,46 @@ def _variables(group: Any) -> list[HostArray]:
 
 
 def _of_weights(file: Any) -> list[Layer]:
-    """List the layers of a file without configuration: by their own names, or else as the file calls them."""
+    """List the layers of a file without configuration: by their own names, or else as the file calls them.
+
+    A model of the user's own class stores its layers under the names of its attributes, so every group is visited.
+    """
     found: list[Layer] = []
-    waiting = [(container, _child(file, container)) for container in _CONTAINERS]
+    waiting = [("", file)]
     visited = 0
     while waiting:
         path, group = waiting.pop(0)
-        if group is None or not hasattr(group, "keys"):
-            continue
         with broken_if("its HDF5 content"):
             names = list(group)
         visited += len(names) + 1
         if visited > MOST_ENTRIES:
             raise ModelFileError("its HDF5 groups hold each other, or are too many")
         for name in names:
-            child = _child(group, name)
-            wraps = _child(child, "forward_layer") is not None if hasattr(child, "keys") else False
-            if wraps or (hasattr(child, "keys") and _child(child, "cell") is not None):
-                own = _stored_name(child) or f"{path}/{name}".removeprefix("layers/")
+            child = _child(group, name) if name != "vars" else None
+            if child is None or not hasattr(child, "keys"):
+                continue
+            own, kind = f"{path}{name}", _kind_of(child)
+            if kind is None:
+                waiting.append((f"{own}/", child))
+            else:
                 read = _reader(_variables, child)
-                found.append(Layer(own, "Bidirectional" if wraps else "LSTM", None, None, read))
-            elif hasattr(child, "keys") and name != "vars":
-                waiting.append((f"{path}/{name}", child))
+                found.append(Layer(_stored_name(child) or own.removeprefix("layers/"), kind, None, None, read))
     return found
+
+
+def _kind_of(group: Any) -> str | None:
+    """Return the class of a recurrent layer, by the shape of its recurrent kernel, or None for another group."""
+    for kind, path in (("Bidirectional", "forward_layer/cell/vars/1"), ("LSTM", "cell/vars/1")):
+        kernel = _child(group, path)
+        if kernel is not None and hasattr(kernel, "dtype"):
+            return kind if _is_of_lstm(kernel) else "RNN"
+    return None
+
+
+def _is_of_lstm(kernel: Any) -> bool:
+    """Whether a recurrent kernel is that of an LSTM, (H, 4H), and not of a GRU or a plain RNN."""
+    with broken_if("its HDF5 content"):
+        return bool(kernel.ndim == 2 and kernel.shape[1] == 4 * kernel.shape[0])
 
 
 def _reader(read: Callable[..., list[HostArray]], *arguments: Any) -> Callable[[], list[HostArray]]:
@@ -256,7 +300,7 @@ def _of_legacy_model(file: Any) -> list[Layer]:
     with broken_if("its HDF5 content"):
         config = _json(file.attrs["model_config"], "its model_config")
         version = _text(file.attrs.get("keras_version", ""))
-        layers = {layer["config"]["name"]: layer for layer, _ in _configured(config)}
+        layers = {layer["config"]["name"]: (layer, inputs) for layer, _, inputs in _configured(config)}
     return _of_names(file, _child(file, "model_weights"), layers, version)
 
 
@@ -269,17 +313,19 @@ def _of_names(file: Any, weights: Any, layers: Mapping[str, Any] | None, version
         for name, stored in groups.items():
             parts = [path.split("/")[-1].partition(":")[0] for path in stored]
             if "recurrent_kernel" in parts:
+                kernel = _child(weights, f"{name}/{stored[parts.index('recurrent_kernel')]}")
                 kind = "Bidirectional" if parts.count("recurrent_kernel") == 2 else "LSTM"
+                kind = kind if hasattr(kernel, "dtype") and _is_of_lstm(kernel) else "RNN"
                 found.append(Layer(name, kind, None, version, _reader(_named_arrays, weights, name, stored)))
         return found
-    for name, layer in layers.items():
+    for name, (layer, inputs) in layers.items():
         # A layer inside a model inside the model is stored with the outer one, its own name in the path.
         outer = (
             name if name in groups else next((g for g, s in groups.items() if any(name in p.split("/") for p in s)), "")
         )
         stored = [path for path in groups.get(outer, ()) if outer == name or name in path.split("/")]
         read = _reader(_named_arrays, weights, outer, stored)
-        found.append(Layer(name, layer["class_name"], layer["config"], version, read))
+        found.append(Layer(name, layer["class_name"], layer["config"], version, read, inputs))
     return found
 
 

@@ -6,6 +6,7 @@ products one after the other, P (D, 3H); Y is (T, D, B, H).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastlstm.cell import Cell
 from fastlstm.errors import ArgumentError, ModelFileError, ShapeError, shown
 from fastlstm.interchange.gates import Part, assemble, blocks, refuse_variants
 from fastlstm.interchange.onnx_graph import Node, folder_of, lstm_nodes
-from fastlstm.interchange.source import HostArray, Source, broken_if, need, with_source
+from fastlstm.interchange.source import HostArray, Source, broken_if, check_readable, need, with_source
 from fastlstm.interchange.torch import add
 
 __all__ = ["from_onnx", "node_attributes", "node_inputs", "write_onnx"]
@@ -28,9 +29,10 @@ ACTIVATIONS: dict[str, tuple[str, float | None, float | None]] = {
     "softsign": ("Softsign", None, None), "hard_sigmoid": ("HardSigmoid", 0.2, 0.5), "identity": ("Affine", 1.0, 0.0),
 }  # fmt: skip
 CANDIDATE_1997, OUTPUT_1997 = ("ScaledTanh", 2.0, 0.5), ("ScaledTanh", 1.0, 0.5)
-# The activations with parameters, and the values that are meant where none are given.
+# The activations with parameters, and the values that are meant where none are given. Affine has no such values: the
+# standard gives none, and onnxruntime takes 0 for both.
 DEFAULTS: dict[str, tuple[float | None, float | None]] = {
-    "affine": (1.0, 0.0), "leakyrelu": (0.01, None), "thresholdedrelu": (1.0, None), "scaledtanh": (1.0, 1.0),
+    "affine": (math.nan, math.nan), "leakyrelu": (0.01, None), "thresholdedrelu": (1.0, None), "scaledtanh": (1.0, 1.0),
     "hardsigmoid": (0.2, 0.5), "elu": (1.0, None),
 }  # fmt: skip
 ATTRIBUTES = {"activations", "activation_alpha", "activation_beta", "clip", "direction", "hidden_size", "input_forget",
@@ -47,6 +49,7 @@ def from_onnx(source: Any, node: str | Sequence[str] | None = None) -> tuple[Cel
     onnx = need("onnx", "onnx")
     if isinstance(source, onnx.ModelProto):
         return _of_model(source, None, names)
+    check_readable("source", source, "an onnx.ModelProto")
 
     def read(opened: Source) -> tuple[Cell, dict[str, HostArray], bool]:
         opened.file.seek(0)
@@ -196,7 +199,9 @@ def _activation(node: Node, name: str, values: tuple[float | None, float | None]
         ):
             return ours
     parameters_of = "".join(
-        f", {what}={v:g}" for what, v in zip(("alpha", "beta"), values, strict=True) if v is not None
+        f", {what}={v:g}" if not math.isnan(v) else f" without {what}"
+        for what, v in zip(("alpha", "beta"), values, strict=True)
+        if v is not None
     )
     raise ArgumentError(f"node {node.name} has the activation {name}{parameters_of}, which is not supported")
 

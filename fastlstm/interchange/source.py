@@ -22,9 +22,9 @@ from typing import IO, Any, NamedTuple, TypeVar
 import numpy as np
 
 from fastlstm import files
-from fastlstm.errors import BackendError, DTypeError, FastLSTMError, ModelFileError
+from fastlstm.errors import ArgumentError, BackendError, DTypeError, FastLSTMError, ModelFileError, shown
 
-__all__ = ["PathOrFile", "Source", "Tensor", "broken_if", "need", "read_tensors", "with_source"]
+__all__ = ["PathOrFile", "Source", "Tensor", "broken_if", "check_readable", "need", "read_tensors", "with_source"]
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
 HostArray = np.ndarray[Any, Any]
@@ -63,6 +63,18 @@ class Tensor(NamedTuple):
     offset: int
     length: int
     read: Callable[[], bytes]
+
+
+def check_readable(name: str, value: Any, other: str) -> None:
+    """Check that an argument is a path or a file object, where a call takes something else too.
+
+    Raises
+    ------
+    ArgumentError
+        With the name of the argument, and `other`, the third thing that it may be.
+    """
+    if not isinstance(value, str | bytes | os.PathLike) and not callable(getattr(value, "read", None)):
+        raise ArgumentError(f"{name} must be a path, a binary file object or {other}, got {shown(value)}")
 
 
 def with_source(path: Any, work: Callable[[Source], _Result]) -> _Result:

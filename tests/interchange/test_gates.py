@@ -136,8 +136,24 @@ REFUSED = {
         (ALL,), {"backward": [1, 2]}, ArgumentError, "backward has 2"
     ),
     "a field that shows in the weights": ((ALL,), {"layer_norm": True}, ArgumentError, "layer_norm"),
+    "two biases for each gate": (({k: (W, U, B, B) for k in "ifgo"},), {}, ArgumentError, "g has no peephole.*add"),
+    "a peephole of g, called c": (({k: (W, U, B, B) for k in "ifco"},), {}, ArgumentError, "g has no peephole"),
+    "stacked peepholes of four gates": (
+        ((np.ones((4 * H, INPUTS)), np.ones((4 * H, H)), np.ones(4 * H), np.ones((4, H))), "ifgo"), {}, ShapeError,
+        "one row for each of i, f, o",
+    ),
+    "two stacked biases": (
+        ((np.ones((4 * H, INPUTS)), np.ones((4 * H, H)), *[np.ones(4 * H)] * 2), "ifgo"), {}, ShapeError, "2 axes"
+    ),
+    "a mapping, interleaved": ((ALL,), {"interleaved": True}, ArgumentError, "interleaved=True is for stacked"),
     "a recurrent matrix that is not square": (({k: (W, W) for k in "ifgo"},), {}, ShapeError, "shape"),
 }  # fmt: skip
+
+
+def test_a_fourth_array_of_g_may_be_none():
+    weights = gates(peephole=True)
+    padded = weights | {"g": (*weights["g"], None)}
+    assert_identical(LSTM.from_gates(padded).params, LSTM.from_gates(weights).params)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -157,6 +157,13 @@ REFUSED = {
     "a hard sigmoid of another slope": (
         add_attribute(activations=["HardSigmoid", "Tanh", "Tanh"], activation_alpha=[0.17]), "alpha=0.17"
     ),
+    "an affine activation without its values": (
+        add_attribute(activations=["Sigmoid", "Tanh", "Affine"]), "affine without alpha without beta"
+    ),
+    "an affine activation without beta": (
+        add_attribute(activations=["Sigmoid", "Tanh", "Affine"], activation_alpha=[1.0]), "alpha=1 without beta"
+    ),
+    "a scaled tanh without its values": (add_attribute(activations=["Sigmoid", "Tanh", "ScaledTanh"]), "scaledtanh"),
     "activations of another number": (add_attribute(activations=["Sigmoid"]), "1 activations"),
     "other activations in reverse": (
         lambda: node_model({"direction": "bidirectional", "activations": [*["Sigmoid", "Tanh"] * 2, "Sigmoid", "Relu"]},

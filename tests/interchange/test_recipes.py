@@ -173,6 +173,16 @@ def test_a_run_folder_is_stepped_as_torch_runs_it(run_folder):
     assert bmi.get_current_time() == 60 * 32 and not np.array_equal(before, bmi.get_value_ptr(TARGET))
 
 
+def test_the_last_epoch_is_that_of_the_largest_number(run_folder):
+    """By their names, model_epoch999.pt would come after model_epoch1000.pt."""
+    folder, model = run_folder
+    (folder / "model_epoch010.pt").rename(folder / "model_epoch1000.pt")
+    (folder / "model_epoch009.pt").rename(folder / "model_epoch999.pt")
+    (folder / "model_epoch_best.pt").write_bytes(b"no epoch")
+    run = hydrology().RunFolder(folder)
+    np.testing.assert_array_equal(run.lstm.params["weight_hh_l0"], model["lstm"].weight_hh_l0.detach().numpy())
+
+
 def test_the_interface_is_that_of_bmipy(run_folder):
     bmipy = pytest.importorskip("bmipy", reason="bmipy is not installed: the extra hydrology")
     folder, _ = run_folder
