@@ -280,7 +280,7 @@ if __name__ == "__main__":
         except Exception as error:
             print(type(error).__name__, flush=True)
         # Dask fails to close a worker that is being started again: "can only join a started process".
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=150)
 """
 
 
@@ -291,7 +291,7 @@ def test_two_processes_of_which_one_dies(tmp_path):
     program = tmp_path / "cluster.py"  # its workers import it
     program.write_text(CLUSTER)
     code = f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')"
-    shown = run_script(code, timeout=180, prelude="")
+    shown = run_script(code, timeout=300, prelude="")
     assert shown.split("\n")[:3] == ["equal, one thread each, model shipped once", "equal after a worker has died",
                                      "KilledWorker"]  # fmt: skip
 
