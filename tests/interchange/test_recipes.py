@@ -10,7 +10,7 @@ import pytest
 from harness import REFERENCE
 from tolerances import assert_close
 
-from fastlstm import LSTM, ArgumentError, BackendError, ModelFileError
+from fastlstm import LSTM, ArgumentError, ArrayTypeError, BackendError, ModelFileError, ShapeError
 from fastlstm.demo import ealstm
 from fastlstm.training import Adam, join, mean_squared_error
 
@@ -49,6 +49,23 @@ def test_ea_lstm_is_a_masked_lstm():
     expected = ealstm_by_the_book(weights, x_d, x_s)
     assert_close("agreement", {"y": y}, {"y": expected}, backend="reference", dtype=np.float64)
     assert sum(int(value.sum()) for value in mask.values()) == sum(value.size for value in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input_gate.bias": None}, ArgumentError, r"lacks a\.input_gate\.bias"),
+        ({"dynamic_gates.weight_ih": np.ones((D, 10))}, ShapeError, r"a\.dynamic_gates\.weight_ih .*\(3, 10\)"),
+        ({"input_gate.weight": np.ones(H)}, ShapeError, r"a\.input_gate\.weight"),
+        ({"dynamic_gates.bias": [0.0] * 12}, ArrayTypeError, "NumPy"),
+        ({"dynamic_gates.weight_hh": np.ones((H, 9))}, ShapeError, "one shape|must have shape"),
+    ],
+    ids=["missing", "rows", "axes", "list", "size"],
+)
+def test_other_weights_than_those_of_an_ea_lstm_are_refused(change, error, message):
+    weights = {f"a.{n}": v for n, v in (ealstm_weights() | change).items() if v is not None}
+    with pytest.raises(error, match=message):
+        ealstm.from_neuralhydrology(weights, "a.")
 
 
 def test_ea_lstm_stays_one_in_training():
