@@ -44,6 +44,8 @@ REFUSED = {
     ("numpy", "MaskedArray"): "its mask would be lost; fill it (numpy.ma.filled) and pass lengths for ragged batches",
     ("numpy", "matrix"): "pass numpy.asarray of it",
 }
+# An object with any of these is an array of another library, which fastlstm.as_array converts.
+ARRAY_METHODS = ("__dlpack__", "__cuda_array_interface__", "__array__")
 BACKENDS = ("cpu", "cuda", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("fastlstm_backend", default=os.environ.get("FASTLSTM_BACKEND") or None)
@@ -70,9 +72,11 @@ def kind_of(name: str, value: Any) -> Kind:
                 kind = _kinds[type(value)] = TABLE[key]
                 return kind
         example = name if name.isidentifier() else "it"
+        shares = any(hasattr(type(value), method) for method in ARRAY_METHODS)
+        call = f"fastlstm.as_array({example})" if shares else f"numpy.asarray({example}, dtype=...)"
         raise ArrayTypeError(
             f"{name} must be a NumPy or CuPy array, got {type(value).__module__}.{type(value).__qualname__};"
-            f" convert it first, for example with numpy.asarray({example}, dtype=...)"
+            f" convert it first, for example with {call}"
         )
     return kind
 

@@ -288,7 +288,9 @@ class Exchange(Recurrent):
 
         Notes
         -----
-        Fields that affect training only are not exported: dropout, recurrent dropout and a truncated gradient.
+        Fields that affect training only are not exported: dropout, recurrent dropout and a truncated gradient. The file
+        of a float64 model is valid, but onnxruntime, whose LSTM is for float32 alone, cannot run it.
+        For an input without steps, onnxruntime's h_n and c_n are not the initial state, as fastlstm's are.
         """
         from fastlstm.interchange import onnx
 

@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 
 from fastlstm import LSTM
+from fastlstm.dispatch import kind_of
+from fastlstm.errors import ArgumentError, ArrayTypeError, ShapeError
 
 __all__ = ["from_neuralhydrology", "joined", "masked"]
 
 HostArray = np.ndarray[Any, Any]
 ORDER = "fog"  # of neuralhydrology's dynamic gates
+# Its names of the weights, and the number of axes of each.
+NAMES = {"input_gate.weight": 2, "input_gate.bias": 1, "dynamic_gates.weight_ih": 2, "dynamic_gates.weight_hh": 2,
+         "dynamic_gates.bias": 1}  # fmt: skip
 
 
 def from_neuralhydrology(state_dict: Mapping[str, HostArray], prefix: str = "") -> tuple[LSTM, dict[str, HostArray]]:
@@ -40,7 +45,23 @@ def from_neuralhydrology(state_dict: Mapping[str, HostArray], prefix: str = "") 
         A model of D + S inputs and H units, for :func:`joined` input.
     mask : dict of str to numpy.ndarray
         For each parameter, 1 where it is free and 0 where it stays zero.
+
+    Raises
+    ------
+    ArgumentError
+        If a name is missing.
+    ArrayTypeError, DTypeError, ShapeError
+        If the arrays do not fit each other.
     """
+    missing = [name for name in NAMES if prefix + name not in state_dict]
+    if missing:
+        raise ArgumentError(f"state_dict lacks {', '.join(prefix + name for name in missing)}")
+    for name, axes in NAMES.items():
+        array = state_dict[prefix + name]
+        if kind_of(prefix + name, array).library != "numpy":
+            raise ArrayTypeError(f"{prefix}{name} must be a NumPy array: convert it with .get()")
+        if array.ndim != axes or (name.startswith("dynamic") and array.shape[-1] % 3):
+            raise ShapeError(f"{prefix}{name} is no array of an EA-LSTM, got shape {array.shape}")
     static, bias = state_dict[f"{prefix}input_gate.weight"], state_dict[f"{prefix}input_gate.bias"]
     w, u, b = (
         np.split(state_dict[f"{prefix}dynamic_gates.{name}"], 3, -1) for name in ("weight_ih", "weight_hh", "bias")

@@ -16,14 +16,18 @@ bmipy is optional: the class derives from its ``Bmi`` if it is installed. PyYAML
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlstm import LSTM
+from fastlstm.cell import real
 from fastlstm.errors import ArgumentError, ModelFileError, shown
 from fastlstm.interchange.source import need
 from fastlstm.interchange.torch_file import load_arrays
@@ -65,19 +69,22 @@ class RunFolder:
         _check(config)
         self.inputs: list[str] = list(config["dynamic_inputs"])
         # neuralhydrology sorts the attributes by name.
-        self.attributes: list[str] = sorted(config.get("static_attributes") or [])
+        self.attributes: list[str] = sorted(_names(config, "static_attributes"))
         (self.target,) = config["target_variables"]
-        self.clips = self.target in (config.get("clip_targets_to_zero") or [])
+        self.clips = self.target in _names(config, "clip_targets_to_zero")
         weights = _last_epoch(folder)
         self.lstm = LSTM.load_torch(weights, prefix="lstm.").freeze()
         head = load_arrays(weights, "head.net.0.")
+        shapes = {name: array.shape for name, array in head.items()}
+        if shapes != {"weight": (1, self.lstm.cell.output_size), "bias": (1,)}:
+            raise ModelFileError(f"{str(weights)!r} has no linear head head.net.0 of one target, but {shown(shapes)}")
         self.weight, self.bias = head["weight"], head["bias"]  # (1, H), (1,)
         center, scale = (_of_variables(scaler, f"xarray_feature_{name}") for name in ("center", "scale"))
         self.center, self.scale = (_row(values, self.inputs) for values in (center, scale))
         self.attribute_center, self.attribute_scale = (
             _row(scaler.get(f"attribute_{name}") or {}, self.attributes) for name in ("means", "stds")
         )
-        self.target_center, self.target_scale = center[self.target], scale[self.target]
+        (self.target_center,), (self.target_scale,) = (_row(values, [self.target]) for values in (center, scale))
         if self.lstm.cell.input_size != len(self.inputs) + len(self.attributes):
             raise ModelFileError(
                 f"the model reads {self.lstm.cell.input_size} features, the configuration lists others"
@@ -86,10 +93,19 @@ class RunFolder:
     def static(self, given: Sequence[Mapping[str, float]]) -> HostArray:
         """Scale the attributes of catchments, (B, S)."""
         for attributes in given:
+            if not isinstance(attributes, Mapping):
+                raise ArgumentError(
+                    f"static_attributes must be names and numbers, or a list of these, got {shown(attributes)}"
+                )
             missing = [name for name in self.attributes if name not in attributes]
             if missing:
                 raise ArgumentError(f"static_attributes lacks {', '.join(missing)}")
-        rows = np.array([[attributes[name] for name in self.attributes] for attributes in given], np.float64)
+            wrong = [name for name in self.attributes if not math.isfinite(_number(attributes[name]))]
+            if wrong:
+                raise ArgumentError(
+                    f"{wrong[0]} in static_attributes must be a finite number, got {shown(attributes[wrong[0]])}"
+                )
+        rows = np.array([[_number(attributes[name]) for name in self.attributes] for attributes in given])
         return (rows.reshape(len(given), -1) - self.attribute_center) / self.attribute_scale
 
     def step(self, x_d: HostArray, static: HostArray, state: Any) -> tuple[HostArray, Any]:
@@ -120,11 +136,18 @@ def _yaml(path: Path) -> Any:
     return found
 
 
+def _names(config: Mapping[str, Any], name: str) -> list[str]:
+    """Return a list of names in the configuration, which may be left out."""
+    given = config.get(name) or []
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise ArgumentError(f"{name} must be a list of names here, got {shown(given)}")
+    return given
+
+
 def _check(config: Mapping[str, Any]) -> None:
     for name in ("dynamic_inputs", "target_variables"):
-        given = config.get(name)
-        if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
-            raise ArgumentError(f"{name} must be a list of names here, got {shown(given)}")
+        if not _names(config, name):
+            raise ArgumentError(f"{name} must be a list of names here, got {shown(config.get(name))}")
     expected = {"model": "cudalstm", "head": "regression", "output_activation": "linear"}
     for name, wanted in expected.items():
         if str(config.get(name, wanted)).lower() != wanted:
@@ -142,11 +165,43 @@ def _of_variables(scaler: Mapping[str, Any], name: str) -> dict[str, float]:
         raise ModelFileError(f"the scaler has no numbers in {name}") from error
 
 
-def _row(values: Mapping[str, Any], names: Sequence[str]) -> HostArray:
-    missing = [name for name in names if name not in values]
+def _number(value: Any) -> float:
+    """Return a number of a YAML file, or NaN; PyYAML reads 1e-3, without a point, as a string."""
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _row(values: Any, names: Sequence[str]) -> HostArray:
+    missing = [name for name in names if not isinstance(values, Mapping) or name not in values]
     if missing:
         raise ModelFileError(f"the scaler lacks {', '.join(missing)}")
-    return np.array([float(values[name]) for name in names])
+    found = np.array([_number(values[name]) for name in names])
+    if not np.all(np.isfinite(found)):
+        raise ModelFileError(f"the scaler has no finite numbers for {', '.join(names)}")
+    return found
+
+
+@dataclass
+class _Started:
+    """What a model has between initialize() and finalize()."""
+
+    run: RunFolder
+    static: HostArray  # (catchments, S)
+    seconds: float
+    values: dict[str, HostArray]  # (catchments,) each
+    steps: int = 0
+    state: Any = None
+
+
+@contextmanager
+def _fitting(name: str, own: HostArray) -> Iterator[None]:
+    """Convert NumPy's errors about shapes and indices of values."""
+    try:
+        yield
+    except (IndexError, TypeError, ValueError) as error:
+        raise ArgumentError(f"values or indices do not fit {name}, of {len(own)} catchments: {error}") from error
 
 
 class RunoffBmi(Bmi):  # type: ignore[misc]
@@ -165,32 +220,47 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
             runoff = model.get_value_ptr(model.get_output_var_names()[0])[0]
     """
 
+    _started: _Started | None = None
+
+    @property
+    def _now(self) -> _Started:
+        if self._started is None:
+            raise ArgumentError("the model is not initialised: call initialize(config_file) first")
+        return self._started
+
     def initialize(self, config_file: str) -> None:
         """Read the configuration file; see the module's docstring."""
         config = _yaml(Path(config_file))
-        if "run_dir" not in config:
-            raise ArgumentError("run_dir is missing")
-        self._run = RunFolder(Path(config_file).parent / config["run_dir"])
+        if not isinstance(config.get("run_dir"), str):
+            raise ArgumentError(f"run_dir must be the path of a run folder, got {shown(config.get('run_dir'))}")
+        step = config.get("time_step_seconds", 3600)
+        seconds = _number(step)
+        if not 0 < seconds < math.inf:
+            raise ArgumentError(f"time_step_seconds must be a positive number, got {shown(step)}")
         given = config.get("static_attributes") or {}
-        self._static = self._run.static(given if isinstance(given, list) else [given])
-        self._seconds = float(config.get("time_step_seconds", 3600))
-        self._values = {name: np.zeros(len(self._static)) for name in (*self._run.inputs, self._run.target)}
-        self._steps, self._state = 0, None
+        run = RunFolder(Path(config_file).parent / config["run_dir"])
+        static = run.static(given if isinstance(given, list) else [given])
+        values = {name: np.zeros(len(static)) for name in (*run.inputs, run.target)}
+        self._started = _Started(run, static, seconds, values)
 
     def update(self) -> None:
         """Advance by one time step, on the inputs that were set."""
-        x_d = np.stack([self._values[name] for name in self._run.inputs], axis=1)
-        self._values[self._run.target][:], self._state = self._run.step(x_d, self._static, self._state)
-        self._steps += 1
+        now = self._now
+        x_d = np.stack([now.values[name] for name in now.run.inputs], axis=1)
+        now.values[now.run.target][:], now.state = now.run.step(x_d, now.static, now.state)
+        now.steps += 1
 
     def update_until(self, time: float) -> None:
         """Advance to a time, on the same inputs at each step."""
-        while self._steps * self._seconds < time:
+        end = real(time)
+        if not math.isfinite(end):
+            raise ArgumentError(f"time must be a finite number, got {shown(time)}")
+        while self.get_current_time() < end:
             self.update()
 
     def finalize(self) -> None:
         """Let go of model and state."""
-        self._run, self._state, self._values = None, None, {}  # type: ignore[assignment]
+        self._started = None
 
     # Names, sizes, times.
 
@@ -200,15 +270,15 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
 
     def get_input_var_names(self) -> tuple[str, ...]:
         """Name the inputs."""
-        return tuple(self._run.inputs)
+        return tuple(self._now.run.inputs)
 
     def get_output_var_names(self) -> tuple[str, ...]:
         """Name the outputs: the target."""
-        return (self._run.target,)
+        return (self._now.run.target,)
 
     def get_input_item_count(self) -> int:
         """Count the inputs."""
-        return len(self._run.inputs)
+        return len(self._now.run.inputs)
 
     def get_output_item_count(self) -> int:
         """Count the outputs."""
@@ -243,7 +313,7 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
 
     def get_current_time(self) -> float:
         """Return the seconds since the start."""
-        return self._steps * self._seconds
+        return self._now.steps * self._now.seconds
 
     def get_start_time(self) -> float:
         """Return 0."""
@@ -259,33 +329,37 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
 
     def get_time_step(self) -> float:
         """Return the seconds of one step."""
-        return self._seconds
+        return self._now.seconds
 
     # Values.
 
     def get_value_ptr(self, name: str) -> HostArray:
         """Return a variable's own array, (catchments,): writing to it sets it."""
-        if name not in self._values:
-            raise ArgumentError(f"there is no variable {name!r}; there are {', '.join(self._values)}")
-        return self._values[name]
+        values = self._now.values
+        if not isinstance(name, str) or name not in values:
+            raise ArgumentError(f"there is no variable {shown(name)}; there are {', '.join(values)}")
+        return values[name]
 
     def get_value(self, name: str, dest: HostArray) -> HostArray:
         """Copy a variable to `dest`."""
-        dest[:] = self.get_value_ptr(name)
-        return dest
+        return self.get_value_at_indices(name, dest, slice(None))
 
-    def get_value_at_indices(self, name: str, dest: HostArray, inds: HostArray) -> HostArray:
+    def get_value_at_indices(self, name: str, dest: HostArray, inds: Any) -> HostArray:
         """Copy some catchments' values to `dest`."""
-        dest[:] = self.get_value_ptr(name)[inds]
+        own = self.get_value_ptr(name)
+        with _fitting(name, own):
+            dest[:] = own[inds]
         return dest
 
     def set_value(self, name: str, src: HostArray) -> None:
         """Set a variable."""
-        self.get_value_ptr(name)[:] = src
+        self.set_value_at_indices(name, slice(None), src)
 
-    def set_value_at_indices(self, name: str, inds: HostArray, src: HostArray) -> None:
+    def set_value_at_indices(self, name: str, inds: Any, src: HostArray) -> None:
         """Set a variable of some catchments."""
-        self.get_value_ptr(name)[inds] = src
+        own = self.get_value_ptr(name)
+        with _fitting(name, own):
+            own[inds] = src
 
     # The grid: points without edges, whose places a run folder does not say.
 
@@ -295,7 +369,7 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
 
     def get_grid_size(self, grid: int) -> int:
         """Return the number of catchments."""
-        return len(self._static)
+        return len(self._now.static)
 
     def get_grid_type(self, grid: int) -> str:
         """Return "points"."""
@@ -303,7 +377,7 @@ class RunoffBmi(Bmi):  # type: ignore[misc]
 
     def get_grid_node_count(self, grid: int) -> int:
         """Return the number of catchments."""
-        return len(self._static)
+        return len(self._now.static)
 
     def get_grid_edge_count(self, grid: int) -> int:
         """Return 0."""

@@ -242,7 +242,9 @@ def _variables(group: Any) -> list[HostArray]:
     for cell in cells:
         variables = _child(group, f"{cell}/vars")
         count = 0 if variables is None else len(variables)
-        arrays += [_array(variables, str(number)) for number in range(min(count, 4))]
+        if count not in (2, 3):  # more would be taken for the weights of a second direction
+            raise ModelFileError(f"{cell} has {count} weights: an LSTM of Keras has 2, or 3 with a bias")
+        arrays += [_array(variables, str(number)) for number in range(count)]
     return arrays
 
 

@@ -258,7 +258,9 @@ def _model(
 ) -> Any:
     """Build the graph: one node for each layer, then its directions side by side."""
     helper, from_array = onnx.helper, onnx.numpy_helper.from_array
-    constants, nodes, source = [from_array(np.array([0, 0, -1]), "joined")], [], "x"
+    # With -1 in place of the size, onnxruntime cannot reshape an input without steps.
+    joined = from_array(np.array([0, 0, cell.num_directions * cell.hidden_size]), "joined")
+    constants, nodes, source = [joined], [], "x"
     if batch_first:
         nodes.append(helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0, 2]))
         source = "x_t"

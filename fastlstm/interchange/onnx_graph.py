@@ -152,7 +152,11 @@ class Node:
             return False
         reshape = between[-1]
         target, known = self._numbers(reshape, "shape", 1), self.scope.sizes(reshape.input[0])
-        return target == [0, 0, -1] or (known is not None and target == [*known[:2], known[2] * known[3]])
+        if target is None or len(target) != 3:
+            return False
+        # Zeros copy the sizes of the first two axes, so the third can only be that of the others, as a number or as -1.
+        copied = target[:2] == [0, 0] and target[2] != 0
+        return copied or (known is not None and target == [*known[:2], known[2] * known[3]])
 
     def _numbers(self, node: Any, attribute: str, input_number: int | None) -> list[int] | None:
         """Return integers that are given by an attribute or, in newer versions, by an input."""

@@ -174,6 +174,13 @@ def _cell(given: dict[str, HostArray], prefix: str, dropout: float) -> Cell:
     for name in ("weight_ih_l0", "weight_hh_l0"):
         if name not in given:
             raise ArgumentError(f"{prefix}{name} is missing")
+    rows, columns = given["weight_hh_l0"].shape if given["weight_hh_l0"].ndim == 2 else (0, 0)
+    for gates, other in ((3, "a GRU"), (1, "a plain RNN")):
+        if rows and rows == gates * columns:  # an LSTM has 4H rows, and at most H columns
+            raise ShapeError(
+                f"{prefix}weight_hh_l0 has shape {(rows, columns)}: these are the weights of {other}; those of an LSTM"
+                " have shape (4H, H)"
+            )
     layers = [int(match["layer"]) for match in map(_NAME.fullmatch, given) if match]
     # A layer has at least two arrays, so a higher number leaves a gap; without this, naming what is missing has no end.
     if max(layers) >= len(given):

@@ -69,7 +69,7 @@ ALLOWED = {
     *(Token("torch", name) for name in NEWER_DTYPES),
 }
 _QUANTISED = ("_rebuild_qtensor", "QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage",
-              "QUInt2x4Storage")  # fmt: skip
+              "QUInt2x4Storage", "qint8", "quint8", "qint32", "quint4x2", "quint2x4")  # fmt: skip
 
 
 def unpickle(file: Any, storages: dict[str, Storage] | None = None) -> Any:
@@ -252,6 +252,11 @@ def _allowed(module: str, name: str) -> Token:
     where = f"{module}.{name}"[:200]
     if "quantized" in where.lower() or name in _QUANTISED:
         raise ModelFileError(f"it holds quantised tensors ({where}), which are not supported")
+    if where == "torch.ScriptObject":  # what torch.ao.quantization.quantize_dynamic makes of the weights of an LSTM
+        raise ModelFileError(
+            f"it holds packed, most likely quantised, weights ({where}), which are not supported; save the state dict"
+            " of the model before quantisation"
+        )
     if name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor"):
         raise ModelFileError(f"it holds sparse tensors ({where}), which are not supported")
     raise ModelFileError(

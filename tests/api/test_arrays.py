@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastlstm
-from fastlstm import ArrayTypeError, BackendError, DTypeError, as_array
+from fastlstm import LSTM, ArrayTypeError, BackendError, DTypeError, as_array
 
 
 class OnDevice:
@@ -138,3 +138,20 @@ def test_nothing_is_converted_without_the_call():
         lstm(torch.ones(5, 2, 3))
     y, _ = lstm(as_array(torch.ones(5, 2, 3)))
     assert y.shape == (5, 2, 4)
+
+
+@pytest.mark.parametrize("library", ["torch", "pandas", "jax.numpy", "xarray"])
+def test_calls_name_as_array_for_arrays_of_other_libraries(library):
+    module = pytest.importorskip(library, reason=f"{library} is not installed")
+    make = {"torch": "from_numpy", "pandas": "DataFrame", "jax.numpy": "asarray", "xarray": "DataArray"}[library]
+    given = getattr(module, make)(np.ones((4, 3), np.float32))
+    lstm = LSTM(3, 2, seed=0)
+    for call in (lambda: lstm(given), lambda: lstm(np.ones((4, 1, 3), np.float32), (given, given))):
+        with pytest.raises(ArrayTypeError, match=r"fastlstm\.as_array\((x|h0|it)\)"):
+            call()
+    lstm.step(np.ascontiguousarray(as_array(given)))
+
+
+def test_calls_name_numpy_for_what_is_no_array():
+    with pytest.raises(ArrayTypeError, match=r"numpy\.asarray\(x, dtype="):
+        LSTM(3, 2, seed=0)([[[1.0, 2.0, 3.0]]])

@@ -11,7 +11,7 @@ import pytest
 from keras_files import import_keras, legacy_file
 from tolerances import assert_identical
 
-from fastlstm import LSTM, ArgumentError
+from fastlstm import LSTM, ArgumentError, ModelFileError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Keras warns of its legacy format
 FILES = [".keras", ".h5"]
@@ -163,6 +163,20 @@ def test_the_message_about_a_wrong_source_names_it_and_lists(given):
         LSTM.from_keras(given)
     with pytest.raises(ArgumentError, match=r"source must be a path, a binary file object or an onnx\.ModelProto, got"):
         LSTM.from_onnx(given)
+
+
+def test_a_cell_with_weights_of_its_own_is_not_taken_for_two_directions(tmp_path):
+    """Of the user's own cell with a second pair of kernels, the arrays have the shapes of a bidirectional layer."""
+    path = tmp_path / "model.weights.h5"
+    LSTM(3, 4, bidirectional=False, seed=0).to_keras(path)
+    with h5py.File(path, "r+") as file:
+        variables = file["layers/lstm/cell/vars"]
+        bias = variables["2"][()]
+        del variables["2"]
+        for name, array in (("2", variables["0"][()]), ("3", variables["1"][()]), ("4", bias)):
+            variables[name] = array
+    with pytest.raises(ModelFileError, match="cell has 5 weights"):
+        LSTM.from_keras(path)
 
 
 def test_a_rate_that_is_no_probability_is_refused():

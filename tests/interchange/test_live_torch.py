@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from harness import REFERENCE, Case, problem
 from tolerances import BOUNDS, assert_close, assert_identical, normalised_error
 
-from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError, ShapeError, parameters
+from fastlstm import LSTM, ArgumentError, ArrayTypeError, DTypeError, ModelFileError, ShapeError, parameters
 from fastlstm.cell import Cell
 
 torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
@@ -178,3 +179,33 @@ def test_projections_go_both_ways(layers, bidirectional, dtype):
     assert list(lstm.to_torch_state_dict()) == list(module.state_dict())
     again = LSTM.from_torch_state_dict(lstm.to_torch_state_dict())
     assert_identical(again.params, lstm.params)
+
+
+@pytest.mark.parametrize("make", ["GRU", "GRUCell", "RNN", "RNNCell"])
+def test_files_of_other_recurrent_modules_are_refused_by_name(make):
+    file = io.BytesIO()
+    torch.save({f"m.{k}": v for k, v in getattr(torch.nn, make)(3, 5).state_dict().items()}, file)
+    file.seek(0)
+    with pytest.raises(ShapeError, match=f"m.weight_hh_l0 .* weights of a {'GRU' if 'GRU' in make else 'plain RNN'};"):
+        LSTM.load_torch(file, "m.")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", ["qint8", "float16"])
+@pytest.mark.parametrize("kind", ["LSTM", "Linear"])
+def test_state_dicts_of_quantised_modules_are_refused_by_name(kind, dtype):
+    """As quantize_dynamic makes them; of Linear in float16, PyTorch keeps plain tensors, and the LSTM is read."""
+    module = torch.nn.ModuleDict({"lstm": torch.nn.LSTM(3, 4), "head": torch.nn.Linear(4, 1)})
+    try:
+        module = torch.ao.quantization.quantize_dynamic(module, {getattr(torch.nn, kind)}, getattr(torch, dtype))
+    except RuntimeError as error:  # an engine that this build of PyTorch lacks
+        pytest.skip(f"this PyTorch cannot quantise: {error}")
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    if (kind, dtype) == ("Linear", "float16"):
+        assert LSTM.load_torch(file, "lstm.").cell.hidden_size == 4
+        return
+    with pytest.raises(ModelFileError, match="quantised") as caught:
+        LSTM.load_torch(file, "lstm.")
+    assert "torch.save(model.state_dict()" not in str(caught.value)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from harness import REFERENCE
-from onnx_models import B, H, I, T, check, node_model, onnx
+from onnx_models import B, H, I, T, check, node_model, onnx, run
 from tolerances import assert_close, assert_identical
 
 from fastlstm import LSTM, ArgumentError, BackendError, DTypeError, ShapeError
@@ -101,6 +101,36 @@ def test_models_go_to_onnxruntime_and_come_back(case):
     again = LSTM.from_onnx(io.BytesIO(data))
     assert_identical(again.params, lstm.params)
     assert (again.cell.num_layers, again.cell.bidirectional) == (lstm.cell.num_layers, lstm.cell.bidirectional)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_onnxruntime_takes_an_input_without_steps(batch_first):
+    lstm = LSTM(I, H, 2, bidirectional=True, batch_first=batch_first, seed=6)
+    file = io.BytesIO()
+    lstm.to_onnx(file, state=True)
+    h0, c0 = np.random.default_rng(3).normal(size=(2, 4, B, H)).astype(np.float32)
+    x = np.ones((B, 0, I) if batch_first else (0, B, I), np.float32)
+    found = run(file.getvalue(), {"x": x, "h0": h0, "c0": c0})
+    with REFERENCE.active():
+        y, (h_n, c_n) = lstm(x, (h0, c0))
+    assert found["y"].shape == y.shape
+    # onnxruntime fills the final states with other values.
+    assert (found["h_n"].shape, found["c_n"].shape) == (h_n.shape, c_n.shape)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("size", [-1, "given"])
+def test_layers_are_joined_behind_both_forms_of_the_reshape(size, bidirectional):
+    """Older files have -1, newer ones the size."""
+    lstm = LSTM(I, H, 2, bidirectional=bidirectional, seed=6)
+    file = io.BytesIO()
+    lstm.to_onnx(file)
+    model = onnx.load_model_from_string(file.getvalue())
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "joined")
+    assert onnx.numpy_helper.to_array(tensor).tolist() == [0, 0, lstm.cell.output_size]
+    if size == -1:
+        tensor.CopyFrom(from_array(np.array([0, 0, -1]), "joined"))
+    assert_identical(LSTM.from_onnx(model).params, lstm.params)
 
 
 def test_float64_goes_both_ways():

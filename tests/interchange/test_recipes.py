@@ -1,15 +1,16 @@
-"""The recipes in fastlstm.demo: EA-LSTM by a mask, tied weights, and a hydrology model behind BMI."""
+"""Recipes: EA-LSTM by a mask and a hydrology model behind BMI, of fastlstm.demo; tied weights, which are here alone."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import REFERENCE
 from tolerances import assert_close
 
-from fastlstm import LSTM, ArgumentError, BackendError, ModelFileError
+from fastlstm import LSTM, ArgumentError, ArrayTypeError, BackendError, ModelFileError, ShapeError
 from fastlstm.demo import ealstm
 from fastlstm.training import Adam, join, mean_squared_error
 
@@ -48,6 +49,23 @@ def test_ea_lstm_is_a_masked_lstm():
     expected = ealstm_by_the_book(weights, x_d, x_s)
     assert_close("agreement", {"y": y}, {"y": expected}, backend="reference", dtype=np.float64)
     assert sum(int(value.sum()) for value in mask.values()) == sum(value.size for value in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input_gate.bias": None}, ArgumentError, r"lacks a\.input_gate\.bias"),
+        ({"dynamic_gates.weight_ih": np.ones((D, 10))}, ShapeError, r"a\.dynamic_gates\.weight_ih .*\(3, 10\)"),
+        ({"input_gate.weight": np.ones(H)}, ShapeError, r"a\.input_gate\.weight"),
+        ({"dynamic_gates.bias": [0.0] * 12}, ArrayTypeError, "NumPy"),
+        ({"dynamic_gates.weight_hh": np.ones((H, 9))}, ShapeError, "one shape|must have shape"),
+    ],
+    ids=["missing", "rows", "axes", "list", "size"],
+)
+def test_other_weights_than_those_of_an_ea_lstm_are_refused(change, error, message):
+    weights = {f"a.{n}": v for n, v in (ealstm_weights() | change).items() if v is not None}
+    with pytest.raises(error, match=message):
+        ealstm.from_neuralhydrology(weights, "a.")
 
 
 def test_ea_lstm_stays_one_in_training():
@@ -199,6 +217,105 @@ def test_the_interface_is_that_of_bmipy(run_folder):
     with pytest.raises(NotImplementedError):
         bmi.get_grid_x(0, np.empty(1))
     bmi.finalize()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_dir": 3}, {"run_dir": None}, {"static_attributes": [1, 2]}, {"static_attributes": "elev"},
+        {"static_attributes": {"slope": 4.0, "elev": "a"}}, {"static_attributes": {"slope": 4.0, "elev": float("nan")}},
+        {"time_step_seconds": 0}, {"time_step_seconds": -1}, {"time_step_seconds": "1h"},
+        {"time_step_seconds": float("inf")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_configuration_is_refused_by_name(run_folder, change):
+    path = configured(run_folder[0], {"slope": 4.0, "elev": 150.0})
+    edited(Path(path), **change)
+    bmi = hydrology().RunoffBmi()
+    with pytest.raises(ArgumentError, match=next(iter(change))):
+        bmi.initialize(path)
+    with pytest.raises(ArgumentError, match="not initialised"):
+        bmi.update()
+
+
+USES = {
+    "update": (), "update_until": (9.0,), "get_input_var_names": (), "get_output_var_names": (), "get_time_step": (),
+    "get_current_time": (), "get_grid_size": (0,), "get_value_ptr": ("rain",), "get_value": ("rain", np.empty(1)),
+    "set_value": ("rain", 1.0), "get_var_type": ("rain",), "set_value_at_indices": ("rain", [0], 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", USES)
+def test_a_model_is_used_between_initialize_and_finalize_only(run_folder, method):
+    bmi = hydrology().RunoffBmi()
+    bmi.finalize()  # which may be called at any time
+    with pytest.raises(ArgumentError, match="not initialised"):
+        getattr(bmi, method)(*USES[method])
+    bmi.initialize(configured(run_folder[0], {"slope": 4.0, "elev": 150.0}))
+    getattr(bmi, method)(*USES[method])
+    bmi.finalize()
+    with pytest.raises(ArgumentError, match="not initialised"):
+        getattr(bmi, method)(*USES[method])
+
+
+def test_values_and_times_that_do_not_fit_are_refused(run_folder):
+    bmi = hydrology().RunoffBmi()
+    bmi.initialize(configured(run_folder[0], [{"slope": 4.0, "elev": 150.0}] * 2))
+    for method, arguments in (
+        ("set_value", ("rain", np.ones(3))), ("set_value", ("rain", "much")), ("get_value", ("rain", np.empty(3))),
+        ("set_value_at_indices", ("rain", [2], 1.0)), ("get_value_at_indices", ("rain", np.empty(1), [5])),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match="do not fit rain, of 2 catchments"):
+            getattr(bmi, method)(*arguments)
+    for time in (float("nan"), float("inf"), "1h", None):
+        with pytest.raises(ArgumentError, match="time must be a finite number"):
+            bmi.update_until(time)
+    with pytest.raises(ArgumentError, match=r"no variable \['rain'\]"):
+        bmi.set_value(["rain"], 1.0)
+
+
+def test_numbers_without_a_point_are_read(run_folder):
+    """PyYAML reads them as strings."""
+    path = Path(configured(run_folder[0], {"slope": 4.0, "elev": 150.0}))
+    path.write_text(path.read_text().replace("150.0", "15e1").replace(": 60", ": 6e1"))
+    bmi = hydrology().RunoffBmi()
+    bmi.initialize(str(path))
+    assert bmi.get_time_step() == 60.0
+    np.testing.assert_array_equal(bmi._now.static, [[1.0, -0.5]])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "error", "message"),
+    [
+        ("config.yml", {"static_attributes": {"slope": 1}}, ArgumentError, "static_attributes must be a list"),
+        ("config.yml", {"clip_targets_to_zero": 3}, ArgumentError, "clip_targets_to_zero must be a list"),
+        ("config.yml", {"dynamic_inputs": []}, ArgumentError, "dynamic_inputs must be a list"),
+        ("scaler", {"attribute_means": [1, 2]}, ModelFileError, "lacks elev, slope"),
+        ("scaler", {"attribute_stds": {"slope": "a", "elev": 1}}, ModelFileError, "no finite numbers"),
+        ("scaler", {"xarray_feature_scale": {"data_vars": {"rain": {"data": 1.0}, "temp": {"data": 1.0}}}},
+         ModelFileError, "lacks runoff"),
+    ],
+)  # fmt: skip
+def test_damaged_run_folders_raise_typed_errors(run_folder, file, change, error, message):
+    folder, _ = run_folder
+    edited(folder / ("train_data/train_data_scaler.yml" if file == "scaler" else file), **change)
+    with pytest.raises(error, match=message):
+        hydrology().RunFolder(folder)
+
+
+@pytest.mark.parametrize("change", ["another head", "two targets"])
+def test_weights_of_another_head_are_refused(run_folder, change):
+    torch = pytest.importorskip("torch", reason="the oracle is missing: torch is not installed")
+    folder, model = run_folder
+    weights = dict(model.state_dict())
+    if change == "another head":
+        weights = {name.replace("head.net.0", "head.fc"): value for name, value in weights.items()}
+    else:
+        weights["head.net.0.weight"] = torch.zeros(2, 6)
+    torch.save(weights, folder / "model_epoch010.pt")
+    with pytest.raises(ModelFileError, match=r"no linear head head\.net\.0"):
+        hydrology().RunFolder(folder)
 
 
 def edited(path, **changes):

@@ -178,7 +178,8 @@ REFUSED = {
         "bias_hh.* is missing",
     ),
     "another module's": (put(weight=float32(2, 2)), ArgumentError, "weight is no parameter"),
-    "a GRU's": (lambda s: {name: value[: 3 * 5] for name, value in s.items()}, ShapeError, r"\(4H, H\)"),
+    "a GRU's": (lambda s: {name: value[: 3 * 5] for name, value in s.items()}, ShapeError, "weights of a GRU"),
+    "a plain RNN's": (lambda s: {name: value[:5] for name, value in s.items()}, ShapeError, "weights of a plain RNN"),
     "input weights transposed": (lambda s: s | {"weight_ih_l0": s["weight_ih_l0"].T}, ShapeError, "weight_ih_l0"),
     "input weights flat": (put(weight_ih_l0=float32(60)), ShapeError, "weight_ih_l0"),
     "recurrent weights with too few columns": (
