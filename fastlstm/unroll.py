@@ -72,7 +72,7 @@ class RunGradients:
 class Run(StaysHere):
     """Steps of a model, each of which may depend on the one before; made by :meth:`fastlstm.LSTM.unroll`.
 
-    One thread at a time may use it.
+    One thread at a time may use it. It can be neither pickled nor copied: ``run.state`` can.
 
     Attributes
     ----------
