@@ -227,7 +227,7 @@ class Recurrent(Stored, HasPrecision):
         Raises
         ------
         ArgumentError, ShapeError, DTypeError, ArrayTypeError, BackendError
-            Before any work, if an argument does not fit, or the model is bidirectional.
+            Before any work, if an argument does not fit, or the model is bidirectional or reversed.
 
         Examples
         --------
@@ -265,7 +265,7 @@ class Recurrent(Stored, HasPrecision):
         Raises
         ------
         ArgumentError
-            If the model is bidirectional, or of a variant whose step is not compiled.
+            If the model is bidirectional or reversed, or of a variant whose step is not compiled.
         ArrayTypeError
             If the parameters are CuPy arrays.
         BackendError

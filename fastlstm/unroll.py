@@ -12,12 +12,11 @@
         dh = ...            # what dx means for the h before, and the loss's own part
     grads = back.finish()
 
-On the CPU, the memory of a run is allocated once and the weights are packed once; a step back computes the gradients by
-the gates, the states and the input alone, and ``finish`` those by the weights, one product over all steps. Otherwise
-each step is a call of its own, with a tape of its own: each step back then adds its part of the gradients by the
-weights, and ``finish`` returns the sums, in more time. That is so on CuPy arrays, on the backend ``reference``, and for
-`RNN`, `layer_norm`, `proj_size`, `recurrent_dropout`, `zoneout`, and `peephole` with `block_size`. The results are the
-same.
+The memory of a run is allocated once, and on the CPU the weights are packed once; a step back computes the gradients
+by the gates, the states and the input alone, and ``finish`` those by the weights, one product over all steps. The
+exceptions are `RNN`, `layer_norm`, `proj_size`, `recurrent_dropout`, `zoneout`, `peephole` with `block_size`, and the
+backend ``reference``. There, each step is a call of its own, with a tape of its own: each step back adds its part of
+the gradients by the weights, which takes more time, and ``finish`` returns the sums.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class RunGradients:
 class Run(StaysHere):
     """Steps of a model, each of which may depend on the one before; made by :meth:`fastlstm.LSTM.unroll`.
 
-    One thread at a time may use it.
+    One thread at a time may use it. It can be neither pickled nor copied: ``run.state`` can.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """Closed loops on any backend: each step of a layer is a training call with a tape of its own.
 
-This runs where there are no kernels of closed loops: on arrays of CuPy, on the reference, and for variants of the cell
-that the CPU's kernels of closed loops do not have.
+This runs where no kernels of closed loops do: on the reference, and for variants of the cell that need more phases in a
+step than the loops of the CPU and of the GPU have.
 """
 
 from __future__ import annotations

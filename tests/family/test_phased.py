@@ -12,9 +12,9 @@ from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM, ArgumentError
-from fastlstm.backends.base import Signature
+from fastlstm.backends.base import Dropout, Signature
 from fastlstm.backends.cpu.backend import is_phased
-from fastlstm.backends.layers import RECURRENT, ZONEOUT_C, ZONEOUT_H, chosen, kept_mask
+from fastlstm.backends.layers import RECURRENT, ZONEOUT_C, ZONEOUT_H, Given, chosen, kept_mask, mask_key
 from fastlstm.cell import Cell
 from fastlstm.functional import lstm_backward, lstm_forward
 
@@ -177,6 +177,21 @@ def test_results_are_bit_identical_on_any_number_of_threads(fields, dtype):
         fastlstm.set_num_threads(before)
     assert_identical(found[1], found[0])
     assert_identical(found[2], found[0])
+
+
+def test_each_mask_has_a_key_of_its_own():
+    cell = Cell(2, 4, 3, zoneout=(0.3, 0.6), recurrent_dropout=0.25)
+    for first, layer in ((0, 0), (0, 2), (2, 0)):  # the layer of a call, and that where the call stands in a run
+        given = Given(cell, layer, None, None, Dropout(0.0, 11, first, 5), True, False)
+        for direction in (0, 1):
+            for kind in (RECURRENT, ZONEOUT_C, ZONEOUT_H):
+                assert mask_key(given, direction, kind) == [11, first + layer, direction, kind]
+
+
+def test_a_part_of_a_mask_is_that_part_of_the_whole():
+    whole = chosen(np, 0.4, [11, 0, 0, ZONEOUT_C], (6, 50))
+    for t in range(6):
+        np.testing.assert_array_equal(chosen(np, 0.4, [11, 0, 0, ZONEOUT_C], (50,), 50 * t), whole[t])
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)

@@ -196,9 +196,11 @@ def test_steps_are_bit_identical_to_a_frozen_model_s(dtype, sizes, options):
 @NEEDS_CPU
 def test_the_documentation_names_the_variants_whose_steps_are_calls_of_their_own():
     from fastlstm.backends.cpu.unroll import can_unroll
+    from fastlstm.backends.cuda.phased import is_phased
 
     cells = {name: model_of(BackendUnderTest("cpu"), np.float32, 3, 6, **options).cell
              for name, options in DETERMINISTIC + RANDOM_HERE}  # fmt: skip
     named_here = {name for name in cells if f"`{name}`" in unroll.__doc__} | {"peepholes of shared gates"}
     others = {name for name, cell in cells.items() if not can_unroll(cell)}
+    assert others == {name for name, cell in cells.items() if is_phased(cell)}, "the same on a GPU"
     assert others == named_here - {"peephole", "block_size"} and "`peephole` with `block_size`" in unroll.__doc__

@@ -15,7 +15,8 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastlstm.backends.base import (
     Params,
     Steps,
 )
+from fastlstm.backends.base import Unrolled as AnyUnrolled
 from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionsTape, directions_backward, directions_forward
 from fastlstm.backends.cuda.launch import single_step
@@ -35,6 +37,7 @@ from fastlstm.backends.cuda.persistent import choice_of
 from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
 from fastlstm.backends.cuda.plans import describe, describe_products
 from fastlstm.backends.cuda.rows import Rows
+from fastlstm.backends.cuda.unroll import OnDevice, Unrolled
 from fastlstm.backends.folding import Folding, is_folded
 from fastlstm.backends.layers import (
     Given,
@@ -110,11 +113,27 @@ class CudaBackend(LayeredBackend):
             result = super().backward(cell, unfolded, tape, dy, dh_n, dc_n, keep_steps, input_gradient)
             if is_phased(cell) or not is_folded(cell):
                 return result
-            own = self.gradient_arrays(params)
-            for name, gradient in Folding(cell, self.xp).fold(result.params, own).items():
-                if gradient is not own[name]:
-                    own[name][...] = gradient
-            return result._replace(params=own)
+            return result._replace(params=self._folded(cell, params, result.params))
+
+    def unroll(
+        self, cell: Cell, params: Params, steps: int, batch: int, h0: Array | None, c0: Array | None,
+        dropout: Dropout | None,
+    ) -> AnyUnrolled:  # fmt: skip
+        """Begin a run of steps (see ``base.Backend.unroll``)."""
+        if is_phased(cell):
+            stepwise = functools.partial(super().unroll, cell, params, steps, batch, h0, c0, dropout)
+            return OnDevice(self.device, params["weight_hh_l0"], stepwise)
+        with self.device.of(params["weight_hh_l0"]):
+            unfolded = self._unfolded(cell, params)
+            layers = range(cell.num_layers)
+            weights = [self._contiguous(layer_weights(cell, unfolded, layer)[0]) for layer in layers]
+
+            def gradients(write: Callable[[Sequence[Weights]], None]) -> Params:
+                found = self.gradient_arrays(unfolded)
+                write([layer_weights(cell, found, layer)[0] for layer in layers])
+                return self._folded(cell, params, found) if is_folded(cell) else found
+
+            return Unrolled(self.device, cell, weights, gradients, steps, batch, h0, c0, dropout)
 
     def step(
         self, cell: Cell, params: Params, x: Array, h: Array | None, c: Array | None
@@ -216,6 +235,14 @@ class CudaBackend(LayeredBackend):
             arrays[name] = flat[start : start + value.size].reshape(value.shape)
             start += value.size
         return FlatArrays(arrays, flat)
+
+    def _folded(self, cell: Cell, params: Params, found: dict[str, Array]) -> FlatArrays:
+        """Return the gradients by the parameters that there are, from those with rows for all gates and units."""
+        own = self.gradient_arrays(params)
+        for name, gradient in Folding(cell, self.xp).fold(found, own).items():
+            if gradient is not own[name]:
+                own[name][...] = gradient
+        return own
 
     def _unfolded(self, cell: Cell, params: Params) -> Params:
         """Return the parameters with rows for all gates and units."""

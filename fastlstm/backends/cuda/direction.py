@@ -19,7 +19,7 @@ from fastlstm.backends.cuda.plans import Plan
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import Weights
 
-__all__ = ["DirectionsTape", "directions_backward", "directions_forward"]
+__all__ = ["DirectionsTape", "directions_backward", "directions_forward", "weight_gradients"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def directions_backward(
             for k, d in enumerate(range(chosen.start, chosen.stop)):
                 if dx is not None:
                     _input_gradient(weights[d], da[k], rows, d, dx)
-                _weight_gradients(tape.of(k), x, rows, d, da[k], None if dp is None else dp[k], out[d])
+                weight_gradients(tape.of(k), x, rows, d, da[k], None if dp is None else dp[k], out[d])
         first = last
 
 
@@ -237,7 +237,7 @@ def _input_gradient(weights: Weights, da: Array, rows: Rows, direction: int, dx:
     rows.unpack(packed, dx, rows.reverse(direction), accumulate=direction > 0)
 
 
-def _weight_gradients(
+def weight_gradients(
     tape: DirectionsTape, x: Array, rows: Rows, direction: int, da: Array, dp: Array | None, out: Weights
 ) -> None:
     """Write the sums over all rows of da x^T, da h^T and da, and those over the batch of `dp`."""
