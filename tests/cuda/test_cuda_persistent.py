@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from harness import Case, problem
 from host_cuda import compiler
+from host_cuda.streams import CUDARuntimeError, Event, Stream
 from persistent_run import EXCHANGES, FLOAT32, assert_agrees, expected, forced, kernels, run
 from tolerances import assert_close, assert_identical
 
+import fastlstm
+from fastlstm import dispatch
 from fastlstm.backends.cuda import plans
 from fastlstm.functional import lstm_backward, lstm_forward
 
@@ -193,6 +196,38 @@ def test_a_cooperative_launch_waits_for_the_one_before_on_another_stream():
         with xp.cuda.Stream(non_blocking=True) as stream:
             lstm_forward(params, x)
         assert {what[0] for what in stream.log} == {"launch"}
+
+
+@pytest.mark.parametrize("fails", ["wait_event", "record"])
+def test_a_stream_that_fails_gives_an_error_or_the_step_path_and_no_wrong_result(monkeypatch, fails):
+    """A launch that was made has overwritten the inputs' share of the gates: the step path must not read it."""
+    p, of_class = problem(Case(5, 3, 3, 100)).astype(np.float32), Event if fails == "record" else Stream
+    found = []
+    with forced("step", architecture="80") as xp:
+        params, x = {name: xp.array(value) for name, value in p.params.items()}, xp.array(p.x)
+        expected = lstm_forward(params, x)[0].get()
+        plans.FORCED = "persistent"
+        for _ in range(2):  # the second one waits
+            lstm_forward(params, x)
+        xp.pool.launched.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(of_class, fails, lambda *_: found.append(fails) or raises(CUDARuntimeError("no such event")))
+            if fails == "record":
+                with xp.cuda.Stream() as stream, pytest.raises(fastlstm.BackendError, match="no such event"):
+                    lstm_forward(params, x)
+                assert ("synchronize", None) in stream.log  # no launch after it could wait for it
+                assert kernels(xp) == ["persistent_forward"]
+            else:
+                assert_identical({"y": lstm_forward(params, x)[0].get()}, {"y": expected})
+                assert kernels(xp) == ["step_forward"] * 5
+        assert found == [fails]
+        assert len(dispatch.backend_named("cuda").device.refusals) == (fails == "wait_event")
+        assert_close("agreement", {"y": lstm_forward(params, x)[0].get()}, {"y": expected}, backend="cuda",
+                     dtype=FLOAT32)  # fmt: skip
+
+
+def raises(error):
+    raise error
 
 
 def test_the_step_path_is_untouched_where_it_is_asked_for():

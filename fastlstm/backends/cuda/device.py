@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
@@ -201,26 +201,30 @@ class CupyDevice:
         refusals = (
             ValueError, cuda.driver.CUDADriverError, cuda.runtime.CUDARuntimeError, cuda.compiler.CompileException,
         )  # fmt: skip
-        number = cuda.runtime.getDevice()
-        try:
-            kernel = self._resident(name, options, shared, cooperative, number)
-            if not cooperative:
-                kernel((blocks,), (_THREADS,), args, shared_mem=shared)
+        number, stream = cuda.runtime.getDevice(), cuda.get_current_stream()
+        ordered = cooperative and not stream.is_capturing()
+        grid, event = (1, blocks) if cooperative else (blocks,), None
+        with self._one_at_a_time if ordered else nullcontext():
+            try:
+                kernel = self._resident(name, options, shared, cooperative, number)
+                if ordered:
+                    event = self._cooperative.get(number)
+                    if event is None:
+                        event = self._cooperative[number] = cuda.Event(disable_timing=True)
+                    else:
+                        stream.wait_event(event)
+                kernel(grid, (_THREADS,), args, shared_mem=shared)
+            except refusals as error:
+                said = str(error).strip().partition(chr(10))[0]
+                raise RefusedLaunchError(f"{type(error).__name__}: {said}") from error
+            if event is None:
                 return
-            stream = cuda.get_current_stream()
-            if stream.is_capturing():
-                kernel((1, blocks), (_THREADS,), args, shared_mem=shared)
-                return
-            with self._one_at_a_time:
-                event = self._cooperative.get(number)
-                if event is None:
-                    event = self._cooperative[number] = cuda.Event(disable_timing=True)
-                else:
-                    stream.wait_event(event)
-                kernel((1, blocks), (_THREADS,), args, shared_mem=shared)
+            try:
                 event.record(stream)
-        except refusals as error:
-            raise RefusedLaunchError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+            except refusals as error:  # no refusal: the kernel writes its results, over its inputs
+                with suppress(*refusals):
+                    stream.synchronize()  # the next cooperative launch cannot wait for this one
+                raise BackendError(f"CUDA failed to record the end of {name}: {error}") from error
 
     @cache  # noqa: B019, see `_module`
     def _resident(self, name: str, options: tuple[str, ...], shared: int, cooperative: bool, _device: int) -> Any:
