@@ -85,7 +85,7 @@ class Signature(NamedTuple):
 
     steps: int  # T
     batch: int  # B
-    keep_tape: bool
+    keep_tape: bool  # without a tape, it is a call for inference, which draws no masks
     frozen: bool  # whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`)
 
 

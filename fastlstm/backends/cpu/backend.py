@@ -34,6 +34,8 @@ class CpuBackend:
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        if not signature.keep_tape:
+            cell = cell.in_inference
         if is_phased(cell):
             return PHASED.prepare(cell, signature)
         return PreparedCall(cell, signature)
@@ -48,7 +50,8 @@ class CpuBackend:
         return Stepwise(self, np, cell, params, steps, batch, h0, c0, dropout)
 
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
-        """Say in words how each layer would be run (see ``base.Backend.plan``)."""
+        """Say in words how each layer would be run in inference (see ``base.Backend.plan``)."""
+        cell = cell.in_inference
         if is_phased(cell):
             return PHASED.plan(cell, rows, batch, frozen)
         found: list[str] = []

@@ -32,7 +32,7 @@ from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionsTape, directions_backward, directions_forward
 from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.persistent import choice_of
-from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
+from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward, phases_of
 from fastlstm.backends.cuda.plans import describe, describe_products
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.folding import Folding, is_folded
@@ -89,6 +89,8 @@ class CudaBackend(LayeredBackend):
         resets: Array | None = None,
     ) -> ForwardResult:
         """Run the whole sequence through all layers, on the device of `x` (see ``base.Prepared.forward``)."""
+        if dropout is None and not keep_tape:
+            cell = cell.in_inference
         with self.device.of(x):
             params = self._unfolded(cell, params)
             return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute, resets)
@@ -124,6 +126,7 @@ class CudaBackend(LayeredBackend):
         Beyond :data:`MOST_ROWS_OF_A_STEP` sequences cuBLAS's products are faster. A CUDA graph cannot capture these, so
         a stream that is being captured gets the kernel whatever the batch is.
         """
+        cell = cell.in_inference
         with self.device.of(x):
             batch = x.shape[0]
             if not batch or is_phased(cell) or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
@@ -144,10 +147,16 @@ class CudaBackend(LayeredBackend):
     def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
         products = describe_products(self.device.limits(), cell.precision)
-        if not batch or is_phased(cell):
-            return [words + products for words in super().plan(cell, rows, batch, frozen)]
-        choice = choice_of(self.device, cell, rows, batch)
-        return [describe(choice, cell.num_directions) + products] * cell.num_layers
+        by_arrays, inference = "array operations step after step, for ", cell.in_inference
+        if not rows:
+            words = "nothing to launch: there is no time step" if batch else "nothing to launch: the batch is empty"
+        elif is_phased(inference):
+            words = by_arrays + ", ".join(phases_of(inference))
+        else:
+            words = describe(choice_of(self.device, cell, rows, batch), cell.num_directions)
+            if is_phased(cell):
+                words += f"; in training, {by_arrays}{', '.join(phases_of(cell))}"
+        return [words + products] * cell.num_layers
 
     def layer_forward(
         self,
