@@ -3,14 +3,14 @@
 All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
 (``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
 on another stream. Both directions of a layer are one launch if the device holds the groups of both at once. A CUDA
-graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+graph can capture `step` of a cell that the kernels run, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
 
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
 more while it runs, for each direction that runs at once. Cells whose time step has more phases, such as layer norm, run
-in array operations (``phased.py``). Parameters without the rows of some gates get rows for all (``folding.py``). When
-memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are
-unchanged.
+in array operations (``phased.py``). Parameters without the rows of some gates get rows for all (``folding.py``), but in
+`step`, whose kernel reads them as they are. When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`,
+passes through, and the caller's arrays are unchanged.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from fastlstm.backends.layers import (
 from fastlstm.backends.ragged import Packing
 from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.cell import Cell
+from fastlstm.errors import BackendError
 
 __all__ = ["MOST_ROWS_OF_A_STEP", "CudaBackend"]
 
@@ -124,16 +125,18 @@ class CudaBackend(LayeredBackend):
         """Advance one time step (see ``base.Prepared.step``): one launch for each layer.
 
         Beyond :data:`MOST_ROWS_OF_A_STEP` sequences cuBLAS's products are faster. A CUDA graph cannot capture these, so
-        a stream that is being captured gets the kernel whatever the batch is.
+        a stream that is being captured gets the kernel whatever the batch is; a cell with phases is refused there.
         """
         cell = cell.in_inference
         with self.device.of(x):
             batch = x.shape[0]
+            if batch and is_phased(cell) and self.device.capturing():
+                fields = ", ".join(phases_of(cell))
+                raise BackendError(f"a CUDA graph cannot capture a step of a model with {fields}: it calls cuBLAS")
             if not batch or is_phased(cell) or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
                 return super().step(cell, params, x, h, c)
             h_n, c_n = (self.xp.empty((cell.num_layers, batch, cell.hidden_size), x.dtype) for _ in range(2))
             y = self.xp.empty((batch, cell.hidden_size), x.dtype)
-            params = self._unfolded(cell, params)
             x, h, c = (None if array is None else self.xp.ascontiguousarray(array) for array in (x, h, c))
             for layer in range(cell.num_layers):
                 single_step(
