@@ -147,7 +147,7 @@ class CudaBackend(LayeredBackend):
                 x = h_n[layer]
             return y, h_n, c_n
 
-    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+    def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
         products = describe_products(self.device.limits(), cell.precision)
         by_arrays, inference = "array operations step after step, for ", cell.in_inference
@@ -156,7 +156,12 @@ class CudaBackend(LayeredBackend):
         elif is_phased(inference):
             words = by_arrays + ", ".join(phases_of(inference))
         else:
-            words = describe(choice_of(self.device, cell, rows, batch), cell.num_directions)
+            words, reset = (
+                describe(choice_of(self.device, cell, steps, batch, resets=resets), cell.num_directions)
+                for resets in (False, True)
+            )
+            if reset != words:  # whose kernel was refused
+                words += f"; with resets, {reset}"
             if is_phased(cell):
                 words += f"; in training, {by_arrays}{', '.join(phases_of(cell))}"
         return [words + products] * cell.num_layers
