@@ -171,8 +171,13 @@ class Cell:
         """The prepared calls of this cell, by signature (see ``calls.py``); they are not part of its value."""
         return {}
 
+    @functools.cached_property
+    def in_inference(self) -> Cell:
+        """The cell of a call that draws no masks: recurrent dropout, which is of training only, is left out."""
+        return replace(self, recurrent_dropout=0.0) if self.recurrent_dropout else self
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "calls"}
+        return {name: value for name, value in vars(self).items() if name not in ("calls", "in_inference")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

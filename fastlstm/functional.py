@@ -280,7 +280,7 @@ def plan(cell: Cell, params: Mapping[str, Array], x: Array, lengths: Any, *, bat
     lengths = checks.lengths(lengths, layout.steps, layout.state_batch)
     rows = layout.steps * layout.batch if lengths is None else int(lengths.sum())
     backend = dispatch.backend_for(x)
-    layers = enumerate(backend.plan(cell, rows, layout.batch, isinstance(params, FrozenParams)))
+    layers = enumerate(backend.plan(cell, layout.steps, rows, layout.batch, isinstance(params, FrozenParams)))
     return "\n".join([f"{backend.name} backend", *(f"layer {number}: {words}" for number, words in layers)])
 
 

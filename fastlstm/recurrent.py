@@ -202,8 +202,11 @@ class Recurrent(Stored, HasPrecision):
         ------
         ArgumentError
             If the model is bidirectional.
-        ShapeError, DTypeError, ArrayTypeError, BackendError
+        ShapeError, DTypeError, ArrayTypeError
             Before any work, if an argument does not fit.
+        BackendError
+            Before any work, if an argument does not fit, or a CUDA graph is to capture the step of a model that calls
+            cuBLAS: one with `proj_size`, `layer_norm`, `zoneout`, or `peephole` and `block_size`, and an ``RNN``.
         """
         return functional.step(self.cell, self.params, x_t, state)
 

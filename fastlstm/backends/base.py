@@ -88,7 +88,7 @@ class Signature(NamedTuple):
 
     steps: int  # T
     batch: int  # B
-    keep_tape: bool
+    keep_tape: bool  # without a tape, it is a call for inference, which draws no masks
     frozen: bool  # whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`)
 
 
@@ -199,8 +199,8 @@ class Backend(Protocol):
         """Begin a run for training whose steps are taken one by one."""
         ...
 
-    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
-        """Describe how each layer would run; `rows` is the number of steps of all sequences.
+    def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
+        """Describe how each layer would run; `steps` is T and `rows` the number of steps of all sequences.
 
         `frozen` says whether the parameters cannot change (:class:`fastlstm.frozen.FrozenParams`).
         """

@@ -212,7 +212,7 @@ class LayeredBackend(ABC):
         result = self.forward(cell, params, x[None], h, c, None, None, keep_tape=False)
         return result.h_n[-1].copy(), result.h_n, result.c_n
 
-    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+    def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         return ["step after step"] * cell.num_layers
 

@@ -183,7 +183,7 @@ def _is_persistent(work: Work) -> bool:
     """Whether our CUDA backend plans a persistent kernel for some layer: else it goes by steps anyway."""
     sizes, dtype = (work.inputs, work.hidden, work.layers), np.dtype(work.dtype)
     cell = Cell(*sizes, bidirectional=work.bidirectional, dtype=dtype)
-    plan = dispatch.backend_named("cuda").plan(cell, work.rows, work.batch, False)
+    plan = dispatch.backend_named("cuda").plan(cell, work.steps, work.rows, work.batch, False)
     return work.kind != "stream" and any("one launch a sequence" in words for words in plan)
 
 

@@ -36,6 +36,23 @@ typedef OUTPUT_ACTIVATION OfOutput;
 typedef real OfGates[GATES];
 typedef real OfUnitWeights[SLOTS(UNIT_WEIGHTS)];
 
+// The rows of a unit in parameters as a model has them: without f where the cell has none, and with one row of i, f and
+// o for each block of `shared` units. The gates of a plain cell have H rows each.
+#if defined(COUPLED) || defined(NO_FORGET_GATE)
+#define FORGET_ROWS 0
+#else
+#define FORGET_ROWS 1
+#endif
+
+__device__ inline constexpr bool has_row(int gate) { return gate != 1 || FORGET_ROWS; }
+
+__device__ inline void rows_of_unit(index_t unit, index_t hidden, index_t shared, index_t (&rows)[GATES]) {
+    const index_t blocks = hidden / shared, block = unit / shared, before_g = (1 + FORGET_ROWS) * blocks;
+    rows[0] = block, rows[1] = blocks + block, rows[2] = before_g + unit, rows[3] = before_g + hidden + block;
+}
+
+__device__ inline constexpr int row_of_unit_weight(int n) { return n == 0 ? 0 : n - 1 + FORGET_ROWS; }
+
 // What a clip does: `bounded` to a pre-activation; `noted` is the activated value as the tape keeps it, `seen` takes it
 // from there, and `slope` is the derivative there, zero where the clip bites. The value does not always show whether it
 // does: its last bit says so.

@@ -285,8 +285,9 @@ def test_a_plan_says_how_a_variant_runs():
     xp = library()
     with cuda_row.installed(xp):
         backend = dispatch.backend_named("cuda")
-        assert backend.plan(Cell(3, 6, proj_size=2), 12, 3, False) == ["step after step"]
-        assert "each step" in backend.plan(Cell(3, 6, coupled=True, dtype=np.dtype(np.float64)), 12, 3, False)[0]
+        said = backend.plan(Cell(3, 6, proj_size=2), 4, 12, 3, False)
+        assert said == ["array operations step after step, for proj_size"]
+        assert "each step" in backend.plan(Cell(3, 6, coupled=True, dtype=np.dtype(np.float64)), 4, 12, 3, False)[0]
 
 
 @pytest.mark.parametrize("fields", [{"coupled": True}, {"proj_size": 2}, {"nonlinearity": "relu"}], ids=str)

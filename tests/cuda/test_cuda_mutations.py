@@ -164,16 +164,27 @@ FAMILY_SLIPS = {
 
 STEP_SLIPS = {
     "state not read": ("if (h_prev) add_products", "if (false) add_products"),
-    "weights of the next unit": ("weight_ih + unit * inputs", "weight_ih + (unit + 1) % hidden * inputs"),
-    "gates too close": ("weight[gate * gate_stride + k]", "weight[gate * count + k]"),
+    "weights of the next unit": ("rows_of_unit(unit, hidden", "rows_of_unit((unit + 1) % hidden, hidden"),
+    "gates too close": ("weight[rows[gate] * count + k]", "weight[(rows[0] + gate) * count + k]"),
     "last lane's share left out": ("k = threadIdx.x; k < count", "k = threadIdx.x; k + 1 < count"),
     "half of the sum": ("int flip = 16;", "int flip = 8;"),
     "every lane the last sequence's sums": ("if (threadIdx.x == n) gates", "gates"),
-    "bias of the gate before": ("bias[gate * hidden + unit]", "bias[(gate + 3) % GATES * hidden + unit]"),
+    "bias of the gate before": ("bias[rows[gate]]", "bias[rows[(gate + 3) % GATES]]"),
     "no cell state": ("c_prev ? c_prev[at] : real(0)", "real(0)"),
     "sequences of one warp alone": ("first += index_t(gridDim.y) * STEP_ROWS", "first += batch"),
     "output left out": ("if (y) y[at] = h_t;", ""),
     "rows of the first group again": ("row = min(first + n, batch - 1);", "row = min(index_t(n), batch - 1);"),
+}  # fmt: skip
+_SHARED, _MISSING = {"block_size": 5, "forget_gate": False}, {"coupled": True, "peephole": True}
+# As SLIPS, and the fields of the cell that shows it.
+STEP_FAMILY_SLIPS = {
+    "rows of i for g": ("rows[2] = before_g + unit", "rows[2] = unit", _MISSING),
+    "a row of i for each unit": ("rows[0] = block", "rows[0] = unit", _SHARED),
+    "one row of o": ("rows[3] = before_g + hidden + block", "rows[3] = before_g + hidden", _SHARED),
+    "one row of g for a block": ("rows[2] = before_g + unit", "rows[2] = before_g + block * shared", _SHARED),
+    "nothing before g": ("before_g = (1 + FORGET_ROWS) * blocks", "before_g = 0", _SHARED),
+    "one peephole": ("n == 0 ? 0 : n - 1 + FORGET_ROWS", "0", _MISSING),
+    "f without rows read from i": ("gate != 1 || FORGET_ROWS", "gate != 1", {}),
 }  # fmt: skip
 
 
@@ -264,14 +275,15 @@ def test_a_slip_in_a_variant_is_noticed(slip):
 STEP_CASE = Case(1, 7, 37, 5, 2)
 
 
-def error_of_a_step(monkeypatch, change) -> float:
+def error_of_a_step(monkeypatch, change, **fields) -> float:
     """Return the largest error of two steps with the changed kernels."""
     monkeypatch.setattr(launch, "_MOST_BLOCKS", 1)
-    p, found = problem(STEP_CASE), []
+    case = dataclasses.replace(STEP_CASE, hidden=10 if fields else 5, fields=tuple(fields.items()))
+    p, found = problem(case), []
     xp = FakeCupy(change=change, fibers=True, options=("-O0",))
     for library, host in ((xp, lambda value: value.get()), (np, lambda value: value)):
         with installed(xp) if library is xp else REFERENCE.active():
-            lstm = LSTM(37, 5, 2, dtype=np.float64)
+            lstm = LSTM(37, case.hidden, 2, dtype=np.float64, **fields)
             lstm.params.update({name: library.array(value) for name, value in p.params.items()})
             first, state = lstm.step(library.array(p.x[0]), tuple(map(library.array, p.state)))
             second, state = lstm.step(library.array(p.x[0]), state)
@@ -279,10 +291,17 @@ def error_of_a_step(monkeypatch, change) -> float:
     return max(normalised_error(ours, true) for ours, true in zip(*found, strict=True))
 
 
-def test_the_unchanged_single_step_passes(monkeypatch):
-    assert error_of_a_step(monkeypatch, lambda code: code) <= BOUND
+@pytest.mark.parametrize("fields", [{}, _SHARED, _MISSING], ids=str)
+def test_the_unchanged_single_step_passes(fields, monkeypatch):
+    assert error_of_a_step(monkeypatch, lambda code: code, **fields) <= BOUND
 
 
 @pytest.mark.parametrize("slip", STEP_SLIPS)
 def test_a_slip_in_the_single_step_is_noticed(slip, monkeypatch):
     assert error_of_a_step(monkeypatch, slipped(*STEP_SLIPS[slip])) > NOTICED * BOUND
+
+
+@pytest.mark.parametrize("slip", STEP_FAMILY_SLIPS)
+def test_a_slip_in_a_variant_of_the_single_step_is_noticed(slip, monkeypatch):
+    *change, fields = STEP_FAMILY_SLIPS[slip]
+    assert error_of_a_step(monkeypatch, slipped(*change), **fields) > NOTICED * BOUND

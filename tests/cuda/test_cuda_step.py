@@ -9,11 +9,11 @@ import cuda_row
 import numpy as np
 import pytest
 from cuda_run import RAGGED, WHOLE, Run, on_host
-from harness import Case
+from harness import Case, problem
 from host_cuda import FakeCupy, compiler
 from tolerances import assert_close, assert_identical
 
-from fastlstm import dispatch
+from fastlstm import LSTM, RNN, BackendError, dispatch
 from fastlstm.backends.cuda.backend import MOST_ROWS_OF_A_STEP
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -47,6 +47,28 @@ def test_a_call_of_step_is_one_launch_a_layer(xp, dtype, given):
     assert_identical(on_host(run.state), kept)
 
 
+# What every cell has that the kernel runs: rows of all gates, of fewer, or of one for several units.
+VARIANTS = [{"coupled": True}, {"forget_gate": False}, {"block_size": 4}, {"block_size": 2, "coupled": True},
+            {"peephole": True, "coupled": True}, {"peephole": True, "forget_gate": False}, {"recurrent_dropout": 0.4},
+            {"clip": 0.4, "cell_clip": 0.3, "activations": ("hard_sigmoid", "softsign", "relu")}]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_a_step_of_a_variant_is_one_launch_a_layer_too(xp, dtype, fields, bias):
+    p = problem(Case(1, 3, 4, 8, 3, bias=bias, fields=tuple(fields.items()))).astype(dtype)
+    lstm = LSTM(4, 8, 3, bias, dtype=dtype, **fields)
+    lstm.params.update({name: xp.array(value) for name, value in p.params.items()})
+    x, state = xp.array(p.x), tuple(map(xp.array, p.state))
+    expected = lstm(x, state)[1]
+    xp.pool.launched.clear(), xp.pool.own.clear()
+    allocations = xp.pool.allocations
+    found = lstm.step(x[0], state)[1]
+    assert xp.pool.launched == ["single_step"] * 3 and xp.pool.own == []
+    assert xp.pool.allocations - allocations == 3
+    assert_close("streaming", on_host(found), on_host(expected), backend="cuda", dtype=dtype)
+
+
 def test_a_step_of_many_sequences_takes_cublas_unless_it_is_captured(xp, dtype):
     batch = MOST_ROWS_OF_A_STEP + 1
     run = Run(xp, Case(1, batch, 4, 8, 2), dtype)
@@ -78,6 +100,24 @@ def test_a_step_can_be_captured_and_depends_on_no_other_sequence(xp, dtype, batc
     alone, (h_n, c_n) = run.lstm.step(run.x[0][last], tuple(s[:, last] for s in run.state))
     for one, all_of_them in ((alone, h[last]), (h_n, state[0][:, last]), (c_n, state[1][:, last])):
         np.testing.assert_array_equal(one.get(), all_of_them.get())
+
+
+PHASED = [{"proj_size": 3}, {"layer_norm": True}, {"zoneout": (0.2, 0.3)}, {"peephole": True, "block_size": 2}]
+
+
+@pytest.mark.parametrize("fields", [*PHASED, {"nonlinearity": "relu"}], ids=str)
+def test_a_step_with_cublas_refuses_a_capture_before_any_work(xp, fields):
+    kind = RNN if "nonlinearity" in fields else LSTM
+    named = "peephole with block_size" if "block_size" in fields else next(iter(fields))
+    model = kind(3, 8, 2, seed=0, **fields).to(xp)
+    x = xp.array(np.ones((4, 3), np.float32))
+    xp.pool.launched.clear(), xp.pool.own.clear()
+    with xp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        with pytest.raises(BackendError, match=f"a CUDA graph cannot capture a step of a model with {named}"):
+            model.step(x)
+        assert stream.end_capture() == [] and xp.pool.launched == xp.pool.own == []
+    model.step(x)
 
 
 def test_a_whole_sequence_cannot_be_captured_and_says_so(xp):

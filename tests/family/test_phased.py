@@ -162,7 +162,10 @@ def test_a_frozen_model_is_bit_identical_and_trains(fields, dtype):
         results.append({"y": y, "h": state[0], "x": grads.x, "c": grads.state[1], **grads.params})
     assert_identical(results[1], results[0])
     assert_identical(results[2], results[0])
-    assert_identical({"y": frozen(x)[0]}, {"y": model(x)[0]})
+    if is_phased(model.cell.in_inference):
+        assert_identical({"y": frozen(x)[0]}, {"y": model(x)[0]})
+    else:  # the kernels of a cell without phases sum in another order where weights are packed
+        assert_close("agreement", {"y": frozen(x)[0]}, {"y": model(x)[0]}, backend="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)

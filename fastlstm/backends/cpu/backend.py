@@ -34,6 +34,8 @@ class CpuBackend:
 
     def prepare(self, cell: Cell, signature: Signature) -> Prepared:
         """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        if not signature.keep_tape:
+            cell = cell.in_inference
         if is_phased(cell):
             return PHASED.prepare(cell, signature)
         return PreparedCall(cell, signature)
@@ -47,10 +49,11 @@ class CpuBackend:
             return Unrolled(cell, params, steps, batch, h0, c0, dropout)
         return Stepwise(self, np, cell, params, steps, batch, h0, c0, dropout)
 
-    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
-        """Say in words how each layer would be run (see ``base.Backend.plan``)."""
+    def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
+        """Say in words how each layer would be run in inference (see ``base.Backend.plan``)."""
+        cell = cell.in_inference
         if is_phased(cell):
-            return PHASED.plan(cell, rows, batch, frozen)
+            return PHASED.plan(cell, steps, rows, batch, frozen)
         found: list[str] = []
         for layer in range(cell.num_layers):
             size, threads = size_of(cell, layer), get_num_threads()

@@ -144,13 +144,12 @@ class PhasedBackend(LayeredBackend):
     def __reduce__(self) -> Any:
         return again, (VECTOR_BYTES, PhasedBackend)
 
-    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+    def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
-        steps = rows // batch if batch else 0
         found = []
         for layer in range(cell.num_layers):
             size = size_of(cell, layer)
-            if not steps:
+            if not steps or not batch:
                 found.append(str(schedule_of(1, 0)))
                 continue
             masks = cell.recurrent_dropout > 0, cell.zoneout[1] > 0

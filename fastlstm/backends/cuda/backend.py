@@ -3,14 +3,14 @@
 All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
 (``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
 on another stream. Both directions of a layer are one launch if the device holds the groups of both at once. A CUDA
-graph can capture `step`, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+graph can capture `step` of a cell that the kernels run, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
 
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four
 more while it runs, for each direction that runs at once. Cells whose time step has more phases, such as layer norm, run
-in array operations (``phased.py``). Parameters without the rows of some gates get rows for all (``folding.py``). When
-memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`, passes through, and the caller's arrays are
-unchanged.
+in array operations (``phased.py``). Parameters without the rows of some gates get rows for all (``folding.py``), but in
+`step`, whose kernel reads them as they are. When memory runs out, CuPy's ``OutOfMemoryError``, a :class:`MemoryError`,
+passes through, and the caller's arrays are unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastlstm.backends.cuda.device import Device
 from fastlstm.backends.cuda.direction import DirectionsTape, directions_backward, directions_forward
 from fastlstm.backends.cuda.launch import single_step
 from fastlstm.backends.cuda.persistent import choice_of
-from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward
+from fastlstm.backends.cuda.phased import PhasedTape, is_phased, phased_backward, phased_forward, phases_of
 from fastlstm.backends.cuda.plans import describe, describe_products
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.cuda.unroll import OnDevice, Unrolled
@@ -51,6 +51,7 @@ from fastlstm.backends.layers import (
 from fastlstm.backends.ragged import Packing
 from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.cell import Cell
+from fastlstm.errors import BackendError
 
 __all__ = ["MOST_ROWS_OF_A_STEP", "CudaBackend"]
 
@@ -92,6 +93,8 @@ class CudaBackend(LayeredBackend):
         resets: Array | None = None,
     ) -> ForwardResult:
         """Run the whole sequence through all layers, on the device of `x` (see ``base.Prepared.forward``)."""
+        if dropout is None and not keep_tape:
+            cell = cell.in_inference
         with self.device.of(x):
             params = self._unfolded(cell, params)
             return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute, resets)
@@ -141,15 +144,18 @@ class CudaBackend(LayeredBackend):
         """Advance one time step (see ``base.Prepared.step``): one launch for each layer.
 
         Beyond :data:`MOST_ROWS_OF_A_STEP` sequences cuBLAS's products are faster. A CUDA graph cannot capture these, so
-        a stream that is being captured gets the kernel whatever the batch is.
+        a stream that is being captured gets the kernel whatever the batch is; a cell with phases is refused there.
         """
+        cell = cell.in_inference
         with self.device.of(x):
             batch = x.shape[0]
+            if batch and is_phased(cell) and self.device.capturing():
+                fields = ", ".join(phases_of(cell))
+                raise BackendError(f"a CUDA graph cannot capture a step of a model with {fields}: it calls cuBLAS")
             if not batch or is_phased(cell) or (batch > MOST_ROWS_OF_A_STEP and not self.device.capturing()):
                 return super().step(cell, params, x, h, c)
             h_n, c_n = (self.xp.empty((cell.num_layers, batch, cell.hidden_size), x.dtype) for _ in range(2))
             y = self.xp.empty((batch, cell.hidden_size), x.dtype)
-            params = self._unfolded(cell, params)
             x, h, c = (None if array is None else self.xp.ascontiguousarray(array) for array in (x, h, c))
             for layer in range(cell.num_layers):
                 single_step(
@@ -160,13 +166,24 @@ class CudaBackend(LayeredBackend):
                 x = h_n[layer]
             return y, h_n, c_n
 
-    def plan(self, cell: Cell, rows: int, batch: int, frozen: bool) -> list[str]:
+    def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run on the current device (see ``base.Backend.plan``)."""
         products = describe_products(self.device.limits(), cell.precision)
-        if not batch or is_phased(cell):
-            return [words + products for words in super().plan(cell, rows, batch, frozen)]
-        choice = choice_of(self.device, cell, rows, batch)
-        return [describe(choice, cell.num_directions) + products] * cell.num_layers
+        by_arrays, inference = "array operations step after step, for ", cell.in_inference
+        if not rows:
+            words = "nothing to launch: there is no time step" if batch else "nothing to launch: the batch is empty"
+        elif is_phased(inference):
+            words = by_arrays + ", ".join(phases_of(inference))
+        else:
+            words, reset = (
+                describe(choice_of(self.device, cell, steps, batch, resets=resets), cell.num_directions)
+                for resets in (False, True)
+            )
+            if reset != words:  # whose kernel was refused
+                words += f"; with resets, {reset}"
+            if is_phased(cell):
+                words += f"; in training, {by_arrays}{', '.join(phases_of(cell))}"
+        return [words + products] * cell.num_layers
 
     def layer_forward(
         self,

@@ -111,7 +111,7 @@ def variant_of(cell: Cell) -> tuple[str, ...]:
 def single_step(
     device: Device,
     cell: Cell,
-    weights: Weights,  # C-contiguous
+    weights: Weights,  # C-contiguous, the model's own: without rows of gates that the cell lacks or shares
     x: Array,  # (B, I), IN
     h_prev: Array | None,  # (B, H), IN, zeros if None
     c_prev: Array | None,  # (B, H), IN, zeros if None
@@ -126,7 +126,7 @@ def single_step(
         (_WARP, _UNITS),
         (
             x, h_prev, c_prev, weights.weight_ih, weights.weight_hh, weights.bias, weights.weight_peephole, h, c, y,
-            batch, inputs, hidden,
+            batch, inputs, hidden, cell.block_size,
         ),
     )  # fmt: skip
 

@@ -26,11 +26,11 @@ __all__ = ["FIELDS", "choice_of", "parts", "persistent_backward", "persistent_fo
 FIELDS = ("row", "groups", "rows", "steps", "batch", "hidden", "directions", "direction", "reverse")
 
 
-def choice_of(device: Device, cell: Cell, steps_of_all: int, batch: int, *, resets: bool = False) -> Choice:
+def choice_of(device: Device, cell: Cell, steps: int, batch: int, *, resets: bool = False) -> Choice:
     """Decide how a layer runs on the current device (see ``plans.choose``); what was refused is not tried again."""
     limits, variant, refusal = device.limits(), _variant(cell, resets), ""
     for directions in dict.fromkeys((cell.num_directions, 1)):  # at once, if that was not refused
-        choice = choose(limits, cell.dtype, cell.hidden_size, steps_of_all, batch, directions, cell.precision)
+        choice = choose(limits, cell.dtype, cell.hidden_size, steps, batch, directions, cell.precision)
         refused = device.refusals.get((limits, choice.plan, variant)) if choice.plan else None
         if refused is None:
             return choice
@@ -52,7 +52,8 @@ def parts(rows: Rows, directions: int) -> Iterator[tuple[slice, Plan | None]]:
     packing, first = rows.packing, 0
     while first < directions:
         batch = packing.order.size
-        plan = choice_of(rows.device, rows.cell, packing.rows, batch, resets=rows.resets is not None).plan
+        steps = packing.steps if packing.rows else 0  # of lengths that are all 0, no step is left to run
+        plan = choice_of(rows.device, rows.cell, steps, batch, resets=rows.resets is not None).plan
         last = min(first + (plan.directions if plan else 1), directions)
         yield slice(first, last), plan
         first = last

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,14 +41,21 @@ from fastlstm.backends.layers import (
 from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.cell import VARIANTS, Cell
 
-__all__ = ["PhasedTape", "is_phased", "phased_backward", "phased_forward"]
+__all__ = ["PhasedTape", "is_phased", "phased_backward", "phased_forward", "phases_of"]
 
 _PHASES = ("proj_size", "layer_norm", "recurrent_dropout", "zoneout", "nonlinearity")
 
 
+@lru_cache(maxsize=256)
+def phases_of(cell: Cell) -> tuple[str, ...]:
+    """Return the fields of a cell that make a phase that the kernels' time step has not."""
+    found = tuple(name for name in _PHASES if getattr(cell, name) != VARIANTS[name])
+    return (*found, "peephole with block_size") if cell.sees_blocks else found
+
+
 def is_phased(cell: Cell) -> bool:
     """Say whether a cell has a phase that the kernels' time step has not."""
-    return cell.sees_blocks or any(getattr(cell, name) != VARIANTS[name] for name in _PHASES)
+    return bool(phases_of(cell))
 
 
 class OneStep(NamedTuple):

@@ -34,7 +34,7 @@ CUBLAS_FROM = {
     "tf32": ((768, 128), (384, 512)),  # tensor cores take the share of the product, and leave that of fetching h
     "bf16": ((768, 256), (384, 1024)),  # of half the size
 }
-FEWEST_STEPS = 3  # on average: below, loading the weights into registers does not pay
+FEWEST_STEPS = 3  # T: below, loading the weights into registers does not pay
 OLDEST = 80  # compute capability: before, a multiprocessor has too little shared memory, and no TF32 and bfloat16
 _FORMATS = {"tf32": "TF32", "bf16": "bfloat16"}
 CLUSTERS_FROM, MOST_OF_A_CLUSTER = 90, 8  # compute capability, and blocks that every such GPU can hold
@@ -88,20 +88,18 @@ def choose(
     limits: Limits,
     dtype: np.dtype[Any],
     hidden: int,
-    steps_of_all: int,
+    steps: int,
     batch: int,
     directions: int = 1,
     precision: str = "float32",
 ) -> Choice:
-    """Decide how the directions of a layer run; `steps_of_all` is the number of steps of all sequences.
+    """Decide how the directions of a layer run; `steps` is T, whatever the lengths of the sequences are.
 
     Two directions run at once if the device holds the groups of both at once, for the whole batch.
     """
     if limits.architecture < OLDEST:
         precision = "float32"  # such a GPU has no units that multiply rounded factors
-    return _choose(
-        limits, dtype.name, hidden, steps_of_all < FEWEST_STEPS * batch, batch, FORCED, directions, precision
-    )
+    return _choose(limits, dtype.name, hidden, steps < FEWEST_STEPS, batch, FORCED, directions, precision)
 
 
 def describe_products(limits: Limits, precision: str) -> str:
