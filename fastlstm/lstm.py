@@ -98,6 +98,28 @@ class LSTM(Exchange):
     batch_first : bool
         As given.
 
+    Notes
+    -----
+    With CuPy arrays, all work of a call goes to the current stream (``with cupy.cuda.Stream():``) of the arrays'
+    device, and no call waits for the GPU. Use one stream, or events, between calls that depend on each other, as for
+    all of CuPy. Kernels whose blocks wait for each other run one at a time on a device, whatever their streams are.
+
+    dtype, `precision`, variant, H, T, B, `bidirectional` and the device decide between one launch a sequence and
+    launches each step, and lengths do not; :meth:`plan` says which, and whether training or resets are run in another
+    way. For many sequences and hidden units, cuBLAS's products, one a step, are estimated to be faster.
+
+    The same call on one stream gives bit-identical results each time. What a sequence gets depends on the others in
+    rounding alone: by B, if it decides between the two, and because cuBLAS may sum in another order for other sizes of
+    a product, which are those of all lengths together. In one launch, the recurrence itself depends on no other
+    sequence; nor does :meth:`step` of up to 64 sequences where it is one launch a layer.
+
+    A CUDA graph can capture that :meth:`step`, with any number of sequences. First call it once on the same stream with
+    the same shapes, outside the capture: that compiles the kernel and takes memory from the driver, which a capture
+    forbids. The graph reads parameters, input and state where they lie, and writes the arrays that the captured call
+    has returned: keep all of them, and change their contents between its launches. Calls of whole sequences, and steps
+    with `proj_size`, `layer_norm`, `zoneout`, `peephole` and `block_size` together, or of an :class:`fastlstm.RNN`,
+    call cuBLAS and cannot be captured.
+
     Examples
     --------
     >>> import numpy as np

@@ -182,7 +182,7 @@ class Recurrent(Stored, HasPrecision):
         )
 
     def step(self, x_t: Array, state: State | None = None) -> tuple[Array, State]:
-        """Advance by one time step: streaming inference.
+        """Advance by one time step: streaming inference, which a CUDA graph can capture (see the notes of ``LSTM``).
 
         Parameters
         ----------
@@ -202,11 +202,8 @@ class Recurrent(Stored, HasPrecision):
         ------
         ArgumentError
             If the model is bidirectional.
-        ShapeError, DTypeError, ArrayTypeError
-            Before any work, if an argument does not fit.
-        BackendError
-            Before any work, if an argument does not fit, or a CUDA graph is to capture the step of a model that calls
-            cuBLAS: one with `proj_size`, `layer_norm`, `zoneout`, or `peephole` and `block_size`, and an ``RNN``.
+        ShapeError, DTypeError, ArrayTypeError, BackendError
+            Before any work, if an argument does not fit, or a CUDA graph is to capture a step that calls cuBLAS.
         """
         return functional.step(self.cell, self.params, x_t, state)
 
@@ -291,12 +288,12 @@ class Recurrent(Stored, HasPrecision):
         return import_module("fastlstm.compiled").make_kit(self.cell, frozen.params, self._mask_keys)
 
     def plan(self, x: Array, lengths: Any = None) -> str:
-        """Say how a call with this input would be run: backend, threads, and how each layer is divided.
+        """Say how a call for inference would be run: backend, threads, and how each layer is divided.
 
         Parameters
         ----------
         x, lengths
-            As for :meth:`forward`; only their shapes matter.
+            As for :meth:`forward`; the contents of `x` do not matter.
 
         Examples
         --------

@@ -17,7 +17,8 @@ class Rows:
     """A packing, its arrays on the device as the kernels take them, and the cell that runs on them.
 
     With equal lengths the arrays are None, states stand as in the batch, and inputs are packed as they are: nothing is
-    uploaded or copied.
+    uploaded. Only a training call that runs step after step copies something: h0 and c0 to its tape, in two launches a
+    direction.
 
     Parameters
     ----------
