@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+import types
 
 import cuda_row
 import numpy as np
@@ -16,6 +19,7 @@ import fastlstm
 from fastlstm import LSTM, dispatch
 from fastlstm.backends.cuda import persistent, plans
 from fastlstm.backends.cuda.plans import SIZES, Limits, choose, describe
+from fastlstm.cell import Cell
 from fastlstm.functional import lstm_forward
 from fastlstm.kernels.cuda import loader
 
@@ -119,6 +123,17 @@ def test_rounded_products_are_worth_a_persistent_kernel_for_larger_batches():
         choose(DEVICES[90], FLOAT, 256, 10_000, 100, precision=name).plan._replace(rows=16) for name in ("tf32", "bf16")
     )
     assert tf32.shared(True) - bf16.shared(True) == 2 * 16 * 1024 * 2
+
+
+@pytest.mark.parametrize(("precision", "hidden", "rows"), [("tf32", 1000, (32, 16)), ("bf16", 700, (64, 32))])
+def test_a_cell_with_peepholes_has_fewer_sequences_a_group(precision, hidden, rows):
+    """Its kernel would spill registers; compute capability 9.0 has none that does."""
+    device = types.SimpleNamespace(refusals={})
+    for architecture, expected in ((100, rows), (90, (64, 64))):
+        device.limits = functools.partial(DEVICES.get, architecture)
+        for peephole, most in zip((False, True), expected, strict=True):
+            cell = Cell(3, hidden, 1, True, 0.0, False, FLOAT, precision=precision, peephole=peephole)
+            assert persistent.choice_of(device, cell, 12_000, 120).plan.rows == most
 
 
 @needs_compiler
@@ -244,18 +259,27 @@ VARIANTS = [*nvrtc.VARIANTS, ("TRUNCATED",), ("PEEPHOLE", "TRUNCATED", "RESETS")
 MOST_OF_ALL = nvrtc.VARIANTS[3]  # peepholes, clips and resets
 
 
-def builds(*, all_rows, precision="float32"):
-    """Plan, architecture and variant of the kernels to compile: for many sequences, or for few, too."""
+SOME = ((), ("RESETS",), MOST_OF_ALL)
+
+
+def builds(*, all_rows, precision="float32", variants=None):
+    """Plan, architecture and variant of the kernels to compile: for many sequences, or for few, too.
+
+    By default all variants on one architecture, and some on the others.
+    """
     found = []
     for architecture, limits in DEVICES.items():
         for size in SIZES:
-            for batch in (1, 2, 16, 64, 10_000) if all_rows else (10_000,):
-                plan = plans._choose(limits, "float32", size, False, batch, "persistent", precision=precision).plan
+            for batch, variant in itertools.product(
+                (1, 2, 16, 64, 10_000) if all_rows else (10_000,),
+                variants or (VARIANTS if architecture == 90 else SOME),
+            ):
+                how = {"precision": precision, "variant": variant}
+                plan = plans._choose(limits, "float32", size, False, batch, "persistent", **how).plan
                 if plan is None:
                     continue
-                variants = VARIANTS if architecture == 90 else ((), ("RESETS",), MOST_OF_ALL)
                 exchanges = (plan.cluster, False) if architecture == 90 and plan.cluster else (plan.cluster,)
-                found += [(plan._replace(cluster=c), architecture, v) for c in exchanges for v in variants]
+                found += [(plan._replace(cluster=c), architecture, variant) for c in exchanges]
     return list(dict.fromkeys(found))
 
 
@@ -273,16 +297,14 @@ def options_of(plan, variant):
 
 
 FEW, ALL = builds(all_rows=False), builds(all_rows=True)
-# In the formats that round: the plain cell everywhere, and those with the most work at once on one architecture. Of
-# these, the tightest sizes are tried each time.
+# In the formats that round: the variants that take the most registers. The tightest sizes are tried each time.
 ROUNDED = [
     build
     for precision in ("tf32", "bf16")
-    for build in builds(all_rows=False, precision=precision)
-    if not build[2] or (build[1] == 90 and build[2] in (("RESETS",), ("PEEPHOLE",), nvrtc.VARIANTS[3]))
+    for build in builds(all_rows=False, precision=precision, variants=(*SOME, ("PEEPHOLE",), ("PEEPHOLE", "RESETS")))
 ]
 ALL += ROUNDED
-FEW += [build for build in ROUNDED if build[2] == nvrtc.VARIANTS[3] and build[0].size in (128, 1024)]
+FEW += [build for build in ROUNDED if build[2] == MOST_OF_ALL and build[0].size in (128, 1024)]
 
 
 @needs_nvrtc

@@ -30,7 +30,8 @@ def choice_of(device: Device, cell: Cell, steps_of_all: int, batch: int, *, rese
     """Decide how a layer runs on the current device (see ``plans.choose``); what was refused is not tried again."""
     limits, variant, refusal = device.limits(), _variant(cell, resets), ""
     for directions in dict.fromkeys((cell.num_directions, 1)):  # at once, if that was not refused
-        choice = choose(limits, cell.dtype, cell.hidden_size, steps_of_all, batch, directions, cell.precision)
+        sizes = cell.dtype, cell.hidden_size, steps_of_all, batch, directions
+        choice = choose(limits, *sizes, cell.precision, variant)
         refused = device.refusals.get((limits, choice.plan, variant)) if choice.plan else None
         if refused is None:
             return choice
