@@ -10,10 +10,11 @@ import types
 import cuda_row
 import numpy as np
 import nvrtc
+import persistent_run
 import pytest
 from harness import Case, problem
 from host_cuda import FakeCupy, compiler
-from tolerances import assert_identical
+from tolerances import assert_close, assert_identical
 
 import fastlstm
 from fastlstm import LSTM, dispatch
@@ -233,23 +234,33 @@ def test_a_variant_that_is_refused_refuses_no_other_variant(monkeypatch):
 
 
 @needs_compiler
-def test_a_refusal_in_a_later_wave_is_an_error(monkeypatch):
-    monkeypatch.setattr(plans, "FORCED", "persistent")
-    p = problem(Case(3, 37, 3, 20)).astype(np.float32)
-    with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=2)) as xp:
-        params = {k: xp.array(value) for k, value in p.params.items()}
-        device = dispatch.backend_named("cuda").device
-        calls, launch = [], device.launch_resident
+@pytest.mark.parametrize("refused", [2, 5, 8])
+def test_a_refusal_in_a_later_wave_takes_the_step_path_for_all_rows(monkeypatch, refused):
+    """Each call has three waves: forward, inference and backward. A tape's gates and the sums for dp are made anew."""
+    p = problem(Case(3, 11, 3, 20, lengths="zeros", peephole=True)).astype(np.float32)
+    found = {}
+    for path in ("step", "persistent"):
+        monkeypatch.setattr(plans, "FORCED", path)
+        with cuda_row.installed(FakeCupy(architecture="80", multiprocessors=2)) as xp:
+            device = dispatch.backend_named("cuda").device
+            calls, launch = [], device.launch_resident
 
-        def second_fails(*args):
-            calls.append(args)
-            if len(calls) == 2:
-                raise persistent.RefusedLaunchError("busy")
-            launch(*args)
+            def fails_once(*args, launch=launch, calls=calls):
+                calls.append(args[0])
+                if len(calls) == refused:
+                    raise persistent.RefusedLaunchError("busy")
+                launch(*args)
 
-        monkeypatch.setattr(device, "launch_resident", second_fails)
-        with pytest.raises(fastlstm.BackendError, match="refused after another one had run: busy"):
-            lstm_forward(params, xp.array(p.x))
+            monkeypatch.setattr(plans, "_rows", lambda *_: 2)
+            monkeypatch.setattr(device, "launch_resident", fails_once)
+            found[path] = persistent_run.found_by(p, xp.array, host=lambda value: value.get(), compare=False)
+            if path == "persistent":
+                assert [name.partition("_")[2] for name in calls[:refused]] == (
+                    ["forward"] * min(refused, 6) + ["backward"] * (refused - 6)
+                )
+                assert list(device.refusals.values()) == ["busy"]
+                assert persistent.choice_of(device, p.cell, p.lengths.sum(), 11).reason.endswith("refused (busy)")
+    assert_close("agreement", found["persistent"], found["step"], backend="cuda", dtype=FLOAT)
 
 
 # ---- the compiler ----
