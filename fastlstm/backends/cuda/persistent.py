@@ -130,7 +130,7 @@ def _run(
         flag = None if flags is None else flags[wave]
         try:
             device.launch_resident(
-                name, options, plan.shared(backward), not plan.cluster, blocks[wave],
+                name, options, plan.shared(backward), plan.cooperative, blocks[wave],
                 (*arrays, vectors, flag, record),
             )  # fmt: skip
         except RefusedLaunchError as error:

@@ -73,6 +73,11 @@ class Plan(NamedTuple):
         return _shared(self.size, self.rows, self.cluster, backward, self.precision)
 
     @property
+    def cooperative(self) -> bool:
+        """Whether all blocks have to be resident at once: others than those of a cluster wait for each other."""
+        return self.blocks > 1 and not self.cluster
+
+    @property
     def macros(self) -> tuple[str, ...]:
         """The compiler's options that make the kernel of this plan."""
         names = {"SIZE": self.size, "ROWS": self.rows, "BLOCKS": self.blocks,
