@@ -67,9 +67,7 @@ SLOW_FILES = {
 # Each test compiles kernels of its own, and there are hundreds: these are marked `exhaustive`, as are the tests of CUDA
 # kernels that are marked `slow` by themselves.
 EXHAUSTIVE_FILES = {
-    "cuda/test_cuda_forced.py",
     "cuda/test_cuda_mutations.py",
-    "cuda/test_cuda_persistent_mutations.py",
     "cuda/test_cuda_phased_mutations.py",
     "kernels/test_phased_mutations.py",
 }

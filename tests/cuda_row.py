@@ -41,7 +41,10 @@ def describe() -> str:
     """What the row runs on, for the report after the run."""
     if on_gpu():
         return f"CuPy {library().__version__} on a GPU"
-    return "the stand-in for CuPy, its kernels compiled for the CPU"
+    launched = library().pool.launched
+    names = [f"{name}_{kernel}" for name in ("persistent", "step") for kernel in ("forward", "backward")]
+    counts = ", ".join(f"{launched.count(name)} {name}" for name in names)
+    return f"the stand-in for CuPy, its kernels compiled for the CPU, {counts}"
 
 
 def missing() -> str | None:

@@ -20,7 +20,7 @@
 //   PRODUCTS_TF32 or PRODUCTS_BF16  defined: products round their factors (mma_products.cuh)
 //   CLUSTER   defined: the blocks of a group are a thread-block cluster, and exchange the vector by distributed shared
 //             memory (from sm_90 on, at most 8 blocks). Otherwise by global memory and a flag for each block; all blocks
-//             must then be resident, so the launch is cooperative.
+//             must then be resident, so the launch is cooperative, unless a group is one block.
 //   TRUNCATED  defined: the gradient does not go from one step to the one before through h, so backward has no product
 //   BLOCKS SHARED_FORWARD SHARED_BACKWARD  what the host takes for granted
 //
@@ -95,7 +95,7 @@ struct Group {
     index_t half;    // 1 if it works on the second direction of the launch
 };
 
-#ifdef CLUSTER
+#if defined(CLUSTER) || BLOCKS == 1
 #define BLOCK blockIdx.x
 #else
 #define BLOCK blockIdx.y  // CuPy would shrink a cooperative grid that is too large along x, and refuses one along y

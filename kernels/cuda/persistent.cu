@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
     Item items[ITEMS];
     real h[ITEMS], c[ITEMS];
     bool reset[ITEMS];  // before the step that comes
-    const index_t steps = steps_of(group, lengths, d);
+    const int steps = int(steps_of(group, lengths, d));  // 32 bits each save registers, as in Item
     index_t first = steps ? first_row(0, group, offsets, d) : 0;
     begin_group();
 #pragma unroll
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         if (place_of(n) < ROWS) publish<P>(group, 0, place_of(n), group.rank * UNITS + own, handed);
     }
     published(group, 0);
-    for (index_t step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
         OfGates gates[ITEMS];  // asked for before the wait
         bool reset_next[ITEMS];
 #pragma unroll
@@ -225,11 +225,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_OF(BLOCKS) pers
         const index_t at = row_of_state(item, group, d) * d.hidden + unit;
         dh[n] = dh_n[at], dc[n] = dc_n[at];
     }
-    const index_t steps = steps_of(group, lengths, d);
+    const int steps = int(steps_of(group, lengths, d));
     index_t first = steps ? first_row(steps - 1, group, offsets, d) : 0;
     // `turn` counts up, the step down; turn number t publishes da of step steps - 1 - t. The last turn only receives.
-    for (index_t turn = 0; turn <= steps; ++turn) {
-        const index_t step = steps - 1 - turn, before = step > 0 ? first_row(step - 1, group, offsets, d) : 0;
+    for (int turn = 0; turn <= steps; ++turn) {
+        const int step = steps - 1 - turn;
+        const index_t before = step > 0 ? first_row(step - 1, group, offsets, d) : 0;
         OfGates of_gates[ITEMS];  // asked for before the wait
         real c_prev[ITEMS], dy_t[ITEMS];
         unsigned reset_now = 0;

@@ -6,6 +6,7 @@ differences through the public functions.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -35,6 +36,15 @@ CENTRAL_CASES = [
     Case(5, 1, 2, 17, 1, False),
     Case(3, 4, 2, 3, 2, True, lengths=(1, 0, 3, 2), peephole=True),
     Case(2, 2, 2, 5, peephole=True),
+]
+# In float32, against the float64 truth: three steps or more, so that a GPU may take the persistent kernels.
+FLOAT32_CASES = [
+    Case(4, 3, 2, 3, 2, True, lengths="zeros", dropout=0.4),
+    Case(4, 3, 2, 3, 1, True, lengths=(1, 4, 0), peephole=True, resets=True),
+    Case(3, 2, 2, 5, bias=False, batch_first=False),
+    Case(3, 2, 1, 5, fields=(("clip", 0.5), ("activations", ("hard_sigmoid", "softsign", "relu")))),
+    Case(3, 2, 2, 4, fields=(("forget_gate", False), ("reverse", True))),
+    Case(3, 2, 2, 4, peephole=True, fields=(("coupled", True),)),
 ]
 
 
@@ -68,3 +78,15 @@ def test_gradients_equal_central_differences(backend, case):
         "central differences", gradients(p, backend), central_differences(backend, p), backend=backend.name,
         dtype=np.float64,
     )  # fmt: skip
+
+
+@functools.cache
+def truth(case):
+    """Differentiate the float64 reference."""
+    return complex_step(REFERENCE.implementation, problem(case))
+
+
+@pytest.mark.parametrize("case", FLOAT32_CASES, ids=str)
+def test_float32_gradients_equal_the_complex_step(backend, case):
+    found = gradients(problem(case).astype(np.float32), backend)
+    assert_close("agreement", found, truth(case), backend=backend.name, dtype=np.float32)

@@ -175,7 +175,7 @@ def test_nothing_waits_and_memory_that_runs_out_is_an_error_and_no_fallback():
 
 def test_a_cooperative_launch_waits_for_the_one_before_on_another_stream():
     """Two of them at once could each hold multiprocessors that the other one needs."""
-    p = problem(Case(3, 3, 3, 20)).astype(np.float32)
+    p = problem(Case(3, 3, 3, 100)).astype(np.float32)
     with forced("persistent", architecture="80") as xp:
         params, x = {name: xp.array(value) for name, value in p.params.items()}, xp.array(p.x)
         logs = []
@@ -187,15 +187,18 @@ def test_a_cooperative_launch_waits_for_the_one_before_on_another_stream():
     assert launch == second == ("launch", "persistent_forward")
     assert [record[0], wait[0], record_again[0]] == ["record", "wait", "record"]
     assert wait[1] is record[1]
-    with forced("persistent", architecture="90") as xp:  # clusters need not
-        params, x = (
-            {name: xp.array(np.ones((4 * 100, 100), np.float32)) for name in ("weight_ih_l0", "weight_hh_l0")},
-            0,
-        )
-        x = xp.array(np.ones((3, 1, 100), np.float32))
-        with xp.cuda.Stream(non_blocking=True) as stream:
-            lstm_forward(params, x)
-        assert {what[0] for what in stream.log} == {"launch"}
+
+
+@pytest.mark.parametrize(("architecture", "hidden"), [("90", 100), ("80", 64)], ids=["a cluster", "one block"])
+def test_blocks_that_wait_for_none_outside_their_group_are_no_cooperative_launch(architecture, hidden):
+    p = problem(Case(3, 5, 3, hidden)).astype(np.float32)
+    with forced("persistent", architecture=architecture) as xp:
+        params, x = {name: xp.array(value) for name, value in p.params.items()}, xp.array(p.x)
+        for _ in range(2):
+            with xp.cuda.Stream(non_blocking=True) as stream:
+                lstm_backward(params, lstm_forward(params, x)[2], xp.array(p.dy))
+            assert {what[0] for what in stream.log} == {"launch"}  # no event: neither waits for the other
+        assert kernels(xp) == ["persistent_forward", "persistent_backward"] * 2
 
 
 @pytest.mark.parametrize("fails", ["wait_event", "record"])

@@ -204,6 +204,7 @@ def test_a_slip_in_resets_and_gradients_by_states_is_noticed(slip):
     assert noticed(BOTH, "80", SLIPS_OF_RESETS[slip])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slip", SLIPS_OF_TRUNCATION)
 def test_a_slip_in_a_truncated_gradient_is_noticed(slip):
     assert noticed(TRUNCATED, "80", SLIPS_OF_TRUNCATION[slip])
@@ -227,7 +228,9 @@ def test_a_slip_in_the_exchange_of_a_cluster_is_noticed(slip):
 
 
 @pytest.mark.parametrize(
-    ("case", "architecture"), [(PLACES, "80"), (BOTH, "80"), (EXCHANGE, "80"), (EXCHANGE, "90")], ids=str
+    ("case", "architecture"),
+    [*(pytest.param(c, "80", marks=pytest.mark.slow) for c in (PLACES, BOTH)), (EXCHANGE, "80"), (EXCHANGE, "90")],
+    ids=str,
 )
 def test_the_unchanged_kernels_pass(case, architecture):
     assert not noticed(case, architecture, ("typedef", "typedef"))

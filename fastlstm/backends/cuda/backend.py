@@ -1,9 +1,10 @@
 """The CUDA backend: whole models and layers, on the kernels in ``kernels/cuda`` and on cuBLAS's matrix products.
 
 All work goes to the caller's current stream on the arrays' device, and nothing waits for it. Persistent kernels
-(``plans.py``) that are no clusters run one at a time on a device: such a launch waits, on the GPU, for the one before
-on another stream. Both directions of a layer are one launch if the device holds the groups of both at once. A CUDA
-graph can capture `step` of a cell that the kernels run, which calls no cuBLAS; CuPy refuses cuBLAS in a capture.
+(``plans.py``) whose groups are several blocks, but no clusters, run one at a time on a device: such a launch waits, on
+the GPU, for the one before on another stream. Both directions of a layer are one launch if the device holds the groups
+of both at once. A CUDA graph can capture `step` of a cell that the kernels run, which calls no cuBLAS; CuPy refuses
+cuBLAS in a capture.
 
 Only the packing of a ragged batch comes from the host, copied once before the steps. Memory is CuPy's; a training call
 keeps six numbers for each hidden unit and step (the four gates, c, and the h before), and the backward pass takes four

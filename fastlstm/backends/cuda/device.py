@@ -77,7 +77,8 @@ class Device(Protocol):
     ) -> None:
         """Launch a persistent kernel of `blocks` blocks with `shared` bytes of dynamic shared memory each.
 
-        `cooperative`: all blocks have to be resident at once, since they wait for each other; else they are clusters.
+        `cooperative`: all blocks have to be resident at once, since they wait for each other; else no block waits for
+        one outside its cluster.
 
         Raises
         ------

@@ -60,8 +60,11 @@ def directions_forward(
             tapes.append(tape)
         of_part = h0[part], c0[part], rows, first, y, h_n[part], c_n[part]
         kept = (None, None) if tape is None else (tape.c, tape.h_rows)
-        if plan is not None and persistent_forward(plan, weights[part], gates, *of_part, *kept):
-            continue
+        if plan is not None:
+            if persistent_forward(plan, weights[part], gates, *of_part, *kept):
+                continue
+            for k in range(count if keep_tape else 0):  # a wave before the refused one may have overwritten them
+                _project(weights[first + k], x, rows, first + k, gates[k])
         for k, d in enumerate(range(first, part.stop)):
             of_one = h0[d], c0[d], rows, d, y, h_n[d], c_n[d]
             _forward_by_steps(weights[d], gates[k], *of_one, None if tape is None else tape.of(k))
@@ -165,6 +168,8 @@ def _part_backward(
     dp = None if peephole is None else xp.zeros((count, batch, peephole.size), dh_n.dtype)
     states = dy, dh_n, dc_n, da, dp, dh0, dc0, steps
     if plan is None or not persistent_backward(plan, weights, tape.gates, tape.c, rows, first, directions, *states):
+        if plan is not None and dp is not None:
+            dp[...] = 0  # a wave before the refused one may have written there
         for k in range(count):
             dp_k = None if dp is None else dp[k]
             of_one = dy, dh_n[k], dc_n[k], da[k], dp_k, dh0[k], dc0[k], steps

@@ -1,7 +1,8 @@
 """The recurrence of one direction, or of both, in one launch: the host's side of kernels/cuda/persistent.cu.
 
 A call runs in waves if the batch has more groups of sequences than the device holds at once. Each returns False if the
-step path has to run instead, with nothing done so far.
+step path has to run instead, over the whole batch: a part of the outputs may have been written, forward with a tape a
+part of the gates too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from fastlstm.backends.cuda.plans import Choice, Plan, choose
 from fastlstm.backends.cuda.rows import Rows
 from fastlstm.backends.layers import Weights
 from fastlstm.cell import Cell
-from fastlstm.errors import BackendError
 from fastlstm.kernels.cuda import loader
 
 __all__ = ["FIELDS", "choice_of", "parts", "persistent_backward", "persistent_forward"]
@@ -30,7 +30,8 @@ def choice_of(device: Device, cell: Cell, steps: int, batch: int, *, resets: boo
     """Decide how a layer runs on the current device (see ``plans.choose``); what was refused is not tried again."""
     limits, variant, refusal = device.limits(), _variant(cell, resets), ""
     for directions in dict.fromkeys((cell.num_directions, 1)):  # at once, if that was not refused
-        choice = choose(limits, cell.dtype, cell.hidden_size, steps, batch, directions, cell.precision)
+        sizes = cell.dtype, cell.hidden_size, steps, batch, directions
+        choice = choose(limits, *sizes, cell.precision, variant)
         refused = device.refusals.get((limits, choice.plan, variant)) if choice.plan else None
         if refused is None:
             return choice
@@ -115,7 +116,7 @@ def _of_each(weights: Sequence[Weights], role: str) -> tuple[Array | None, Array
 def _run(
     name: str, plan: Plan, at_once: int, rows: Rows, arrays: tuple[Array | None, ...], directions: int, first: int
 ) -> bool:
-    """Launch a kernel once for each wave."""
+    """Launch a kernel once for each wave, until one is refused."""
     device, packing, cell, backward = rows.device, rows.packing, rows.cell, name == "persistent_backward"
     batch, variant = packing.order.size, _variant(cell, rows.resets is not None)
     starts = range(0, batch, plan.rows * plan.groups)
@@ -130,12 +131,10 @@ def _run(
         flag = None if flags is None else flags[wave]
         try:
             device.launch_resident(
-                name, options, plan.shared(backward), not plan.cluster, blocks[wave],
+                name, options, plan.shared(backward), plan.cooperative, blocks[wave],
                 (*arrays, vectors, flag, record),
             )  # fmt: skip
         except RefusedLaunchError as error:
-            if wave:  # the rows before are done, and their inputs may be overwritten
-                raise BackendError(f"a persistent kernel was refused after another one had run: {error}") from error
             device.refusals[device.limits(), plan, variant] = str(error)
             return False
     return True

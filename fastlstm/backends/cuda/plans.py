@@ -23,8 +23,12 @@ FORCED = os.environ.get("FASTLSTM_CUDA_RECURRENCE") or None
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # of SIZE in persistent.cu
 _WARPS, _HELD, _GATES = 8, 8, 4  # as there
 _BYTES = {"tf32": 4, "bf16": 2}  # of an element of the vectors
-_MOST_ITEMS = 2  # (sequence, unit) pairs of a thread: more would not leave it registers for 128 weights
-_TIGHT = 512  # hidden units: beyond, TF32 would spill at two pairs a thread, but for compute capability 9.0
+# (sequence, unit) pairs of a block: more than two a thread would not leave it registers for 128 weights.
+_MOST_PAIRS = 512
+# Fewer where NVRTC 13 would spill up to 52 bytes a thread, which it does not for compute capability 9.0: from 768
+# hidden units on, by precision and whether there are peepholes; after 9.0 also for a cell's variants at 128 and TF32.
+_TIGHT_FROM, _TIGHT = 768, {("tf32", False): 256, ("tf32", True): 128, ("bf16", True): 256}
+_TIGHT_VARIANTS = 256
 
 # The table: with at least so many hidden units and so many sequences, float32 products by cuBLAS, one a step, are
 # estimated to be faster. Each row of the batch costs a group its share of the product, and one step has cuBLAS at its
@@ -69,6 +73,11 @@ class Plan(NamedTuple):
         return _shared(self.size, self.rows, self.cluster, backward, self.precision)
 
     @property
+    def cooperative(self) -> bool:
+        """Whether all blocks have to be resident at once: others than those of a cluster wait for each other."""
+        return self.blocks > 1 and not self.cluster
+
+    @property
     def macros(self) -> tuple[str, ...]:
         """The compiler's options that make the kernel of this plan."""
         names = {"SIZE": self.size, "ROWS": self.rows, "BLOCKS": self.blocks,
@@ -92,14 +101,18 @@ def choose(
     batch: int,
     directions: int = 1,
     precision: str = "float32",
+    variant: tuple[str, ...] = (),
 ) -> Choice:
     """Decide how the directions of a layer run; `steps` is T, whatever the lengths of the sequences are.
+
+    `variant` are the macros of the cell, which decide how many registers a thread needs.
 
     Two directions run at once if the device holds the groups of both at once, for the whole batch.
     """
     if limits.architecture < OLDEST:
         precision = "float32"  # such a GPU has no units that multiply rounded factors
-    return _choose(limits, dtype.name, hidden, steps < FEWEST_STEPS, batch, FORCED, directions, precision)
+    short = steps < FEWEST_STEPS
+    return _choose(limits, dtype.name, hidden, short, batch, FORCED, directions, precision, variant)
 
 
 def describe_products(limits: Limits, precision: str) -> str:
@@ -136,10 +149,11 @@ def _choose(
     force: str | None,
     directions: int = 1,
     precision: str = "float32",
+    variant: tuple[str, ...] = (),
 ) -> Choice:
     if force not in (None, "persistent", "step"):
         raise BackendError(f"FASTLSTM_CUDA_RECURRENCE must be persistent or step, got {force!r}")
-    spilling = {"tf32": (768,)}.get(precision, ())  # sizes whose kernels the compiler has spill: the next one does not
+    spilling = {"tf32": (768,)}.get(precision, ())  # sizes at which NVRTC spills registers: the next one is taken
     size = next((size for size in SIZES if size >= hidden and size not in spilling), None)
     reason = ""
     if force == "step":
@@ -162,11 +176,10 @@ def _choose(
         return Choice(None, f"a group takes {blocks} multiprocessors, the GPU has {limits.multiprocessors}")
     cluster = limits.architecture >= CLUSTERS_FROM and 1 < blocks <= MOST_OF_A_CLUSTER
     share = groups // directions
-    tight = precision == "tf32" and size > _TIGHT and limits.architecture != 90
-    most = 1 if tight else _MOST_ITEMS
+    most = _most_pairs(limits.architecture, size, precision, variant)
     rows = _rows(size, batch, share, cluster, limits.shared, precision, most)
     if directions > 1 and (not share or rows * share < batch):  # one after the other, each with all groups
-        return _choose(limits, dtype, hidden, short, batch, force, 1, precision)
+        return _choose(limits, dtype, hidden, short, batch, force, 1, precision, variant)
     if not _fits(size, rows, cluster, limits.shared, precision, most):
         return Choice(None, f"a block takes {_shared(size, rows, cluster, True, precision)} bytes of shared memory")
     return Choice(Plan(size, rows, blocks, share, cluster, directions, precision), "")
@@ -180,15 +193,21 @@ def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int, precisi
     return rows
 
 
+def _most_pairs(architecture: int, size: int, precision: str, variant: tuple[str, ...]) -> int:
+    """(sequence, unit) pairs of a block that leave its threads the registers they need."""
+    if size >= _TIGHT_FROM and architecture != 90:
+        return _TIGHT.get((precision, "PEEPHOLE" in variant), _MOST_PAIRS)
+    return _TIGHT_VARIANTS if size == 128 and precision == "tf32" and architecture > 90 and variant else _MOST_PAIRS
+
+
 def _split(size: int) -> int:
     return next(split for most, split in ((128, 1), (256, 2), (512, 4), (1024, 8)) if size <= most)
 
 
-def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str = "float32", most: int = _MOST_ITEMS) -> bool:
+def _fits(size: int, rows: int, cluster: bool, limit: int, precision: str = "float32", most: int = _MOST_PAIRS) -> bool:
     units = 32 // _split(size) * _HELD // _GATES
-    items = -(-rows * units // (32 * _WARPS))
     shared = max(_shared(size, rows, cluster, backward, precision) for backward in (False, True))
-    return items <= most and shared <= limit
+    return rows * units <= most and shared <= limit
 
 
 def _shared(size: int, rows: int, cluster: bool, backward: bool, precision: str) -> int:
