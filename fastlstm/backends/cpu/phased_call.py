@@ -29,11 +29,13 @@ from fastlstm.backends.cpu.rows import Rows
 from fastlstm.backends.cpu.thread_pool import NO_TEAM
 from fastlstm.backends.cpu.weights import again
 from fastlstm.backends.cpu.workspace import SCRATCH
-from fastlstm.backends.layers import Given, LayeredBackend, layer_weights
+from fastlstm.backends.folding import Folding, is_folded
+from fastlstm.backends.layers import Given, LayeredBackend, Weights
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu.jit import VECTOR_BYTES
+from fastlstm.parameters import direction_names
 
 __all__ = ["PhasedCall", "can_prepare"]
 
@@ -62,7 +64,7 @@ def _candidate(cell: Cell, layer: int, steps: int, batch: int) -> Candidate:
 class _LayerCall:
     """What the launch of one layer takes besides its parameters and its rows."""
 
-    __slots__ = ("of_packed", "scratch", "settings", "size", "tape", "y_shape")
+    __slots__ = ("_names", "of_packed", "scratch", "settings", "size", "tape", "y_shape")
 
     def __init__(self, cell: Cell, layer: int, signature: Signature) -> None:
         steps, batch, _, frozen = signature
@@ -74,10 +76,16 @@ class _LayerCall:
         numbers = {forth.PACK: not frozen, forth.Y_ROW: size.features} | mask_numbers(forth.MASKS, given, 0, batch)
         for place, number in numbers.items():
             self.settings[place] = number
+        names = direction_names(cell, layer, 0)
+        self._names = [names.get(role) for role in Weights._fields]
         # A tape of no rows.
         width, h_row, out_row, norm_row = size.width, size.h_row, size.out_row, size.norm_row
         shapes = (0, size.blocks, 0, width), (0, h_row), (0, size.blocks * width), (0, out_row), (0, norm_row)
         self.tape = tuple(np.empty(shape, size.dtype) for shape in shapes)
+
+    def arguments(self, params: Params) -> Arguments:
+        """Return the layer's parameters as the kernel takes them."""
+        return arguments_of(self.size, Weights(*[name and params[name] for name in self._names]))  # type: ignore[arg-type]
 
 
 class PhasedCall:
@@ -103,6 +111,7 @@ class PhasedCall:
         self._x_shape = signature.steps * signature.batch, cell.input_size
         self._sequence_shape = signature.steps, signature.batch, cell.output_size
         self._index = Rows(None, signature.steps, signature.batch).index(False)
+        self._folding = Folding(cell) if is_folded(cell) else None
         self._rates, self._dtype, self._no_resets = rates_of(cell), cell.dtype, np.empty(0, np.uint8)
 
     def __reduce__(self) -> Any:
@@ -143,11 +152,8 @@ class PhasedCall:
         The packed weights of a model that is not frozen are None: they are packed in the call.
         """
         if not self._frozen:
-            arrays = unfolded(self._cell, params)
-            found = (layer_weights(self._cell, arrays, number)[0] for number in range(len(self._layers)))
-            return [
-                (arguments_of(layer.size, weights), None) for layer, weights in zip(self._layers, found, strict=True)
-            ]
+            arrays = params if self._folding is None else self._folding.unfold(params)
+            return [(layer.arguments(arrays), None) for layer in self._layers]
         ready: list[tuple[Arguments, Array | None]] | None = params.kept.get(_READY)
         if ready is None:
             of_layers = unfolded(self._cell, params).kept  # type: ignore[attr-defined]  # they are frozen, too

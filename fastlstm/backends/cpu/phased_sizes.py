@@ -140,8 +140,9 @@ def arguments_of(size: Size, weights: Weights) -> Arguments:
 
     gains, norm_c = np.empty((0, rows), size.dtype), np.empty((0, units), size.dtype)
     if size.normed:
-        gains = np.stack((weights.ln_gain_ih, weights.ln_gain_hh))  # type: ignore[arg-type]
-        norm_c = np.stack((weights.ln_gain_c, weights.ln_bias_c))  # type: ignore[arg-type]
+        # np.stack takes 3 us.
+        gains = np.concatenate((weights.ln_gain_ih, weights.ln_gain_hh)).reshape(2, rows)  # type: ignore[arg-type]
+        norm_c = np.concatenate((weights.ln_gain_c, weights.ln_bias_c)).reshape(2, units)  # type: ignore[arg-type]
     return Arguments(
         padded(weights.weight_ih, rows), padded(weights.weight_hh, rows), padded(weights.bias, rows, 0),
         padded(weights.weight_peephole, size.own, 0, units),
