@@ -142,15 +142,19 @@ def test_a_call_that_may_run_on_several_threads_is_not_prepared():
     assert isinstance(PHASED.prepare(cell, Signature(1, 1, False, True)), PhasedCall)
 
 
-def test_weights_of_a_frozen_model_with_shared_gates_are_packed_once():
-    model = model_of({"peephole": True, "block_size": 2}, np.float32, layers=1).freeze()
+@pytest.mark.parametrize("fields", [{"layer_norm": True}, {"peephole": True, "block_size": 2}], ids=str)
+def test_weights_of_a_frozen_model_are_packed_once(fields):
+    """With shared gates, they are kept with the parameters that have rows for all gates."""
+    model = model_of(fields, np.float32, layers=1).freeze()
     x = given_to(model, 300, 2)[0]
     model(x)
-    (of_layer,) = (kept for kept in model.params.kept.values() if hasattr(kept, "arrays"))
-    packed = of_layer.kept[0, 0]
-    for steps in (300, 3, 1):
+    kept = next((kept for kept in model.params.kept.values() if hasattr(kept, "arrays")), model.params).kept
+    ((_, packed),) = kept[0, 0].values()
+    packed[:] = 0
+    for steps in (300, 3, 1, 1):
         model(x[:steps])
-        assert of_layer.kept[0, 0] is packed and len(packed) == 1
+        model.step(x[0])
+    assert not packed.any() and len(kept[0, 0]) == 1
 
 
 def test_a_prepared_call_is_pickled_without_addresses():
