@@ -105,9 +105,13 @@ PHASES: dict[str, dict[str, Any]] = {
 
 
 def family(threads: int, seconds: float) -> Iterator[Case]:
-    """The family of cells against the plain LSTM of the same sizes, in float32: what a variant costs."""
+    """The family of cells against the plain LSTM of the same sizes, in float32: what a variant costs.
+
+    Over whole sequences, and one step of one sequence, with frozen models.
+    """
     fields = STEP_VARIANTS | {TRUNCATED: {"truncated": True}} | PHASES | {SHARED: {"peephole": True, "block_size": 2}}
-    for shape, kind in itertools.product(((100, 32, 64, 128), (50, 64, 128, 256)), ("infer", "train")):
+    whole = itertools.product(((100, 32, 64, 128), (50, 64, 128, 256)), ("infer", "train"))
+    for shape, kind in (*whole, ((1, 1, 32, 64), "stream")):
         plain = Problem.of(Work(*shape, kind=kind))
         inputs, hidden = plain.work.inputs, plain.work.hidden
         models: dict[str, Any] = {name: LSTM(inputs, hidden, seed=0, **given) for name, given in fields.items()}

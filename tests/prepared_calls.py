@@ -54,9 +54,10 @@ class Model(NamedTuple):
 
         params = {name: backend.array(rng.normal(size=value.shape).astype(dtype) / 3)
                   for name, value in lstm.params.items()}  # fmt: skip
-        states = lstm.cell.num_layers * lstm.cell.num_directions, *middle, self.hidden
+        h, c = ((lstm.cell.num_layers * lstm.cell.num_directions, *middle, n)
+                for n in (lstm.cell.h_size, lstm.cell.c_size))  # fmt: skip
         return Given(
-            params, draw(*outer, self.inputs), (draw(*states), draw(*states)) if self.stated else None,
+            params, draw(*outer, self.inputs), (draw(*h), draw(*c)) if self.stated else None,
             draw(*outer, lstm.cell.output_size), rng.integers(0, self.steps + 1, self.batch) if self.ragged else None,
         )  # fmt: skip
 

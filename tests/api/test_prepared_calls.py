@@ -63,6 +63,12 @@ MODELS = {
     "frozen": Model(20, 3, 5, 19, frozen=True),
     "frozen, one step": Model(1, 2, 5, 19, {"num_layers": 2}, frozen=True),
     "frozen, unbatched": Model(2, 1, 5, 19, batched=False, frozen=True),
+    "projection": Model(3, 2, 5, 19, {"proj_size": 7}),
+    "layer norm, one step": Model(1, 2, 5, 19, {"layer_norm": True, "num_layers": 2}),
+    "layer norm, long, batch first": Model(20, 3, 5, 19, {"layer_norm": True}, batch_first=True),
+    "frozen layer norm, unbatched": Model(1, 1, 5, 19, {"layer_norm": True}, batched=False, frozen=True),
+    "frozen projection, ragged": Model(12, 4, 5, 19, {"proj_size": 7, "num_layers": 2}, ragged=True, frozen=True),
+    "frozen projection, one step, zeros": Model(1, 2, 5, 19, {"proj_size": 8}, frozen=True, stated=False),
     "frozen peepholes, ragged": Model(12, 4, 5, 8, {"peephole": True, "bidirectional": True}, ragged=True, frozen=True),
 }
 # Whatever the call, these have to be looked at: they are no arrays of the model's kind.

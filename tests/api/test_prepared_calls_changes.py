@@ -34,6 +34,9 @@ LAID_OUT = {
     "batch first": Model(20, 3, 4, 18, batch_first=True),
     "two layers": Model(2, 3, 4, 18, {"num_layers": 2}),
     "bidirectional": Model(6, 3, 4, 18, {"bidirectional": True}),
+    "layer norm": Model(2, 3, 4, 18, {"layer_norm": True, "num_layers": 2}),
+    "projection": Model(2, 3, 4, 18, {"proj_size": 6}),
+    "peepholes of shared gates": Model(2, 3, 4, 18, {"peephole": True, "block_size": 2}),
 }
 
 
@@ -57,8 +60,9 @@ def test_an_array_may_have_another_layout_than_in_the_call_before(dtype, name, l
 @needs_cpu
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "clean"])
 @pytest.mark.parametrize("steps", [1, 20])
-def test_an_input_of_a_frozen_model_may_have_another_layout_than_in_the_call_before(dtype, steps, layout):
-    model = Model(steps, 3, 4, 18, {"num_layers": 2}, frozen=True)
+@pytest.mark.parametrize("fields", [{}, {"layer_norm": True}, {"peephole": True, "block_size": 2}], ids=str)
+def test_an_input_of_a_frozen_model_may_have_another_layout_than_in_the_call_before(dtype, fields, steps, layout):
+    model = Model(steps, 3, 4, 18, {"num_layers": 2, **fields}, frozen=True)
     lstm = model.new(dtype)
     given = frozen_if(model, lstm, model.given(dtype, CPU))
     with CPU.active():

@@ -9,15 +9,16 @@ most one, with layer norm three. None is saved by `recompute`.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Steps
+from fastlstm.backends.base import Array, BackwardResult, Dropout, ForwardResult, Params, Prepared, Signature, Steps
 from fastlstm.backends.cpu.launch import launch
+from fastlstm.backends.cpu.phased_call import PhasedCall, can_prepare
 from fastlstm.backends.cpu.phased_sizes import (
+    PACKED,
     Arguments,
     Size,
     arguments_of,
@@ -25,38 +26,27 @@ from fastlstm.backends.cpu.phased_sizes import (
     chunk_of_size,
     forward_candidates,
     gradients_of,
+    mask_numbers,
     packed_workspace,
+    rates_of,
     schedule_of,
     size_of,
+    unfolded,
 )  # fmt: skip
 from fastlstm.backends.cpu.rows import Rows
-from fastlstm.backends.cpu.weights import again, frozen_arrays
+from fastlstm.backends.cpu.weights import again
 from fastlstm.backends.cpu.workspace import SCRATCH, is_to_be_cleared, new_array, one_block
 from fastlstm.backends.folding import Folding, is_folded
-from fastlstm.backends.layers import (
-    RECURRENT,
-    ZONEOUT_C,
-    ZONEOUT_H,
-    Given,
-    LayeredBackend,
-    LayerGradients,
-    LayerResult,
-    StackTape,
-    Weights,
-    mask_key,
-    mask_start,
-)  # fmt: skip
+from fastlstm.backends.layers import Given, LayeredBackend, LayerGradients, LayerResult, StackTape, Weights
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.backends.reference.backend import merged, unmerged
 from fastlstm.backends.threads import get_num_threads
 from fastlstm.cell import VARIANTS, Cell
-from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu import phased_backward as back
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu import state_masks
 from fastlstm.kernels.cpu.cell_step import TAPE
 from fastlstm.kernels.cpu.jit import VECTOR_BYTES
-from fastlstm.parameters import GATES
 
 __all__ = ["PHASED", "PhasedBackend", "is_phased"]
 
@@ -66,7 +56,6 @@ _OTHERS = (
     "peephole", "truncated", "reverse", "merge", "activations", "clip", "cell_clip", "forget_gate", "coupled",
     "block_size",
 )  # fmt: skip
-_PACKED = "packed for the phased kernels"
 
 
 def is_phased(cell: Cell) -> bool:
@@ -74,44 +63,6 @@ def is_phased(cell: Cell) -> bool:
     fields = [name for name, plain in VARIANTS.items() if getattr(cell, name) != plain]
     has_phase = cell.sees_blocks or any(name in _PHASES for name in fields)
     return has_phase and all(name in _PHASES + _OTHERS for name in fields)
-
-
-def _mask_numbers(first: int, given: Given, direction: int, batch: int) -> dict[int, int]:
-    """Return the numbers that determine the masks, by their places in the settings, of which they begin at `first`."""
-    cell, draws = given.cell, given.draws
-    found: dict[int, int] = {}
-    # The last is the mask's numbers a step.
-    kinds = (
-        (ZONEOUT_C, state_masks.ZONE_C, state_masks.START_C, state_masks.THRESHOLD_C, cell.zoneout[0],
-         batch * cell.c_size),
-        (ZONEOUT_H, state_masks.ZONE_H, state_masks.START_H, state_masks.THRESHOLD_H, cell.zoneout[1],
-         batch * cell.h_size),
-        (RECURRENT, state_masks.RECURRENT, state_masks.START_R, state_masks.THRESHOLD_R, cell.recurrent_dropout, 0),
-    )  # fmt: skip
-    for kind, what, start, threshold, probability, a_step in kinds:
-        if probability and draws:
-            key = mask_start(mask_key(given, direction, kind), draws.steps * a_step)
-            found |= {
-                first + what: state_masks.DRAWN, first + start: int(key.astype(np.int64)),
-                first + threshold: math.ceil(probability * 2**53),
-            }  # fmt: skip
-        elif probability and kind != RECURRENT:
-            found[first + what] = state_masks.EXPECTED
-    return found
-
-
-@functools.lru_cache(maxsize=256)
-def _rates(cell: Cell) -> Array:
-    """Return the numbers of a cell that the kernels take, see ``state_masks.Masks``."""
-    shares = [cell.gate_size(gate) / cell.hidden_size if gate in cell.gates else 0.0 for gate in GATES]
-    return np.array([*cell.zoneout, 1.0 / (1.0 - cell.recurrent_dropout), *shares, cell.rows], cell.dtype)
-
-
-def _unfolded(cell: Cell, params: Params) -> Params:
-    """Return the parameters as the kernels take them, with rows for all gates."""
-    if not is_folded(cell):
-        return params
-    return frozen_arrays(cell, params) if isinstance(params, FrozenParams) else Folding(cell).unfold(params)
 
 
 class DirectionTape(NamedTuple):
@@ -144,6 +95,12 @@ class PhasedBackend(LayeredBackend):
     def __reduce__(self) -> Any:
         return again, (VECTOR_BYTES, PhasedBackend)
 
+    def prepare(self, cell: Cell, signature: Signature) -> Prepared:
+        """Prepare calls of a signature (see ``base.Backend.prepare``)."""
+        if can_prepare(cell, signature):
+            return PhasedCall(self, cell, signature)
+        return super().prepare(cell, signature)
+
     def plan(self, cell: Cell, steps: int, rows: int, batch: int, frozen: bool) -> list[str]:
         """Say in words how each layer would be run (see ``base.Backend.plan``)."""
         found = []
@@ -171,7 +128,7 @@ class PhasedBackend(LayeredBackend):
         resets: Array | None = None,
     ) -> ForwardResult:
         """Run the whole sequence through all layers (see ``base.Prepared.forward``)."""
-        params = _unfolded(cell, params)
+        params = unfolded(cell, params)
         return super().forward(cell, params, x, h0, c0, lengths, dropout, keep_tape, recompute, resets)
 
     def backward(
@@ -186,8 +143,8 @@ class PhasedBackend(LayeredBackend):
         input_gradient: bool = True,
     ) -> BackwardResult:
         """Back-propagate through all layers (see ``base.Prepared.backward``)."""
-        unfolded = _unfolded(cell, params)
-        result = super().backward(cell, unfolded, tape, dy, dh_n, dc_n, keep_steps, input_gradient)
+        arrays = unfolded(cell, params)
+        result = super().backward(cell, arrays, tape, dy, dh_n, dc_n, keep_steps, input_gradient)
         return result._replace(params=Folding(cell).fold(result.params)) if is_folded(cell) else result
 
     def layer_forward(self, weights: Sequence[Weights], x: Array, h0: Array, c0: Array, given: Given) -> LayerResult:
@@ -271,9 +228,9 @@ def _forward(
         forth.STEPS: rows.longest, forth.TOTAL: rows.steps, forth.COLUMN: direction * size.features,
         forth.CLEAR: int(rows.ragged and is_to_be_cleared(y)), forth.PACK: 1, forth.Y_ROW: y.shape[1],
         forth.HAS_RESETS: int(resets.size > 0),
-    } | _mask_numbers(forth.MASKS, given, direction, rows.batch)  # fmt: skip
+    } | mask_numbers(forth.MASKS, given, direction, rows.batch)  # fmt: skip
     kept = weights.kept
-    found = None if kept is None else kept.get(_PACKED)
+    found = None if kept is None else kept.get(PACKED)
     workspace = packed_workspace(size)
     if found is None:
         parameters = arguments_of(size, weights)
@@ -283,7 +240,7 @@ def _forward(
     else:
         (parameters, packed), numbers[forth.PACK] = found, 0
     arguments = (
-        *parameters, _rates(cell), rows.pack(x, reverse), h0, c0, rows.index(reverse), resets, y, h_n, c_n, *tape,
+        *parameters, rates_of(cell), rows.pack(x, reverse), h0, c0, rows.index(reverse), resets, y, h_n, c_n, *tape,
         packed,
     )  # fmt: skip
     masks = numbers.get(forth.MASKS + state_masks.RECURRENT, 0) > 0, cell.zoneout[1] > 0
@@ -292,7 +249,7 @@ def _forward(
     if kept is None:
         SCRATCH.give_back(workspace, packed)
     elif found is None:
-        kept.setdefault(_PACKED, (parameters, packed))
+        kept.setdefault(PACKED, (parameters, packed))
     return tape if training else None
 
 
@@ -312,7 +269,7 @@ def _backward(
     """Back-propagate through one direction."""
     given, rows = tape.given, tape.rows
     reverse = direction == 1 or given.cell.reverse
-    found = None if weights.kept is None else weights.kept.get(_PACKED)
+    found = None if weights.kept is None else weights.kept.get(PACKED)
     parameters = found[0] if found else arguments_of(size, weights)
     grads = Arguments(*(new_array(array.shape, size.dtype) for array in parameters))
     numbers = {
@@ -321,10 +278,10 @@ def _backward(
         back.CHUNK: chunk_of_size(size, rows.longest, rows.batch), back.DY_ROW: dy.shape[1],
         back.HAS_DY: int(dy.size > 0), back.HAS_STEPS: int(by_steps[0].size > 0),
         back.HAS_RESETS: int(tape.resets.size > 0),
-    } | _mask_numbers(back.MASKS, given, direction, rows.batch)  # fmt: skip
+    } | mask_numbers(back.MASKS, given, direction, rows.batch)  # fmt: skip
     p = parameters
     arguments = (
-        p.weight_ih, p.weight_hh, p.own, p.weight_hr, p.gains, p.norm_c, _rates(given.cell),
+        p.weight_ih, p.weight_hh, p.own, p.weight_hr, p.gains, p.norm_c, rates_of(given.cell),
         rows.pack(tape.x, reverse), *tape.directions[direction], rows.index(reverse), tape.resets, dy, dh_n, dc_n, dx,
         dh0, dc0, *grads, *by_steps,
     )  # fmt: skip

@@ -1,33 +1,40 @@
-"""Cells with phases: sizes, parameters as the kernels take them, and candidate schedules."""
+"""Cells with phases: sizes, parameters and settings as the kernels take them, and candidate schedules."""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastlstm.backends.base import Array
+from fastlstm.backends.base import Array, Params
 from fastlstm.backends.cpu.launch import Candidate, Candidates, settings_of
 from fastlstm.backends.cpu.schedule import Schedule
 from fastlstm.backends.cpu.sequence import chunk_of
 from fastlstm.backends.cpu.weights import variant_of
 from fastlstm.backends.cpu.workspace import Workspace
-from fastlstm.backends.layers import Weights
+from fastlstm.backends.folding import Folding, is_folded
+from fastlstm.backends.layers import RECURRENT, ZONEOUT_C, ZONEOUT_H, Given, Weights, mask_key, mask_start
 from fastlstm.backends.plain_arrays import as_plain
 from fastlstm.cell import Cell
+from fastlstm.frozen import FrozenParams
 from fastlstm.kernels.cpu import phased_backward as back
-from fastlstm.kernels.cpu import phased_cells
+from fastlstm.kernels.cpu import phased_cells, state_masks
 from fastlstm.kernels.cpu import phased_forward as forth
 from fastlstm.kernels.cpu.cell_step import GATES, TAPE, cell_addresses
 from fastlstm.kernels.cpu.gemm_microkernel import MC, MR, NR
 from fastlstm.kernels.cpu.vector import lanes
 from fastlstm.kernels.cpu.weight_gradients import PANEL_ROWS
+from fastlstm.parameters import GATES as GATE_NAMES
 
 __all__ = [
-    "Arguments", "Size", "arguments_of", "backward_candidates", "chunk_of_size", "forward_candidates",
-    "gradients_of", "packed_workspace", "schedule_of", "size_of",
+    "PACKED", "Arguments", "Size", "arguments_of", "backward_candidates", "chunk_of_size", "forward_candidates",
+    "gradients_of", "mask_numbers", "packed_workspace", "rates_of", "schedule_of", "size_of", "unfolded",
 ]  # fmt: skip
+
+# Under these keys they are kept with weights that never change.
+PACKED, _UNFOLDED = "packed for the phased kernels", "with rows for all gates, for the phased kernels"
 
 # Rows of input products that are computed together where each step has few, and work that is worth a thread: as in
 # ``schedule.py``.
@@ -133,8 +140,9 @@ def arguments_of(size: Size, weights: Weights) -> Arguments:
 
     gains, norm_c = np.empty((0, rows), size.dtype), np.empty((0, units), size.dtype)
     if size.normed:
-        gains = np.stack((weights.ln_gain_ih, weights.ln_gain_hh))  # type: ignore[arg-type]
-        norm_c = np.stack((weights.ln_gain_c, weights.ln_bias_c))  # type: ignore[arg-type]
+        # np.stack takes 3 us.
+        gains = np.concatenate((weights.ln_gain_ih, weights.ln_gain_hh)).reshape(2, rows)  # type: ignore[arg-type]
+        norm_c = np.concatenate((weights.ln_gain_c, weights.ln_bias_c)).reshape(2, units)  # type: ignore[arg-type]
     return Arguments(
         padded(weights.weight_ih, rows), padded(weights.weight_hh, rows), padded(weights.bias, rows, 0),
         padded(weights.weight_peephole, size.own, 0, units),
@@ -263,3 +271,47 @@ def backward_candidates(
     } | _numbers_of(back, size) | dict(zip(shapes, workspace.starts, strict=True))  # fmt: skip
     settings = settings_of(back.SETTINGS, numbers, size.addresses)
     return Candidates((Candidate(schedule_of(threads, 0), (workspace,), settings),), None)
+
+
+def mask_numbers(first: int, given: Given, direction: int, batch: int) -> dict[int, int]:
+    """Return the numbers that determine the masks, by their places in the settings, of which they begin at `first`."""
+    cell, draws = given.cell, given.draws
+    found: dict[int, int] = {}
+    # The last is the mask's numbers a step.
+    kinds = (
+        (ZONEOUT_C, state_masks.ZONE_C, state_masks.START_C, state_masks.THRESHOLD_C, cell.zoneout[0],
+         batch * cell.c_size),
+        (ZONEOUT_H, state_masks.ZONE_H, state_masks.START_H, state_masks.THRESHOLD_H, cell.zoneout[1],
+         batch * cell.h_size),
+        (RECURRENT, state_masks.RECURRENT, state_masks.START_R, state_masks.THRESHOLD_R, cell.recurrent_dropout, 0),
+    )  # fmt: skip
+    for kind, what, start, threshold, probability, a_step in kinds:
+        if probability and draws:
+            key = mask_start(mask_key(given, direction, kind), draws.steps * a_step)
+            found |= {
+                first + what: state_masks.DRAWN, first + start: int(key.astype(np.int64)),
+                first + threshold: math.ceil(probability * 2**53),
+            }  # fmt: skip
+        elif probability and kind != RECURRENT:
+            found[first + what] = state_masks.EXPECTED
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def rates_of(cell: Cell) -> Array:
+    """Return the numbers of a cell that the kernels take, see ``state_masks.Masks``."""
+    shares = [cell.gate_size(gate) / cell.hidden_size if gate in cell.gates else 0.0 for gate in GATE_NAMES]
+    return np.array([*cell.zoneout, 1.0 / (1.0 - cell.recurrent_dropout), *shares, cell.rows], cell.dtype)
+
+
+def unfolded(cell: Cell, params: Params) -> Params:
+    """Return the parameters as the kernels take them, with rows for all gates."""
+    if not is_folded(cell):
+        return params
+    if not isinstance(params, FrozenParams):
+        return Folding(cell).unfold(params)
+    found: FrozenParams | None = params.kept.get(_UNFOLDED)
+    if found is None:
+        # Frozen as well, so that packed weights are kept with them.
+        found = params.kept.setdefault(_UNFOLDED, FrozenParams(cell, Folding(cell).unfold(params.arrays)))
+    return found
