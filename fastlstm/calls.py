@@ -13,7 +13,6 @@ from fastlstm import checks, dispatch, parameters
 from fastlstm.backends.base import Array, Prepared, Signature, State
 from fastlstm.cell import Cell
 from fastlstm.dispatch import forced
-from fastlstm.errors import ArgumentError
 from fastlstm.frozen import FrozenParams
 
 __all__ = ["STEP", "Call", "Layout", "cell_of", "checked", "mode"]
@@ -208,8 +207,8 @@ def checked(
         If an argument does not fit.
     """
     is_step, batch_first = mode == STEP, bool(mode & _BATCH_FIRST)
-    if is_step and cell.bidirectional:
-        raise ArgumentError("a bidirectional LSTM cannot step: its reverse direction starts at the sequence's end")
+    if is_step:
+        checks.direction(cell)
     params = checks.params(cell, params)
     like = params["weight_hh_l0"]
     unbatched = getattr(x, "ndim", 3) == (1 if is_step else 2)

@@ -14,7 +14,18 @@ from fastlstm.dispatch import kind_of
 from fastlstm.errors import ArgumentError, ArrayTypeError, DTypeError, ShapeError, shown
 from fastlstm.frozen import FrozenParams
 
-__all__ = ["array", "dropout_seed", "flag", "h_alone", "lengths", "params", "resets", "state", "state_gradient"]
+__all__ = [
+    "array",
+    "direction",
+    "dropout_seed",
+    "flag",
+    "h_alone",
+    "lengths",
+    "params",
+    "resets",
+    "state",
+    "state_gradient",
+]
 
 
 def array(name: str, value: Any, like: Array, shape: tuple[int | None, ...], axes: str) -> Array:
@@ -133,6 +144,16 @@ def h_alone(name: str, given: Any) -> Any:
     if isinstance(given, tuple | list):
         raise ArgumentError(f"{name} of a plain RNN is one array, of h, got {shown(given)}")
     return given
+
+
+def direction(cell: Cell) -> None:
+    """Refuse a model that needs the whole sequence."""
+    if cell.bidirectional:
+        raise ArgumentError(
+            "a bidirectional model cannot be run step by step: its reverse direction starts at the sequence's end"
+        )
+    if cell.reverse:
+        raise ArgumentError("a model with reverse=True cannot be run step by step: it starts at the sequence's end")
 
 
 def _pair(

@@ -77,7 +77,7 @@ class LSTM(Exchange):
         The initial bias of the forget gate.
     reverse : bool
         Whether the only direction runs backwards in time: ONNX's `reverse`, Keras's `go_backwards` with the outputs in
-        the order of the inputs.
+        the order of the inputs. Such a model has no `step`: it starts at the sequence's end.
     merge : str
         How the outputs of two directions are put together: ``concat``, ``sum``, ``mean`` or ``product``.
     dtype : dtype

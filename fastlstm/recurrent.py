@@ -201,7 +201,7 @@ class Recurrent(Stored, HasPrecision):
         Raises
         ------
         ArgumentError
-            If the model is bidirectional.
+            If the model runs backwards in time: bidirectional, or with `reverse`.
         ShapeError, DTypeError, ArrayTypeError, BackendError
             Before any work, if an argument does not fit, or a CUDA graph is to capture a step that calls cuBLAS.
         """

@@ -33,7 +33,7 @@ from fastlstm.errors import ArgumentError, shown
 from fastlstm.frozen import FrozenParams
 
 __all__ = [
-    "Run", "RunBackward", "RunGradients", "StaysHere", "begin", "check_direction", "check_room", "draws", "positive",
+    "Run", "RunBackward", "RunGradients", "StaysHere", "begin", "check_room", "draws", "positive",
 ]  # fmt: skip
 
 
@@ -252,16 +252,6 @@ def positive(name: str, value: Any) -> int:
     return number
 
 
-def check_direction(cell: Cell) -> None:
-    """Refuse a model that needs the whole sequence."""
-    if cell.bidirectional:
-        raise ArgumentError(
-            "a bidirectional model cannot be run step by step: its reverse direction starts at the sequence's end"
-        )
-    if cell.reverse:
-        raise ArgumentError("a model with reverse=True cannot be run step by step: it starts at the sequence's end")
-
-
 def check_room(cell: Cell, steps: int, batch: int) -> None:
     """Refuse a run whose memory no machine can address."""
     # A step keeps x, and in each layer h, c, five values of each cell in whole vectors, and two masks. Of a few steps
@@ -280,7 +270,7 @@ def draws(cell: Cell) -> bool:
 def begin(model: Any, state: State | None, steps: Any, batch: Any, dropout: Dropout | None) -> Run:
     """Check the arguments of ``LSTM.unroll``, and begin a run."""
     cell: Cell = model.cell
-    check_direction(cell)
+    checks.direction(cell)
     steps, batch = positive("steps", steps), positive("batch", batch)
     check_room(cell, steps, batch)
     params = checks.params(cell, model.params)

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastlstm import checks
 from fastlstm.backends.base import Array
+from fastlstm.cell import Cell
 from fastlstm.dispatch import array_namespace
 from fastlstm.errors import ArgumentError, shown
 from fastlstm.frozen import FrozenParams
@@ -27,15 +28,17 @@ from fastlstm.training.scaler import Scaler
 __all__ = ["OUTPUTS", "Model", "ModelTape"]
 
 OUTPUTS = ("last", "mean", "sequence")
+_SHARES = {"sum": 1.0, "mean": 0.5}  # of each direction in what a merge puts together
 
 
 class ModelTape(NamedTuple):
     """The tape of a model, from :meth:`Model.forward` for :meth:`Model.backward`."""
 
     tapes: tuple[Tape, ...]  # one for each LSTM
-    features: Array  # what the heads read: (B, D*H), or shaped as the last LSTM's output
+    features: Array  # what the heads read: (B, F), or shaped as the last LSTM's output
     lengths: np.ndarray[Any, Any] | None
     shape: tuple[int, ...]  # of the last LSTM's output
+    ends: Array | None  # (2, B, H) the final h of both directions, where the heads read their product
 
 
 class Model:
@@ -49,8 +52,8 @@ class Model:
         What turns features into predictions. Of several, each is another object, with its own prediction and target
         under its name.
     output : {"last", "mean", "sequence"}
-        What the heads read: each sequence's last hidden state (with both directions, the end of each), the mean of its
-        outputs, or the output at each time step.
+        What the heads read: each sequence's last hidden state (with both directions, the end of each, put together as
+        the LSTM's `merge` says), the mean of its outputs, or the output at each time step.
     scale : bool
         Whether inputs and targets are scaled to mean 0 and deviation 1, as :func:`fit` measures them in the training
         data; class indices never are.
@@ -167,7 +170,8 @@ class Model:
             tapes.append(tape)
         features = self._features(x, h_n, lengths)
         prediction = {name: head(features) for name, head in self.heads.items()}
-        return self._unnamed(prediction), ModelTape(tuple(tapes), features, lengths, x.shape)
+        ends = h_n[-2:] if self.output == "last" and self._last.merge == "product" else None
+        return self._unnamed(prediction), ModelTape(tuple(tapes), features, lengths, x.shape, ends)
 
     def backward(self, tape: ModelTape, dprediction: Any) -> Joined:
         """Back-propagate through the forward pass that left `tape`.
@@ -269,8 +273,10 @@ class Model:
             return y
         if self.output == "mean":
             return y.sum(axis=self._time) * self._shares(y, lengths)
-        last = h_n[-self._directions :]  # (D, B, H)
-        return last.swapaxes(0, 1).reshape(last.shape[1], len(last) * last.shape[2])
+        ends, merge = h_n[-self._last.num_directions :], self._last.merge  # (D, B, H)
+        if merge == "concat":
+            return ends.swapaxes(0, 1).reshape(ends.shape[1], len(ends) * ends.shape[2])
+        return ends[0] * ends[1] if merge == "product" else ends.sum(axis=0) * ends.dtype.type(_SHARES[merge])
 
     def _spread(self, dfeatures: Array, tape: ModelTape) -> tuple[Array | None, Any]:
         """Bring the gradient by the features back to the last LSTM's output, or to its final states."""
@@ -280,12 +286,14 @@ class Model:
         if self.output == "mean":
             dy = xp.expand_dims(dfeatures * self._shares(dfeatures, tape.lengths, tape.shape), self._time)
             return xp.broadcast_to(dy, tape.shape), None  # what it says past each length is ignored
-        last = list(self.lstms.values())[-1].cell
-        directions = self._directions
-        size = dfeatures.shape[1] // directions  # -1 would not do for a batch of none
-        halves = dfeatures.reshape(len(dfeatures), directions, size).swapaxes(0, 1)  # (D, B, H)
-        dh = xp.zeros((last.num_layers * directions, *halves.shape[1:]), dtype=dfeatures.dtype)
-        dh[-directions:] = halves
+        last, directions = self._last, self._last.num_directions
+        dh = xp.zeros((last.num_layers * directions, len(dfeatures), last.h_size), dtype=dfeatures.dtype)
+        if last.merge == "concat":
+            dh[-directions:] = dfeatures.reshape(len(dfeatures), directions, last.h_size).swapaxes(0, 1)
+        elif tape.ends is not None:
+            dh[-2:] = dfeatures * tape.ends[::-1]
+        else:
+            dh[-2:] = dfeatures * dfeatures.dtype.type(_SHARES[last.merge])
         return None, (dh, None)
 
     def _shares(self, like: Array, lengths: Any, shape: tuple[int, ...] | None = None) -> Array:
@@ -300,8 +308,8 @@ class Model:
         return 1 if self.batch_first else 0
 
     @property
-    def _directions(self) -> int:
-        return list(self.lstms.values())[-1].cell.num_directions
+    def _last(self) -> Cell:
+        return list(self.lstms.values())[-1].cell
 
     def by_head(self, name: str, values: Any) -> dict[str, Any]:
         """Return values, such as targets, by the names of their heads; of a single head they have none."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_close, assert_identical
 
-from fastlstm import LSTM
+from fastlstm import LSTM, RNN, ArgumentError
 from fastlstm.functional import lstm_backward, lstm_forward
 
 STEPS = 12
@@ -121,3 +121,18 @@ def test_only_one_direction_can_step(backend, bidirectional):
         return
     with pytest.raises(ValueError, match="bidirectional"):
         lstm.step(x)
+
+
+@pytest.mark.parametrize("fields", [{"bidirectional": True}, {"reverse": True}], ids=str)
+@pytest.mark.parametrize("kind", [LSTM, RNN])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_that_runs_backwards_in_time_takes_no_steps(backend, kind, fields, frozen):
+    if frozen and not backend.is_numpy:
+        pytest.skip("only models of NumPy arrays can be frozen")
+    model = kind(3, 4, seed=0, **fields)
+    model.params.update({name: backend.array(value) for name, value in model.params.items()})
+    model = model.freeze() if frozen else model
+    x = backend.array(np.ones((2, 3), np.float32))
+    for _ in range(2):  # the second call may be prepared
+        with pytest.raises(ArgumentError, match="cannot be run step by step"):
+            model.step(x)

@@ -55,6 +55,34 @@ def test_gradients_are_slopes(rng, output, batch_first, several, ragged):
             assert grads[name][index] == pytest.approx((upper - lower) / (2 * STEP), abs=ATOL), (name, index)
 
 
+@pytest.mark.parametrize("merge", ["sum", "mean", "product"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_heads_read_two_directions_as_they_are_merged(rng, tmp_path, output, merge):
+    lstm = LSTM(3, 4, num_layers=2, bidirectional=True, merge=merge, dtype=np.float64, seed=0)
+    model = Model(lstm, Linear(4, 2, dtype=np.float64, seed=1), output=output)
+    x, lengths = rng.normal(size=(6, 4, 3)), np.array([3, 0, 6, 1])
+    y, (h_n, _) = lstm(x, None, lengths)
+    merged = {"sum": np.add, "mean": lambda a, b: (a + b) / 2, "product": np.multiply}[merge](h_n[-2], h_n[-1])
+    mean = y.sum(axis=0) / np.maximum(lengths, 1)[:, None]
+    expected = model.heads["head"]({"last": merged, "mean": mean, "sequence": y}[output])
+    prediction, tape = model.forward(x, lengths)
+    model.save(tmp_path / "model.safetensors")
+    for found in (prediction, model(x, lengths), model.freeze()(x, lengths),
+                  Model.load(tmp_path / "model.safetensors")(x, lengths)):  # fmt: skip
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)  # sums in other orders
+    inside = (np.arange(6)[:, None] < lengths)[..., None] if output == "sequence" else 1
+    weights, along = rng.normal(size=prediction.shape) * inside, {}
+    grads = model.backward(tape, weights)
+    for name, value in model.params.items():
+        along[name] = rng.normal(size=value.shape)
+        value[...] = value + STEP * along[name]
+    upper = (weights * model(x, lengths)).sum()
+    for name, value in model.params.items():
+        value[...] = value - 2 * STEP * along[name]
+    slope = (upper - (weights * model(x, lengths)).sum()) / (2 * STEP)
+    assert sum((grads[name] * along[name]).sum() for name in along) == pytest.approx(slope, abs=1e-7)
+
+
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_the_two_layouts_agree(rng, output, several):

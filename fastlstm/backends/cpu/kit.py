@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastlstm import checks
 from fastlstm.backends.base import Array, Dropout
 from fastlstm.backends.cpu import unroll
 from fastlstm.backends.cpu.thread_pool import NO_TEAM, own_team
@@ -31,7 +32,7 @@ from fastlstm.kernels.cpu import unrolled_back as back
 from fastlstm.kernels.cpu import unrolled_step as forth
 from fastlstm.kernels.cpu.jit import VECTOR_BYTES, address_of
 from fastlstm.mask_keys import MaskKeys
-from fastlstm.unroll import StaysHere, check_direction, check_room, positive
+from fastlstm.unroll import StaysHere, check_room, positive
 
 __all__ = [
     "DROPOUT", "FINISH", "KIT", "KIT_OF_RUN", "NUMBER", "OWN_PLACE", "STAMP", "STEP", "STEP_BACK", "STEP_TAPED", "TAPE",
@@ -193,7 +194,7 @@ KIT, TAPE = _class_named(f"Kit_{STAMP}"), _class_named(f"Tape_{STAMP}")
 
 def make_kit(cell: Cell, params: FrozenParams, keys: MaskKeys) -> Any:
     """Pack a model's weights for compiled code: see :meth:`fastlstm.LSTM.compiled`."""
-    check_direction(cell)
+    checks.direction(cell)
     if cell.nonlinearity:
         raise ArgumentError("compiled code has no step of a plain RNN: use rnn.step or rnn.unroll")
     if not unroll.can_unroll(cell):
