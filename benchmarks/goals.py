@@ -136,6 +136,8 @@ GOALS = (
     Goal("any other cell / the plain LSTM, most", 1.3, True, WHOLE,
          ratio(*studies.PHASES, studies.PROJECTED), max, NORMED),
     Goal("peepholes of shared gates / the plain LSTM, most", 1.3, True, WHOLE, ratio(studies.SHARED), max, SEEN),
+    Goal("frozen step of a cell with phases / the plain LSTM, most", 3.0, True, "family.*stream",
+         ratio(*studies.PHASES, studies.PROJECTED, studies.SHARED, studies.RNN_NAME)),
     Goal("training with the truncated gradient / the plain LSTM", 1.0, True, "family.*train", ratio(studies.TRUNCATED)),
     Goal("plain RNN / the plain LSTM, most", 0.45, True, WHOLE, ratio(studies.RNN_NAME)),
     Goal("`torch.nn.LSTM` / `fastlstm.torch.LSTM`, training, least", 2.0, False, "torch_lstm", ratio("torch"), min,
