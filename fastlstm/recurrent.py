@@ -84,13 +84,13 @@ class Recurrent(Stored, HasPrecision):
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer; the gradients are bit-identical. It needs at most ``4.25 * T * B * H`` numbers, in place
-            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, and calls
-            of a few steps, keep the gates nonetheless.
+            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, cells with
+            phases (see there) and calls of a few steps keep the gates nonetheless.
 
         Returns
         -------
         y : array, (T, B, D*H), (B, T, D*H) or (T, D*H)
-            The hidden states of the last layer; zero past each sequence's length.
+            The last layer's h, of P features with a projection, without D if merged; zero past each length.
         state : tuple of array
             ``(h_n, c_n)``, shaped as `state`: each sequence's state at its own end. A sequence of length 0
             returns its initial state.
@@ -169,11 +169,11 @@ class Recurrent(Stored, HasPrecision):
         Notes
         -----
         Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
-        numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call. H
-        is rounded up to whole vectors of the processor. In addition, each layer but the last takes
-        ``2 * T * B * D * H`` for its output and the gradient by that, and its mask with dropout; a ragged batch takes
-        one copy of a layer's input, and the places of its rows. The rest does not grow with T: packed weights and
-        scratch memory.
+        numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call; 8
+        for cells with phases (zoneout, recurrent dropout, peepholes of shared gates), 9 with a projection, 19 with
+        layer norm, 3 for a plain RNN. H is rounded up to whole vectors of the processor. Each layer but the last also
+        takes ``2 * T * B * D * H`` for its output and the gradient by that, and its mask with dropout; a ragged batch
+        one copy of a layer's input and the places of its rows. Packed weights and scratch memory do not grow with T.
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")
