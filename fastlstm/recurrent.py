@@ -84,13 +84,14 @@ class Recurrent(Stored, HasPrecision):
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer; the gradients are bit-identical. It needs at most ``4.25 * T * B * H`` numbers, in place
-            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, and calls
-            of a few steps, keep the gates nonetheless.
+            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, calls of a
+            few steps, and on the CPU every cell with a phase of its own (see :meth:`backward`) keep all nonetheless.
 
         Returns
         -------
-        y : array, (T, B, D*H), (B, T, D*H) or (T, D*H)
-            The hidden states of the last layer; zero past each sequence's length.
+        y : array, (T, B, F), (B, T, F) or (T, F)
+            The hidden states of the last layer, of F = D*H features: with `proj_size` D*P, and where `merge` is not
+            ``concat`` H or P; zero past each sequence's length.
         state : tuple of array
             ``(h_n, c_n)``, shaped as `state`: each sequence's state at its own end. A sequence of length 0
             returns its initial state.
@@ -174,6 +175,11 @@ class Recurrent(Stored, HasPrecision):
         ``2 * T * B * D * H`` for its output and the gradient by that, and its mask with dropout; a ragged batch takes
         one copy of a layer's input, and the places of its rows. The rest does not grow with T: packed weights and
         scratch memory.
+
+        A cell with a phase of its own (projection, layer norm, zoneout, recurrent dropout, peepholes of shared gates)
+        takes more: its tape keeps seven, with a projection eight, with layer norm nine more, and this call adds one,
+        with layer norm three. Of a plain RNN the tape keeps two, and this call adds one. A `merge` other than
+        ``concat`` adds two. With a projection, P stands in place of H in a layer's output.
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")

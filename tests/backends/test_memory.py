@@ -16,7 +16,7 @@ import pytest
 from harness import DROPOUT_SEED, REFERENCE, BackendUnderTest, Case, problem, solve
 from tolerances import assert_close
 
-from fastlstm import LSTM, calls, dispatch, use_backend
+from fastlstm import LSTM, RNN, calls, dispatch, use_backend
 from fastlstm.backends.base import Dropout, Signature
 from fastlstm.backends.cpu import rows
 from fastlstm.backends.cpu.autotune import Trials
@@ -293,3 +293,25 @@ def test_a_training_pass_allocates_no_more_than_is_promised(dtype, layers, bidir
             for count in (steps, 2 * steps)
         )
     assert (twice - once) / (steps * batch * hidden * model.cell.dtype.itemsize) <= promised + 0.01
+
+
+PHASED = [
+    (8, {"peephole": True, "block_size": 2}),
+    (8, {"zoneout": (0.1, 0.1), "recurrent_dropout": 0.3}),
+    (9, {"proj_size": 32}),
+    (19, {"layer_norm": True}),
+    (11, {"proj_size": 32, "bidirectional": True, "merge": "product"}),
+    (3, {"nonlinearity": "tanh"}),
+]
+
+
+@pytest.mark.parametrize(("promised", "fields"), PHASED, ids=str)
+def test_a_cell_with_phases_allocates_no_more_than_is_promised(promised, fields, monkeypatch):
+    if BackendUnderTest("cpu").missing:
+        pytest.skip(BackendUnderTest("cpu").missing)
+    monkeypatch.setattr(Trials, "pick", lambda self, kind, ways: 0)
+    model = (RNN if "nonlinearity" in fields else LSTM)(64, 64, seed=0, **fields)
+    with use_backend("cpu"):
+        once, twice = (most_bytes(model, count, 8, None) for count in (200, 400))
+    used = (twice - once) / (200 * 8 * 64 * 4 * model.cell.num_directions)
+    assert promised / 2 < used <= promised + 0.01  # less than half would mean that this measures something else
