@@ -85,7 +85,7 @@ class Recurrent(Stored, HasPrecision):
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer; the gradients are bit-identical. It needs at most ``4.25 * T * B * H`` numbers, in place
             of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, calls of a
-            few steps, and on the CPU every cell with a phase of its own (see :meth:`backward`) keep all nonetheless.
+            few steps, every RNN and the cells that take more than 7 (see :meth:`backward`) keep all nonetheless.
 
         Returns
         -------
@@ -170,16 +170,11 @@ class Recurrent(Stored, HasPrecision):
         Notes
         -----
         Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
-        numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call. H
-        is rounded up to whole vectors of the processor. In addition, each layer but the last takes
-        ``2 * T * B * D * H`` for its output and the gradient by that, and its mask with dropout; a ragged batch takes
-        one copy of a layer's input, and the places of its rows. The rest does not grow with T: packed weights and
-        scratch memory.
-
-        A cell with a phase of its own (projection, layer norm, zoneout, recurrent dropout, peepholes of shared gates)
-        takes more: its tape keeps seven, with a projection eight, with layer norm nine more, and this call adds one,
-        with layer norm three. Of a plain RNN the tape keeps two, and this call adds one. A `merge` other than
-        ``concat`` adds two. With a projection, P stands in place of H in a layer's output.
+        numbers of the model's dtype for each layer and direction (six of the tape, one of this call), H rounded up to
+        whole vectors of the processor. With projection, layer norm, zoneout, recurrent dropout or peepholes of shared
+        gates it is 8, 9 with a projection, 11 more with layer norm, 2 more with a `merge` but ``concat``; of an RNN, 3.
+        Each layer but the last adds twice its output, and a mask with dropout; a ragged batch, one copy of a layer's
+        input and the places of its rows. Packed weights and scratch memory do not grow with T.
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")
