@@ -90,8 +90,7 @@ class Recurrent(Stored, HasPrecision):
         Returns
         -------
         y : array, (T, B, F), (B, T, F) or (T, F)
-            The hidden states of the last layer, of F = D*H features: with `proj_size` D*P, and where `merge` is not
-            ``concat`` H or P; zero past each sequence's length.
+            The last layer's h, zero past each length; F is D*H, D*P with `proj_size`, without D if `merge` combines.
         state : tuple of array
             ``(h_n, c_n)``, shaped as `state`: each sequence's state at its own end. A sequence of length 0
             returns its initial state.
