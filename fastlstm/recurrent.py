@@ -84,13 +84,13 @@ class Recurrent(Stored, HasPrecision):
         recompute : bool
             Save memory: keep only the states h and c, and compute the gates again in :meth:`backward`, which
             then takes longer; the gradients are bit-identical. It needs at most ``4.25 * T * B * H`` numbers, in place
-            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, cells with
-            phases (see there) and calls of a few steps keep the gates nonetheless.
+            of the ``7 * T * B * H`` that :meth:`backward` documents. The backends `cuda` and `reference`, calls of a
+            few steps, every RNN and the cells that take more than 7 (see :meth:`backward`) keep all nonetheless.
 
         Returns
         -------
-        y : array, (T, B, D*H), (B, T, D*H) or (T, D*H)
-            The last layer's h, of P features with a projection, without D if merged; zero past each length.
+        y : array, (T, B, F), (B, T, F) or (T, F)
+            The last layer's h, zero past each length; F is D*H, D*P with `proj_size`, without D if `merge` combines.
         state : tuple of array
             ``(h_n, c_n)``, shaped as `state`: each sequence's state at its own end. A sequence of length 0
             returns its initial state.
@@ -169,11 +169,11 @@ class Recurrent(Stored, HasPrecision):
         Notes
         -----
         Forward and backward pass together allocate on the CPU, beyond inputs and outputs, at most ``7 * T * B * H``
-        numbers of the model's dtype for each layer and direction: six that the tape keeps, and one during this call; 8
-        for cells with phases (zoneout, recurrent dropout, peepholes of shared gates), 9 with a projection, 19 with
-        layer norm, 3 for a plain RNN. H is rounded up to whole vectors of the processor. Each layer but the last also
-        takes ``2 * T * B * D * H`` for its output and the gradient by that, and its mask with dropout; a ragged batch
-        one copy of a layer's input and the places of its rows. Packed weights and scratch memory do not grow with T.
+        numbers of the model's dtype for each layer and direction (six of the tape, one of this call), H rounded up to
+        whole vectors of the processor. With projection, layer norm, zoneout, recurrent dropout or peepholes of shared
+        gates it is 8, 9 with a projection, 11 more with layer norm, 2 more with a `merge` but ``concat``; of an RNN, 3.
+        Each layer but the last adds twice its output, and a mask with dropout; a ragged batch, one copy of a layer's
+        input and the places of its rows. Packed weights and scratch memory do not grow with T.
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
             raise ArgumentError(f"the tape is of another model: {tape.cell}")

@@ -15,7 +15,7 @@ from fastlstm import LSTM, ArgumentError
 from fastlstm.backends.base import Dropout, Signature
 from fastlstm.backends.cpu.backend import is_phased
 from fastlstm.backends.layers import RECURRENT, ZONEOUT_C, ZONEOUT_H, Given, chosen, kept_mask, mask_key
-from fastlstm.cell import Cell
+from fastlstm.cell import ACTIVATIONS, Cell
 from fastlstm.functional import lstm_backward, lstm_forward
 
 CPU = BackendUnderTest("cpu")
@@ -58,9 +58,19 @@ def case_of(fields, *sizes, **more):
     return Case(steps, batch, inputs, units(hidden, fields), fields=tuple(fields.items()), **more)
 
 
+def step_fields(rng):
+    """Draw fields of the cell's own step, which every phase goes with; two that do not go together are drawn anew."""
+    others = [str(name) for name in rng.choice([name for name in ACTIVATIONS if name != "1997"], 3)]
+    choices = {
+        "forget_gate": [False], "coupled": [True], "clip": [0.5, 0.9], "cell_clip": [0.3, 0.6],
+        "activations": [("sigmoid", "1997", "1997"), tuple(others)],
+    }  # fmt: skip
+    return {name: values[rng.integers(len(values))] for name, values in choices.items() if rng.random() < 0.25}
+
+
 def random_case(number):
     """Draw a combination of fields that these kernels have, and sizes."""
-    rng, of_blocks = np.random.default_rng([25, number]), np.random.default_rng([26, number])
+    rng, of_blocks, of_step = (np.random.default_rng([seed, number]) for seed in (25, 26, 27))
     choices = {
         "proj_size": [1, 3, 9], "layer_norm": [True], "recurrent_dropout": [0.3], "zoneout": [(0.2, 0.3), (0.0, 0.5)],
         "peephole": [True], "truncated": [True], "reverse": [True], "merge": ["sum", "mean", "product"],
@@ -73,6 +83,7 @@ def random_case(number):
             fields["proj_size"] = max(3, fields["proj_size"])
         if "peephole" in fields and of_blocks.random() < 0.5:
             fields["block_size"] = int(of_blocks.choice([2, 3]))
+        fields |= step_fields(of_step)
         bidirectional = bool(rng.random() < 0.4)
         try:
             if not is_phased(Cell(3, 12, bidirectional=bidirectional, **fields)):

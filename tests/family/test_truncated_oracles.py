@@ -1,8 +1,8 @@
-"""The truncated gradient against two computations of other kinds, which keep no tape.
+"""The truncated gradient against two computations that share nothing with the backward pass.
 
-The first is that of the paper (Hochreiter and Schmidhuber 1997, equations 19 to 28): derivatives of the cell states by
-the weights are carried forward in time. In the second, h before each step is given to a model as an input, so that the
-whole gradient of that model is the truncated one of the first.
+One is the recursion forwards in time of Hochreiter and Schmidhuber (1997), equations 19 to 28: each unit carries the
+derivatives of its cell state by its weights, and no error travels back. The other feeds the outputs of a first pass
+to a second as plain inputs: then the full gradient of the second is the truncated one of the first.
 """
 
 from __future__ import annotations
@@ -11,113 +11,114 @@ import numpy as np
 import pytest
 
 from fastlstm import LSTM
-from fastlstm.functional import lstm_backward, lstm_forward
 
-ATOL = 1e-12  # sums of some hundred numbers of order one, in float64, in another order
-OF_1997 = {"activations": ("sigmoid", "1997", "1997"), "truncated": True, "dtype": np.float64}
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(1997)
+HIDDEN, INPUTS, STEPS, BATCH = 6, 4, 9, 5
+# Sums of some hundred float64 products of size about 1, in another order: 1e-13 at most; a wrong term is near 1.
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+FIELDS = [
+    {},
+    {"peephole": True},
+    {"peephole": True, "block_size": 2},
+    {"forget_gate": False, "block_size": 2},
+    {"coupled": True, "clip": 0.5},
+    {"cell_clip": 0.2},
+    {"activations": ("hard_sigmoid", "relu", "softsign")},
+    {"proj_size": 3},
+    {"peephole": True, "block_size": 3, "forget_gate": False, "activations": ("sigmoid", "1997", "1997"),
+     "proj_size": 2},
+]  # fmt: skip
 
 
 def sigmoid(a):
     return 1 / (1 + np.exp(-a))
 
 
-def gradients(backend, model, x, dy, state=None):
-    """Return output, gradient by x, that by c0, and those by the parameters, in NumPy."""
-    params = {name: backend.array(value) for name, value in model.params.items()}
-    state = None if state is None else tuple(map(backend.array, state))
-    y, _, tape = lstm_forward(params, backend.array(x), state, cell=model.cell)
-    grads = lstm_backward(params, tape, backend.array(dy))
-    of_params = {name: backend.host(value) for name, value in grads.params.items()}
-    return backend.host(y), backend.host(grads.x), backend.host(grads.state[1]), of_params
+def model_of(rng, **fields):
+    """Return a model whose parameters are large enough for every term to count."""
+    model = LSTM(INPUTS, HIDDEN, truncated=True, dtype=np.float64, seed=1, **fields)
+    for value in model.params.values():
+        value[...] += 0.4 * rng.normal(size=value.shape)
+    return model
 
 
-def carried_forward(weights, x, dy, hidden, size, forget_gate):
-    """Return the gradient by all weights of one sequence, (rows, I + H + 1), and the output of each step.
+def train(backend, model, x, dy, state=None):
+    """Run a training call on a backend; return y, and the gradients by parameters, input and state, on the host."""
+    with backend.active():
+        there = LSTM._from(model.cell, {name: backend.array(value) for name, value in model.params.items()}, False, 0)
+        y, _, tape = there.forward(backend.array(x), state and tuple(map(backend.array, state)))
+        grads = there.backward(tape, backend.array(dy))
+        by_params = {name: backend.host(value) for name, value in grads.params.items()}
+        return backend.host(y), by_params, backend.host(grads.x), tuple(map(backend.host, grads.state))
 
-    `weights` are the rows of the gates i, f, g and o, where those of i, f and o are shared by `size` units each.
-    """
-    shared, block = hidden // size, np.arange(hidden) // size
-    sizes = [shared, shared * forget_gate, hidden, shared]
-    rows_i, rows_f, rows_g, rows_o = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    h, c, found, outputs = np.zeros(hidden), np.zeros(hidden), np.zeros_like(weights), []
-    by_i, by_f, by_g = (np.zeros((hidden, weights.shape[1])) for _ in "ifg")  # derivatives of each c
+
+def forward_mode(params, x, dy, size, forget_gate):
+    """Return y of one sequence, and the gradient by [W_ih W_hh b] by the paper's recursion."""
+    weights = np.column_stack([params["weight_ih_l0"], params["weight_hh_l0"], params["bias_l0"]])
+    block, blocks = np.arange(HIDDEN) // size, HIDDEN // size
+    rows, start = {}, 0
+    for gate, count in (("i", blocks), ("f", blocks * forget_gate), ("g", HIDDEN), ("o", blocks)):
+        rows[gate] = start + (np.arange(HIDDEN) if gate == "g" else block)
+        start += count
+    gradient, ys = np.zeros_like(weights), []
+    h, c = np.zeros(HIDDEN), np.zeros(HIDDEN)
+    by_i, by_f, by_g = np.zeros((3, HIDDEN, weights.shape[1]))  # of each c by its weights, from all steps so far
     for t in range(len(x)):
         source = np.concatenate([x[t], h, [1.0]])
         a = weights @ source
-        i, o = sigmoid(a[rows_i])[block], sigmoid(a[rows_o])[block]
-        f = sigmoid(a[rows_f])[block] if forget_gate else np.ones(hidden)
-        g = 4 * sigmoid(a[rows_g]) - 2
-        by_f = f[:, None] * by_f + (c * f * (1 - f))[:, None] * source
-        by_i = f[:, None] * by_i + (g * i * (1 - i))[:, None] * source
-        by_g = f[:, None] * by_g + (i * (2 - g) * (2 + g) / 4)[:, None] * source
+        i, o = sigmoid(a[rows["i"]]), sigmoid(a[rows["o"]])
+        f = sigmoid(a[rows["f"]]) if forget_gate else np.ones(HIDDEN)
+        s = sigmoid(a[rows["g"]])
+        g = 4 * s - 2
+        by_i = f[:, None] * by_i + np.outer(g * i * (1 - i), source)
+        by_f = f[:, None] * by_f + np.outer(c * f * (1 - f), source)
+        by_g = f[:, None] * by_g + np.outer(4 * i * s * (1 - s), source)
         c = f * c + i * g
         squashed = 2 * sigmoid(c) - 1
         h = o * squashed
-        outputs.append(h)
-        by_c = dy[t] * o * (1 - squashed**2) / 2
-        found[rows_g] += by_c[:, None] * by_g
-        for unit in range(hidden):
-            found[rows_i[block[unit]]] += by_c[unit] * by_i[unit]
-            if forget_gate:
-                found[rows_f[block[unit]]] += by_c[unit] * by_f[unit]
-            found[rows_o[block[unit]]] += dy[t, unit] * squashed[unit] * o[unit] * (1 - o[unit]) * source
-    return found, np.array(outputs)
+        ys.append(h)
+        error = (dy[t] * o * (1 - squashed**2) / 2)[:, None]
+        np.add.at(gradient, rows["o"], np.outer(dy[t] * squashed * o * (1 - o), source))
+        np.add.at(gradient, rows["i"], error * by_i)
+        np.add.at(gradient, rows["g"], error * by_g)
+        if forget_gate:
+            np.add.at(gradient, rows["f"], error * by_f)
+    return np.stack(ys), gradient
 
 
 @pytest.mark.parametrize("forget_gate", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_derivatives_carried_forward_give_the_truncated_gradient(backend, rng, size, forget_gate):
-    model = LSTM(4, 6, forget_gate=forget_gate, block_size=size, seed=rng, **OF_1997)
-    for value in model.params.values():
-        value[...] += rng.normal(size=value.shape) * 0.5
-    x, dy = rng.normal(size=(9, 1, 4)), rng.normal(size=(9, 1, 6))
-    y, _, _, grads = gradients(backend, model, x, dy)
-
-    def joined(arrays):
-        return np.c_[arrays["weight_ih_l0"], arrays["weight_hh_l0"], arrays["bias_l0"]]
-
-    expected, outputs = carried_forward(joined(model.params), x[:, 0], dy[:, 0], 6, size, forget_gate)
-    np.testing.assert_allclose(y[:, 0], outputs, rtol=0, atol=ATOL)
-    np.testing.assert_allclose(joined(grads), expected, rtol=0, atol=ATOL)
+def test_gradients_are_those_of_the_recursion_forwards_in_time(backend, size, forget_gate):
+    rng = np.random.default_rng([1997, size, forget_gate])
+    model = model_of(rng, forget_gate=forget_gate, block_size=size, activations=("sigmoid", "1997", "1997"))
+    x, dy = rng.normal(size=(STEPS, 1, INPUTS)), rng.normal(size=(STEPS, 1, HIDDEN))
+    y_expected, expected = forward_mode(model.params, x[:, 0], dy[:, 0], size, forget_gate)
+    y, by_params, _, by_state = train(backend, model, x, dy)
+    found = np.column_stack([by_params[name] for name in ("weight_ih_l0", "weight_hh_l0", "bias_l0")])
+    np.testing.assert_allclose(y[:, 0], y_expected, **TOLERANCE)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+    np.testing.assert_array_equal(by_state[0], 0.0)
 
 
-VARIANTS = (
-    {},
-    {"peephole": True},
-    {"peephole": True, "block_size": 2},
-    {"coupled": True, "clip": 0.5},
-    {"cell_clip": 0.2},
-    {"activations": ("hard_sigmoid", "relu", "softsign")},
-    {"proj_size": 3},
-    {"forget_gate": False, "proj_size": 2, "peephole": True},
-)
-
-
-@pytest.mark.parametrize("fields", VARIANTS, ids=str)
-def test_h_as_an_input_gives_the_truncated_gradient(backend, rng, fields):
-    # Not with layer norm, which normalises the products with x and with h each by itself.
-    model = LSTM(4, 6, truncated=True, dtype=np.float64, seed=rng, **fields)
-    for value in model.params.values():
-        value[...] += rng.normal(size=value.shape) * 0.3
-    size = model.cell.h_size
-    whole = LSTM(4 + size, 6, dtype=np.float64, seed=0, **fields)
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_gradients_are_the_full_ones_of_a_second_pass(backend, fields):
+    rng = np.random.default_rng(20)
+    model = model_of(rng, **fields)
+    features = model.cell.h_size
+    x, dy = rng.normal(size=(STEPS, BATCH, INPUTS)), rng.normal(size=(STEPS, BATCH, features))
+    h0, c0 = rng.normal(size=(1, BATCH, features)), rng.normal(size=(1, BATCH, HIDDEN))
+    second = LSTM(INPUTS + features, HIDDEN, dtype=np.float64, seed=1, **fields)
     for name, value in model.params.items():
         if name not in ("weight_ih_l0", "weight_hh_l0"):
-            whole.params[name] = value.copy()
-    whole.params["weight_ih_l0"] = np.c_[model.params["weight_ih_l0"], model.params["weight_hh_l0"]]
-    whole.params["weight_hh_l0"] = np.zeros_like(model.params["weight_hh_l0"])
-
-    x, dy = rng.normal(size=(9, 5, 4)), rng.normal(size=(9, 5, size))
-    state = rng.normal(size=(1, 5, size)), rng.normal(size=(1, 5, 6))
-    y, dx, dc0, grads = gradients(backend, model, x, dy, state)
-    before = np.concatenate([state[0], y[:-1]])
-    again, dx_again, dc0_again, expected = gradients(backend, whole, np.concatenate([x, before], axis=2), dy, state)
-    expected["weight_ih_l0"], expected["weight_hh_l0"] = np.split(expected["weight_ih_l0"], [4], axis=1)
-    found = {"y": (y, again), "dx": (dx, dx_again[..., :4]), "dc0": (dc0, dc0_again)}
-    for name, (one, other) in (found | {name: (grads[name], expected[name]) for name in grads}).items():
-        np.testing.assert_allclose(one, other, rtol=0, atol=ATOL, err_msg=name)
+            second.params[name][...] = value
+    second.params["weight_ih_l0"][...] = np.hstack([model.params["weight_ih_l0"], model.params["weight_hh_l0"]])
+    second.params["weight_hh_l0"][...] = 0.0
+    y, by_params, by_x, by_state = train(backend, model, x, dy, (h0, c0))
+    fed = np.concatenate([x, np.concatenate([h0, y[:-1]])], 2)
+    y_second, expected, by_fed, by_second_state = train(backend, second, fed, dy, (h0, c0))
+    by_ih = expected["weight_ih_l0"]
+    pairs = {"weight_ih_l0": by_ih[:, :INPUTS], "weight_hh_l0": by_ih[:, INPUTS:]}
+    for name, value in by_params.items():
+        np.testing.assert_allclose(value, pairs.get(name, expected[name]), **TOLERANCE, err_msg=name)
+    np.testing.assert_allclose(y, y_second, **TOLERANCE)
+    np.testing.assert_allclose(by_x, by_fed[..., :INPUTS], **TOLERANCE)
+    np.testing.assert_allclose(by_state[1], by_second_state[1], **TOLERANCE)

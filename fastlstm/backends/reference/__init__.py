@@ -56,7 +56,9 @@ that stacked layers learn.
 *Clips*: pre-activations, after bias and peepholes, are clipped to :math:`\pm` ``clip`` and :math:`c_t` to :math:`\pm`
 ``cell_clip``; the gradient of a clipped value is zero. The peephole of :math:`o` sees the clipped :math:`c_t`.
 
-*Projection* (Sak, Senior and Beaufays 2014): :math:`h_t = W_{hr}\,(o_t \tanh c_t)`.
+*Projection* (Sak, Senior and Beaufays 2014): :math:`h_t = W_{hr}\,m_t` of :math:`m_t = o_t \tanh c_t`, and backward
+:math:`dW_{hr} = \sum_t dh_t\, m_t^\top`; :math:`dm_t = W_{hr}^\top dh_t` stands for :math:`dh_t` in :math:`dc_t` and
+:math:`da^o_t`.
 
 *Layer norm* (Ba, Kiros and Hinton 2016), where :math:`N(v) = (v - \bar v) / \sqrt{\mathrm{var}(v) + 10^{-5}}` over the
 rows of one sequence, :math:`\gamma` are gains and :math:`\beta` is a bias:
@@ -72,7 +74,10 @@ and backward, with :math:`n = N(v)` and :math:`d = \gamma\, dN`, :math:`dv = (d 
 *Recurrent dropout* (Gal and Ghahramani 2016): :math:`W_{hh} (m\, h_{t-1})` with one mask :math:`m` a sequence, whose
 elements are 0 or :math:`1 / (1 - p)`; in training only. *Zoneout* (Krueger et al. 2017): :math:`c_t` and :math:`h_t`
 become :math:`z\, c_{t-1} + (1 - z)\, c_t` and likewise for h, where the elements of z are 0 or 1 at random in
-training, and their expectation in inference; :math:`h_t` is computed from the :math:`c_t` before that.
+training, and their expectation in inference; :math:`h_t` is computed from the :math:`c_t` before that. Backward,
+recurrent dropout gives :math:`dh_{t-1} = m\,(W_{hh}^\top da_t)` and :math:`dW_{hh} = \sum_t da_t (m\, h_{t-1})^\top`;
+zoneout adds :math:`z\, dh_t` to :math:`dh_{t-1}` (not if truncated) and :math:`z\, dc_t` to :math:`dc_{t-1}`, and the
+lines above take :math:`(1 - z)\, dh_t` and :math:`(1 - z)\, dc_t` of what arrives from above and from later.
 
 *Resets*: where they are true, :math:`h_{t-1} = c_{t-1} = 0`, and no gradient passes.
 
