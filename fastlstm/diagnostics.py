@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,6 +119,17 @@ class Case(NamedTuple):
     bidirectional: bool
     bias: bool
     ragged: bool
+    variant: Mapping[str, Any] = MappingProxyType({})  # fields of the cell
+
+
+# Of the family, a few that need other kernels or routines.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"peephole": True},
+    {"coupled": True, "clip": 0.5, "activations": ("hard_sigmoid", "softsign", "identity")},
+    {"forget_gate": False, "block_size": 2, "truncated": True, "activations": ("sigmoid", "1997", "1997")},
+    {"proj_size": 5, "cell_clip": 0.5},
+    {"peephole": True, "block_size": 2},
+)
 
 
 class Agreement(NamedTuple):
@@ -136,12 +148,14 @@ class Agreement(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Yield the grid: sizes of one, odd sizes and whole vectors, layers, directions, bias, ragged batches."""
+    """Yield the grid: sizes of one, odd sizes and whole vectors, layers, directions, bias, ragged batches; variants."""
     sizes = [(1, 1, 1, 1), (3, 2, 5, 3), (7, 5, 4, 17), (12, 8, 16, 32), (9, 13, 3, 65)]
     for steps, batch, inputs, hidden in sizes:
         for num_layers, bidirectional in ((1, False), (1, True), (2, False), (3, True)):
             for bias, ragged in ((True, False), (False, True), (True, True)):
                 yield Case(steps, batch, inputs, hidden, num_layers, bidirectional, bias, ragged)
+    for variant in VARIANTS:
+        yield Case(7, 5, 4, 18, 2, True, True, True, variant)
 
 
 def compare(backend: str) -> list[Agreement]:
@@ -169,13 +183,14 @@ def _errors(case: Case, backend: str, library: Any, dtype: str, seed: int) -> di
     rng = np.random.default_rng(seed)
     model = LSTM(
         case.input_size, case.hidden_size, case.num_layers, case.bias, bidirectional=case.bidirectional, dtype=dtype,
-        seed=rng,
+        seed=rng, **case.variant,
     )  # fmt: skip
     features = model.cell.output_size
-    state_shape = (case.num_layers * model.cell.num_directions, case.batch, case.hidden_size)
+    rows = case.num_layers * model.cell.num_directions
+    h_shape, c_shape = ((rows, case.batch, size) for size in (model.cell.h_size, case.hidden_size))
     drawn = {
         "x": (case.steps, case.batch, case.input_size), "dy": (case.steps, case.batch, features),
-        "h0": state_shape, "c0": state_shape, "dh_n": state_shape, "dc_n": state_shape,
+        "h0": h_shape, "c0": c_shape, "dh_n": h_shape, "dc_n": c_shape,
     }  # fmt: skip
     data = {name: rng.normal(size=shape).astype(dtype) for name, shape in drawn.items()}
     lengths = rng.integers(0, case.steps + 1, case.batch) if case.ragged else None

@@ -176,7 +176,7 @@ class Recurrent(Stored, HasPrecision):
         input and the places of its rows. Packed weights and scratch memory do not grow with T.
         """
         if isinstance(tape, Tape) and tape.cell is not self.cell and tape.cell != self.cell:
-            raise ArgumentError(f"the tape is of another model: {tape.cell}")
+            raise ArgumentError("the tape is of another model")
         return functional.lstm_backward(
             self.params, tape, dy, dstate, keep_state_gradients=keep_state_gradients, input_gradient=input_gradient
         )

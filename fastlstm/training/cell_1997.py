@@ -28,8 +28,9 @@ def initialise_1997(
 ) -> None:
     """Draw all parameters of a model anew, in place, as Hochreiter and Schmidhuber did (1997, section 5).
 
-    Weights and biases are uniform in ±scale. Negative biases of gates keep the memory blocks closed at first, and
-    different ones have the blocks come into use one after the other, so that two do not store the same thing.
+    Weights and biases are uniform in ±scale; gains of layer norm, which the paper does not have, are one. Negative
+    biases of gates keep the memory blocks closed at first, and different ones have the blocks come into use one after
+    the other, so that two do not store the same thing.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def initialise_1997(
         if values is not None
     }
     for name, array in lstm.params.items():
-        values = rng.uniform(-bound, bound, array.shape)
+        values = np.ones(array.shape) if name.startswith("ln_gain") else rng.uniform(-bound, bound, array.shape)
         if name.startswith("bias_"):
             for gate, biases in given.items():
                 values[parameters.gate_rows(cell, gate)] = biases

@@ -122,3 +122,4 @@ def test_the_grid_has_ones_odd_sizes_ragged_and_every_kind_of_model():
     for field in ("bidirectional", "bias", "ragged"):
         assert {getattr(case, field) for case in grid} == {False, True}
     assert {case.num_layers for case in grid} == {1, 2, 3}
+    assert {"peephole", "coupled", "forget_gate", "proj_size"} <= {name for case in grid for name in case.variant}

@@ -172,6 +172,13 @@ def test_without_biases_given_all_are_drawn():
     assert 0 < abs(lstm.params["bias_l0"]).max() <= 0.1
 
 
+def test_gains_of_layer_norm_are_one():
+    lstm = LSTM(3, 4, layer_norm=True, seed=0)
+    initialise_1997(lstm, 1)
+    for name, value in lstm.params.items():
+        assert np.all(value == 1) if name.startswith("ln_gain") else 0 < abs(value).max() <= 0.1, name
+
+
 @pytest.mark.parametrize(
     ("model", "arguments"),
     [
