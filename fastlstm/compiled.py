@@ -22,7 +22,7 @@ the interpreter. They are called by their addresses, which the kit holds: a call
 time, and a caller that is cached on disk (``cache=True``) contains no code of fastlstm. The name of the kit's type
 contains a stamp of fastlstm's sources, so that such a caller is compiled again for another version.
 
-Under ``prange``, each iteration has arrays, or a tape, of its own. The tapes are a list, such as ``numba.typed.List``:
+Under ``prange``, each iteration has arrays, or a tape, of its own. The tapes are a list, such as a typed list of Numba:
 Numba takes no tuple of them there. It raises an error under ``prange``, such as ShapeError, as the cause of a
 SystemError.
 
