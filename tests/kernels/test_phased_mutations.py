@@ -197,10 +197,12 @@ def run_all(wanted):
 
     kept = [phased_forward.phased_forward, phased_backward.phased_backward]
     fields = {json.dumps(SLIPS[slip][3]): SLIPS[slip][3] for slip in wanted}
+    # The key of a cached kernel says nothing of these sources. Nor may an unchanged kernel come from the disk: another
+    # process has named its functions, and the linker takes a changed one of the same name for it.
+    kernel_cache.read = lambda *_: None
+    kernel_cache.write = lambda *_: None
     for name, each in fields.items():
         note(f"none of {name}", errors(each))
-    kernel_cache.read = lambda *_: None  # the key of a cached kernel says nothing of these sources
-    kernel_cache.write = lambda *_: None
     for slip in wanted:
         originals = put(slip)
         kept += [phased_forward.phased_forward, phased_backward.phased_backward]  # their code is freed with them
