@@ -67,7 +67,9 @@ def arrays(lstm, batch, seed=0):
     cell, rng = lstm.cell, np.random.default_rng(seed)
     shapes = (batch, cell.input_size), *[(cell.num_layers, batch, cell.hidden_size)] * 2
     x, h, c = (rng.uniform(-1, 1, shape).astype(cell.dtype) for shape in shapes)
-    return x, h, c, np.empty((batch, cell.hidden_size), cell.dtype), np.empty_like(h), np.empty_like(c)
+    # NaN, not whatever memory holds: an element that is not written is seen, and a cast of it does not warn.
+    y = np.full((batch, cell.hidden_size), np.nan, cell.dtype)
+    return x, h, c, y, np.full_like(h, np.nan), np.full_like(c, np.nan)
 
 
 STEP_VARIANTS = [
