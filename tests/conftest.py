@@ -8,6 +8,7 @@ of the tests marked ``exhaustive``, the second quarter alone: ``.ci/run`` takes 
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 from pathlib import Path
 
@@ -39,8 +40,9 @@ settings.register_profile(
 )
 settings.load_profile("fastlstm")
 
-# `pytest -m "not slow"` takes about two minutes: it leaves out these folders and files, each of which takes longer than
-# ten seconds, the tests with the marker `slow`, and the CUDA kernels on the CPU.
+# `pytest -m "not slow"` takes less than two minutes in two processes. It leaves out these folders and files, the tests
+# with the marker `slow`, the CUDA kernels on the CPU, and of the tests with the marker `sampled` six of seven cases:
+# seven is prime, so no parameter of a test is left out whole.
 SLOW_FILES = {
     "bench",
     "cuda",
@@ -62,6 +64,10 @@ SLOW_FILES = {
     "kernels/test_page_ends.py",
     "kernels/test_vector_widths.py",
     "kernels/test_warm.py",
+    "loops/test_compiled_constants.py",
+    "loops/test_loop_threads.py",
+    "loops/test_released_memory.py",
+    "loops/test_warm_loops.py",
 }
 
 # Each test compiles kernels of its own, and there are hundreds: these are marked `exhaustive`, as are the tests of CUDA
@@ -102,7 +108,7 @@ def dtype(request):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(config, items):
-    """Mark slow files, and leave out exhaustive tests that are not this run's part.
+    """Mark slow files and cases, and leave out exhaustive tests that are not this run's part.
 
     Names of tests that differ from run to run are refused: pytest-xdist's processes need equal names.
     """
@@ -115,6 +121,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("exhaustive")
         if item.path in slow or item.path.parent in slow or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
+    sampled = [item for item in items if item.get_closest_marker("sampled") and not item.get_closest_marker("slow")]
+    for _, cases in itertools.groupby(sampled, key=lambda item: item.function):
+        for place, item in enumerate(cases):
+            if place % 7:
+                item.add_marker("slow")
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")
     if part := os.environ.get("FASTLSTM_EXHAUSTIVE"):

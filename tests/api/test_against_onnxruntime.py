@@ -97,6 +97,7 @@ def test_cases_have_empty_sequences_in_stacked_bidirectional_models():
 
 
 @pytest.mark.parametrize("case", make_cases(), ids=str)
+@pytest.mark.sampled
 def test_forward_equals_onnxruntime(backend, case):
     p = problem(case).astype(np.float32)
     ours, theirs = solve(p, backend), onnx_solve(p)

@@ -104,12 +104,14 @@ def test_cases_have_every_size_in_every_role_and_every_combination_of_flags():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_float64_equals_torch(backend, case):
     p = problem(case)
     assert_close("torch", solve(p, backend), torch_answer(case, "float64"), backend=backend.name, dtype=np.float64)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_float32_is_as_exact_as_torch(backend, case):
     assert_as_exact_as_torch(backend, case)
 

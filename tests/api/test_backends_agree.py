@@ -256,6 +256,7 @@ def test_runs_are_bit_identical(backend, dtype):
         assert len({digest(solve(p, backend)) for _ in range(10)}) == 1
 
 
+@pytest.mark.slow
 def test_fresh_processes_are_bit_identical_for_any_number_of_threads(backend):
     # The BLAS of the reference is held at one thread: NumPy's is not promised to be repeatable across thread counts.
     path = os.pathsep.join(filter(None, [os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH")]))

@@ -84,6 +84,7 @@ def test_other_dtypes_are_refused(backend, dtype, case, argument):
 
 @each_argument
 @given(data=st.data())
+@pytest.mark.sampled
 def test_other_shapes_are_refused(backend, dtype, case, argument, data):
     calls = Calls(backend, dtype, case)
     right = list(calls.valid(argument).shape)

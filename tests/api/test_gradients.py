@@ -63,6 +63,7 @@ def test_cases_drop_units_and_have_unsorted_lengths_with_zeros():
 
 
 @pytest.mark.parametrize("case", COMPLEX_CASES, ids=str)
+@pytest.mark.sampled
 def test_reference_equals_the_complex_step(case):
     p = problem(case)
     _, found = backward_pass(REFERENCE.implementation, p)

@@ -28,6 +28,7 @@ CASES = [
 
 @pytest.mark.parametrize("keep_steps", [False, True], ids=["", "state gradients"])
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_all_other_gradients_are_the_same_bits(backend, dtype, case, keep_steps):
     p, to = problem(case).astype(dtype), backend.array
     params = {name: to(value) for name, value in p.params.items()}

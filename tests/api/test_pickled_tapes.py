@@ -87,6 +87,7 @@ for name, options in (("plain", {}), ("layer_norm", {"layer_norm": True})):
 """
 
 
+@pytest.mark.slow
 def test_a_tape_of_other_vectors_is_refused(tmp_path):
     run_script(WRITE, tmp_path, prelude="", timeout=300)
     run_script("import os\nos.environ['FASTLSTM_VECTOR_BYTES'] = '32'\n" + OTHER_VECTORS, tmp_path, prelude="")

@@ -91,6 +91,7 @@ def entered(monkeypatch):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled
 def test_the_second_call_enters_no_checks_and_gives_what_a_first_one_gives(backend, dtype, name, way, entered):
     model, run = MODELS[name], WAYS[way]
     if model.frozen and not backend.is_numpy:

@@ -43,6 +43,7 @@ LAID_OUT = {
 @needs_cpu
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "clean"])
 @pytest.mark.parametrize("name", LAID_OUT)
+@pytest.mark.sampled
 def test_an_array_may_have_another_layout_than_in_the_call_before(dtype, name, layout):
     model = LAID_OUT[name]
     given, lstm = model.given(dtype, CPU), model.new(dtype)
@@ -61,6 +62,7 @@ def test_an_array_may_have_another_layout_than_in_the_call_before(dtype, name, l
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "clean"])
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("fields", [{}, {"layer_norm": True}, {"peephole": True, "block_size": 2}], ids=str)
+@pytest.mark.sampled
 def test_an_input_of_a_frozen_model_may_have_another_layout_than_in_the_call_before(dtype, fields, steps, layout):
     model = Model(steps, 3, 4, 18, {"num_layers": 2, **fields}, frozen=True)
     lstm = model.new(dtype)

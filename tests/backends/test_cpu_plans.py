@@ -64,6 +64,7 @@ def plans_of(case, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_any_number_of_threads_gives_the_same_bits(dtype, name, any_number_of_threads):
     p = problem(CASES[name])
     truth, found, plans = solve(p, REFERENCE), [], []
@@ -104,6 +105,7 @@ def test_batches_of_empty_sequences_run_on_any_number_of_threads(dtype, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_inference_has_the_same_bits_too(dtype, name, any_number_of_threads):
     case = dataclasses.replace(CASES[name], dropout=0.0)
     p = problem(case).astype(dtype)

@@ -244,6 +244,7 @@ def test_every_task_writes_a_picture_and_reports_its_scores(task, tmp_path):
 
 @each_task
 @pytest.mark.usefixtures("small")
+@pytest.mark.slow
 def test_a_seed_determines_everything(task, tmp_path):
     runs = [run_demo(task, seed=seed, out=tmp_path / str(i), batches=2) for i, seed in enumerate([5, 5, 6])]
     assert runs[0].scores == runs[1].scores and runs[0].report == runs[1].report

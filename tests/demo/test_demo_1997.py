@@ -32,6 +32,7 @@ def of(task):
 
 
 @of("temporal-order")
+@pytest.mark.slow
 def test_the_order_of_symbols_is_learned(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RUNS", 1)
     result = run_demo("temporal-order", seed=1, out=tmp_path)
@@ -75,6 +76,7 @@ def test_a_limit_of_any_size_takes_no_memory(demo):
 
 
 @of("adding")
+@pytest.mark.slow
 def test_the_error_of_the_sum_falls(demo, monkeypatch):
     monkeypatch.setattr(demo, "LIMIT", 45_000)  # the criterion is met after some 75,000
     _, learned, _ = demo.learn(0, demo.LIMIT)

@@ -99,6 +99,7 @@ def onnxruntime_solve(p):
 
 @pytest.mark.parametrize("backend", [REFERENCE, BackendUnderTest("cpu")], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("case", make_cases(), ids=str)
+@pytest.mark.sampled
 def test_forward_equals_onnxruntime(backend, case):
     if backend.missing:
         pytest.skip(backend.missing)

@@ -83,6 +83,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_results_and_gradients_are_those_of_the_reference(case, dtype):
     p = problem(case)
     assert_close("agreement", solve(p.astype(dtype), CPU), solve(p, REFERENCE), backend="cpu", dtype=dtype)
@@ -202,6 +203,7 @@ def test_gradients_by_the_states_are_those_of_the_reference(fields, sizes, dtype
 
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "1997"])
 @pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.sampled
 def test_a_clip_stops_the_gradient_from_the_bound_on_and_no_sooner(name, side, dtype):
     """Close below the bound, where the activated value may round to that of the bound."""
     bound = 2.0

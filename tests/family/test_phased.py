@@ -114,6 +114,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_every_result_is_the_reference_s(case, dtype):
     assert is_phased(case.cell)
     p = problem(case)

@@ -63,6 +63,7 @@ def named(result):
 @each_kind
 @each_cell
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 3), (1, 33), (10, 1), (10, 3), (10, 33)])
+@pytest.mark.sampled
 def test_each_prepared_call_is_bit_identical_to_one_that_is_not(fields, frozen, steps, batch, dtype):
     model = model_of(fields, dtype)
     params, plain = parameters_of(model, frozen), dict(model.params)

@@ -82,6 +82,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_gradients_are_those_of_the_complex_step(case):
     p = problem(case)
     expected = complex_step(REFERENCE.implementation, p)

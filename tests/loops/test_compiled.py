@@ -31,6 +31,7 @@ from fastlstm import compiled
 
 @pytest.mark.parametrize("options", STEP_VARIANTS)
 @pytest.mark.parametrize("sizes", [(1, 3, 20, 1), (3, 10, 33, 2), (70, 4, 9, 3), (2, 130, 130, 1)], ids=str)
+@pytest.mark.sampled
 def test_steps_are_bit_identical_to_a_frozen_model_s(dtype, sizes, options):
     batch, inputs, hidden, layers = sizes
     hidden += hidden % options.get("block_size", 1)
@@ -82,6 +83,7 @@ def test_iterations_of_prange_run_simulations_of_their_own(dtype):
 @pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPendingDeprecationWarning")
 @pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaTypeSafetyWarning")
 @pytest.mark.parametrize("list_of", [list, List], ids=["list", "typed list"])
+@pytest.mark.slow
 def test_iterations_of_prange_train_on_tapes_of_their_own(list_of):
     dtype = np.float32
     lstm, rng = model_of(dtype, 3, 20, 2), np.random.default_rng(5)
@@ -111,6 +113,7 @@ def test_an_error_under_prange_is_the_cause_of_a_system_error():
 
 @pytest.mark.parametrize("options", STEP_VARIANTS)
 @pytest.mark.parametrize("sizes", [(5, 1, 3, 20, 1), (7, 3, 10, 33, 3), (300, 3, 2, 5, 1)], ids=str)
+@pytest.mark.sampled
 def test_training_is_bit_identical_to_a_run_in_python(dtype, sizes, options):
     fastlstm.set_num_threads(1)
     try:

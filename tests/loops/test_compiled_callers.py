@@ -64,6 +64,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_a_cached_caller_notices_another_fastlstm(tmp_path):
     kernels = copy_package(tmp_path / "package")
     script, cache = tmp_path / "caller.py", tmp_path / "cache"

@@ -23,6 +23,7 @@ SIZES = [(5, 3, 4, 6, 1), (6, 1, 3, 40, 3), (3, 70, 9, 34, 2), (3, 2, 150, 8, 2)
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("variant", "options"), DETERMINISTIC, ids=lambda value: value if type(value) is str else "")
+@pytest.mark.sampled
 def test_steps_give_what_one_call_gives(backend, dtype, sizes, variant, options):
     steps, batch, inputs, hidden, layers = sizes
     if backend.is_slow and steps * layers > 50:

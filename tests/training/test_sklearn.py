@@ -46,6 +46,7 @@ def ragged(rng, count=60):
 
 
 @pytest.mark.parametrize("kind", [LSTMRegressor, LSTMClassifier])
+@pytest.mark.slow
 def test_the_checks_of_scikit_learn_pass(kind):
     results = check_estimator(kind(hidden_size=16, epochs=80), on_skip=None)
     # Skipped by scikit-learn itself, for want of an environment variable that SciPy reads at its import.
