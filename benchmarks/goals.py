@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import truediv
 from statistics import geometric_mean as mean
 from typing import NamedTuple
 
@@ -66,24 +67,19 @@ def ratio(*theirs: str, to: Sequence[str] = (OURS,)) -> Values:
     return lambda _, case: [r.middle for side in theirs for other in to if (r := case.ratio(side, other))]
 
 
-def more_than(name: str) -> Values:
-    """Return our microseconds beyond those of another case of the group."""
+def beside(name: str, compared: Callable[[float, float], float]) -> Values:
+    """Compare our seconds with those of another case of the group."""
 
     def found(results: Results, case: Case) -> list[float]:
         others = [other for other in results.cases if other.group == case.group and other.name == name]
-        return [1e6 * (case.spread(OURS).middle - other.spread(OURS).middle) for other in others]
+        return [compared(case.spread(OURS).middle, other.spread(OURS).middle) for other in others]
 
     return found
 
 
-def beside(name: str) -> Values:
-    """Return our time / that of another case of the group."""
-
-    def found(results: Results, case: Case) -> list[float]:
-        others = [other for other in results.cases if other.group == case.group and other.name == name]
-        return [case.spread(OURS).middle / other.spread(OURS).middle for other in others]
-
-    return found
+def more(ours: float, other: float) -> float:
+    """Return the difference of seconds in microseconds."""
+    return 1e6 * (ours - other)
 
 
 def seconds(_: Results, case: Case) -> list[float]:
@@ -150,17 +146,18 @@ GOALS = (
     Goal(f"`step`: {OLD} / ours", 1.0, False, "versions/calls.*/step", ratio(OLD), min, CHECKED),
     Goal(f"training on one step: {OLD} / ours", 1.0, False, "versions/calls.*one step", ratio(OLD), min, CHECKED),
     Goal("frozen step of 2 layers / 2 models by hand", 1.15, True, "versions/calls.*2 layers",
-         beside("frozen step, 2 models")),
+         beside("frozen step, 2 models", truediv)),
     Goal("frozen step of 3 layers / 3 models by hand", 1.15, True, "versions/calls.*3 layers",
-         beside("frozen step, 3 models")),
+         beside("frozen step, 3 models", truediv)),
     Goal("a step of two, of three layers: ONNX Runtime's time / ours", 1.0, False, "layers-", ratio("onnxruntime")),
     Goal("unbatched frozen step, microseconds more than a batch of one", 1.0, True, r"versions/calls.*/frozen step \(I",
-         more_than("frozen step (1, I)")),
-    Goal("`batch_first`, microseconds more", 2.0, True, "versions/calls.*/batch_first", more_than(CALL)),
+         beside("frozen step (1, I)", more)),
+    Goal("`batch_first`, microseconds more", 2.0, True, "versions/calls.*/batch_first", beside(CALL, more)),
     Goal("`functional.lstm_forward`, microseconds more than `forward`", 2.0, True, "versions/calls.*/functional",
-         more_than("forward")),
-    Goal("ragged, microseconds more", 2.0, True, "versions/calls.*/ragged", more_than(CALL), max, ORDERED),
-    Goal("bidirectional, microseconds more", 2.0, True, "versions/calls.*/bidirectional", more_than(CALL), max, BOTH),
+         beside("forward", more)),
+    Goal("ragged, microseconds more", 2.0, True, "versions/calls.*/ragged", beside(CALL, more), max, ORDERED),
+    Goal("bidirectional, microseconds more", 2.0, True, "versions/calls.*/bidirectional",
+         beside(CALL, more), max, BOTH),
     Goal("a second variant of the step, CPU seconds to compile", 2.0, True, "versions/first.*clip", seconds),
     Goal("the first cell with phases, inference, CPU seconds to compile", 2.0, True, "versions/first.*inference.*norm",
          seconds, max, PHASED),
