@@ -82,7 +82,7 @@ def test_each_command_is_one_that_exists(command, monkeypatch):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert arguments[0] == "install" and set(filter(None, extras.split(","))) <= known.keys()
     else:
-        assert program == "pytest" and arguments in ([], ["-m", "not slow"])
+        assert program == "pytest" and arguments in ([], ["-n", "2", "-m", "not slow"])
 
 
 def test_the_test_command_stands_on_one_line():
