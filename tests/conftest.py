@@ -8,7 +8,6 @@ of the tests marked ``exhaustive``, the second quarter alone: ``.ci/run`` takes 
 from __future__ import annotations
 
 import collections
-import itertools
 import os
 from pathlib import Path
 
@@ -41,8 +40,8 @@ settings.register_profile(
 settings.load_profile("fastlstm")
 
 # `pytest -m "not slow"` takes less than two minutes in two processes. It leaves out these folders and files, the tests
-# with the marker `slow`, the CUDA kernels on the CPU, and of the tests with the marker `sampled` six of seven cases:
-# seven is prime, so no parameter of a test is left out whole.
+# with the marker `slow`, the CUDA kernels on the CPU, and of the tests with the marker `sampled` six of seven cases, as
+# exhaustive: seven is prime, so no parameter of a test is left out whole.
 SLOW_FILES = {
     "bench",
     "cuda",
@@ -121,11 +120,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("exhaustive")
         if item.path in slow or item.path.parent in slow or item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
-    sampled = [item for item in items if item.get_closest_marker("sampled") and not item.get_closest_marker("slow")]
-    for _, cases in itertools.groupby(sampled, key=lambda item: item.function):
-        for place, item in enumerate(cases):
-            if place % 7:
+    places: collections.Counter[tuple[object, bool]] = collections.Counter()
+    for item in items:
+        if item.get_closest_marker("sampled"):  # quick cases and slow ones alike
+            kind = item.function, bool(item.get_closest_marker("slow"))
+            if places[kind] % 7:
+                item.add_marker("exhaustive")
                 item.add_marker("slow")
+            places[kind] += 1
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"an address is a part of a test's name: {named[0]}")
     if part := os.environ.get("FASTLSTM_EXHAUSTIVE"):

@@ -75,6 +75,7 @@ def test_results_equal_the_float64_reference(backend, dtype, case):
 
 
 @pytest.mark.parametrize("hidden", LANES)
+@pytest.mark.sampled
 def test_inference_and_steps_equal_the_float64_reference(backend, dtype, hidden):
     # A few rows may take a path of their own, and so may what has run once before.
     for inputs, batch, bias in itertools.product((1, 5, 16, 17, 64), (1, 3, 8), (False, True)):

@@ -55,6 +55,7 @@ CASES = [Case(6, 3, 4, 5, 2, True, lengths="zeros"), Case(8, 24, 32, 64), Case(2
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_threads_share_a_model(backend, dtype, case, eager_switching):
     problems = [problem(Case(**(vars(case) | {"seed": k}))).astype(dtype) for k in range(THREADS)]
     lstm = LSTM(case.inputs, case.hidden, case.layers, bidirectional=case.bidirectional, dtype=dtype, seed=0)

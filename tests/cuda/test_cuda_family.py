@@ -111,6 +111,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sampled
 def test_results_and_gradients_are_those_of_the_reference(case, dtype):
     p = problem(case)
     assert_close("agreement", solve_on(library(), p.astype(dtype)), solve(p, REFERENCE), backend="cuda", dtype=dtype)

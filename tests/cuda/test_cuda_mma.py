@@ -82,6 +82,7 @@ ROWS = {64: 2, 128: 8, 192: 12, 256: 16, 384: 4, 512: 20, 768: 36, 1024: 4}
 @pytest.mark.parametrize("precision", ROUND)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.sampled
 def test_a_product_is_that_of_rounded_factors(precision, size, backward):
     found, expected, exact = products(precision, size, ROWS[size], backward)
     # Sums of up to 4,096 products in float32; an unrounded factor is some 1e-4 off, bits cut off more.

@@ -55,6 +55,7 @@ VARIANTS = [{"coupled": True}, {"forget_gate": False}, {"block_size": 4}, {"bloc
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.sampled
 def test_a_step_of_a_variant_is_one_launch_a_layer_too(xp, dtype, fields, bias):
     p = problem(Case(1, 3, 4, 8, 3, bias=bias, fields=tuple(fields.items()))).astype(dtype)
     lstm = LSTM(4, 8, 3, bias, dtype=dtype, **fields)

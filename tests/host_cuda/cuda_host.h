@@ -66,9 +66,12 @@ struct Launch {
     std::atomic<bool> failed{false};                  // some block has: the others need not wait for it
     std::unique_ptr<std::atomic<float *>[]> memory;   // each block's shared memory, once it has arrived at a barrier
     std::unique_ptr<std::atomic<uint32_t>[]> arrived; // threads at each cluster's barrier, counted up
+    double patience = 60;                             // seconds that a block may wait for another one
 
     Launch(size_t shared, size_t blocks)
-        : shared(shared), memory(new std::atomic<float *>[blocks]()), arrived(new std::atomic<uint32_t>[blocks]()) {}
+        : shared(shared), memory(new std::atomic<float *>[blocks]()), arrived(new std::atomic<uint32_t>[blocks]()) {
+        if (const char *given = std::getenv("FASTLSTM_TEST_SPIN_SECONDS")) patience = std::atof(given);
+    }
 };
 static thread_local Launch *launched = nullptr;
 static thread_local float *dynamic_shared = nullptr;
@@ -179,17 +182,13 @@ template <class T> T exchange(unsigned mask, T value, int source) {
 }
 // What a thread does that waits for another block: let the other threads of its block run, and the other blocks. A wait
 // that lasts too long is an error.
-inline double patience() {
-    static const char *given = std::getenv("FASTLSTM_TEST_SPIN_SECONDS");
-    return given ? std::atof(given) : 60;
-}
 inline void spin() {
     std::this_thread::yield();
     here().wait(State::spinning);
 }
 inline void spin(std::chrono::steady_clock::time_point begin) {
     if (launched->failed) throw std::runtime_error("another block failed");
-    if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > patience())
+    if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > launched->patience)
         throw std::runtime_error("a block waited too long for another one");
     spin();
 }
