@@ -14,7 +14,7 @@ from pathlib import Path
 # Before NumPy is imported: a BLAS with threads is slower on these small products, on busy machines many times slower,
 # because its idle threads spin on the cores that the backend's own threads, or other processes, need.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# For the processes that tests start: the folder they stand in is the checkout, whose fastlstm/ has no kernels in it.
+# For the processes that tests start: the folder they stand in is the checkout, and its fastlstm/ is not what is tested.
 os.environ["PYTHONSAFEPATH"] = "1"
 # Tests read stderr, where the first one that compiles a kernel would find a line about that.
 os.environ.setdefault("FASTLSTM_QUIET", "1")

@@ -98,7 +98,6 @@ def test_each_layout_of_every_argument_at_once(backend, dtype, layout):
 
 @pytest.mark.parametrize(("steps", "batch", "layers"), [(2, 4, 1), (2, 4, 2), (20, 4, 1), (1, 20, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.sampled
 def test_each_layout_of_a_step_and_of_an_inference_call(backend, dtype, layout, steps, batch, layers):
     p = problem(Case(steps, batch, 5, 8, layers)).astype(dtype)
     made = {"x": p.x, "x_t": np.ascontiguousarray(p.x[0]), "h": p.state[0], "c": p.state[1]} | p.params
