@@ -31,7 +31,7 @@ print(json.dumps({
 
 def copy_package(folder):
     """Copy the package, whose sources a test may change, below a folder; return the folder of the CPU kernels."""
-    package, kernels = Path(fastlstm.__file__).parent, Path(fastlstm.kernels.__file__).parent
+    package, kernels = Path(fastlstm.__file__).parent, Path(fastlstm.kernels.__path__[0])
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / "fastlstm", ignore=ignore)
     shutil.copytree(kernels, folder / "fastlstm" / "kernels", ignore=ignore, dirs_exist_ok=True)

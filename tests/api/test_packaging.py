@@ -138,11 +138,11 @@ def test_the_installed_wheel_works_away_from_the_checkout(source, installed, tmp
     assert {"fastlstm", *found["modules"]} == {name.replace("/", ".") for name in modules}
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_python_works_in_the_folder_of_the_checkout(source, dist, tmp_path, backend):
+@pytest.mark.parametrize("named", ["cpu", "reference"])
+def test_python_works_in_the_folder_of_the_checkout(source, dist, tmp_path, named):
     """Which is where a newcomer types it, after ``pip install .``; it finds the checkout before the installation."""
     code = IMPORT_ALL.partition("found =")[0] + "print(fastlstm.kernels.__path__[0], *y.shape)"
-    variables = {"PYTHONSAFEPATH": "", "FASTLSTM_BACKEND": backend, "NUMBA_CACHE_DIR": str(tmp_path)}
+    variables = {"PYTHONSAFEPATH": "", "FASTLSTM_BACKEND": named, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert run(sys.executable, "-c", code, cwd=source, **variables).split() == [str(source / "kernels"), "5", "2", "8"]
     with zipfile.ZipFile(only(dist, "*.whl")) as archive:  # where fastlstm/kernels is kernels/, not what stands there
         installed = archive.read("fastlstm/kernels/__init__.py")
