@@ -41,7 +41,7 @@ settings.load_profile("fastlstm")
 
 # `pytest -m "not slow"` takes less than two minutes in two processes. It leaves out these folders and files, the tests
 # with the marker `slow`, the CUDA kernels on the CPU, and of the tests with the marker `sampled` six of seven cases, as
-# exhaustive: seven is prime, so no parameter of a test is left out whole.
+# exhaustive: seven is prime, so few values of a parameter are left out whole.
 SLOW_FILES = {
     "bench",
     "cuda",

@@ -25,11 +25,6 @@ _WARPS, _HELD, _GATES = 8, 8, 4  # as there
 _BYTES = {"tf32": 4, "bf16": 2}  # of an element of the vectors
 # (sequence, unit) pairs of a block: more than two a thread would not leave it registers for 128 weights.
 _MOST_PAIRS = 512
-# Fewer where NVRTC 13 would spill up to 52 bytes a thread, which it does not for compute capability 9.0: from 768
-# hidden units on, by precision and whether there are peepholes; after 9.0 also for a cell's variants at 128 and TF32,
-# before 9.0 also for any cell at 768 and bfloat16.
-_TIGHT_FROM, _TIGHT = 768, {("tf32", False): 256, ("tf32", True): 128, ("bf16", True): 256}
-_TIGHT_ALONE = 256
 
 # The table: with at least so many hidden units and so many sequences, float32 products by cuBLAS, one a step, are
 # estimated to be faster. Each row of the batch costs a group its share of the product, and one step has cuBLAS at its
@@ -195,11 +190,18 @@ def _rows(size: int, batch: int, groups: int, cluster: bool, limit: int, precisi
 
 
 def _most_pairs(architecture: int, size: int, precision: str, variant: tuple[str, ...]) -> int:
-    """(sequence, unit) pairs of a block that leave its threads the registers they need."""
-    if size >= _TIGHT_FROM and architecture != 90:
-        alone = architecture < 90 and size == 768 and precision == "bf16"
-        return _TIGHT.get((precision, "PEEPHOLE" in variant), _TIGHT_ALONE if alone else _MOST_PAIRS)
-    return _TIGHT_ALONE if size == 128 and precision == "tf32" and architecture > 90 and variant else _MOST_PAIRS
+    """(sequence, unit) pairs of a block that leave its threads the registers they need.
+
+    Fewer than the most where NVRTC 13 would spill up to 52 bytes a thread; for compute capability 9.0 it does not.
+    """
+    large, peephole = size >= 768, "PEEPHOLE" in variant
+    if architecture == 90 or precision == "float32":
+        return _MOST_PAIRS
+    if precision == "tf32":
+        if large:
+            return 128 if peephole else 256
+        return 256 if size == 128 and variant and architecture > 90 else _MOST_PAIRS
+    return 256 if large and (peephole or (size == 768 and architecture < 90)) else _MOST_PAIRS
 
 
 def _split(size: int) -> int:
